@@ -1,0 +1,228 @@
+"""From configurations to a loadable build: emit, compile, link, and the manifest that says what is in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import pybind11
+
+from w4a16gen.compile import CUDA_FOLDER, CompiledUnit, Failure, Progress, compile_kernels
+from w4a16gen.config import KernelConfig
+from w4a16gen.errors import BuildError, BuildLockedError, NotBuiltError
+from w4a16gen.files import file_digest, write_if_changed, write_json
+from w4a16gen.render import MANIFEST, SCHEMA_VERSION, emit, render_registry
+from w4a16gen.toolchain import Toolchain, cutlass_version, describe_compiler, find_toolchain
+
+LIBRARY = "libw4a16_kernels.so"
+MODULE = "_w4a16" + str(sysconfig.get_config_var("EXT_SUFFIX"))
+_LINK_SOURCES = ("CMakeLists.txt", "exports.map", "library.cpp", "module.cpp")
+
+
+@dataclass(frozen=True)
+class Build:
+    """A finished build: the library, the module for this Python, and the manifest's content."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def library(self) -> Path:
+        """The shared library of kernels, C interface only."""
+        return self.folder / "lib" / LIBRARY
+
+    @property
+    def module(self) -> Path:
+        """The pybind11 module for the running Python."""
+        return self.folder / "lib" / MODULE
+
+    @property
+    def configs(self) -> list[KernelConfig]:
+        """The kernels in the library, sorted."""
+        return sorted(KernelConfig.parse(kernel["name"]) for kernel in self.manifest["kernels"])
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a call of `build` did."""
+
+    build: Build
+    compiled: int
+    failures: Sequence[Failure]
+
+
+def load_build(folder: Path) -> Build:
+    """Read a finished build from its folder.
+
+    Raises:
+        NotBuiltError: if there is none, or its library is not the one the manifest describes, or the module is for
+            another Python.
+    """
+    again = "run `w4a16gen build`"
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise NotBuiltError(f"no build in {folder}: {again}, or name its folder") from None
+    except ValueError as error:
+        raise NotBuiltError(f"{path} is damaged ({error}): {again}") from None
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA_VERSION:
+        raise NotBuiltError(f"{path} is not of schema {SCHEMA_VERSION}: {again}")
+    build = Build(folder, manifest)
+    for file in (build.library, build.module):
+        if not file.is_file():
+            version = ".".join(map(str, sys.version_info[:2]))
+            raise NotBuiltError(f"{file} is missing (this is Python {version}): {again}")
+    if file_digest(build.library) != manifest["library_sha256"]:
+        raise NotBuiltError(f"{build.library} is not the library that {path} describes: {again}")
+    return build
+
+
+def build(
+    configs: Iterable[KernelConfig],
+    *,
+    generated: Path,
+    folder: Path,
+    jobs: int | None = None,
+    progress: Progress = lambda _done, _total, _name: None,
+) -> BuildReport:
+    """Emit, compile and link kernels; only what changed is done again.
+
+    The library holds exactly the kernels asked for, less those that failed to compile.
+
+    Args:
+        configs: the kernels.
+        generated: folder for their sources.
+        folder: folder for objects, logs, the library and the manifest.
+        jobs: compilers at once; None takes the cores, and fewer where memory is short.
+        progress: told after every compiled unit.
+
+    Raises:
+        MissingToolError: if a tool is not there.
+        BuildLockedError: if another process is building in the folder.
+        BuildError: if no kernel compiled, or linking failed.
+        OSError: if a folder cannot be written.
+    """
+    wanted = sorted(set(configs))
+    toolchain = find_toolchain()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        with lock.acquire(timeout=0):
+            emit(wanted, generated)
+            compilation = compile_kernels(wanted, toolchain, generated, folder, jobs, progress)
+            if not compilation.units:
+                raise BuildError(describe_failures(compilation.failures))
+            result = _link(compilation.units, wanted, toolchain, folder, compilation.failures)
+    except filelock.Timeout:
+        raise BuildLockedError(
+            f"another process is building in {folder}: wait for it, or give this build a folder of its own"
+        ) from None
+    return BuildReport(result, compilation.compiled, compilation.failures)
+
+
+def describe_failures(failures: Sequence[Failure]) -> str:
+    """Name every kernel that failed, why, and its log."""
+    lines = [f"  {failure.name}: {failure.summary}\n    log: {failure.log}" for failure in failures]
+    return "\n".join([f"{len(failures)} kernels failed to compile:", *lines])
+
+
+def _link(
+    units: Sequence[CompiledUnit],
+    asked: Sequence[KernelConfig],
+    toolchain: Toolchain,
+    folder: Path,
+    failures: Sequence[Failure],
+) -> Build:
+    """Link the units and the module with CMake, unless the same link is there already; write the manifest last."""
+    units = sorted(units, key=lambda unit: unit.path.name)
+    linked = [config for config in asked if any(config.name in unit.hashes for unit in units)]
+    registry = folder / "registry.cpp"
+    write_if_changed(registry, render_registry(linked))
+    digest = _link_digest(units, registry, toolchain)
+    try:
+        current = load_build(folder)
+        done = current.manifest["link_digest"] == digest
+    except NotBuiltError:
+        done = False
+    if not done:
+        (folder / MANIFEST).unlink(missing_ok=True)  # from here on until the new manifest there is no build
+        _run_cmake(units, registry, toolchain, folder)
+    manifest = {
+        "schema": SCHEMA_VERSION,
+        "compiler": describe_compiler(toolchain),
+        "cutlass": cutlass_version(toolchain.cutlass_include),
+        "link_digest": digest,
+        "library_sha256": file_digest(folder / "lib" / LIBRARY),
+        "asked": [config.name for config in asked],
+        "failed": [failure.name for failure in failures],
+        "kernels": [config.as_json() | _cost(config, units) for config in linked],
+    }
+    write_json(folder / MANIFEST, manifest)
+    return Build(folder, manifest)
+
+
+def _cost(config: KernelConfig, units: Sequence[CompiledUnit]) -> dict[str, object]:
+    """Give what compiling a kernel cost: its unit's CPU-seconds in equal shares, and the unit's peak memory."""
+    unit = next(unit for unit in units if config.name in unit.hashes)
+    return {
+        "content_hash": unit.hashes[config.name],
+        "unit_kernels": len(unit.hashes),
+        "compile_cpu_seconds": round(unit.cpu_seconds / len(unit.hashes), 1),
+        "compile_peak_bytes": unit.peak_bytes,
+    }
+
+
+def _link_digest(units: Sequence[CompiledUnit], registry: Path, toolchain: Toolchain) -> str:
+    """Give the hash of all that the library and the module are made of."""
+    parts = [unit.path.name for unit in units]
+    parts += [file_digest(path) for path in (registry, *(CUDA_FOLDER / name for name in _LINK_SOURCES))]
+    parts += [file_digest(CUDA_FOLDER / name) for name in ("w4a16.h", "problem.h", "kernel.h", "registry.h")]
+    parts += [describe_compiler(toolchain), pybind11.__version__, MODULE]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _run_cmake(units: Sequence[CompiledUnit], registry: Path, toolchain: Toolchain, folder: Path) -> None:
+    """Configure and build the two targets, then move them into place.
+
+    Raises:
+        BuildError: if CMake or the linker fails; the text names the log.
+    """
+    tree = folder / "cmake"
+    shutil.rmtree(tree, ignore_errors=True)
+    definitions = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "CMAKE_CXX_COMPILER": toolchain.host_compiler,
+        "CMAKE_MAKE_PROGRAM": toolchain.ninja,
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+        "W4A16_KERNEL_OBJECTS": ";".join(str(unit.path.resolve()) for unit in units),
+        "W4A16_REGISTRY": registry.resolve(),
+        "W4A16_CUDA_INCLUDE": toolchain.cuda_include,
+        "W4A16_CUDART": toolchain.cudart,
+    }
+    cmake = str(toolchain.cmake)
+    configure = [cmake, "-S", str(CUDA_FOLDER), "-B", str(tree), "-G", "Ninja"]
+    configure += [f"-D{name}={value}" for name, value in definitions.items()]
+    log = folder / "logs" / "link.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        for command in (configure, [cmake, "--build", str(tree)]):
+            finished = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)  # noqa: S603
+            if finished.returncode != 0:
+                tail = "\n".join(log.read_text(errors="replace").splitlines()[-8:])
+                raise BuildError(f"linking failed, log in {log}:\n{tail}")
+    (folder / "lib").mkdir(exist_ok=True)
+    for name in (LIBRARY, MODULE):
+        os.replace(tree / name, folder / "lib" / name)  # noqa: PTH105  (the same on every Python)
+    shutil.rmtree(tree, ignore_errors=True)

@@ -1,0 +1,30 @@
+// The interface between the library and a kernel target: what a kernel is, what it needs, how it is launched.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+
+#include "w4a16.h"
+
+namespace w4a16 {
+
+using Problem = w4a16_problem;
+
+// Everything one launch needs, already checked; all pointers are device pointers on the current device.
+struct Launch {
+  Problem problem;
+  w4a16_gemm_arguments arguments;
+  int device;
+  int sm_count;
+};
+
+// One built kernel. A target fills the functions from its own templates; nothing above them knows the target.
+struct Kernel {
+  w4a16_kernel_info info;
+  size_t (*packed_bytes)(const Problem&);
+  size_t (*workspace_bytes)(const Problem&, int sm_count);
+  cudaError_t (*launch)(const Launch&);
+};
+
+}  // namespace w4a16

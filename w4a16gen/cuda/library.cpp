@@ -1,0 +1,199 @@
+// The C interface over the registry: every check that a launch needs, once, for all targets.
+#include <array>
+#include <atomic>
+#include <cstdio>
+#include <cstring>
+#include <mutex>
+#include <string>
+
+#include "problem.h"
+#include "registry.h"
+
+namespace w4a16 {
+namespace {
+
+constexpr int kMaxDevices = 64;
+
+struct Device {
+  cudaError_t error = cudaErrorInitializationError;
+  int index = -1;
+  int major = 0;
+  int minor = 0;
+  int sm_count = 0;
+  std::string name;
+
+  bool is_hopper() const { return major == 9 && minor == 0; }
+};
+
+w4a16_status report(w4a16_status status, const std::string& sentence, char* message, size_t message_bytes) {
+  if (message != nullptr && message_bytes > 0) std::snprintf(message, message_bytes, "%s", sentence.c_str());
+  return status;
+}
+
+Device query_device(int index) {
+  Device device;
+  device.index = index;
+  cudaDeviceProp properties{};
+  device.error = cudaGetDeviceProperties(&properties, index);
+  if (device.error == cudaSuccess) {
+    device.major = properties.major;
+    device.minor = properties.minor;
+    device.sm_count = properties.multiProcessorCount;
+    device.name = properties.name;
+  }
+  return device;
+}
+
+// Properties of the current device, asked of the driver once per device.
+Device current_device() {
+  static std::mutex mutex;
+  static std::array<Device, kMaxDevices> known;
+  int index = -1;
+  const cudaError_t error = cudaGetDevice(&index);
+  if (error != cudaSuccess || index >= kMaxDevices) {
+    Device none;
+    none.error = error == cudaSuccess ? cudaErrorInvalidDevice : error;
+    return none;
+  }
+  const std::lock_guard<std::mutex> lock(mutex);
+  Device& device = known[static_cast<size_t>(index)];
+  if (device.error != cudaSuccess) device = query_device(index);
+  return device;
+}
+
+std::string why_not_device(const Device& device) {
+  if (device.error != cudaSuccess) {
+    return std::string("no usable CUDA device (") + cudaGetErrorString(device.error) +
+           "): these kernels need an NVIDIA Hopper GPU of compute capability 9.0";
+  }
+  if (!device.is_hopper()) {
+    return "device " + std::to_string(device.index) + " is " + device.name + " of compute capability " +
+           std::to_string(device.major) + "." + std::to_string(device.minor) +
+           ": these kernels need an NVIDIA Hopper GPU of compute capability 9.0 (H100, H800, H200)";
+  }
+  return {};
+}
+
+std::string why_not_pointer(const char* name, const void* pointer, uintptr_t alignment) {
+  if (pointer == nullptr) return std::string(name) + " must not be null";
+  if (reinterpret_cast<uintptr_t>(pointer) % alignment != 0) {
+    char address[32];
+    std::snprintf(address, sizeof(address), "%p", pointer);
+    return std::string(name) + " at " + address + " must be aligned to " + std::to_string(alignment) + " bytes";
+  }
+  return {};
+}
+
+std::string why_not_bytes(const char* name, size_t given, size_t needed, const char* rule) {
+  return std::string(name) + " of " + std::to_string(given) + " bytes must " + rule + " " + std::to_string(needed) +
+         " bytes";
+}
+
+std::string why_not_arguments(const w4a16_gemm_arguments& arguments, size_t packed_bytes, size_t workspace_bytes) {
+  std::string sentence = why_not_pointer("activations", arguments.activations, 16);
+  if (sentence.empty()) sentence = why_not_pointer("packed weight", arguments.packed, 128);
+  if (sentence.empty()) sentence = why_not_pointer("output", arguments.output, 16);
+  if (sentence.empty() && arguments.bias != nullptr) sentence = why_not_pointer("bias", arguments.bias, 2);
+  if (sentence.empty() && arguments.packed_bytes != packed_bytes) {
+    sentence = why_not_bytes("packed weight", arguments.packed_bytes, packed_bytes, "be exactly");
+  }
+  if (sentence.empty() && arguments.workspace_bytes < workspace_bytes) {
+    sentence = why_not_bytes("workspace", arguments.workspace_bytes, workspace_bytes, "be at least");
+  }
+  if (sentence.empty() && workspace_bytes > 0) sentence = why_not_pointer("workspace", arguments.workspace, 128);
+  return sentence;
+}
+
+// The kernel, or null with the reason: a bad index, a missing problem, a problem that the kernel cannot run.
+const Kernel* find(int index, const w4a16_problem* problem, w4a16_status* status, std::string* sentence) {
+  *status = W4A16_INVALID_ARGUMENT;
+  if (index < 0 || index >= kKernelCount) {
+    *sentence =
+        "kernel index " + std::to_string(index) + " must be at least 0 and below " + std::to_string(kKernelCount);
+    return nullptr;
+  }
+  if (problem == nullptr) {
+    *sentence = "problem must not be null";
+    return nullptr;
+  }
+  const Kernel* kernel = kKernels[index];
+  *sentence = w4a16::why_not(kernel->info, *problem);
+  *status = sentence->empty() ? W4A16_OK : W4A16_UNSUPPORTED;
+  return sentence->empty() ? kernel : nullptr;
+}
+
+}  // namespace
+}  // namespace w4a16
+
+using w4a16::Device;
+using w4a16::Kernel;
+using w4a16::report;
+
+int w4a16_abi_version(void) { return W4A16_ABI_VERSION; }
+
+int w4a16_kernel_count(void) { return w4a16::kKernelCount; }
+
+int w4a16_find_kernel(const char* name) {
+  for (int index = 0; name != nullptr && index < w4a16::kKernelCount; ++index) {
+    if (std::strcmp(w4a16::kKernels[index]->info.name, name) == 0) return index;
+  }
+  return -1;
+}
+
+w4a16_status w4a16_get_kernel_info(int kernel, w4a16_kernel_info* info) {
+  if (kernel < 0 || kernel >= w4a16::kKernelCount || info == nullptr) return W4A16_INVALID_ARGUMENT;
+  *info = w4a16::kKernels[kernel]->info;
+  return W4A16_OK;
+}
+
+w4a16_status w4a16_can_implement(int kernel, const w4a16_problem* problem, char* message, size_t message_bytes) {
+  w4a16_status status;
+  std::string sentence;
+  w4a16::find(kernel, problem, &status, &sentence);
+  return report(status, sentence, message, message_bytes);
+}
+
+w4a16_status w4a16_packed_bytes(int kernel, const w4a16_problem* problem, size_t* bytes, char* message,
+                                size_t message_bytes) {
+  w4a16_status status;
+  std::string sentence;
+  const Kernel* found = w4a16::find(kernel, problem, &status, &sentence);
+  if (found != nullptr && bytes != nullptr) *bytes = found->packed_bytes(*problem);
+  return report(status, sentence, message, message_bytes);
+}
+
+w4a16_status w4a16_workspace_bytes(int kernel, const w4a16_problem* problem, int sm_count, size_t* bytes, char* message,
+                                   size_t message_bytes) {
+  w4a16_status status;
+  std::string sentence;
+  const Kernel* found = w4a16::find(kernel, problem, &status, &sentence);
+  if (found == nullptr || bytes == nullptr) return report(status, sentence, message, message_bytes);
+  if (sm_count <= 0) {
+    const Device device = w4a16::current_device();
+    sentence = w4a16::why_not_device(device);
+    if (!sentence.empty()) return report(W4A16_NO_HOPPER_GPU, sentence, message, message_bytes);
+    sm_count = device.sm_count;
+  }
+  *bytes = problem->m == 0 ? 0 : found->workspace_bytes(*problem, sm_count);
+  return report(W4A16_OK, {}, message, message_bytes);
+}
+
+w4a16_status w4a16_gemm(int kernel, const w4a16_problem* problem, const w4a16_gemm_arguments* arguments, char* message,
+                        size_t message_bytes) {
+  w4a16_status status;
+  std::string sentence;
+  const Kernel* found = w4a16::find(kernel, problem, &status, &sentence);
+  if (found == nullptr) return report(status, sentence, message, message_bytes);
+  if (arguments == nullptr) return report(W4A16_INVALID_ARGUMENT, "arguments must not be null", message, message_bytes);
+  const Device device = w4a16::current_device();
+  sentence = w4a16::why_not_device(device);
+  if (!sentence.empty()) return report(W4A16_NO_HOPPER_GPU, sentence, message, message_bytes);
+  if (problem->m == 0) return report(W4A16_OK, {}, message, message_bytes);
+  sentence = w4a16::why_not_arguments(*arguments, found->packed_bytes(*problem),
+                            found->workspace_bytes(*problem, device.sm_count));
+  if (!sentence.empty()) return report(W4A16_INVALID_ARGUMENT, sentence, message, message_bytes);
+  const cudaError_t error = found->launch({*problem, *arguments, device.index, device.sm_count});
+  if (error == cudaSuccess) return report(W4A16_OK, {}, message, message_bytes);
+  sentence = std::string("launch of ") + found->info.name + " failed: " + cudaGetErrorString(error);
+  return report(W4A16_CUDA_ERROR, sentence, message, message_bytes);
+}

@@ -1,0 +1,329 @@
+// The thin pybind11 module: a kernel library opened by path, and the few CUDA objects that Python needs without torch.
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "w4a16.h"
+
+namespace py = pybind11;
+
+namespace {
+
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + " failed: " + cudaGetErrorString(error));
+}
+
+// Makes a device current for a scope.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    changed_ = device != before_;
+    if (changed_) check(cudaSetDevice(device), "cudaSetDevice");
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+// A status and its sentence; Python turns it into the exception of that status.
+using Outcome = py::tuple;
+
+class KernelLibrary {
+ public:
+  explicit KernelLibrary(const std::string& path) : handle_(dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL)) {
+    if (handle_ == nullptr) throw std::runtime_error(dlerror());
+    try {
+      int (*abi_version)() = nullptr;
+      resolve("w4a16_abi_version", abi_version);
+      if (abi_version() != W4A16_ABI_VERSION) {
+        throw std::runtime_error(path + " has ABI version " + std::to_string(abi_version()) + "; this module needs " +
+                                 std::to_string(W4A16_ABI_VERSION) + ": build again");
+      }
+      resolve("w4a16_kernel_count", kernel_count_);
+      resolve("w4a16_get_kernel_info", get_kernel_info_);
+      resolve("w4a16_can_implement", can_implement_);
+      resolve("w4a16_packed_bytes", packed_bytes_);
+      resolve("w4a16_workspace_bytes", workspace_bytes_);
+      resolve("w4a16_gemm", gemm_);
+    } catch (...) {
+      dlclose(handle_);
+      throw;
+    }
+  }
+  ~KernelLibrary() { dlclose(handle_); }
+  KernelLibrary(const KernelLibrary&) = delete;
+  KernelLibrary& operator=(const KernelLibrary&) = delete;
+
+  py::list kernels() const {
+    py::list kernels;
+    for (int index = 0; index < kernel_count_(); ++index) {
+      w4a16_kernel_info info{};
+      get_kernel_info_(index, &info);
+      py::dict kernel;
+      kernel["name"] = info.name;
+      kernel["layout"] = info.layout;
+      kernel["stages"] = info.stages;
+      kernel["threads"] = info.threads;
+      kernel["shared_memory_bytes"] = info.shared_memory_bytes;
+      kernels.append(kernel);
+    }
+    return kernels;
+  }
+
+  Outcome can_implement(int kernel, int64_t m, int64_t n, int64_t k, int64_t group_size) const {
+    const w4a16_problem problem{m, n, k, group_size};
+    Message message;
+    const w4a16_status status = can_implement_(kernel, &problem, message.data(), message.size());
+    return py::make_tuple(static_cast<int>(status), message.data());
+  }
+
+  Outcome packed_bytes(int kernel, int64_t n, int64_t k, int64_t group_size) const {
+    const w4a16_problem problem{0, n, k, group_size};
+    Message message;
+    size_t bytes = 0;
+    const w4a16_status status = packed_bytes_(kernel, &problem, &bytes, message.data(), message.size());
+    return py::make_tuple(static_cast<int>(status), message.data(), bytes);
+  }
+
+  Outcome workspace_bytes(int kernel, int64_t m, int64_t n, int64_t k, int64_t group_size, int sm_count,
+                          int device) const {
+    const w4a16_problem problem{m, n, k, group_size};
+    Message message;
+    size_t bytes = 0;
+    w4a16_status status;
+    if (sm_count > 0) {
+      status = workspace_bytes_(kernel, &problem, sm_count, &bytes, message.data(), message.size());
+    } else {
+      const DeviceGuard guard(device);
+      status = workspace_bytes_(kernel, &problem, 0, &bytes, message.data(), message.size());
+    }
+    return py::make_tuple(static_cast<int>(status), message.data(), bytes);
+  }
+
+  Outcome gemm(int kernel, int64_t m, int64_t n, int64_t k, int64_t group_size, uintptr_t activations, uintptr_t packed,
+               size_t packed_bytes, uintptr_t bias, uintptr_t output, float alpha, uintptr_t workspace,
+               size_t workspace_bytes, uintptr_t stream, int device) const {
+    const auto pointer = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
+    const w4a16_problem problem{m, n, k, group_size};
+    const w4a16_gemm_arguments arguments{pointer(activations), pointer(packed),    packed_bytes,
+                                         pointer(bias),        pointer(output),    pointer(workspace),
+                                         workspace_bytes,      pointer(stream),    alpha};
+    Message message;
+    w4a16_status status;
+    {
+      const py::gil_scoped_release release;
+      const DeviceGuard guard(device);
+      status = gemm_(kernel, &problem, &arguments, message.data(), message.size());
+    }
+    return py::make_tuple(static_cast<int>(status), message.data());
+  }
+
+ private:
+  struct Message : std::array<char, 512> {
+    Message() { fill('\0'); }
+  };
+
+  template <class Function>
+  void resolve(const char* name, Function& function) {
+    void* symbol = dlsym(handle_, name);
+    if (symbol == nullptr) throw std::runtime_error(std::string("the kernel library exports no ") + name);
+    std::memcpy(&function, &symbol, sizeof(function));
+  }
+
+  void* handle_;
+  decltype(&w4a16_kernel_count) kernel_count_ = nullptr;
+  decltype(&w4a16_get_kernel_info) get_kernel_info_ = nullptr;
+  decltype(&w4a16_can_implement) can_implement_ = nullptr;
+  decltype(&w4a16_packed_bytes) packed_bytes_ = nullptr;
+  decltype(&w4a16_workspace_bytes) workspace_bytes_ = nullptr;
+  decltype(&w4a16_gemm) gemm_ = nullptr;
+};
+
+// Device memory that is freed with its last Python reference.
+class DeviceBuffer {
+ public:
+  DeviceBuffer(size_t bytes, int device) : bytes_(bytes), device_(device) {
+    const DeviceGuard guard(device);
+    check(cudaMalloc(&pointer_, bytes > 0 ? bytes : 1), "cudaMalloc");
+  }
+  ~DeviceBuffer() { cudaFree(pointer_); }
+  DeviceBuffer(const DeviceBuffer&) = delete;
+  DeviceBuffer& operator=(const DeviceBuffer&) = delete;
+
+  uintptr_t pointer() const { return reinterpret_cast<uintptr_t>(pointer_); }
+  size_t bytes() const { return bytes_; }
+  int device() const { return device_; }
+
+  void upload(const py::buffer& source, size_t offset) {
+    const py::buffer_info info = source.request();
+    const size_t size = static_cast<size_t>(info.size) * static_cast<size_t>(info.itemsize);
+    if (offset > bytes_ || size > bytes_ - offset) throw std::out_of_range("upload beyond the device buffer");
+    const DeviceGuard guard(device_);
+    check(cudaMemcpy(static_cast<char*>(pointer_) + offset, info.ptr, size, cudaMemcpyHostToDevice), "upload");
+  }
+  void download(const py::buffer& destination, size_t offset) const {
+    const py::buffer_info info = destination.request(true);
+    const size_t size = static_cast<size_t>(info.size) * static_cast<size_t>(info.itemsize);
+    if (offset > bytes_ || size > bytes_ - offset) throw std::out_of_range("download beyond the device buffer");
+    const DeviceGuard guard(device_);
+    check(cudaMemcpy(info.ptr, static_cast<const char*>(pointer_) + offset, size, cudaMemcpyDeviceToHost), "download");
+  }
+
+ private:
+  void* pointer_ = nullptr;
+  size_t bytes_;
+  int device_;
+};
+
+// A stream that can also record what is launched on it into a graph.
+class Stream {
+ public:
+  explicit Stream(int device) : device_(device) {
+    const DeviceGuard guard(device);
+    check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
+    check(cudaEventCreate(&start_), "cudaEventCreate");
+    check(cudaEventCreate(&stop_), "cudaEventCreate");
+  }
+  ~Stream() {
+    if (graph_ != nullptr) cudaGraphExecDestroy(graph_);
+    cudaEventDestroy(start_);
+    cudaEventDestroy(stop_);
+    cudaStreamDestroy(stream_);
+  }
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+
+  uintptr_t pointer() const { return reinterpret_cast<uintptr_t>(stream_); }
+  void synchronize() const {
+    const py::gil_scoped_release release;
+    check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
+  }
+  void begin_capture() const { check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "capture"); }
+  void end_capture() {
+    cudaGraph_t graph = nullptr;
+    check(cudaStreamEndCapture(stream_, &graph), "capture");
+    if (graph_ != nullptr) cudaGraphExecDestroy(graph_);
+    graph_ = nullptr;
+    const cudaError_t error = cudaGraphInstantiate(&graph_, graph, 0);
+    cudaGraphDestroy(graph);
+    check(error, "cudaGraphInstantiate");
+  }
+  void replay() const { check(cudaGraphLaunch(graph_, stream_), "cudaGraphLaunch"); }
+  void start_timer() const { check(cudaEventRecord(start_, stream_), "cudaEventRecord"); }
+  float stop_timer() const {
+    float milliseconds = 0;
+    const py::gil_scoped_release release;
+    check(cudaEventRecord(stop_, stream_), "cudaEventRecord");
+    check(cudaEventSynchronize(stop_), "cudaEventSynchronize");
+    check(cudaEventElapsedTime(&milliseconds, start_, stop_), "cudaEventElapsedTime");
+    return milliseconds;
+  }
+
+ private:
+  int device_;
+  cudaStream_t stream_ = nullptr;
+  cudaEvent_t start_ = nullptr;
+  cudaEvent_t stop_ = nullptr;
+  cudaGraphExec_t graph_ = nullptr;
+};
+
+py::list devices() {
+  int count = 0;
+  py::list found;
+  if (cudaGetDeviceCount(&count) != cudaSuccess) return found;
+  for (int index = 0; index < count; ++index) {
+    cudaDeviceProp properties{};
+    check(cudaGetDeviceProperties(&properties, index), "cudaGetDeviceProperties");
+    py::dict device;
+    device["index"] = index;
+    device["name"] = properties.name;
+    device["compute_capability"] = py::make_tuple(properties.major, properties.minor);
+    device["sm_count"] = properties.multiProcessorCount;
+    found.append(device);
+  }
+  return found;
+}
+
+// The device that a pointer lives on, or -1 for host memory.
+int pointer_device(uintptr_t pointer) {
+  cudaPointerAttributes attributes{};
+  if (cudaPointerGetAttributes(&attributes, reinterpret_cast<const void*>(pointer)) != cudaSuccess) {
+    cudaGetLastError();
+    return -1;
+  }
+  const bool on_device = attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged;
+  return on_device ? attributes.device : -1;
+}
+
+// The memory layout of DLPack 0.x's DLManagedTensor, up to what is read here (dmlc.github.io/dlpack).
+struct DlTensor {
+  void* data;
+  int32_t device_type;
+  int32_t device_id;
+  int32_t dimensions;
+  uint8_t type_code;
+  uint8_t type_bits;
+  uint16_t type_lanes;
+  int64_t* shape;
+  int64_t* strides;  // counted in values; null for row-major
+  uint64_t byte_offset;
+};
+
+// Reads a DLPack capsule without taking it over; the capsule keeps the memory alive.
+py::tuple dlpack_view(const py::capsule& capsule) {
+  const auto* tensor = static_cast<const DlTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+  if (tensor == nullptr) throw py::error_already_set();
+  py::tuple shape(tensor->dimensions);
+  py::tuple strides(tensor->strides == nullptr ? 0 : tensor->dimensions);
+  for (int32_t axis = 0; axis < tensor->dimensions; ++axis) {
+    shape[static_cast<size_t>(axis)] = tensor->shape[axis];
+    if (tensor->strides != nullptr) strides[static_cast<size_t>(axis)] = tensor->strides[axis];
+  }
+  return py::make_tuple(reinterpret_cast<uintptr_t>(tensor->data) + tensor->byte_offset, shape,
+                        tensor->strides == nullptr ? py::object(py::none()) : py::object(strides),
+                        py::make_tuple(tensor->type_code, tensor->type_bits, tensor->type_lanes), tensor->device_id);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_w4a16, module) {
+  module.attr("ABI_VERSION") = W4A16_ABI_VERSION;
+  module.def("devices", &devices);
+  module.def("pointer_device", &pointer_device);
+  module.def("dlpack_view", &dlpack_view);
+  py::class_<KernelLibrary>(module, "KernelLibrary")
+      .def(py::init<const std::string&>())
+      .def("kernels", &KernelLibrary::kernels)
+      .def("can_implement", &KernelLibrary::can_implement)
+      .def("packed_bytes", &KernelLibrary::packed_bytes)
+      .def("workspace_bytes", &KernelLibrary::workspace_bytes)
+      .def("gemm", &KernelLibrary::gemm);
+  py::class_<DeviceBuffer>(module, "DeviceBuffer")
+      .def(py::init<size_t, int>())
+      .def_property_readonly("pointer", &DeviceBuffer::pointer)
+      .def_property_readonly("bytes", &DeviceBuffer::bytes)
+      .def_property_readonly("device", &DeviceBuffer::device)
+      .def("upload", &DeviceBuffer::upload, py::arg("source"), py::arg("offset") = 0)
+      .def("download", &DeviceBuffer::download, py::arg("destination"), py::arg("offset") = 0);
+  py::class_<Stream>(module, "Stream")
+      .def(py::init<int>())
+      .def_property_readonly("pointer", &Stream::pointer)
+      .def("synchronize", &Stream::synchronize)
+      .def("begin_capture", &Stream::begin_capture)
+      .def("end_capture", &Stream::end_capture)
+      .def("replay", &Stream::replay)
+      .def("start_timer", &Stream::start_timer)
+      .def("stop_timer", &Stream::stop_timer);
+}

@@ -1,0 +1,348 @@
+"""Loading what was built, and the typed Python face of it: configs, pack, gemm."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import os
+import threading
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from w4a16gen.arrays import (
+    ArrayView,
+    DeviceArray,
+    check,
+    empty_like_library,
+    is_on_gpu,
+    stream_pointer,
+    view,
+)
+from w4a16gen.build import Build, load_build
+from w4a16gen.config import KernelConfig
+from w4a16gen.dispatch import choose
+from w4a16gen.errors import (
+    CudaError,
+    InvalidValueError,
+    NoHopperGpuError,
+    NotBuiltError,
+    UnsupportedProblemError,
+    W4A16Error,
+)
+from w4a16gen.packing import LAYOUTS, TARGET_LAYOUTS, PackedWeight
+from w4a16gen.problem import Problem, why_cannot_run
+from w4a16gen.quantize import gemm_reference
+
+BUILD_FOLDER_VARIABLE = "W4A16GEN_BUILD_DIR"
+_ERRORS: dict[int, type[W4A16Error]] = {
+    1: InvalidValueError,
+    2: UnsupportedProblemError,
+    3: NoHopperGpuError,
+    4: CudaError,
+}
+
+
+def default_build_folder() -> Path:
+    """Give the folder that builds go to and are loaded from: W4A16GEN_BUILD_DIR, or `build` in the current folder."""
+    return Path(os.environ.get(BUILD_FOLDER_VARIABLE) or "build")
+
+
+@cache
+def _import_module(path: Path, _modified: int) -> ModuleType:
+    loader = importlib.machinery.ExtensionFileLoader("_w4a16", str(path))
+    spec = importlib.util.spec_from_file_location("_w4a16", path, loader=loader)
+    if spec is None:
+        raise NotBuiltError(f"{path} cannot be imported: run `w4a16gen build`")
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+class Library:
+    """A loaded build. Its methods may be called from several threads, for several GPUs, at once."""
+
+    def __init__(self, build: Build) -> None:
+        """Open the library of a finished build.
+
+        Raises:
+            NotBuiltError: if it cannot be loaded, or holds other kernels than its manifest says.
+        """
+        self.build = build
+        try:
+            self.module = _import_module(build.module.resolve(), build.module.stat().st_mtime_ns)
+            self._native = self.module.KernelLibrary(str(build.library.resolve()))
+        except (ImportError, RuntimeError) as error:
+            raise NotBuiltError(
+                f"the build in {build.folder} cannot be loaded ({error}): run `w4a16gen build`"
+            ) from None
+        self.kernels: list[dict[str, Any]] = self._native.kernels()
+        self._indices = {KernelConfig.parse(kernel["name"]): index for index, kernel in enumerate(self.kernels)}
+        self._workspaces: dict[tuple[int, int], list[DeviceArray]] = {}
+        self._lock = threading.Lock()
+
+    def configs(self) -> list[KernelConfig]:
+        """Give the kernels that can be called, sorted."""
+        return sorted(self._indices)
+
+    def devices(self) -> list[dict[str, Any]]:
+        """Give every CUDA GPU: index, name, compute_capability, sm_count; empty where there is none."""
+        return list(self.module.devices())
+
+    def hopper_devices(self) -> list[dict[str, Any]]:
+        """Give the GPUs that these kernels run on."""
+        return [device for device in self.devices() if device["compute_capability"] == (9, 0)]
+
+    def why_cannot_run(self, config: KernelConfig, problem: Problem) -> str | None:
+        """Ask the built library why a kernel cannot run a problem; None if it can. Needs no GPU."""
+        status, message = self._native.can_implement(self._index(config), *_numbers(problem))
+        return message if status else None
+
+    def packed_bytes(self, config: KernelConfig, problem: Problem) -> int:
+        """Give the bytes of the packed weight that a kernel reads. Needs no GPU."""
+        return int(self._result(self._native.packed_bytes(self._index(config), *_numbers(problem)[1:])))
+
+    def workspace_bytes(
+        self, config: KernelConfig, problem: Problem, *, sm_count: int | None = None, device: int = 0
+    ) -> int:
+        """Give the exact workspace of a problem, in bytes.
+
+        Args:
+            config: the kernel.
+            problem: the problem.
+            sm_count: multiprocessors of the GPU; None asks the device.
+            device: the GPU to ask.
+
+        Raises:
+            UnsupportedProblemError: if the kernel cannot run the problem.
+            NoHopperGpuError: if the device is asked and is not a Hopper GPU.
+        """
+        if sm_count is None and not self.devices():
+            sm_count = -1
+            raise NoHopperGpuError("no CUDA device: pass sm_count to ask for another machine's GPU")
+        outcome = self._native.workspace_bytes(self._index(config), *_numbers(problem), sm_count or 0, device)
+        return int(self._result(outcome))
+
+    def to_device(self, value: Any, device: int = 0) -> Any:
+        """Copy a numpy array, or a packed weight, to a GPU.
+
+        Raises:
+            NoHopperGpuError: if there is no such GPU.
+        """
+        if device not in {found["index"] for found in self.devices()}:
+            raise NoHopperGpuError(f"there is no CUDA device {device} on this machine")
+        if isinstance(value, PackedWeight):
+            data = DeviceArray.from_host(self.module, np.asarray(value.data), device)
+            return PackedWeight(data, value.layout, value.n, value.k, value.group_size, value.mode)
+        return DeviceArray.from_host(self.module, np.asarray(value), device)
+
+    def gemm(
+        self,
+        a: Any,
+        w: PackedWeight,
+        *,
+        bias: Any = None,
+        alpha: float = 1.0,
+        config: KernelConfig | str | None = None,
+        out: Any = None,
+        workspace: Any = None,
+        stream: Any = None,
+    ) -> Any:
+        """Launch C[m, n] = alpha * A[m, k] x W[k, n] + bias on a GPU; returns without waiting for it.
+
+        Args:
+            a: fp16 [m, k], contiguous, on a Hopper GPU: any array with `__cuda_array_interface__` or `__dlpack__`.
+            w: the packed weight, on the same GPU.
+            bias: fp16 [n] on the same GPU, or None.
+            alpha: factor of the product, fp32.
+            config: the kernel, or its name; None chooses one.
+            out: fp16 [m, n] to write into; None allocates (a torch tensor for a torch tensor, else a DeviceArray).
+            workspace: uint8 array of at least `workspace_bytes`; None keeps one per GPU and stream, which grows.
+            stream: a stream object or address; None is torch's current stream for torch tensors, else the default.
+
+        Returns:
+            `out`.
+
+        Raises:
+            InvalidValueError: if an array's dtype, shape, layout, alignment or device is off, or the workspace short.
+            UnsupportedProblemError: if the kernel, or every kernel, cannot run the problem.
+            NoHopperGpuError: if the arrays are on another kind of GPU.
+            CudaError: if the launch fails.
+        """
+        seen = view("activations", a, self.module)
+        if len(seen.shape) != 2:  # noqa: PLR2004
+            raise InvalidValueError(f"activations of shape {list(seen.shape)} must be [m, k]")
+        problem = Problem(seen.shape[0], w.n, w.k, w.group_size)
+        check("activations", seen, dtype="<f2", shape=(problem.m, problem.k))
+        data = view("packed weight", w.data, self.module)
+        kernel = self._kernel(config, w, problem)
+        check("packed weight", data, dtype="|u1", shape=(w.nbytes,), device=seen.device)
+        biased = None if bias is None else view("bias", bias, self.module)
+        if biased is not None:
+            check("bias", biased, dtype="<f2", shape=(problem.n,), device=seen.device)
+        if out is None:
+            out = empty_like_library(a, self.module, (problem.m, problem.n), "<f2", seen.device)
+        target = view("output", out, self.module)
+        check("output", target, dtype="<f2", shape=(problem.m, problem.n), device=seen.device)
+        address = stream_pointer(stream, a)
+        space = self._workspace(kernel, problem, workspace, a, seen.device, address)
+        outcome = self._native.gemm(
+            self._index(kernel),
+            *_numbers(problem),
+            *(seen.pointer, data.pointer, data.nbytes),
+            *(0 if biased is None else biased.pointer, target.pointer, alpha),
+            *((0, 0) if space is None else (space.pointer, space.nbytes)),
+            *(address, seen.device),
+        )
+        self._result(outcome)
+        return out
+
+    def _kernel(self, config: KernelConfig | str | None, w: PackedWeight, problem: Problem) -> KernelConfig:
+        """Give the kernel to launch: the one named, checked against the weight, or one chosen."""
+        readable = [found for found in self._indices if TARGET_LAYOUTS[found.target] == w.layout]
+        if config is None:
+            return choose(readable, w.mode, problem)
+        kernel = KernelConfig.parse(config) if isinstance(config, str) else config
+        self._index(kernel)
+        check_weight(kernel, w)
+        return kernel
+
+    def _workspace(
+        self, kernel: KernelConfig, problem: Problem, given: Any, a: Any, device: int, stream: int
+    ) -> ArrayView | None:
+        if given is not None:
+            seen = view("workspace", given, self.module)
+            check("workspace", seen, dtype="|u1", shape=seen.shape, device=device)
+            return seen
+        needed = self.workspace_bytes(kernel, problem, device=device)
+        if needed == 0:
+            return None
+        with self._lock:
+            # Work on one stream runs in order, so its launches may share; outgrown buffers may still be in use.
+            buffers = self._workspaces.setdefault((device, stream), [])
+            if not buffers or buffers[-1].buffer.bytes < needed:
+                buffers.append(DeviceArray(self.module, (max(needed, 1 << 20),), "|u1", device))
+            return view("workspace", buffers[-1], self.module)
+
+    def _index(self, config: KernelConfig) -> int:
+        try:
+            return self._indices[config]
+        except KeyError:
+            raise NotBuiltError(
+                f"{config.name} is not in {self.build.folder}: it holds {len(self._indices)} kernels, see "
+                "`w4a16gen list --built`"
+            ) from None
+
+    @staticmethod
+    def _result(outcome: tuple[Any, ...]) -> Any:
+        """Give an outcome's value, or raise the exception of its status."""
+        status, message, *value = outcome
+        if status:
+            raise _ERRORS[status](message)
+        return value[0] if value else None
+
+
+def _numbers(problem: Problem) -> tuple[int, int, int, int]:
+    return problem.m, problem.n, problem.k, problem.group_size
+
+
+def check_weight(kernel: KernelConfig, w: PackedWeight) -> None:
+    """Raise unless a kernel reads weights of this mode and layout.
+
+    Raises:
+        InvalidValueError: naming both.
+    """
+    if kernel.mode is not w.mode:
+        raise InvalidValueError(f"the weight is of mode {w.mode}, but {kernel.name} is of mode {kernel.mode}")
+    if w.layout != TARGET_LAYOUTS[kernel.target]:
+        raise InvalidValueError(
+            f"the weight is packed as {w.layout}, but {kernel.name} reads {TARGET_LAYOUTS[kernel.target]}: "
+            "pack it for that target"
+        )
+
+
+def load(folder: Path | str | None = None) -> Library:
+    """Load a finished build; the same build is loaded once per process.
+
+    Args:
+        folder: the build's folder; None takes W4A16GEN_BUILD_DIR, or `build` in the current folder.
+
+    Raises:
+        NotBuiltError: if there is no usable build in the folder.
+    """
+    build = load_build(Path(folder) if folder is not None else default_build_folder())
+    return _load(build.folder.resolve(), build.manifest["link_digest"], build.manifest["library_sha256"])
+
+
+@cache
+def _load(folder: Path, _link_digest: str, _library_sha256: str) -> Library:
+    return Library(load_build(folder))
+
+
+def configs() -> list[KernelConfig]:
+    """Give the kernels of the default build, sorted; see `load`."""
+    return load().configs()
+
+
+def to_device(value: Any, device: int = 0) -> Any:
+    """Copy a numpy array or a packed weight to a GPU, with the default build's module; see `Library.to_device`."""
+    return load().to_device(value, device)
+
+
+def gemm(
+    a: Any,
+    w: PackedWeight,
+    *,
+    bias: Any = None,
+    alpha: float = 1.0,
+    config: KernelConfig | str | None = None,
+    out: Any = None,
+    workspace: Any = None,
+    stream: Any = None,
+) -> Any:
+    """Compute C[m, n] = alpha * A[m, k] x W[k, n] + bias.
+
+    On GPU arrays this launches a kernel of the default build: see `Library.gemm`. On numpy arrays it runs the numpy
+    reference (float64, rounded once to fp16), on any machine and without a build, so that programs and tests run
+    anywhere.
+
+    Raises:
+        InvalidValueError: if the arrays do not fit together, or some are on the host and some on a GPU.
+        NotBuiltError: if the arrays are on a GPU and nothing is built.
+    """
+    if is_on_gpu(a) or is_on_gpu(w.data):
+        return load().gemm(a, w, bias=bias, alpha=alpha, config=config, out=out, workspace=workspace, stream=stream)
+    return _gemm_on_host(a, w, bias, alpha, config, out)
+
+
+def _gemm_on_host(a: Any, w: PackedWeight, bias: Any, alpha: float, config: KernelConfig | str | None, out: Any) -> Any:
+    """Run the reference behind the checks that a kernel would make."""
+    if not isinstance(a, np.ndarray):
+        raise InvalidValueError(f"activations of type {type(a).__name__} must be a numpy or a GPU array")
+    for name, array in (("activations", a), ("bias", bias), ("output", out)):
+        if array is not None and (not isinstance(array, np.ndarray) or array.dtype != np.float16):
+            found = getattr(array, "dtype", type(array).__name__)
+            raise InvalidValueError(f"{name} of dtype {found} must be a numpy array of float16, like the activations")
+    if a.ndim != 2 or a.shape[1] != w.k:  # noqa: PLR2004
+        raise InvalidValueError(f"activations of shape {list(a.shape)} must be [m, {w.k}]")
+    if bias is not None and bias.shape != (w.n,):
+        raise InvalidValueError(f"bias of shape {list(bias.shape)} must be [{w.n}]")
+    if out is not None and out.shape != (a.shape[0], w.n):
+        raise InvalidValueError(f"output of shape {list(out.shape)} must be [{a.shape[0]}, {w.n}]")
+    if w.layout not in LAYOUTS:
+        raise InvalidValueError(f"the weight is packed as {w.layout!r}, which is not one of {', '.join(LAYOUTS)}")
+    if config is not None:
+        kernel = KernelConfig.parse(config) if isinstance(config, str) else config
+        check_weight(kernel, w)
+        reason = why_cannot_run(kernel, Problem(a.shape[0], w.n, w.k, w.group_size))
+        if reason is not None:
+            raise UnsupportedProblemError(reason)
+    with np.errstate(over="ignore"):  # beyond 65504 is infinity, as on the GPU
+        result = gemm_reference(a, w.unpack(), alpha=alpha, bias=bias).astype(np.float16)
+    if out is None:
+        return result
+    out[...] = result
+    return out

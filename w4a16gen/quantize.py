@@ -1,0 +1,218 @@
+"""The numpy reference of 4-bit weights: quantise, pack, unpack, dequantise.
+
+Canonical forms, which everything else is checked against:
+
+- `q`: uint8 [n, k], one value of 0 to 15 per weight, output channels first;
+- `scales`: fp16 [k / group_size, n] in the grouped modes, fp16 [n] in per-column mode;
+- `zeros`: fp16 [k / group_size, n], already multiplied: (8 - zero point) * scale.
+
+The weight is (q - 8) * scale, plus the zero in the mode that has one. `k` may end in a shorter last group nowhere: the
+group size divides k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from w4a16gen.config import QuantMode
+from w4a16gen.errors import InvalidValueError
+
+Half = npt.NDArray[np.float16]
+Nibbles = npt.NDArray[np.uint8]
+Double = npt.NDArray[np.float64]
+
+MAX_Q = 15
+OFFSET = 8
+"""The implicit zero point of symmetric weights."""
+_HALF_MAX = float(np.finfo(np.float16).max)
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight in canonical form; see the module's docstring for shapes and dtypes."""
+
+    q: Nibbles
+    scales: Half
+    zeros: Half | None
+    group_size: int
+    mode: QuantMode
+
+    @property
+    def n(self) -> int:
+        """Output channels."""
+        return int(self.q.shape[0])
+
+    @property
+    def k(self) -> int:
+        """Reduction length."""
+        return int(self.q.shape[1])
+
+    def dequantize(self) -> Double:
+        """Give the exact weight in float64 [n, k]: no rounding to fp16."""
+        return dequantize(self.q, self.scales, self.zeros, group_size=self.group_size)
+
+
+def check_group_size(k: int, group_size: int) -> None:
+    """Raise unless the group size divides k.
+
+    Raises:
+        InvalidValueError: naming both.
+    """
+    if group_size <= 0 or k % group_size != 0:
+        raise InvalidValueError(f"group size {group_size} must divide k = {k}")
+
+
+def canonical(
+    q: npt.ArrayLike, scales: npt.ArrayLike, zeros: npt.ArrayLike | None, *, group_size: int | None
+) -> QuantizedWeight:
+    """Check the parts of a weight and name its mode.
+
+    Args:
+        q: integers of 0 to 15, [n, k].
+        scales: fp16 [n] for per-column mode, or [k / group_size, n].
+        zeros: fp16 of the scales' shape, or None.
+        group_size: values of K per scale; None takes k / rows of the scales.
+
+    Raises:
+        InvalidValueError: if a dtype, a shape or a value is off.
+    """
+    q, scales = np.asarray(q), np.asarray(scales)
+    if q.ndim != 2 or q.size == 0:  # noqa: PLR2004
+        raise InvalidValueError(f"q of shape {q.shape} must be [n, k] with at least one value")
+    if q.dtype.kind not in "iu":
+        raise InvalidValueError(f"q of dtype {q.dtype} must be integers of 0 to {MAX_Q}")
+    if int(q.min()) < 0 or int(q.max()) > MAX_Q:
+        raise InvalidValueError(f"q holds {int(q.min())} to {int(q.max())}; it must hold 0 to {MAX_Q}")
+    n, k = q.shape
+    per_column = scales.ndim == 1
+    if per_column:
+        size = k
+    elif group_size is not None:
+        size = group_size
+    elif scales.ndim == 2 and scales.shape[0] > 0:  # noqa: PLR2004
+        size = k // scales.shape[0]
+    else:
+        raise InvalidValueError(f"scales of shape {scales.shape} must be [n] or [k / group size, n]")
+    check_group_size(k, size)
+    if per_column and group_size not in (None, k):
+        raise InvalidValueError(f"group size {group_size} must be {k} (= k) where the scales are [n]")
+    shape = (n,) if per_column else (k // size, n)
+    if per_column and zeros is not None:
+        raise InvalidValueError("zeros need scales of shape [k / group size, n]; per-column scales [n] take none")
+    for name, array in (("scales", scales), ("zeros", None if zeros is None else np.asarray(zeros))):
+        _check_half(name, array, shape)
+    mode = QuantMode.FINEGRAINED_SCALE_ONLY if zeros is None else QuantMode.FINEGRAINED_SCALE_AND_ZEROS
+    return QuantizedWeight(
+        q=np.ascontiguousarray(q, dtype=np.uint8),
+        scales=np.ascontiguousarray(scales),
+        zeros=None if zeros is None else np.ascontiguousarray(np.asarray(zeros)),
+        group_size=size,
+        mode=QuantMode.PER_COLUMN_SCALE_ONLY if per_column else mode,
+    )
+
+
+def _check_half(name: str, array: npt.NDArray[Any] | None, shape: tuple[int, ...]) -> None:
+    if array is None:
+        return
+    if array.dtype != np.float16:
+        raise InvalidValueError(f"{name} of dtype {array.dtype} must be float16")
+    if array.shape != shape:
+        raise InvalidValueError(f"{name} of shape {list(array.shape)} must be {list(shape)}")
+    if not np.isfinite(array).all():
+        raise InvalidValueError(f"{name} must be finite")
+
+
+def quantize(weight: npt.ArrayLike, *, group_size: int | None = None, zero_points: bool = False) -> QuantizedWeight:
+    """Round a weight to the nearest 4-bit values.
+
+    Symmetric: scale = max |w| / 7 over the group, q = round(w / scale) + 8, so 1 to 15. With zero points: scale =
+    (max - min) / 15 with the range widened to hold 0, zero point = round(-min / scale), q = round(w / scale) + zero
+    point, so 0 to 15. Both divide by the scale as fp16 holds it; a group of zeros gets scale 1.
+
+    Args:
+        weight: floating point [n, k], output channels first (as torch.nn.Linear stores it).
+        group_size: values of K per scale; None for one scale per output channel.
+        zero_points: whether each group gets a zero point; needs a group size.
+
+    Raises:
+        InvalidValueError: if the weight is not finite floating point [n, k], the group size does not divide k, or a
+            group is too large for an fp16 scale.
+    """
+    weight = np.asarray(weight)
+    if weight.ndim != 2 or weight.size == 0 or weight.dtype.kind != "f":  # noqa: PLR2004
+        raise InvalidValueError(
+            f"weight of dtype {weight.dtype} and shape {weight.shape} must be floating point [n, k]"
+        )
+    if not np.isfinite(weight).all():
+        raise InvalidValueError("weight must be finite")
+    if zero_points and group_size is None:
+        raise InvalidValueError("zero points need a group size; group_size=k gives one group per channel")
+    n, k = weight.shape
+    size = k if group_size is None else group_size
+    check_group_size(k, size)
+    grouped = weight.astype(np.float64).reshape(n, k // size, size)
+    if zero_points:
+        low = np.minimum(grouped.min(axis=2), 0)
+        scale = _half_scale((np.maximum(grouped.max(axis=2), 0) - low) / MAX_Q)
+        point = np.clip(np.rint(-low / scale), 0, MAX_Q)
+    else:
+        scale = _half_scale(np.abs(grouped).max(axis=2) / (MAX_Q // 2))
+        point = np.full_like(scale, OFFSET)
+    q = np.clip(np.rint(grouped / scale[..., None]) + point[..., None], 0, MAX_Q)
+    scales = np.ascontiguousarray(scale.T).astype(np.float16)
+    zeros = np.ascontiguousarray(((OFFSET - point) * scale).T).astype(np.float16) if zero_points else None
+    return canonical(
+        q.reshape(n, k).astype(np.uint8), scales if group_size is not None else scales[0], zeros, group_size=size
+    )
+
+
+def _half_scale(scale: Double) -> Double:
+    """Round scales to fp16, never to 0; a group of zeros gets 1."""
+    if scale.max(initial=0.0) * OFFSET > _HALF_MAX:
+        raise InvalidValueError(
+            f"a group needs scale {scale.max():.4g}, and 8 times that exceeds fp16's {_HALF_MAX:.0f}"
+        )
+    smallest = float(np.finfo(np.float16).smallest_subnormal)
+    rounded = np.maximum(scale, smallest).astype(np.float16).astype(np.float64)
+    return np.where(scale == 0, 1.0, rounded)
+
+
+def pack_nibbles(q: Nibbles) -> Nibbles:
+    """Put two 4-bit values into a byte, the even k in the lower half: uint8 [n, k] to uint8 [n, k / 2].
+
+    Raises:
+        InvalidValueError: if k is odd.
+    """
+    if q.shape[-1] % 2 != 0:
+        raise InvalidValueError(f"k of {q.shape[-1]} must be even to pack two values per byte")
+    return (q[..., 0::2] | (q[..., 1::2] << 4)).astype(np.uint8)
+
+
+def unpack_nibbles(packed: Nibbles) -> Nibbles:
+    """Exact inverse of `pack_nibbles`: uint8 [n, k / 2] to uint8 [n, k]."""
+    q = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), np.uint8)
+    q[..., 0::2] = packed & MAX_Q
+    q[..., 1::2] = packed >> 4
+    return q
+
+
+def dequantize(q: Nibbles, scales: Half, zeros: Half | None, *, group_size: int) -> Double:
+    """Give (q - 8) * scale [+ zero] in float64 [n, k], exact: the product has 15 significant bits."""
+    n, k = q.shape
+    per_group = np.broadcast_to(np.atleast_2d(scales), (k // group_size, n)).astype(np.float64)
+    values = (q.astype(np.float64) - OFFSET).reshape(n, k // group_size, group_size) * per_group.T[..., None]
+    if zeros is not None:
+        values = values + zeros.astype(np.float64).T[..., None]
+    return values.reshape(n, k)
+
+
+def gemm_reference(
+    a: npt.NDArray[Any], weight: QuantizedWeight, *, alpha: float = 1.0, bias: Half | None = None
+) -> Double:
+    """Give alpha * A x W + bias in float64 [m, n], from fp16 [m, k] activations and the exact weight."""
+    result = alpha * (a.astype(np.float64) @ weight.dequantize().T)
+    return result if bias is None else result + bias.astype(np.float64)

@@ -1,0 +1,108 @@
+"""From configurations to text: kernel sources, the registry, compile units. The only importer of jinja2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import jinja2
+
+from w4a16gen.config import KernelConfig, QuantMode, Schedule, Scheduler, Target
+from w4a16gen.files import write_if_changed, write_json
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+
+_MODE_NAMES = {mode: f"W4A16_{mode.name}" for mode in QuantMode}
+_SCHEDULE_NAMES = {Schedule.PINGPONG: "Pingpong", Schedule.COOPERATIVE: "Cooperative"}
+_SCHEDULER_NAMES = {Scheduler.PERSISTENT: "Persistent", Scheduler.STREAM_K: "StreamK"}
+_KERNEL_TEMPLATES = {Target.CUTLASS: "cutlass_kernel.cu.jinja"}
+
+
+@dataclass(frozen=True)
+class Emission:
+    """What an emission did: paths of every kernel asked for, and which files were written or removed."""
+
+    paths: tuple[Path, ...]
+    written: tuple[Path, ...]
+    stale: tuple[Path, ...]
+    removed: tuple[Path, ...]
+
+
+def templates_folder() -> Path:
+    """Give the folder of the templates: inside an installed package, beside it in a source tree."""
+    package = Path(__file__).resolve().parent
+    return next(folder for folder in (package / "templates", package.parent / "templates") if folder.is_dir())
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(templates_folder()),
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,  # noqa: S701  (the output is C++)
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def render_kernel(config: KernelConfig) -> str:
+    """Give the translation unit of one kernel."""
+    return (
+        _environment()
+        .get_template(_KERNEL_TEMPLATES[config.target])
+        .render(
+            name=config.name,
+            cta=", ".join(map(str, config.cta.as_list())),
+            cluster=", ".join(map(str, config.cluster.as_list())),
+            mode=_MODE_NAMES[config.mode],
+            schedule=_SCHEDULE_NAMES[config.schedule],
+            scheduler=_SCHEDULER_NAMES[config.scheduler],
+        )
+    )
+
+
+def render_registry(configs: Iterable[KernelConfig]) -> str:
+    """Give the table of kernels that the library links."""
+    names = [config.name for config in sorted(configs)]
+    return _environment().get_template("registry.cpp.jinja").render(names=names)
+
+
+def render_unit(sources: Sequence[str]) -> str:
+    """Give a compile unit that includes several kernel sources, named relative to its include path."""
+    return _environment().get_template("unit.cu.jinja").render(sources=sources)
+
+
+def source_name(config: KernelConfig) -> str:
+    """Give the file name of a kernel's source."""
+    return f"{config.name}.cu"
+
+
+def emit(configs: Iterable[KernelConfig], folder: Path, *, remove_stale: bool = False) -> Emission:
+    """Write one source per configuration and a manifest into a folder.
+
+    Files that hold the right text already are not touched. Kernel sources of other configurations stay, unless
+    `remove_stale`; the manifest names this call's configurations only. Files that are not kernel sources are never
+    removed.
+
+    Raises:
+        OSError: if the folder cannot be made or written.
+    """
+    wanted = sorted(set(configs))
+    paths = tuple(folder / source_name(config) for config in wanted)
+    written = [
+        path for config, path in zip(wanted, paths, strict=True) if write_if_changed(path, render_kernel(config))
+    ]
+    manifest = folder / MANIFEST
+    if write_json(manifest, {"schema": SCHEMA_VERSION, "kernels": [config.as_json() for config in wanted]}):
+        written.append(manifest)
+    stale = tuple(sorted(set(folder.glob("w4a16_sm90_*.cu")) - set(paths)))
+    removed: tuple[Path, ...] = ()
+    if remove_stale:
+        for path in stale:
+            path.unlink()
+        stale, removed = (), stale
+    return Emission(paths, tuple(written), stale, removed)

@@ -1,0 +1,61 @@
+"""How far a kernel's fp16 result may lie from the exact one, element by element; docs/numerics.md derives it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from w4a16gen.config import QuantMode
+from w4a16gen.quantize import Double, Half, QuantizedWeight
+
+HALF_ROUNDING = 2.0**-11
+"""Unit roundoff of fp16: rounding to nearest changes a normal value by at most this fraction."""
+HALF_UNDERFLOW = 2.0**-25
+"""Half of fp16's smallest subnormal: the most that rounding adds where the result is subnormal."""
+FLOAT_TRUNCATION = 2.0**-23
+"""Largest relative error of one fp32 addition that truncates, as tensor cores may (they align the addends of a step to
+the largest and cut; Fasi et al., Numerical behavior of NVIDIA tensor cores, PeerJ CS 2021)."""
+EPILOGUE_ROUNDINGS = 4
+"""fp32 roundings after the accumulation: alpha, alpha * scale, the multiply-add, and a stream-K partial sum."""
+_WEIGHT_ROUNDINGS = {
+    QuantMode.PER_COLUMN_SCALE_ONLY: 0,  # the main loop multiplies by the exact q - 8
+    QuantMode.FINEGRAINED_SCALE_ONLY: 1,  # (q - 8) * scale
+    QuantMode.FINEGRAINED_SCALE_AND_ZEROS: 1,  # one fused multiply-add
+}
+
+
+class Expectation:
+    """The exact product of one problem, in float64, and what rounding may add to it."""
+
+    def __init__(self, a: npt.NDArray[Any], weight: QuantizedWeight) -> None:
+        """Compute the product and the sum of its terms' magnitudes once, for any alpha and bias."""
+        activations = a.astype(np.float64)
+        values = weight.dequantize().T
+        self._product = activations @ values
+        self._magnitude = np.abs(activations) @ np.abs(values)
+        self._sum = np.abs(activations).sum(axis=1, keepdims=True)
+        self._k = weight.k
+        self._weight_roundings = _WEIGHT_ROUNDINGS[weight.mode]
+
+    def result(self, alpha: float, bias: Half | None) -> Double:
+        """Give alpha * A x W + bias, exact up to float64."""
+        product = np.float64(np.float32(alpha)) * self._product
+        return product if bias is None else product + bias.astype(np.float64)
+
+    def bound(self, alpha: float, bias: Half | None) -> Double:
+        """Give the largest error that rounding explains, [m, n]."""
+        weights = self._weight_roundings * (HALF_ROUNDING * self._magnitude + HALF_UNDERFLOW * self._sum)
+        terms = self._magnitude + weights
+        sums = (self._k + EPILOGUE_ROUNDINGS) * FLOAT_TRUNCATION * terms
+        before_store = abs(alpha) * (weights + sums)
+        result = np.abs(self.result(alpha, bias))
+        if bias is not None:
+            before_store = before_store + FLOAT_TRUNCATION * np.abs(bias.astype(np.float64))
+        return before_store + HALF_ROUNDING * (result + before_store) + HALF_UNDERFLOW
+
+
+def dequantized_half(weight: QuantizedWeight) -> Half:
+    """Give the weight as a kernel's tensor cores see it, fp16 [n, k]: the exact value rounded once."""
+    return weight.dequantize().astype(np.float16)

@@ -1,0 +1,297 @@
+"""Proofs of a build's numbers on a Hopper GPU, each kernel by itself against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from w4a16gen.arrays import DeviceArray
+from w4a16gen.config import KernelConfig, QuantMode
+from w4a16gen.errors import W4A16Error
+from w4a16gen.module import Library
+from w4a16gen.packing import PackedWeight, pack_weight
+from w4a16gen.problem import Problem, why_cannot_run
+from w4a16gen.quantize import Half, QuantizedWeight, canonical
+from w4a16gen.verify.bounds import Expectation, dequantized_half
+
+CANARY = 0xA5
+GUARD_BYTES = 4096
+POISON = np.float16(np.nan)
+
+
+@dataclass
+class NumericProof:
+    """Outcome for one kernel: how many checks of each kind passed, the tightest one, and what failed."""
+
+    name: str
+    passed: dict[str, int] = field(default_factory=dict)
+    worst_error_over_bound: float = 0.0
+    failures: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """Give the object that the report carries."""
+        return {
+            "name": self.name,
+            "passed": self.passed,
+            "worst_error_over_bound": round(self.worst_error_over_bound, 4),
+            "failures": self.failures,
+        }
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem with its data: what runs on every kernel of the mode that can run it."""
+
+    kind: str
+    weight: QuantizedWeight
+    rows: int
+    """Activation rows; kernels are run on the first m of them."""
+    tokens: tuple[int, ...]
+    """The m to run; 0 stands for one more than the kernel's CTA tokens."""
+    options: tuple[tuple[float, bool], ...]
+    """(alpha, with bias) pairs, taken in turn over the m."""
+
+    def __str__(self) -> str:
+        weight = self.weight
+        return f"{self.kind} n={weight.n} k={weight.k} group={weight.group_size}"
+
+
+def random_weight(rng: np.random.Generator, n: int, k: int, group_size: int, mode: QuantMode) -> QuantizedWeight:
+    """Draw a weight that uses all 16 values, scales over two octaves, and zeros of the scales' size."""
+    groups = k // group_size
+    q = rng.integers(0, 16, (n, k), dtype=np.uint8)
+    scales = (0.01 * 2.0 ** rng.uniform(-1, 1, (groups, n))).astype(np.float16)
+    zeros = (scales.astype(np.float32) * rng.uniform(-8, 8, (groups, n))).astype(np.float16)
+    if not mode.is_grouped:
+        return canonical(q, scales[0], None, group_size=k)
+    return canonical(q, scales, zeros if mode.has_zeros else None, group_size=group_size)
+
+
+_PLAIN = ((1.0, False),)
+_MIXED = ((1.0, False), (0.75, True), (-2.0, False), (1.0, True))
+
+
+def cases(mode: QuantMode, rng: np.random.Generator) -> Iterator[Case]:
+    """Give every problem that a kernel of a mode is put through."""
+
+    def case(  # noqa: PLR0913
+        kind: str, n: int, k: int, group: int, tokens: Iterable[int], options: tuple[tuple[float, bool], ...] = _MIXED
+    ) -> Case:
+        group = group if mode.is_grouped else k
+        chosen = tuple(tokens)
+        rows = max([*chosen, 257])
+        return Case(kind, random_weight(rng, n, k, group, mode), rows, chosen, options)
+
+    for group in (64, 128, 256) if mode.is_grouped else (256,):
+        yield case("one_hot", 264, 256, group, (256,), _PLAIN)
+    yield case("one_hot", 136, 200, 200, (200,), _PLAIN)
+    for group in (64, 128, 192, 256, 384, 768) if mode.is_grouped else (768,):
+        yield case("random", 520, 768, group, (1, 7, 17, 100, 0))
+    yield case("smallest", 8, 8, 8, (1, 3))
+    yield case("smallest", 8, 64, 64, (1, 65))
+    yield case("smallest", 1032, 8, 8, (2, 33))
+    yield case("ragged_k", 392, 1000, 1000, (5, 129))
+    yield case("large", 4096, 4096, 128, (1, 300))
+    yield case("long_k", 256, 16384, 128, (16, 48))
+
+
+class _Bench:
+    """A Hopper GPU with guarded buffers."""
+
+    def __init__(self, library: Library, device: int) -> None:
+        self.library = library
+        self.device = device
+        self.stream = library.module.Stream(device)
+
+    def upload(self, array: npt.NDArray[Any]) -> DeviceArray:
+        return DeviceArray.from_host(self.library.module, array, self.device)
+
+    def guarded(self, nbytes: int, fill: npt.NDArray[np.uint8] | None = None) -> DeviceArray:
+        """Allocate bytes between two guards of canaries."""
+        host = np.full(GUARD_BYTES + nbytes + GUARD_BYTES, CANARY, np.uint8)
+        if fill is not None:
+            host[GUARD_BYTES : GUARD_BYTES + nbytes] = fill
+        return self.upload(host)
+
+    def run(  # noqa: PLR0913
+        self,
+        config: KernelConfig,
+        a: DeviceArray,
+        weight: PackedWeight,
+        m: int,
+        alpha: float,
+        bias: DeviceArray | None,
+        *,
+        in_graph: bool = False,
+    ) -> Half:
+        """Launch on a poisoned output between canaries, with a workspace of exactly the size asked for.
+
+        Raises:
+            W4A16Error: if the launch is refused, or a canary died.
+        """
+        problem = Problem(m, weight.n, weight.k, weight.group_size)
+        poison = np.full(m * weight.n, POISON, np.float16).view(np.uint8)
+        output = self.guarded(poison.nbytes, poison)
+        needed = self.library.workspace_bytes(config, problem, device=self.device)
+        workspace = self.guarded(needed)
+
+        def launch() -> None:
+            self.library.gemm(
+                _Window(a, (m, weight.k), "<f2", 0),
+                weight,
+                bias=bias,
+                alpha=alpha,
+                config=config,
+                out=_Window(output, (m, weight.n), "<f2", GUARD_BYTES),
+                workspace=_Window(workspace, (needed,), "|u1", GUARD_BYTES),
+                stream=self.stream,
+            )
+
+        if in_graph:
+            self.stream.begin_capture()
+            launch()
+            self.stream.end_capture()
+            self.stream.replay()
+            self.stream.replay()
+        else:
+            launch()
+        self.stream.synchronize()
+        for what, buffer in (("output", output), ("workspace", workspace)):
+            host = buffer.to_host()
+            if (host[:GUARD_BYTES] != CANARY).any() or (host[-GUARD_BYTES:] != CANARY).any():
+                raise W4A16Error(f"wrote beyond the {what}")
+        result: Half = output.to_host()[GUARD_BYTES:-GUARD_BYTES].view(np.float16).reshape(m, weight.n)
+        return result
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Part of a device array, seen as another shape and dtype."""
+
+    base: DeviceArray
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        address = self.base.buffer.pointer + self.offset
+        return {"shape": self.shape, "typestr": self.dtype, "data": (address, False), "strides": None, "version": 3}
+
+
+Progress = Callable[[int, int, str], None]
+
+
+_SAMPLE_KINDS = ("smallest", "ragged_k")
+
+
+def sample(configs: Iterable[KernelConfig]) -> list[KernelConfig]:
+    """Give one kernel per target, mode and CTA shape: the one with the largest cluster."""
+    chosen: dict[tuple[object, ...], KernelConfig] = {}
+    for config in sorted(configs, key=lambda config: config.cluster):
+        chosen[config.target, config.mode, config.cta] = config
+    return sorted(chosen.values())
+
+
+def prove(
+    library: Library,
+    *,
+    device: int = 0,
+    seed: int = 0,
+    sampled: bool = False,
+    progress: Progress = lambda _done, _total, _name: None,
+) -> list[NumericProof]:
+    """Run every built kernel through every case of its mode on a Hopper GPU.
+
+    Args:
+        library: the loaded build.
+        device: the GPU.
+        seed: of the random data.
+        sampled: only one kernel per CTA shape and mode, on small problems: for slow tools such as compute-sanitizer.
+        progress: told after every case of every mode.
+    """
+    bench = _Bench(library, device)
+    chosen = sample(library.configs()) if sampled else library.configs()
+    proofs = {config: NumericProof(config.name) for config in chosen}
+    modes = sorted({config.mode for config in proofs})
+    todo = [
+        (mode, case)
+        for mode in modes
+        for case in cases(mode, np.random.default_rng(seed))
+        if not sampled or case.kind in _SAMPLE_KINDS
+    ]
+    for done, (mode, case) in enumerate(todo, 1):
+        of_mode = [(config, proof) for config, proof in proofs.items() if config.mode is mode]
+        _prove_case(bench, case, of_mode, np.random.default_rng((seed, done)))
+        progress(done, len(todo), f"{mode} {case}")
+    return list(proofs.values())
+
+
+def _prove_case(
+    bench: _Bench, case: Case, proofs: list[tuple[KernelConfig, NumericProof]], rng: np.random.Generator
+) -> None:
+    """Run one case on every kernel that can run it."""
+    weight = case.weight
+    one_hot = case.kind == "one_hot"
+    a = np.eye(weight.k) if one_hot else rng.standard_normal((case.rows, weight.k))
+    a = a.astype(np.float16)
+    bias = rng.standard_normal(weight.n).astype(np.float16)
+    on_gpu = bench.upload(a), bench.upload(bias)
+    packed: dict[Any, PackedWeight] = {}
+    expected = Expectation(a, weight)
+    for config, proof in proofs:
+        if why_cannot_run(config, Problem(1, weight.n, weight.k, weight.group_size)) is not None:
+            continue
+        if config.target not in packed:
+            packed[config.target] = library_weight(bench, weight, config)
+        for turn, tokens in enumerate(case.tokens):
+            m = tokens or config.cta.tokens + 1
+            alpha, with_bias = case.options[turn % len(case.options)]
+            in_graph = turn % 2 == 1
+            label = f"{case} m={m} alpha={alpha} bias={with_bias} graph={in_graph}"
+            used = on_gpu[1] if with_bias else None
+            try:
+                got = bench.run(config, on_gpu[0], packed[config.target], m, alpha, used, in_graph=in_graph)
+            except (W4A16Error, RuntimeError) as error:
+                proof.failures.append(f"{label}: {error}")
+                continue
+            problem = _compare_exact(got, weight) if one_hot else None
+            if not one_hot:
+                ratio = _error_over_bound(got, expected, alpha, bias if with_bias else None)
+                proof.worst_error_over_bound = max(proof.worst_error_over_bound, ratio)
+                problem = f"error is {ratio:.3g} times the bound" if ratio > 1 else None
+            if problem is None:
+                proof.passed[case.kind] = proof.passed.get(case.kind, 0) + 1
+            else:
+                proof.failures.append(f"{label}: {problem}")
+
+
+def library_weight(bench: _Bench, weight: QuantizedWeight, config: KernelConfig) -> PackedWeight:
+    """Pack a weight for a kernel's target and move it to the GPU."""
+    moved: PackedWeight = bench.library.to_device(pack_weight(weight, target=config.target), bench.device)
+    return moved
+
+
+def _compare_exact(got: Half, weight: QuantizedWeight) -> str | None:
+    """Say where one-hot activations did not give the dequantised weight bit for bit (both zeros count as zero)."""
+    wanted = dequantized_half(weight).T
+    wrong = ~(got == wanted)
+    if not wrong.any():
+        return None
+    row, channel = (int(index[0]) for index in np.nonzero(wrong))
+    return (
+        f"{int(wrong.sum())} of {wrong.size} weights are not exact, first at k={row} n={channel}: "
+        f"{got[row, channel]} instead of {wanted[row, channel]}"
+    )
+
+
+def _error_over_bound(got: Half, expected: Expectation, alpha: float, bias: Half | None) -> float:
+    """Give the largest error as a multiple of its bound; infinity where a value was not written or is not finite."""
+    m = got.shape[0]
+    error = np.abs(got.astype(np.float64) - expected.result(alpha, bias)[:m])
+    ratio = error / expected.bound(alpha, bias)[:m]
+    return float("inf") if np.isnan(ratio).any() else float(ratio.max(initial=0.0))

@@ -1,0 +1,152 @@
+"""One report over both kinds of proof: a value for JSON, a table for people, and a page for docs/."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from w4a16gen.module import Library
+from w4a16gen.verify import numeric, static
+
+NOT_RUN = "not run"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was proven of a build, what was not, and what failed."""
+
+    value: dict[str, Any]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every proof that ran held."""
+        return bool(self.value["static"]["ok"]) and self.value["numerics"]["status"] != "failed"
+
+    @property
+    def numerics_ran(self) -> bool:
+        """Whether the kernels ran on a Hopper GPU."""
+        return bool(self.value["numerics"]["status"] != NOT_RUN)
+
+    def violations(self) -> list[str]:
+        """Give everything that failed, a sentence each."""
+        numerics = [
+            f"{kernel['name']}: {failure}"
+            for kernel in self.value["numerics"]["kernels"]
+            for failure in kernel["failures"]
+        ]
+        return [*self.value["static"]["violations"], *numerics]
+
+    def summary(self) -> str:
+        """Say in two sentences what was proven and what was not."""
+        count = len(self.value["static"]["kernels"])
+        held = "hold" if self.value["static"]["ok"] else "FAIL"
+        numerics = self.value["numerics"]
+        if not self.numerics_ran:
+            proven = f"Numerics were NOT run: {numerics['reason']}."
+        else:
+            checks = sum(sum(kernel["passed"].values()) for kernel in numerics["kernels"])
+            failures = sum(len(kernel["failures"]) for kernel in numerics["kernels"])
+            proven = f"Numerics on {numerics['gpu']}: {checks} checks passed, {failures} failed."
+        return f"Static proofs {held} for {count} kernels. {proven}"
+
+    def rows(self) -> Iterator[tuple[str, ...]]:
+        """Give one row per kernel, under `HEADINGS`."""
+        numerics = {kernel["name"]: kernel for kernel in self.value["numerics"]["kernels"]}
+        for kernel in self.value["static"]["kernels"]:
+            proof = numerics.get(kernel["name"])
+            if proof is None:
+                checks, worst = "not run", ""
+            else:
+                total = sum(proof["passed"].values()) + len(proof["failures"])
+                checks, worst = f"{sum(proof['passed'].values())}/{total}", f"{proof['worst_error_over_bound']:.3f}"
+            yield (
+                kernel["mode"],
+                "x".join(map(str, kernel["cta"])),
+                "x".join(map(str, kernel["cluster"])),
+                f"{kernel['schedule']}, {kernel['scheduler']}",
+                str(kernel["registers"]),
+                str(kernel["stages"]),
+                f"{kernel['shared_memory_bytes'] / 1024:.0f}",
+                f"{kernel['code_bytes'] / 1024:.0f}",
+                f"{kernel['compile_cpu_seconds']:.1f}",
+                f"{kernel['compile_peak_bytes'] / 1e9:.1f}",
+                checks,
+                worst,
+            )
+
+    def markdown(self) -> str:
+        """Give the report as a page."""
+        lines = ["# Verification report", "", self.summary(), ""]
+        lines += [f"Date {self.value['date']}; compiler {self.value['compiler']}; CUTLASS {self.value['cutlass']}.", ""]
+        lines += [f"- FAILED: {violation}" for violation in self.violations()]
+        lines += ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
+        lines += ["| " + " | ".join(row) + " |" for row in self.rows()]
+        lines += ["", "`checks` counts numerical checks passed; `error/bound` is the largest error over its bound."]
+        lines += ["Compile CPU-seconds are a kernel's share of its compile unit; the peak is that of the unit."]
+        return "\n".join(lines) + "\n"
+
+
+HEADINGS = (
+    "mode",
+    "CTA (channels x tokens x k)",
+    "cluster",
+    "schedule",
+    "registers",
+    "stages",
+    "shared KiB",
+    "code KiB",
+    "compile CPU s",
+    "compile peak GB",
+    "checks",
+    "error/bound",
+)
+
+
+def verify(
+    library: Library,
+    generated: Path,
+    *,
+    sampled: bool = False,
+    progress: numeric.Progress = lambda _done, _total, _name: None,
+) -> Report:
+    """Prove a build: statically everywhere, numerically where there is a Hopper GPU.
+
+    Args:
+        library: the loaded build.
+        generated: the folder that its sources were emitted to.
+        sampled: numerics of one kernel per CTA shape and mode on small problems only.
+        progress: told how far the numerical proofs are.
+    """
+    proof = static.prove(library, generated)
+    hopper = library.hopper_devices()
+    if hopper:
+        kernels = numeric.prove(library, device=hopper[0]["index"], sampled=sampled, progress=progress)
+        failed = any(kernel.failures for kernel in kernels)
+        numerics: dict[str, Any] = {
+            "status": "failed" if failed else "passed",
+            "gpu": hopper[0]["name"],
+            "sm_count": hopper[0]["sm_count"],
+            "sampled": sampled,
+            "kernels": [kernel.as_json() for kernel in kernels],
+        }
+    else:
+        found = ", ".join(
+            f"{device['name']} of compute capability {'.'.join(map(str, device['compute_capability']))}"
+            for device in library.devices()
+        )
+        reason = f"this machine has {found or 'no CUDA GPU'}; they need an NVIDIA Hopper GPU (compute capability 9.0)"
+        numerics = {"status": NOT_RUN, "reason": reason, "kernels": []}
+    manifest = library.build.manifest
+    return Report(
+        {
+            "schema": 1,
+            "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
+            "compiler": manifest["compiler"],
+            "cutlass": manifest["cutlass"],
+            "static": {"ok": proof.ok, "violations": proof.violations, "kernels": proof.kernels},
+            "numerics": numerics,
+        }
+    )

@@ -1,0 +1,171 @@
+"""Proofs on a build that need no GPU: the manifests agree, nothing foreign is in it, and its machine code is right."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from w4a16gen.build import Build
+from w4a16gen.errors import NotBuiltError
+from w4a16gen.module import Library
+from w4a16gen.packing import LAYOUTS, TARGET_LAYOUTS, PackedWeight
+from w4a16gen.problem import Problem
+from w4a16gen.render import source_name
+from w4a16gen.toolchain import INSTALL_CUDA, find_cuobjdump, require
+
+FOREIGN = re.compile(r"fp8|e4m3|e5m2|bf16|bfloat|(?<![a-z])u?int8|[^a-z]s8[^0-9a-z]|fp4|e2m1", re.IGNORECASE)
+"""Type names of other kernels: FP8, BF16, INT8, FP4, in CUDA's, CUTLASS's and TensorRT-LLM's spellings."""
+_NAME = re.compile(r"w4a16_sm90_[a-z0-9_]+")
+_RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
+_COUNTED = ("HGMMA", "UTMALDG", "UBLKCP", "HMMA", "STL", "LDL")
+_INSTRUCTION_BYTES = 16
+_PROBED = Problem(m=1, n=264, k=1152, group_size=128)
+
+
+@dataclass
+class KernelCode:
+    """What a kernel's machine code says."""
+
+    registers: int = 0
+    stack_bytes: int = 0
+    instructions: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def code_bytes(self) -> int:
+        """Size of the machine code."""
+        return _INSTRUCTION_BYTES * sum(self.instructions.values())
+
+
+@dataclass
+class StaticProof:
+    """Outcome: what was proven of each kernel, and every violation as a sentence."""
+
+    kernels: list[dict[str, Any]]
+    violations: list[str]
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything held."""
+        return not self.violations
+
+
+def _run(program: Path, *arguments: str) -> str:
+    finished = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)  # noqa: S603
+    if finished.returncode != 0:
+        raise NotBuiltError(f"{program.name} {' '.join(arguments)} failed: {finished.stderr.strip()[:300]}")
+    return finished.stdout
+
+
+def read_code(library: Path) -> dict[str, KernelCode]:
+    """Read registers, stack and instructions of every device function of a library, by kernel name.
+
+    Functions whose symbol holds no kernel name are listed under their symbol.
+
+    Raises:
+        MissingToolError: if cuobjdump is not installed.
+        NotBuiltError: if it cannot read the library.
+    """
+    cuobjdump = require("cuobjdump", find_cuobjdump(), INSTALL_CUDA)
+    found: dict[str, KernelCode] = {}
+
+    def kernel(symbol: str) -> KernelCode:
+        name = _NAME.search(symbol)
+        return found.setdefault(name[0] if name else symbol, KernelCode())
+
+    for block in re.split(r"^ ?Function ", _run(cuobjdump, "-res-usage", str(library)), flags=re.MULTILINE)[1:]:
+        resources = _RESOURCES.search(block)
+        if resources is not None:
+            code = kernel(block.split(":", 1)[0])
+            code.registers = int(resources[1])
+            code.stack_bytes = int(resources[2]) + int(resources[4])
+    for block in re.split(r"^\s*Function : ", _run(cuobjdump, "-sass", str(library)), flags=re.MULTILINE)[1:]:
+        symbol, _, body = block.partition("\n")
+        kernel(symbol).instructions.update(_INSTRUCTION.findall(body))
+    return found
+
+
+def _code_violations(name: str, code: KernelCode) -> list[str]:
+    """Say what is wrong with one kernel's machine code."""
+    count = code.instructions
+    rules = (
+        (count["HGMMA"] > 0, "has no HGMMA: the tensor cores' warpgroup instruction"),
+        (count["UTMALDG"] > 0, "has no UTMALDG: loads by the tensor memory accelerator"),
+        (count["HMMA"] == 0, f"has {count['HMMA']} HMMA: tensor-core instructions of older GPUs"),
+        (count["STL"] + count["LDL"] == 0, f"spills: {count['STL']} STL and {count['LDL']} LDL"),
+        (code.stack_bytes == 0, f"uses {code.stack_bytes} bytes of stack"),
+    )
+    return [f"{name} {what}" for holds, what in rules if not holds]
+
+
+def _difference(left: str, a: set[str], right: str, b: set[str]) -> list[str]:
+    """Say which names two sets do not share."""
+    return [f"{name} is {left} but not {right}" for name in sorted(a - b)] + [
+        f"{name} is {right} but not {left}" for name in sorted(b - a)
+    ]
+
+
+def _foreign_violations(build: Build, generated: Path, symbols: set[str]) -> list[str]:
+    """Find type names of other kernels in the emitted files and the symbols."""
+    texts = {f"symbol {symbol}": symbol for symbol in symbols}
+    for config in build.configs:
+        path = generated / source_name(config)
+        if path.is_file():
+            texts[str(path)] = path.read_text()
+    return [
+        f"{where} names a foreign type: {match[0]}" for where, text in texts.items() if (match := FOREIGN.search(text))
+    ]
+
+
+def _packing_violations(library: Library) -> list[str]:
+    """Compare the packed sizes that Python and the library compute."""
+    violations = []
+    for config in library.configs():
+        group = _PROBED.group_size if config.mode.is_grouped else _PROBED.k
+        problem = Problem(_PROBED.m, _PROBED.n, _PROBED.k, group)
+        layout = TARGET_LAYOUTS[config.target]
+        weight = PackedWeight(None, layout, problem.n, problem.k, group, config.mode)
+        expected, actual = LAYOUTS[layout].packed_bytes(weight), library.packed_bytes(config, problem)
+        if expected != actual:
+            violations.append(f"{config.name} reads {actual} packed bytes for {problem}; packing writes {expected}")
+    return violations
+
+
+def prove(library: Library, generated: Path) -> StaticProof:
+    """Prove a build without a GPU.
+
+    Asked = emitted = exported = in the machine code, with nothing missing and nothing foreign; every kernel has HGMMA
+    and TMA loads, no HMMA, no spills, no stack; the packed sizes of Python and the library agree.
+
+    Args:
+        library: the loaded build.
+        generated: the folder that its sources were emitted to.
+    """
+    build = library.build
+    asked = set(build.manifest["asked"])
+    exported = {kernel["name"] for kernel in library.kernels}
+    emitted = {config.name for config in library.configs() if (generated / source_name(config)).is_file()}
+    code = read_code(build.library)
+    violations = [f"{name} was asked for but failed to compile" for name in build.manifest["failed"]]
+    violations += _difference("asked for", asked, "emitted", emitted)
+    violations += _difference("asked for", asked, "exported", exported)
+    violations += _difference("exported", exported, "in the machine code", set(code))
+    violations += _foreign_violations(build, generated, set(code) | exported)
+    violations += _packing_violations(library)
+    for name in sorted(exported & code.keys()):
+        violations += _code_violations(name, code[name])
+    described = {kernel["name"]: kernel for kernel in library.kernels}
+    kernels = []
+    for kernel in build.manifest["kernels"]:
+        seen = code.get(kernel["name"], KernelCode())
+        kernels.append(
+            kernel
+            | {key: described.get(kernel["name"], {}).get(key) for key in ("stages", "threads", "shared_memory_bytes")}
+            | {"registers": seen.registers, "stack_bytes": seen.stack_bytes, "code_bytes": seen.code_bytes}
+            | {"instructions": {name: seen.instructions[name] for name in _COUNTED}}
+        )
+    return StaticProof(kernels, violations)
