@@ -24,7 +24,8 @@ class ArrayView:
     pointer: int
     shape: tuple[int, ...]
     dtype: str
-    device: int
+    device: int | None
+    """The GPU that holds it; -1 for host memory, None for an empty array."""
     contiguous: bool
     owner: Any
 
@@ -110,7 +111,7 @@ def view(name: str, array: Any, module: Any) -> ArrayView:
         dtype = np.dtype(interface["typestr"])
         strides = interface.get("strides")
         counted = None if strides is None else tuple(stride // dtype.itemsize for stride in strides)
-        device = module.pointer_device(pointer) if pointer else getattr(array, "device", 0)
+        device = module.pointer_device(pointer) if pointer else None  # an empty array is nowhere
         owner = array
     elif is_on_gpu(array):
         owner = array.__dlpack__(stream=-1)
@@ -119,12 +120,9 @@ def view(name: str, array: Any, module: Any) -> ArrayView:
         dtype = np.dtype(f"{kind}{bits // 8}") if kind is not None and lanes == 1 else np.dtype("V1")
     else:
         raise InvalidValueError(
-            f"{name} is a {type(array).__name__} in host memory, but the packed weight is on a GPU: move it with "
-            "w4a16gen.to_device, or pack without moving the weight to run the numpy reference"
+            f"{name} is a {type(array).__name__} in host memory, but the other arrays are on a GPU: move it with "
+            "w4a16gen.to_device, or keep all on the host to run the numpy reference"
         )
-    if device == -1:
-        raise InvalidValueError(f"{name} offers a pointer to host memory as GPU memory: move it to the GPU")
-    device = device if isinstance(device, int) else 0
     return ArrayView(pointer, shape, dtype.str, device, _is_contiguous(shape, counted), (array, owner))
 
 
@@ -140,8 +138,10 @@ def check(name: str, seen: ArrayView, *, dtype: str, shape: tuple[int, ...], dev
         raise InvalidValueError(f"{name} of shape {list(seen.shape)} must be {list(shape)}")
     if not seen.contiguous:
         raise InvalidValueError(f"{name} must be contiguous, row-major: make a contiguous copy")
-    if device is not None and seen.device != device:
-        raise InvalidValueError(f"{name} is on GPU {seen.device}, but the activations are on GPU {device}")
+    if seen.device == -1:
+        raise InvalidValueError(f"{name} offers a pointer to host memory as GPU memory: move it to the GPU")
+    if None not in (device, seen.device) and seen.device != device:
+        raise InvalidValueError(f"{name} is on GPU {seen.device}, but the packed weight is on GPU {device}")
 
 
 def stream_pointer(stream: Any, array: Any) -> int:

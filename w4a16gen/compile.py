@@ -7,6 +7,7 @@ of one CUTLASS kernel takes 31 CPU-seconds and 3.9 GB, a unit of eight takes 63 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -119,7 +120,7 @@ def plan_jobs(kernels: int, cores: int, memory: float) -> tuple[int, int]:
 def split_evenly(configs: Sequence[KernelConfig], parts: int) -> list[tuple[KernelConfig, ...]]:
     """Cut a list into contiguous parts whose sizes differ by at most one."""
     bounds = [len(configs) * part // parts for part in range(parts + 1)]
-    return [tuple(configs[start:stop]) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [tuple(configs[start:stop]) for start, stop in itertools.pairwise(bounds)]
 
 
 def _load_unit(record: Path) -> CompiledUnit | None:
@@ -259,9 +260,9 @@ def compile_kernels(
         return result
     compiler = _Compiler(toolchain, generated, build)
     pool = ThreadPoolExecutor(workers)
-    pending: dict[Future[CompiledUnit | Failure], Sequence[KernelConfig]] = {}
+    pending: dict[Future[CompiledUnit | Failure], tuple[KernelConfig, ...]] = {}
 
-    def submit(part: Sequence[KernelConfig]) -> None:
+    def submit(part: tuple[KernelConfig, ...]) -> None:
         pending[pool.submit(compiler.compile, part, hashes)] = part
 
     try:
@@ -272,7 +273,7 @@ def compile_kernels(
                 part, outcome = pending.pop(future), future.result()
                 if isinstance(outcome, Failure) and len(part) > 1:
                     for config in part:
-                        submit([config])
+                        submit((config,))
                     continue
                 if isinstance(outcome, Failure):
                     result.failures.append(outcome)

@@ -1,4 +1,4 @@
-"""The kernel as a value: its shapes, its quantisation mode, its schedule, and the canonical name that holds them all."""
+"""The kernel as a value: shapes, quantisation mode, schedule, and the canonical name that holds them all."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import re
 from dataclasses import dataclass
 from enum import Enum
 from functools import total_ordering
-from typing import TypeVar
+from typing import TYPE_CHECKING
 
 from w4a16gen.errors import InvalidValueError
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 _TRIPLE = re.compile(r"([1-9][0-9]*)x([1-9][0-9]*)x([1-9][0-9]*)")
-_Shape = TypeVar("_Shape", bound="_Triple")
 
 
 @dataclass(frozen=True, order=True)
@@ -26,7 +28,7 @@ class _Triple:
         return f"{self.channels}x{self.tokens}x{self.k}"
 
     @classmethod
-    def parse(cls: type[_Shape], text: str) -> _Shape:
+    def parse(cls, text: str) -> Self:
         """Read `CHANNELSxTOKENSxK`, the exact inverse of `str`.
 
         Raises:
@@ -58,7 +60,7 @@ class _OrderedEnum(Enum):
         if type(self) is not type(other):
             return NotImplemented
         members = list(type(self))
-        return members.index(self) < members.index(other)  # type: ignore[arg-type]
+        return members.index(self) < members.index(other)
 
     def __str__(self) -> str:
         return str(self.value)

@@ -1,10 +1,9 @@
-"""Loading what was built, and the typed Python face of it: configs, pack, gemm."""
+"""A loaded build: its kernels, what each can run, and the launch."""
 
 from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
-import os
 import threading
 from functools import cache
 from pathlib import Path
@@ -13,16 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from w4a16gen.arrays import (
-    ArrayView,
-    DeviceArray,
-    check,
-    empty_like_library,
-    is_on_gpu,
-    stream_pointer,
-    view,
-)
-from w4a16gen.build import Build, load_build
+from w4a16gen.arrays import ArrayView, DeviceArray, check, empty_like_library, stream_pointer, view
+from w4a16gen.build import Build
 from w4a16gen.config import KernelConfig
 from w4a16gen.dispatch import choose
 from w4a16gen.errors import (
@@ -33,22 +24,15 @@ from w4a16gen.errors import (
     UnsupportedProblemError,
     W4A16Error,
 )
-from w4a16gen.packing import LAYOUTS, TARGET_LAYOUTS, PackedWeight
-from w4a16gen.problem import Problem, why_cannot_run
-from w4a16gen.quantize import gemm_reference
+from w4a16gen.packing import TARGET_LAYOUTS, PackedWeight
+from w4a16gen.problem import Problem
 
-BUILD_FOLDER_VARIABLE = "W4A16GEN_BUILD_DIR"
 _ERRORS: dict[int, type[W4A16Error]] = {
     1: InvalidValueError,
     2: UnsupportedProblemError,
     3: NoHopperGpuError,
     4: CudaError,
 }
-
-
-def default_build_folder() -> Path:
-    """Give the folder that builds go to and are loaded from: W4A16GEN_BUILD_DIR, or `build` in the current folder."""
-    return Path(os.environ.get(BUILD_FOLDER_VARIABLE) or "build")
 
 
 @cache
@@ -121,7 +105,6 @@ class Library:
             NoHopperGpuError: if the device is asked and is not a Hopper GPU.
         """
         if sm_count is None and not self.devices():
-            sm_count = -1
             raise NoHopperGpuError("no CUDA device: pass sm_count to ask for another machine's GPU")
         outcome = self._native.workspace_bytes(self._index(config), *_numbers(problem), sm_count or 0, device)
         return int(self._result(outcome))
@@ -176,26 +159,27 @@ class Library:
         if len(seen.shape) != 2:  # noqa: PLR2004
             raise InvalidValueError(f"activations of shape {list(seen.shape)} must be [m, k]")
         problem = Problem(seen.shape[0], w.n, w.k, w.group_size)
-        check("activations", seen, dtype="<f2", shape=(problem.m, problem.k))
         data = view("packed weight", w.data, self.module)
+        device = data.device or 0
         kernel = self._kernel(config, w, problem)
-        check("packed weight", data, dtype="|u1", shape=(w.nbytes,), device=seen.device)
+        check("activations", seen, dtype="<f2", shape=(problem.m, problem.k), device=data.device)
+        check("packed weight", data, dtype="|u1", shape=(w.nbytes,))
         biased = None if bias is None else view("bias", bias, self.module)
         if biased is not None:
-            check("bias", biased, dtype="<f2", shape=(problem.n,), device=seen.device)
+            check("bias", biased, dtype="<f2", shape=(problem.n,), device=device)
         if out is None:
-            out = empty_like_library(a, self.module, (problem.m, problem.n), "<f2", seen.device)
+            out = empty_like_library(a, self.module, (problem.m, problem.n), "<f2", device)
         target = view("output", out, self.module)
-        check("output", target, dtype="<f2", shape=(problem.m, problem.n), device=seen.device)
+        check("output", target, dtype="<f2", shape=(problem.m, problem.n), device=device)
         address = stream_pointer(stream, a)
-        space = self._workspace(kernel, problem, workspace, a, seen.device, address)
+        space = self._workspace(kernel, problem, workspace, device, address)
         outcome = self._native.gemm(
             self._index(kernel),
             *_numbers(problem),
             *(seen.pointer, data.pointer, data.nbytes),
             *(0 if biased is None else biased.pointer, target.pointer, alpha),
             *((0, 0) if space is None else (space.pointer, space.nbytes)),
-            *(address, seen.device),
+            *(address, device),
         )
         self._result(outcome)
         return out
@@ -211,7 +195,7 @@ class Library:
         return kernel
 
     def _workspace(
-        self, kernel: KernelConfig, problem: Problem, given: Any, a: Any, device: int, stream: int
+        self, kernel: KernelConfig, problem: Problem, given: Any, device: int, stream: int
     ) -> ArrayView | None:
         if given is not None:
             seen = view("workspace", given, self.module)
@@ -262,87 +246,3 @@ def check_weight(kernel: KernelConfig, w: PackedWeight) -> None:
             f"the weight is packed as {w.layout}, but {kernel.name} reads {TARGET_LAYOUTS[kernel.target]}: "
             "pack it for that target"
         )
-
-
-def load(folder: Path | str | None = None) -> Library:
-    """Load a finished build; the same build is loaded once per process.
-
-    Args:
-        folder: the build's folder; None takes W4A16GEN_BUILD_DIR, or `build` in the current folder.
-
-    Raises:
-        NotBuiltError: if there is no usable build in the folder.
-    """
-    build = load_build(Path(folder) if folder is not None else default_build_folder())
-    return _load(build.folder.resolve(), build.manifest["link_digest"], build.manifest["library_sha256"])
-
-
-@cache
-def _load(folder: Path, _link_digest: str, _library_sha256: str) -> Library:
-    return Library(load_build(folder))
-
-
-def configs() -> list[KernelConfig]:
-    """Give the kernels of the default build, sorted; see `load`."""
-    return load().configs()
-
-
-def to_device(value: Any, device: int = 0) -> Any:
-    """Copy a numpy array or a packed weight to a GPU, with the default build's module; see `Library.to_device`."""
-    return load().to_device(value, device)
-
-
-def gemm(
-    a: Any,
-    w: PackedWeight,
-    *,
-    bias: Any = None,
-    alpha: float = 1.0,
-    config: KernelConfig | str | None = None,
-    out: Any = None,
-    workspace: Any = None,
-    stream: Any = None,
-) -> Any:
-    """Compute C[m, n] = alpha * A[m, k] x W[k, n] + bias.
-
-    On GPU arrays this launches a kernel of the default build: see `Library.gemm`. On numpy arrays it runs the numpy
-    reference (float64, rounded once to fp16), on any machine and without a build, so that programs and tests run
-    anywhere.
-
-    Raises:
-        InvalidValueError: if the arrays do not fit together, or some are on the host and some on a GPU.
-        NotBuiltError: if the arrays are on a GPU and nothing is built.
-    """
-    if is_on_gpu(a) or is_on_gpu(w.data):
-        return load().gemm(a, w, bias=bias, alpha=alpha, config=config, out=out, workspace=workspace, stream=stream)
-    return _gemm_on_host(a, w, bias, alpha, config, out)
-
-
-def _gemm_on_host(a: Any, w: PackedWeight, bias: Any, alpha: float, config: KernelConfig | str | None, out: Any) -> Any:
-    """Run the reference behind the checks that a kernel would make."""
-    if not isinstance(a, np.ndarray):
-        raise InvalidValueError(f"activations of type {type(a).__name__} must be a numpy or a GPU array")
-    for name, array in (("activations", a), ("bias", bias), ("output", out)):
-        if array is not None and (not isinstance(array, np.ndarray) or array.dtype != np.float16):
-            found = getattr(array, "dtype", type(array).__name__)
-            raise InvalidValueError(f"{name} of dtype {found} must be a numpy array of float16, like the activations")
-    if a.ndim != 2 or a.shape[1] != w.k:  # noqa: PLR2004
-        raise InvalidValueError(f"activations of shape {list(a.shape)} must be [m, {w.k}]")
-    if bias is not None and bias.shape != (w.n,):
-        raise InvalidValueError(f"bias of shape {list(bias.shape)} must be [{w.n}]")
-    if out is not None and out.shape != (a.shape[0], w.n):
-        raise InvalidValueError(f"output of shape {list(out.shape)} must be [{a.shape[0]}, {w.n}]")
-    if w.layout not in LAYOUTS:
-        raise InvalidValueError(f"the weight is packed as {w.layout!r}, which is not one of {', '.join(LAYOUTS)}")
-    if config is not None:
-        kernel = KernelConfig.parse(config) if isinstance(config, str) else config
-        check_weight(kernel, w)
-        reason = why_cannot_run(kernel, Problem(a.shape[0], w.n, w.k, w.group_size))
-        if reason is not None:
-            raise UnsupportedProblemError(reason)
-    with np.errstate(over="ignore"):  # beyond 65504 is infinity, as on the GPU
-        result = gemm_reference(a, w.unpack(), alpha=alpha, bias=bias).astype(np.float16)
-    if out is None:
-        return result
-    out[...] = result
-    return out

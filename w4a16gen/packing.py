@@ -108,7 +108,7 @@ def _unpack_kmajor(packed: PackedWeight) -> QuantizedWeight:
 
     scales = read(sections.scales)
     return QuantizedWeight(
-        q=unpack_nibbles(rows)[:, :k] ^ 8,
+        q=unpack_nibbles(rows)[:, :k] ^ np.uint8(8),
         scales=scales if packed.mode.is_grouped else scales[0],
         zeros=read(sections.zeros) if packed.mode.has_zeros else None,
         group_size=packed.group_size,

@@ -25,7 +25,7 @@ MAX_ACCUMULATORS = 128
 """fp32 accumulators per thread. The next size, 256, exceeds the 255 registers that a thread can address: CUTLASS
 compiles 256x256 and pingpong 128x256 with more than 9 KB of spills a thread (nvcc 13.0)."""
 MAX_PORTABLE_CLUSTER = 8
-"""CTAs per cluster that every GPU of compute capability 9.0 launches (CUDA programming guide, thread block clusters)."""
+"""CTAs per cluster that every GPU of compute capability 9.0 launches (CUDA programming guide, clusters)."""
 
 
 class ReasonKind(Enum):

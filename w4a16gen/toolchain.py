@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from cuda import pathfinder
+from cuda.pathfinder import (  # type: ignore[import-untyped]
+    find_nvidia_binary_utility,
+    find_nvidia_header_directory,
+)
 
 from w4a16gen.errors import MissingToolError
 
@@ -52,7 +55,7 @@ class Finding:
 
 def _binary(name: str) -> Path | None:
     """Find a CUDA program: in the CUDA wheels, conda or CUDA_HOME, then on PATH."""
-    found = pathfinder.find_nvidia_binary_utility(name) or shutil.which(name)
+    found = find_nvidia_binary_utility(name) or shutil.which(name)
     return Path(found).absolute() if found else None
 
 
@@ -112,7 +115,7 @@ def find_cuda_include(nvcc: Path) -> Path | None:
     for root in (nvcc.resolve().parent.parent, nvcc.parent.parent):
         if (root / "include" / "cuda_runtime_api.h").is_file():
             return root / "include"
-    header = pathfinder.find_nvidia_header_directory("cudart")
+    header = find_nvidia_header_directory("cudart")
     return Path(header) if header else None
 
 

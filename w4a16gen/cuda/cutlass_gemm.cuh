@@ -6,10 +6,10 @@
 #include <atomic>
 
 // Only SM90's half of CUTLASS's main loop builders: the umbrella header also pulls in SM100 and SM120.
-#include "cutlass/gemm/collective/collective_mma_decl.hpp"
-#include "cutlass/gemm/collective/collective_builder_decl.hpp"
-#include "cutlass/gemm/collective/sm90_mma_tma_gmma_rs_warpspecialized_mixed_input.hpp"
 #include "cutlass/gemm/collective/builders/sm90_gmma_builder.inl"
+#include "cutlass/gemm/collective/collective_builder_decl.hpp"
+#include "cutlass/gemm/collective/collective_mma_decl.hpp"
+#include "cutlass/gemm/collective/sm90_mma_tma_gmma_rs_warpspecialized_mixed_input.hpp"
 //
 #include "cutlass/device_kernel.h"
 #include "cutlass/epilogue/collective/collective_builder.hpp"
@@ -49,8 +49,8 @@ struct Fusion {
       cutlass::epilogue::fusion::Sm90ColBroadcast<0, Cta, Half, float, cute::Stride<cute::_1, cute::_0, cute::_0>, 1>;
   using Multiply = cutlass::epilogue::fusion::Sm90Compute<cutlass::multiplies, float, float, kRound>;
   using MultiplyAdd = cutlass::epilogue::fusion::Sm90Compute<cutlass::homogeneous_multiply_add, Half, float, kRound>;
-  using Factor = cute::conditional_t<ScalesChannels, cutlass::epilogue::fusion::Sm90EVT<Multiply, Alpha, PerChannel>,
-                                     Alpha>;
+  using Factor =
+      cute::conditional_t<ScalesChannels, cutlass::epilogue::fusion::Sm90EVT<Multiply, Alpha, PerChannel>, Alpha>;
   using Type =
       cutlass::epilogue::fusion::Sm90EVT<MultiplyAdd, Factor, cutlass::epilogue::fusion::Sm90AccFetch, PerChannel>;
 };
@@ -76,11 +76,11 @@ struct Gemm {
                           cute::conditional_t<kHasZeros, cute::tuple<Weight, Half, Half>, cute::tuple<Weight, Half>>>;
   using Stages =
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>;
-  using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
-      Sm90, TensorOp, WeightOperand, cutlass::layout::RowMajor, 32, Half, ColumnMajor, 8, float, Cta, Cluster, Stages,
-      typename Schedule::Mainloop>::CollectiveOp;
-  using Operator =
-      cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue, Scheduler>;
+  using Mainloop =
+      typename cutlass::gemm::collective::CollectiveBuilder<Sm90, TensorOp, WeightOperand, cutlass::layout::RowMajor,
+                                                            32, Half, ColumnMajor, 8, float, Cta, Cluster, Stages,
+                                                            typename Schedule::Mainloop>::CollectiveOp;
+  using Operator = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue, Scheduler>;
 };
 
 template <class Gemm>

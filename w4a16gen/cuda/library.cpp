@@ -89,7 +89,7 @@ std::string why_not_bytes(const char* name, size_t given, size_t needed, const c
          " bytes";
 }
 
-std::string why_not_arguments(const w4a16_gemm_arguments& arguments, size_t packed_bytes, size_t workspace_bytes) {
+std::string why_not_arguments(const w4a16_gemm_arguments& arguments, size_t packed_bytes) {
   std::string sentence = why_not_pointer("activations", arguments.activations, 16);
   if (sentence.empty()) sentence = why_not_pointer("packed weight", arguments.packed, 128);
   if (sentence.empty()) sentence = why_not_pointer("output", arguments.output, 16);
@@ -97,11 +97,14 @@ std::string why_not_arguments(const w4a16_gemm_arguments& arguments, size_t pack
   if (sentence.empty() && arguments.packed_bytes != packed_bytes) {
     sentence = why_not_bytes("packed weight", arguments.packed_bytes, packed_bytes, "be exactly");
   }
-  if (sentence.empty() && arguments.workspace_bytes < workspace_bytes) {
-    sentence = why_not_bytes("workspace", arguments.workspace_bytes, workspace_bytes, "be at least");
-  }
-  if (sentence.empty() && workspace_bytes > 0) sentence = why_not_pointer("workspace", arguments.workspace, 128);
   return sentence;
+}
+
+std::string why_not_workspace(const w4a16_gemm_arguments& arguments, size_t needed) {
+  if (arguments.workspace_bytes < needed) {
+    return why_not_bytes("workspace", arguments.workspace_bytes, needed, "be at least");
+  }
+  return needed > 0 ? why_not_pointer("workspace", arguments.workspace, 128) : std::string();
 }
 
 // The kernel, or null with the reason: a bad index, a missing problem, a problem that the kernel cannot run.
@@ -185,12 +188,14 @@ w4a16_status w4a16_gemm(int kernel, const w4a16_problem* problem, const w4a16_ge
   const Kernel* found = w4a16::find(kernel, problem, &status, &sentence);
   if (found == nullptr) return report(status, sentence, message, message_bytes);
   if (arguments == nullptr) return report(W4A16_INVALID_ARGUMENT, "arguments must not be null", message, message_bytes);
+  if (problem->m == 0) return report(W4A16_OK, {}, message, message_bytes);
+  // What needs no GPU is checked first, so that a wrong call reads the same on every machine.
+  sentence = w4a16::why_not_arguments(*arguments, found->packed_bytes(*problem));
+  if (!sentence.empty()) return report(W4A16_INVALID_ARGUMENT, sentence, message, message_bytes);
   const Device device = w4a16::current_device();
   sentence = w4a16::why_not_device(device);
   if (!sentence.empty()) return report(W4A16_NO_HOPPER_GPU, sentence, message, message_bytes);
-  if (problem->m == 0) return report(W4A16_OK, {}, message, message_bytes);
-  sentence = w4a16::why_not_arguments(*arguments, found->packed_bytes(*problem),
-                            found->workspace_bytes(*problem, device.sm_count));
+  sentence = w4a16::why_not_workspace(*arguments, found->workspace_bytes(*problem, device.sm_count));
   if (!sentence.empty()) return report(W4A16_INVALID_ARGUMENT, sentence, message, message_bytes);
   const cudaError_t error = found->launch({*problem, *arguments, device.index, device.sm_count});
   if (error == cudaSuccess) return report(W4A16_OK, {}, message, message_bytes);

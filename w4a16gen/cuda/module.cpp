@@ -117,9 +117,9 @@ class KernelLibrary {
                size_t workspace_bytes, uintptr_t stream, int device) const {
     const auto pointer = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
     const w4a16_problem problem{m, n, k, group_size};
-    const w4a16_gemm_arguments arguments{pointer(activations), pointer(packed),    packed_bytes,
-                                         pointer(bias),        pointer(output),    pointer(workspace),
-                                         workspace_bytes,      pointer(stream),    alpha};
+    const w4a16_gemm_arguments arguments{pointer(activations), pointer(packed), packed_bytes,
+                                         pointer(bias),        pointer(output), pointer(workspace),
+                                         workspace_bytes,      pointer(stream), alpha};
     Message message;
     w4a16_status status;
     {

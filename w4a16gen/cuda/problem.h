@@ -8,7 +8,7 @@
 
 namespace w4a16 {
 
-constexpr int64_t kDimensionMultiple = 8;         // TMA: row strides are multiples of 16 bytes
+constexpr int64_t kDimensionMultiple = 8;            // TMA: row strides are multiples of 16 bytes
 constexpr int64_t kMaxDimension = int64_t{1} << 30;  // CUTLASS counts in int32 and rounds up to whole tiles
 
 // Empty if the kernel can run the problem.

@@ -41,8 +41,10 @@ class Expectation:
 
     def result(self, alpha: float, bias: Half | None) -> Double:
         """Give alpha * A x W + bias, exact up to float64."""
-        product = np.float64(np.float32(alpha)) * self._product
-        return product if bias is None else product + bias.astype(np.float64)
+        product: Double = float(np.float32(alpha)) * self._product
+        if bias is not None:
+            product = product + bias.astype(np.float64)
+        return product
 
     def bound(self, alpha: float, bias: Half | None) -> Double:
         """Give the largest error that rounding explains, [m, n]."""

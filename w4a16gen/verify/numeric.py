@@ -78,7 +78,7 @@ _MIXED = ((1.0, False), (0.75, True), (-2.0, False), (1.0, True))
 def cases(mode: QuantMode, rng: np.random.Generator) -> Iterator[Case]:
     """Give every problem that a kernel of a mode is put through."""
 
-    def case(  # noqa: PLR0913
+    def case(
         kind: str, n: int, k: int, group: int, tokens: Iterable[int], options: tuple[tuple[float, bool], ...] = _MIXED
     ) -> Case:
         group = group if mode.is_grouped else k
@@ -117,7 +117,7 @@ class _Bench:
             host[GUARD_BYTES : GUARD_BYTES + nbytes] = fill
         return self.upload(host)
 
-    def run(  # noqa: PLR0913
+    def run(
         self,
         config: KernelConfig,
         a: DeviceArray,

@@ -1,0 +1,114 @@
+"""The functions that most programs need: load the default build, move arrays, multiply."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from w4a16gen.arrays import is_on_gpu
+from w4a16gen.build import load_build
+from w4a16gen.config import KernelConfig
+from w4a16gen.errors import InvalidValueError, UnsupportedProblemError
+from w4a16gen.module import Library, check_weight
+from w4a16gen.packing import LAYOUTS, PackedWeight
+from w4a16gen.problem import Problem, why_cannot_run
+from w4a16gen.quantize import gemm_reference
+
+BUILD_FOLDER_VARIABLE = "W4A16GEN_BUILD_DIR"
+
+
+def default_build_folder() -> Path:
+    """Give the folder that builds go to and are loaded from: W4A16GEN_BUILD_DIR, or `build` in the current folder."""
+    return Path(os.environ.get(BUILD_FOLDER_VARIABLE) or "build")
+
+
+def load(folder: Path | str | None = None) -> Library:
+    """Load a finished build; the same build is loaded once per process.
+
+    Args:
+        folder: the build's folder; None takes W4A16GEN_BUILD_DIR, or `build` in the current folder.
+
+    Raises:
+        NotBuiltError: if there is no usable build in the folder.
+    """
+    build = load_build(Path(folder) if folder is not None else default_build_folder())
+    return _load(build.folder.resolve(), build.manifest["link_digest"], build.manifest["library_sha256"])
+
+
+@cache
+def _load(folder: Path, _link_digest: str, _library_sha256: str) -> Library:
+    return Library(load_build(folder))
+
+
+def configs() -> list[KernelConfig]:
+    """Give the kernels of the default build, sorted; see `load`."""
+    return load().configs()
+
+
+def to_device(value: Any, device: int = 0) -> Any:
+    """Copy a numpy array or a packed weight to a GPU, with the default build's module; see `Library.to_device`."""
+    return load().to_device(value, device)
+
+
+def gemm(
+    a: Any,
+    w: PackedWeight,
+    *,
+    bias: Any = None,
+    alpha: float = 1.0,
+    config: KernelConfig | str | None = None,
+    out: Any = None,
+    workspace: Any = None,
+    stream: Any = None,
+) -> Any:
+    """Compute C[m, n] = alpha * A[m, k] x W[k, n] + bias.
+
+    On GPU arrays this launches a kernel of the default build: see `Library.gemm`. On numpy arrays it runs the numpy
+    reference (float64, rounded once to fp16), on any machine and without a build, so that programs and tests run
+    anywhere.
+
+    Raises:
+        InvalidValueError: if the arrays do not fit together, or some are on the host and some on a GPU.
+        NotBuiltError: if the arrays are on a GPU and nothing is built.
+    """
+    if is_on_gpu(a) or is_on_gpu(w.data):
+        return load().gemm(a, w, bias=bias, alpha=alpha, config=config, out=out, workspace=workspace, stream=stream)
+    return _gemm_on_host(a, w, bias, alpha, config, out)
+
+
+def _gemm_on_host(a: Any, w: PackedWeight, bias: Any, alpha: float, config: KernelConfig | str | None, out: Any) -> Any:
+    """Run the reference behind the checks that a kernel would make."""
+    m = a.shape[0] if getattr(a, "ndim", 0) == 2 else "m"  # noqa: PLR2004
+    _check_host("activations", a, (m, w.k))
+    if bias is not None:
+        _check_host("bias", bias, (w.n,))
+    if out is not None:
+        _check_host("output", out, (m, w.n))
+    if w.layout not in LAYOUTS:
+        raise InvalidValueError(f"the weight is packed as {w.layout!r}, which is not one of {', '.join(LAYOUTS)}")
+    if config is not None:
+        kernel = KernelConfig.parse(config) if isinstance(config, str) else config
+        check_weight(kernel, w)
+        reason = why_cannot_run(kernel, Problem(a.shape[0], w.n, w.k, w.group_size))
+        if reason is not None:
+            raise UnsupportedProblemError(reason)
+    with np.errstate(over="ignore"):  # beyond 65504 is infinity, as on the GPU
+        result = gemm_reference(a, w.unpack(), alpha=alpha, bias=bias).astype(np.float16)
+    if out is None:
+        return result
+    out[...] = result
+    return out
+
+
+def _check_host(name: str, array: Any, shape: tuple[Any, ...]) -> None:
+    """Raise unless an array is numpy, fp16 and of this shape."""
+    if not isinstance(array, np.ndarray):
+        raise InvalidValueError(f"{name} of type {type(array).__name__} must be a numpy array, or all be on one GPU")
+    if array.dtype != np.float16:
+        raise InvalidValueError(f"{name} of dtype {array.dtype} must be float16")
+    if array.shape != shape:
+        raise InvalidValueError(f"{name} of shape {list(array.shape)} must be [{', '.join(map(str, shape))}]")

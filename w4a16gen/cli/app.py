@@ -1,0 +1,186 @@
+"""What all commands share: the group, how errors become exit codes, options, tables, JSON and progress bars."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from w4a16gen import space
+from w4a16gen.api import BUILD_FOLDER_VARIABLE
+from w4a16gen.config import ClusterShape, CtaShape, QuantMode, Target
+from w4a16gen.errors import InvalidValueError, MissingToolError, NoHopperGpuError, NotBuiltError, W4A16Error
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_MISSING = 3
+EXIT_INTERRUPTED = 130
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+notes = Console(stderr=True, highlight=False)
+"""Where everything goes that is not the command's result."""
+
+
+class Parsed(click.ParamType[Any]):
+    """An option that a parser reads; its error becomes click's."""
+
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name = name
+        self._parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse a string; pass through what is parsed already."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return self._parse(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def parse_mode(text: str) -> QuantMode:
+    for mode in QuantMode:
+        if text.lower() in (mode.value, mode.name.lower()):
+            return mode
+    raise InvalidValueError(f"{text!r} is not one of {', '.join(mode.value for mode in QuantMode)}")
+
+
+def parse_target(text: str) -> Target:
+    if text in (target.value for target in Target):
+        return Target(text)
+    raise InvalidValueError(f"{text!r} is not one of {', '.join(target.value for target in Target)}")
+
+
+class ErrorReportingGroup(click.Group):
+    """Turns the package's errors into messages and the documented exit codes."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; see the class."""
+        try:
+            return super().invoke(ctx)
+        except InvalidValueError as error:
+            fail(EXIT_USAGE, str(error))
+        except (MissingToolError, NotBuiltError, NoHopperGpuError) as error:
+            fail(EXIT_MISSING, str(error))
+        except W4A16Error as error:
+            fail(EXIT_FAILED, str(error))
+        except OSError as error:
+            fail(EXIT_FAILED, f"{error.filename or 'a file'}: {error.strerror}: choose another folder or file")
+        except KeyboardInterrupt:
+            fail(EXIT_INTERRUPTED, "interrupted: what was finished is kept, and the next run goes on from there")
+
+
+def fail(code: int, message: str) -> None:
+    notes.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+    sys.exit(code)
+
+
+def _terminate(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+@click.group(
+    cls=ErrorReportingGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
+@click.version_option(package_name="w4a16gen")
+def main() -> None:
+    """Generate, build, prove and run FP16 x uint4 GEMM kernels for NVIDIA Hopper GPUs.
+
+    Shapes are CHANNELSxTOKENSxK: output channels, tokens, k.
+
+    Exit codes: 0 success; 1 a proof, a compilation or a write failed; 2 a wrong call; 3 a tool, a build or a GPU is
+    missing; 130 interrupted.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+
+
+def kernel_filters(default_space: str) -> Callable[[_Command], _Command]:
+    """Add the options that choose kernels; the command gets them as `wanted` and `space_name`."""
+
+    def decorate(command: _Command) -> _Command:
+        @wraps(command)
+        def with_filter(*args: Any, **kwargs: Any) -> Any:
+            axes = (kwargs.pop(axis) for axis in ("ctas", "clusters", "modes", "targets"))
+            return command(*args, wanted=space.Filter(*axes), **kwargs)
+
+        options = (
+            click.option("--cta", "ctas", multiple=True, type=Parsed("shape", CtaShape.parse), help="CTA shape."),
+            click.option(
+                "--cluster", "clusters", multiple=True, type=Parsed("shape", ClusterShape.parse), help="Cluster shape."
+            ),
+            click.option("--mode", "modes", multiple=True, type=Parsed("mode", parse_mode), help="cs, fgs or fgsz."),
+            click.option("--target", "targets", multiple=True, type=Parsed("target", parse_target), help="Family."),
+            click.option(
+                "--space",
+                "space_name",
+                type=click.Choice(list(space.SPACES)),
+                default=default_space,
+                show_default=True,
+                help="Named set to choose from.",
+            ),
+        )
+        for option in reversed(options):
+            with_filter = option(with_filter)
+        return cast("_Command", with_filter)
+
+    return decorate
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
+generated_option = click.option(
+    "--generated-dir",
+    "generated",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("generated"),
+    show_default=True,
+    help="Folder of the emitted sources.",
+)
+build_option = click.option(
+    "--build-dir",
+    "folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=None,
+    help=f"Folder of the build.  [default: ${BUILD_FOLDER_VARIABLE}, or build]",
+)
+jobs_option = click.option(
+    "--jobs", "-j", type=click.IntRange(min=1), help="Compilers at once.  [default: by cores and free memory]"
+)
+gpu_option = click.option("--require-gpu", is_flag=True, help="Fail where there is no Hopper GPU for the numerics.")
+report_option = click.option(
+    "--report", type=click.Path(path_type=Path, dir_okay=False), help="Also write the report, as JSON and as .md."
+)
+
+
+def print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2))
+
+
+def print_table(title: str, headings: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    table = Table(*headings, title=title)
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False).print(table)
+
+
+@contextmanager
+def show_progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Show a bar on standard error while a long task reports (done, total, name)."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=notes, transient=True) as bar:
+        task = bar.add_task(title, total=None)
+
+        def report(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, description=f"{title}: {name}")
+
+        yield report

@@ -1,0 +1,225 @@
+"""The commands on builds: build, verify, build-and-verify, run and doctor."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from w4a16gen import bench, space, toolchain, verify
+from w4a16gen.api import default_build_folder, load
+from w4a16gen.build import BuildReport, describe_failures
+from w4a16gen.build import build as build_kernels
+from w4a16gen.cli.app import (
+    EXIT_MISSING,
+    Parsed,
+    build_option,
+    generated_option,
+    gpu_option,
+    jobs_option,
+    json_option,
+    kernel_filters,
+    main,
+    notes,
+    parse_mode,
+    print_json,
+    print_table,
+    report_option,
+    show_progress,
+)
+from w4a16gen.config import KernelConfig, QuantMode
+from w4a16gen.errors import BuildError, NoHopperGpuError, NotBuiltError
+from w4a16gen.files import write_if_changed
+from w4a16gen.module import Library
+from w4a16gen.problem import Problem
+
+
+def _build(configs: Sequence[KernelConfig], generated: Path, folder: Path | None, jobs: int | None) -> BuildReport:
+    with show_progress(f"Building {len(configs)} kernels") as progress:
+        report = build_kernels(
+            configs, generated=generated, folder=folder or default_build_folder(), jobs=jobs, progress=progress
+        )
+    count = len(report.build.configs)
+    notes.print(f"{report.compiled} kernels compiled, {count - report.compiled} up to date: {report.build.library}")
+    return report
+
+
+def _check_failures(report: BuildReport) -> None:
+    if report.failures:
+        raise BuildError(describe_failures(report.failures))
+
+
+@main.command()
+@kernel_filters("default")
+@generated_option
+@build_option
+@jobs_option
+@json_option
+def build(
+    wanted: space.Filter,
+    space_name: str,
+    generated: Path,
+    folder: Path | None,
+    jobs: int | None,
+    as_json: bool,
+) -> None:
+    """Emit, compile and link the matching kernels; only what changed is compiled again."""
+    report = _build(space.select(space_name, wanted), generated, folder, jobs)
+    if as_json:
+        print_json(report.build.manifest)
+    _check_failures(report)
+
+
+def _verify(
+    library: Library, generated: Path, report: Path | None, require_gpu: bool, as_json: bool, sampled: bool = False
+) -> None:
+    """Prove a build, show and write the report, and fail as the flags say."""
+    with show_progress("Proving") as progress:
+        outcome = verify.verify(library, generated, sampled=sampled, progress=progress)
+    if report is not None:
+        write_if_changed(report.with_suffix(".json"), json.dumps(outcome.value, indent=2) + "\n")
+        write_if_changed(report.with_suffix(".md"), outcome.markdown())
+    if as_json:
+        print_json(outcome.value)
+    else:
+        print_table("Proofs", verify.HEADINGS, outcome.rows())
+    for violation in outcome.violations():
+        notes.print(f"[red]FAILED[/] {escape(violation)}", soft_wrap=True)
+    notes.print(outcome.summary(), soft_wrap=True)
+    if not outcome.ok:
+        raise BuildError(f"{len(outcome.violations())} proofs failed")
+    if require_gpu and not outcome.numerics_ran:
+        raise NoHopperGpuError("--require-gpu was given, and the numerical proofs could not run")
+
+
+@main.command("verify")
+@generated_option
+@build_option
+@gpu_option
+@report_option
+@click.option("--sample", is_flag=True, help="Numerics of one kernel per CTA shape and mode, small problems only.")
+@json_option
+def verify_command(
+    generated: Path, folder: Path | None, require_gpu: bool, report: Path | None, sample: bool, as_json: bool
+) -> None:
+    """Prove a build: statically anywhere, numerically on a Hopper GPU."""
+    _verify(load(folder), generated, report, require_gpu, as_json, sample)
+
+
+@main.command("build-and-verify")
+@kernel_filters("default")
+@generated_option
+@build_option
+@jobs_option
+@gpu_option
+@report_option
+@json_option
+def build_and_verify(
+    wanted: space.Filter,
+    space_name: str,
+    generated: Path,
+    folder: Path | None,
+    jobs: int | None,
+    require_gpu: bool,
+    report: Path | None,
+    as_json: bool,
+) -> None:
+    """Build the matching kernels, then prove them."""
+    built = _build(space.select(space_name, wanted), generated, folder, jobs)
+    for failure in built.failures:
+        notes.print(f"[red]FAILED[/] {failure.name}: {escape(failure.summary)}, log: {failure.log}", soft_wrap=True)
+    _verify(load(built.build.folder), generated, report, require_gpu, as_json)
+
+
+@main.command()
+@click.argument("m", type=click.IntRange(min=0))
+@click.argument("n", type=click.IntRange(min=1))
+@click.argument("k", type=click.IntRange(min=1))
+@click.option("--group-size", type=click.IntRange(min=1), help="Values of K per scale.  [default: 128, or k in cs]")
+@click.option("--mode", type=Parsed("mode", parse_mode), default="fgs", show_default=True, help="cs, fgs or fgsz.")
+@click.option("--config", "name", help="Canonical name of the kernel; chosen where none is given.")
+@build_option
+@json_option
+def run(
+    m: int,
+    n: int,
+    k: int,
+    group_size: int | None,
+    mode: QuantMode,
+    name: str | None,
+    folder: Path | None,
+    as_json: bool,
+) -> None:
+    """Run one problem on random data: M tokens, N output channels, K values each; check it and time it."""
+    library = load(folder)
+    problem = Problem(m, n, k, group_size or (min(128, k) if mode.is_grouped else k))
+    plan = bench.plan(library, problem, mode, name)
+    gpu = bench.hopper_gpu(library)
+    notes.print(f"GPU: {gpu['name']}, compute capability {'.'.join(map(str, gpu['compute_capability']))}")
+    outcome = bench.run(library, plan)
+    median = outcome.median_microseconds
+    value = {
+        "gpu": gpu,
+        "problem": vars(problem),
+        "mode": mode.value,
+        "built": plan.built,
+        "candidates": [config.name for config in plan.candidates],
+        "config": plan.config.name,
+        "workspace_bytes": outcome.workspace_bytes,
+        "error_over_bound": outcome.error_over_bound,
+        "checked_rows": outcome.checked_rows,
+        "microseconds": list(outcome.microseconds),
+        "tflops": problem.flops / median / 1e6,
+    }
+    if as_json:
+        print_json(value)
+    else:
+        spread = f"{min(outcome.microseconds):.2f} to {max(outcome.microseconds):.2f}"
+        verdict = "passed" if outcome.ok else "FAILED"
+        click.echo(f"GPU          {gpu['name']}, {gpu['sm_count']} SMs")
+        click.echo(f"Problem      m={m} n={n} k={k}, group size {problem.group_size}, mode {mode}")
+        click.echo(f"Kernels      {len(plan.candidates)} of {plan.built} built can run it; using {plan.config.name}")
+        click.echo(f"Workspace    {outcome.workspace_bytes} bytes")
+        click.echo(
+            f"Correctness  {verdict}: largest error {outcome.error_over_bound:.3f} of its bound, "
+            f"{outcome.checked_rows} rows against float64"
+        )
+        click.echo(
+            f"Time         {median:.2f} us, median of {len(outcome.microseconds)} graphs of {outcome.launches} launches "
+            f"with cold L2 ({spread}); {value['tflops']:.1f} TFLOP/s"
+        )
+    if not outcome.ok:
+        raise BuildError(f"{plan.config.name} is wrong: the error is {outcome.error_over_bound:.3g} times its bound")
+
+
+@main.command()
+@build_option
+@json_option
+def doctor(folder: Path | None, as_json: bool) -> None:
+    """Show what a build needs and what is there, and the command that mends what is not."""
+    findings = [*toolchain.diagnose(), *_gpu_findings(folder)]
+    if as_json:
+        print_json([finding.as_json() for finding in findings])
+    else:
+        rows = (("ok" if found.ok else "MISSING", found.subject, found.detail, found.fix) for found in findings)
+        print_table("Environment", ("", "what", "found", "mend it with"), rows)
+    if not all(finding.ok for finding in findings if finding.subject != "Hopper GPU"):
+        sys.exit(EXIT_MISSING)
+
+
+def _gpu_findings(folder: Path | None) -> list[toolchain.Finding]:
+    """Look for a build and, through it, for a GPU."""
+    try:
+        library = load(folder)
+    except NotBuiltError as error:
+        return [toolchain.Finding("build", ok=True, detail=f"none yet: {error}", fix="w4a16gen build")]
+    names = ", ".join(device["name"] for device in library.devices()) or "no CUDA GPU or driver"
+    hopper = bool(library.hopper_devices())
+    fix = "" if hopper else "numerics need an H100, H800 or H200; everything else works here"
+    return [
+        toolchain.Finding("build", ok=True, detail=f"{len(library.configs())} kernels in {library.build.folder}"),
+        toolchain.Finding("Hopper GPU", hopper, names, fix),
+    ]
