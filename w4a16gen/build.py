@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -193,13 +192,15 @@ def _link_digest(units: Sequence[CompiledUnit], registry: Path, toolchain: Toolc
 
 
 def _run_cmake(units: Sequence[CompiledUnit], registry: Path, toolchain: Toolchain, folder: Path) -> None:
-    """Configure and build the two targets, then move them into place.
+    """Configure and build the two targets, then put copies into place.
+
+    The CMake tree stays, so that other kernels are linked without compiling the module again.
 
     Raises:
         BuildError: if CMake or the linker fails; the text names the log.
     """
-    tree = folder / "cmake"
-    shutil.rmtree(tree, ignore_errors=True)
+    key = f"{describe_compiler(toolchain)} {toolchain} {sys.executable} {pybind11.__version__}"
+    tree = folder / f"cmake-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     definitions = {
         "CMAKE_BUILD_TYPE": "Release",
         "CMAKE_CXX_COMPILER": toolchain.host_compiler,
@@ -224,5 +225,6 @@ def _run_cmake(units: Sequence[CompiledUnit], registry: Path, toolchain: Toolcha
                 raise BuildError(f"linking failed, log in {log}:\n{tail}")
     (folder / "lib").mkdir(exist_ok=True)
     for name in (LIBRARY, MODULE):
-        os.replace(tree / name, folder / "lib" / name)  # noqa: PTH105  (the same on every Python)
-    shutil.rmtree(tree, ignore_errors=True)
+        copy = folder / "lib" / f".{name}.new"
+        shutil.copyfile(tree / name, copy)
+        copy.replace(folder / "lib" / name)  # a process that has the old file open keeps it

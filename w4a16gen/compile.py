@@ -178,7 +178,7 @@ class _Compiler:
         log.parent.mkdir(parents=True, exist_ok=True)
         self._objects.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._objects, prefix=".compiling-") as scratch:
-            source = Path(scratch) / f"{stem}.cu"
+            source = Path(scratch) / "unit.cu"  # a kernel's own name would make it include itself
             write_if_changed(source, render_unit([source_name(config) for config in configs]))
             output = Path(scratch) / "unit.o"
             returncode, cpu_seconds, peak_bytes = self._run(source, output, log)

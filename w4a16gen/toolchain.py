@@ -134,21 +134,22 @@ def find_cuobjdump() -> Path | None:
 
 
 @cache
-def _version_text(program: Path) -> str:
+def program_version(program: Path) -> str:
+    """Give what a program prints for --version."""
     result = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)  # noqa: S603
     return result.stdout + result.stderr
 
 
 def nvcc_version(nvcc: Path) -> tuple[int, int] | None:
     """Give nvcc's release as (major, minor), or None if it does not tell."""
-    match = re.search(r"release (\d+)\.(\d+)", _version_text(nvcc))
+    match = re.search(r"release (\d+)\.(\d+)", program_version(nvcc))
     return (int(match[1]), int(match[2])) if match else None
 
 
 def describe_compiler(toolchain: Toolchain) -> str:
     """Give the versions of nvcc and the host compiler, for content hashes and reports."""
-    nvcc = _version_text(toolchain.nvcc).strip().splitlines()
-    host = _version_text(toolchain.host_compiler).strip().splitlines()
+    nvcc = program_version(toolchain.nvcc).strip().splitlines()
+    host = program_version(toolchain.host_compiler).strip().splitlines()
     return f"{nvcc[-1] if nvcc else 'nvcc'}; {host[0] if host else 'host compiler'}"
 
 

@@ -36,6 +36,7 @@ class Parsed(click.ParamType[Any]):
     """An option that a parser reads; its error becomes click's."""
 
     def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        """Take the name that help texts show, and the parser."""
         self.name = name
         self._parse = parse
 
@@ -50,6 +51,7 @@ class Parsed(click.ParamType[Any]):
 
 
 def parse_mode(text: str) -> QuantMode:
+    """Read a quantisation mode from its tag or its full name."""
     for mode in QuantMode:
         if text.lower() in (mode.value, mode.name.lower()):
             return mode
@@ -57,6 +59,7 @@ def parse_mode(text: str) -> QuantMode:
 
 
 def parse_target(text: str) -> Target:
+    """Read a kernel family from its name."""
     if text in (target.value for target in Target):
         return Target(text)
     raise InvalidValueError(f"{text!r} is not one of {', '.join(target.value for target in Target)}")
@@ -82,6 +85,7 @@ class ErrorReportingGroup(click.Group):
 
 
 def fail(code: int, message: str) -> None:
+    """Print an error and leave with an exit code."""
     notes.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
     sys.exit(code)
 
@@ -120,7 +124,9 @@ def kernel_filters(default_space: str) -> Callable[[_Command], _Command]:
                 "--cluster", "clusters", multiple=True, type=Parsed("shape", ClusterShape.parse), help="Cluster shape."
             ),
             click.option("--mode", "modes", multiple=True, type=Parsed("mode", parse_mode), help="cs, fgs or fgsz."),
-            click.option("--target", "targets", multiple=True, type=Parsed("target", parse_target), help="Family."),
+            click.option(
+                "--target", "targets", multiple=True, type=Parsed("target", parse_target), help="Kernel family."
+            ),
             click.option(
                 "--space",
                 "space_name",
@@ -163,10 +169,12 @@ report_option = click.option(
 
 
 def print_json(value: Any) -> None:
+    """Print a value as JSON on standard output."""
     click.echo(json.dumps(value, indent=2))
 
 
 def print_table(title: str, headings: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """Print a table on standard output."""
     table = Table(*headings, title=title)
     for row in rows:
         table.add_row(*row)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
+from rich.markup import escape
 
 from w4a16gen import bench, space, toolchain, verify
 from w4a16gen.api import default_build_folder, load
@@ -188,8 +189,8 @@ def run(
             f"{outcome.checked_rows} rows against float64"
         )
         click.echo(
-            f"Time         {median:.2f} us, median of {len(outcome.microseconds)} graphs of {outcome.launches} launches "
-            f"with cold L2 ({spread}); {value['tflops']:.1f} TFLOP/s"
+            f"Time         {median:.2f} us with cold L2 ({spread}), median of {len(outcome.microseconds)} graphs of "
+            f"{outcome.launches} launches; {value['tflops']:.1f} TFLOP/s"
         )
     if not outcome.ok:
         raise BuildError(f"{plan.config.name} is wrong: the error is {outcome.error_over_bound:.3g} times its bound")

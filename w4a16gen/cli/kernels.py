@@ -11,6 +11,7 @@ import click
 from w4a16gen import space
 from w4a16gen.api import load
 from w4a16gen.cli.app import build_option, json_option, kernel_filters, main, notes, print_json, print_table
+from w4a16gen.errors import InvalidValueError
 from w4a16gen.render import emit as emit_kernels
 
 
@@ -33,6 +34,8 @@ def list_command(
         _explain(wanted, space_name, as_json)
         return
     configs = wanted.select(load(folder).configs()) if built else space.select(space_name, wanted)
+    if not configs:
+        raise InvalidValueError("no kernel of the build matches: `w4a16gen list --built` shows what it holds")
     if as_json:
         print_json([config.as_json() for config in configs])
     elif sys.stdout.isatty():

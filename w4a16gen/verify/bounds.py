@@ -33,25 +33,23 @@ class Expectation:
         """Compute the product and the sum of its terms' magnitudes once, for any alpha and bias."""
         activations = a.astype(np.float64)
         values = weight.dequantize().T
-        self._product = activations @ values
-        self._magnitude = np.abs(activations) @ np.abs(values)
-        self._sum = np.abs(activations).sum(axis=1, keepdims=True)
+        self._product: Double = activations @ values
+        self._magnitude: Double = np.abs(activations) @ np.abs(values)
+        self._sum: Double = np.abs(activations).sum(axis=1, keepdims=True)
         self._k = weight.k
         self._weight_roundings = _WEIGHT_ROUNDINGS[weight.mode]
 
     def result(self, alpha: float, bias: Half | None) -> Double:
         """Give alpha * A x W + bias, exact up to float64."""
         product: Double = float(np.float32(alpha)) * self._product
-        if bias is not None:
-            product = product + bias.astype(np.float64)
-        return product
+        return product if bias is None else product + bias.astype(np.float64)
 
     def bound(self, alpha: float, bias: Half | None) -> Double:
         """Give the largest error that rounding explains, [m, n]."""
         weights = self._weight_roundings * (HALF_ROUNDING * self._magnitude + HALF_UNDERFLOW * self._sum)
         terms = self._magnitude + weights
         sums = (self._k + EPILOGUE_ROUNDINGS) * FLOAT_TRUNCATION * terms
-        before_store = abs(alpha) * (weights + sums)
+        before_store: Double = abs(alpha) * (weights + sums)
         result = np.abs(self.result(alpha, bias))
         if bias is not None:
             before_store = before_store + FLOAT_TRUNCATION * np.abs(bias.astype(np.float64))

@@ -1,0 +1,101 @@
+"""What the tests share: a quick build with a stand-in compiler, a real one of one kernel per mode, and the GPU gate."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from w4a16gen import QuantMode, toolchain
+from w4a16gen.api import BUILD_FOLDER_VARIABLE
+from w4a16gen.build import Build, build
+from w4a16gen.config import ClusterShape, CtaShape, KernelConfig
+from w4a16gen.module import Library
+from w4a16gen.space import Filter, select
+
+GENERATED = "generated"
+BUILD = "build"
+
+
+def one_per_mode() -> list[KernelConfig]:
+    """Give the kernels of the real build: one per mode, of both schedules and schedulers, one with a cluster."""
+    shapes = {
+        QuantMode.PER_COLUMN_SCALE_ONLY: ("64x16x64", "1x1x1"),
+        QuantMode.FINEGRAINED_SCALE_ONLY: ("128x128x64", "2x1x1"),
+        QuantMode.FINEGRAINED_SCALE_AND_ZEROS: ("128x64x64", "1x1x1"),
+    }
+    return [
+        config
+        for mode, (cta, cluster) in shapes.items()
+        for config in select("trtllm", Filter([CtaShape.parse(cta)], [ClusterShape.parse(cluster)], [mode]))
+    ]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> CliRunner:
+    """Give a runner in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(BUILD_FOLDER_VARIABLE, raising=False)
+    return CliRunner()
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Give a fixed source of random numbers."""
+    return np.random.default_rng(20261123)
+
+
+def install_fake_nvcc(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make builds use the stand-in compiler."""
+    nvcc = toolchain.find_nvcc()
+    include = toolchain.find_cuda_include(nvcc) if nvcc else None
+    assert include is not None, "the tests need the CUDA runtime headers: pip install 'w4a16gen[test]'"
+    script = folder / "nvcc"
+    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{Path(__file__).with_name("fake_nvcc.py")}" "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("W4A16GEN_NVCC", str(script))
+    monkeypatch.setenv("FAKE_NVCC_INCLUDE", str(include))
+    monkeypatch.setenv("PYTHONPATH", str(Path(toolchain.__file__).resolve().parent.parent))
+    toolchain.program_version.cache_clear()
+
+
+@pytest.fixture
+def fake_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Use the stand-in compiler in one test."""
+    install_fake_nvcc(tmp_path, monkeypatch)
+    yield
+    toolchain.program_version.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def fake_build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """Give a build of the 63 shapes whose kernels can be described but not launched."""
+    folder = tmp_path_factory.mktemp("fake")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        install_fake_nvcc(folder, monkeypatch)
+        result = build(select("trtllm", Filter()), generated=folder / GENERATED, folder=folder / BUILD).build
+    toolchain.program_version.cache_clear()
+    return result
+
+
+@pytest.fixture(scope="session")
+def fake_library(fake_build: Build) -> Library:
+    """Load the described-only build."""
+    return Library(fake_build)
+
+
+@pytest.fixture(scope="session")
+def real_build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """Give a real build of one kernel per mode."""
+    folder = tmp_path_factory.mktemp("real")
+    return build(one_per_mode(), generated=folder / GENERATED, folder=folder / BUILD).build
+
+
+@pytest.fixture(scope="session")
+def real_library(real_build: Build) -> Library:
+    """Load the real build."""
+    return Library(real_build)

@@ -1,0 +1,198 @@
+"""What only a Hopper GPU can show. Builds the 63 kernels first, unless W4A16GEN_BUILD_DIR names a build of them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from w4a16gen import KernelConfig, Library, PackedWeight, Problem, QuantMode, load, pack_weight
+from w4a16gen.api import BUILD_FOLDER_VARIABLE
+from w4a16gen.arrays import DeviceArray
+from w4a16gen.build import build
+from w4a16gen.errors import InvalidValueError
+from w4a16gen.quantize import Half, QuantizedWeight
+from w4a16gen.space import enumerate_space
+from w4a16gen.verify import numeric
+from w4a16gen.verify.bounds import Expectation
+from w4a16gen.verify.numeric import NumericProof, _error_over_bound, random_weight
+
+pytestmark = pytest.mark.gpu
+FGS = KernelConfig.parse("w4a16_sm90_cutlass_fgs_cta128x64x64_cluster1x1x1_cooperative_streamk")
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    """Give a build of the 63 on a machine with a Hopper GPU; skip elsewhere."""
+    given = os.environ.get(BUILD_FOLDER_VARIABLE)
+    if not Path("/dev/nvidiactl").exists():
+        pytest.skip("this machine has no NVIDIA GPU")
+    if given:
+        found = load(given)
+    else:
+        folder = tmp_path_factory.mktemp("gpu")
+        found = Library(build(enumerate_space("trtllm"), generated=folder / "generated", folder=folder / "build").build)
+    if not found.hopper_devices():
+        pytest.skip("this machine has no Hopper GPU")
+    return found
+
+
+@pytest.fixture(scope="session")
+def proofs(library: Library) -> dict[str, NumericProof]:
+    """Run the numerical proofs of every kernel once."""
+    return {proof.name: proof for proof in numeric.prove(library)}
+
+
+@pytest.mark.parametrize("config", enumerate_space("trtllm"), ids=str)
+def test_every_kernel_is_right(proofs: dict[str, NumericProof], config: KernelConfig) -> None:
+    proof = proofs[config.name]
+    assert proof.failures == []
+    assert set(proof.passed) == {"one_hot", "random", "smallest", "ragged_k", "large", "long_k"}
+
+
+class Layer:
+    """A layer on a GPU with its exact result."""
+
+    def __init__(self, library: Library, device: int = 0, mode: QuantMode = FGS.mode, m: int = 40) -> None:
+        rng = np.random.default_rng(device)
+        self.library = library
+        self.weight: QuantizedWeight = random_weight(rng, 512, 1024, 128, mode)
+        self.a: Half = rng.standard_normal((m, 1024)).astype(np.float16)
+        self.on_gpu = library.to_device(self.a, device)
+        self.packed: PackedWeight = library.to_device(pack_weight(self.weight), device)
+        self.expected = Expectation(self.a, self.weight)
+
+    def run(self, **arguments: Any) -> DeviceArray:
+        """Launch with the layer's own arrays."""
+        result: DeviceArray = self.library.gemm(self.on_gpu, self.packed, **arguments)
+        return result
+
+    def check(self, result: Half) -> None:
+        """Assert that a result is right."""
+        assert _error_over_bound(result, self.expected, 1.0, None) <= 1
+
+
+@pytest.mark.parametrize("mode", QuantMode, ids=str)
+def test_a_kernel_is_chosen_and_memory_allocated(library: Library, mode: QuantMode) -> None:
+    layer = Layer(library, mode=mode)
+    layer.check(layer.run().to_host())
+
+
+def test_no_tokens_are_no_work(library: Library) -> None:
+    assert Layer(library, m=0).run().to_host().shape == (0, 512)
+
+
+def test_threads_and_gpus_may_call_at_once(library: Library) -> None:
+    devices = [device["index"] for device in library.hopper_devices()]
+    layers = [Layer(library, device) for device in devices for _ in range(4)]
+    wrong: list[BaseException] = []
+
+    def work(layer: Layer) -> None:
+        try:
+            stream = library.module.Stream(layer.on_gpu.device)
+            config_names = [config for config in library.configs() if config.mode is FGS.mode]
+            for config in config_names * 3:
+                result = layer.run(config=config, stream=stream)
+                stream.synchronize()
+                layer.check(result.to_host())
+        except BaseException as error:  # noqa: BLE001  (asserted below, in the test's own thread)
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(layer,)) for layer in layers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_results_repeat_bit_for_bit_inside_and_outside_graphs(library: Library) -> None:
+    layer = Layer(library)
+    stream = library.module.Stream(0)
+    for config in (config for config in library.configs() if config.mode is FGS.mode):
+        first = layer.run(config=config, stream=stream)
+        out = library.to_device(np.full((40, 512), np.nan, np.float16))
+        needed = library.workspace_bytes(config, Problem(40, 512, 1024, 128))
+        workspace = library.to_device(np.zeros(needed, np.uint8))
+        stream.begin_capture()
+        layer.run(config=config, stream=stream, out=out, workspace=workspace)
+        stream.end_capture()
+        for _ in range(20):
+            stream.replay()
+        stream.synchronize()
+        assert np.array_equal(first.to_host().view(np.uint16), out.to_host().view(np.uint16))
+
+
+def test_a_short_workspace_is_refused(library: Library) -> None:
+    layer = Layer(library)
+    needed = library.workspace_bytes(FGS, Problem(40, 512, 1024, 128))
+    short = library.to_device(np.zeros(needed - 1, np.uint8))
+    with pytest.raises(InvalidValueError, match=f"workspace of {needed - 1} bytes must be at least {needed} bytes"):
+        layer.run(config=FGS, workspace=short)
+
+
+def test_an_array_on_another_gpu_is_refused(library: Library) -> None:
+    devices = library.hopper_devices()
+    if len(devices) < 2:
+        pytest.skip("this machine has one GPU")
+    layer = Layer(library)
+    with pytest.raises(InvalidValueError, match="activations is on GPU 1, but the packed weight is on GPU 0"):
+        library.gemm(library.to_device(layer.a, 1), layer.packed)
+
+
+def test_host_memory_that_claims_to_be_on_the_gpu_is_refused(library: Library) -> None:
+    layer = Layer(library)
+    host = layer.a
+
+    class Claimant:
+        __cuda_array_interface__ = {  # noqa: RUF012
+            "shape": host.shape,
+            "typestr": "<f2",
+            "data": (host.ctypes.data, False),
+            "strides": None,
+            "version": 3,
+        }
+
+    with pytest.raises(InvalidValueError, match="host memory as GPU memory"):
+        library.gemm(Claimant(), layer.packed)
+
+
+def test_torch_tensors_go_in_and_come_out(library: Library) -> None:
+    torch = pytest.importorskip("torch")
+    layer = Layer(library)
+    a = torch.from_numpy(layer.a).cuda()
+    result = library.gemm(a, layer.packed)
+    assert isinstance(result, torch.Tensor)
+    layer.check(result.cpu().numpy())
+    with pytest.raises(InvalidValueError, match="activations must be contiguous"):
+        library.gemm(a.T.contiguous().T, layer.packed)
+    with pytest.raises(InvalidValueError, match="must be aligned to 16 bytes"):
+        library.gemm(torch.zeros(40 * 1024 + 1, dtype=torch.float16, device="cuda")[1:].view(40, 1024), layer.packed)
+    with pytest.raises(InvalidValueError, match="activations of dtype float32 must be float16"):
+        library.gemm(a.float(), layer.packed)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        on_stream = library.gemm(a, layer.packed)
+    stream.synchronize()
+    assert torch.equal(on_stream, result)
+
+
+def test_arrays_with_only_dlpack_work(library: Library) -> None:
+    torch = pytest.importorskip("torch")
+    layer = Layer(library)
+    tensor = torch.from_numpy(layer.a).cuda()
+
+    class DlpackOnly:
+        def __dlpack__(self, stream: int | None = None) -> object:
+            return tensor.__dlpack__(stream=stream)
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            device: tuple[int, int] = tensor.__dlpack_device__()
+            return device
+
+    layer.check(library.gemm(DlpackOnly(), layer.packed).to_host())

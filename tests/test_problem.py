@@ -1,0 +1,78 @@
+"""Which problems a kernel can run: Python's rule and the library's agree, in the same words."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from w4a16gen import KernelConfig, Library, Problem, QuantMode
+from w4a16gen.dispatch import choose, runnable
+from w4a16gen.errors import UnsupportedProblemError
+from w4a16gen.packing import LAYOUTS, TARGET_LAYOUTS, PackedWeight
+from w4a16gen.problem import MAX_DIMENSION, why_cannot_run
+from w4a16gen.space import enumerate_space
+
+DIMENSIONS = (-8, 0, 1, 4, 8, 12, 64, 72, 576, 1024, MAX_DIMENSION, MAX_DIMENSION + 8)
+GROUPS = (-64, 0, 8, 32, 64, 72, 96, 128, 192, 576, 1024)
+GRID = [
+    Problem(m, n, k, group)
+    for m, n, k, group in itertools.product((-1, 0, 1, MAX_DIMENSION + 1), DIMENSIONS, DIMENSIONS, GROUPS)
+]
+
+
+@pytest.mark.parametrize("mode", QuantMode, ids=str)
+def test_the_library_refuses_what_python_refuses_in_the_same_words(fake_library: Library, mode: QuantMode) -> None:
+    config = next(config for config in fake_library.configs() if config.mode is mode)
+    answers = {fake_library.why_cannot_run(config, problem) for problem in GRID}
+    assert len(answers) > 20
+    for problem in GRID:
+        assert fake_library.why_cannot_run(config, problem) == why_cannot_run(config, problem)
+
+
+@pytest.mark.parametrize("mode", QuantMode, ids=str)
+def test_the_library_and_python_agree_on_packed_bytes(fake_library: Library, mode: QuantMode) -> None:
+    config = next(config for config in fake_library.configs() if config.mode is mode)
+    layout = TARGET_LAYOUTS[config.target]
+    for problem in GRID:
+        if problem.m == 0 and max(problem.n, problem.k) <= 1024 and why_cannot_run(config, problem) is None:
+            weight = PackedWeight(None, layout, problem.n, problem.k, problem.group_size, mode)
+            assert fake_library.packed_bytes(config, problem) == LAYOUTS[layout].packed_bytes(weight)
+
+
+problems = st.builds(
+    lambda m, n, k, groups: Problem(m, 8 * n, 64 * k * groups, 64 * k),
+    st.integers(0, 10000),
+    st.integers(1, 4096),
+    st.integers(1, 8),
+    st.integers(1, 8),
+)
+
+
+@given(problems, st.sampled_from(["default", "trtllm"]), st.randoms())
+def test_a_kernel_is_chosen_that_can_run_the_problem_whatever_the_order(
+    problem: Problem, space: str, random: object
+) -> None:
+    configs = enumerate_space(space)
+    mode = QuantMode.FINEGRAINED_SCALE_ONLY
+    chosen = choose(configs, mode, problem)
+    assert chosen in runnable(configs, mode, problem)
+    random.shuffle(configs)  # type: ignore[attr-defined]
+    assert choose(configs, mode, problem) == chosen
+
+
+def test_choosing_prefers_the_tile_that_covers_the_tokens() -> None:
+    configs = enumerate_space("trtllm")
+    for m, tokens in ((1, 16), (16, 16), (17, 32), (64, 64), (100, 128), (8192, 256)):
+        assert choose(configs, QuantMode.FINEGRAINED_SCALE_ONLY, Problem(m, 4096, 4096, 128)).cta.tokens == tokens
+
+
+def test_choosing_from_nothing_says_what_is_missing() -> None:
+    problem = Problem(1, 8, 64, 64)
+    with pytest.raises(UnsupportedProblemError, match="no kernel of mode fgsz is built"):
+        choose([], QuantMode.FINEGRAINED_SCALE_AND_ZEROS, problem)
+    configs: list[KernelConfig] = enumerate_space("default")
+    with pytest.raises(UnsupportedProblemError, match="group size 48 must be 96"):
+        choose(configs, QuantMode.FINEGRAINED_SCALE_ONLY, Problem(1, 8, 96, 48))

@@ -1,0 +1,152 @@
+"""One real compile per mode, and the proofs that need no GPU: on the real thing, and on what must not pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from w4a16gen import KernelConfig, Library, Problem, QuantMode
+from w4a16gen.build import Build, build, load_build
+from w4a16gen.cli import main
+from w4a16gen.render import source_name
+from w4a16gen.verify import static, verify
+from w4a16gen.verify.static import KernelCode, read_code
+
+pytestmark = pytest.mark.compile
+
+
+def generated(build: Build) -> Path:
+    """Give the folder that a build's sources were emitted to."""
+    folder: Path = build.folder.parent / "generated"
+    return folder
+
+
+def test_every_static_proof_holds(real_library: Library) -> None:
+    proof = static.prove(real_library, generated(real_library.build))
+    assert proof.violations == []
+    assert {kernel["mode"] for kernel in proof.kernels} == {"cs", "fgs", "fgsz"}
+    for kernel in proof.kernels:
+        assert kernel["registers"] == 168, "384 threads share 65536 registers"
+        assert kernel["stages"] >= 4
+        assert 100_000 < kernel["shared_memory_bytes"] <= 232_448
+        assert 10_000 < kernel["code_bytes"] < 200_000
+        assert kernel["instructions"]["HGMMA"] > 0
+
+
+def test_the_report_says_what_was_not_proven(real_library: Library) -> None:
+    if real_library.hopper_devices():
+        pytest.skip("this machine has a Hopper GPU")
+    report = verify(real_library, generated(real_library.build))
+    assert report.ok
+    assert not report.numerics_ran
+    assert "Numerics were NOT run: this machine has" in report.summary()
+    assert report.markdown().count("not run") == 3
+    json.dumps(report.value)
+
+
+def test_verify_on_the_command_line(cli: CliRunner, real_library: Library, tmp_path: Path) -> None:
+    folders = ["--build-dir", str(real_library.build.folder), "--generated-dir", str(generated(real_library.build))]
+    result = cli.invoke(main, ["verify", *folders, "--json", "--report", "report"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == json.loads((tmp_path / "report.json").read_text())
+    assert (tmp_path / "report.md").read_text().startswith("# Verification report")
+    if not real_library.hopper_devices():
+        required = cli.invoke(main, ["verify", *folders, "--require-gpu"])
+        assert required.exit_code == 3
+        assert "the numerical proofs could not run" in " ".join(required.output.split())
+
+
+def test_the_library_exports_the_c_interface_and_nothing_else(real_library: Library) -> None:
+    text = real_library.build.library.read_bytes()
+    assert b"w4a16_gemm\0" in text
+    for symbol in (b"cudaMalloc\0", b"_ZN7cutlass"):
+        assert symbol not in exported_names(text), "CUTLASS and the CUDA runtime stay inside"
+
+
+def exported_names(library: bytes) -> bytes:
+    """Give the dynamic string table of an ELF library."""
+    start = library.index(b"w4a16_")
+    begin = library.rindex(b"\0\0", 0, start) if b"\0\0" in library[:start] else 0
+    return library[begin : library.index(b"\0\0", start)]
+
+
+def test_workspace_is_exact_per_problem(real_library: Library) -> None:
+    for config in real_library.configs():
+        mode_group = 64 if config.mode.is_grouped else 4096
+        sizes = [
+            real_library.workspace_bytes(config, Problem(m, 4096, 4096, mode_group), sm_count=132)
+            for m in (0, 1, 64, 256, 4096)
+        ]
+        assert sizes[0] == 0
+        if config.scheduler.value == "persistent":
+            assert set(sizes) == {0}
+        else:
+            assert sizes[1] > 0
+            assert max(sizes) < 30e6, "TensorRT-LLM takes 82.5 MiB whatever the problem"
+
+
+def test_a_missing_and_a_foreign_kernel_are_found(real_library: Library, tmp_path: Path) -> None:
+    folder = tmp_path / "generated"
+    shutil.copytree(generated(real_library.build), folder)
+    gone, kept = (folder / source_name(config) for config in real_library.configs()[:2])
+    gone.unlink()
+    kept.write_text(kept.read_text() + "// __nv_fp8_e4m3\n")
+    violations = static.prove(real_library, folder).violations
+    assert f"{real_library.configs()[0].name} is asked for but not emitted" in violations
+    assert any("names a foreign type: fp8" in violation for violation in violations)
+
+
+def test_a_manifest_that_asks_for_more_is_found(real_library: Library) -> None:
+    missing = "w4a16_sm90_cutlass_cs_cta128x16x64_cluster1x1x1_cooperative_streamk"
+    before = real_library.build
+    manifest = before.manifest | {"asked": [*before.manifest["asked"], missing]}
+    real_library.build = dataclasses.replace(before, manifest=manifest)
+    try:
+        violations = static.prove(real_library, generated(before)).violations
+    finally:
+        real_library.build = before
+    assert f"{missing} is asked for but not emitted" in violations
+    assert f"{missing} is asked for but not exported" in violations
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        (KernelCode(168, 0, Counter(UTMALDG=3)), "has no HGMMA"),
+        (KernelCode(168, 0, Counter(HGMMA=12)), "has no UTMALDG"),
+        (KernelCode(168, 0, Counter(HGMMA=12, UTMALDG=3, HMMA=1)), "has 1 HMMA"),
+        (KernelCode(168, 0, Counter(HGMMA=12, UTMALDG=3, STL=2)), "spills: 2 STL and 0 LDL"),
+        (KernelCode(168, 16, Counter(HGMMA=12, UTMALDG=3)), "uses 16 bytes of stack"),
+    ],
+)
+def test_wrong_machine_code_is_a_violation(code: KernelCode, text: str) -> None:
+    (violation,) = static.code_violations("kernel", code)
+    assert violation.startswith(f"kernel {text}")
+
+
+def test_a_build_without_kernels_fails_the_static_proof(fake_library: Library) -> None:
+    violations = static.prove(fake_library, generated(fake_library.build)).violations
+    assert len([violation for violation in violations if "not in the machine code" in violation]) == 63
+
+
+def test_kernels_are_found_in_the_machine_code_by_their_names(real_library: Library) -> None:
+    code = read_code(real_library.build.library)
+    assert {KernelConfig.parse(name) for name in code} == set(real_library.configs())
+
+
+def test_a_second_build_compiles_and_links_nothing(real_build: Build) -> None:
+    library = load_build(real_build.folder).library
+    before = library.stat().st_mtime_ns
+    report = build(real_build.configs, generated=generated(real_build), folder=real_build.folder)
+    assert report.compiled == 0
+    assert library.stat().st_mtime_ns == before
+
+
+def test_modes_are_all_built(real_library: Library) -> None:
+    assert [config.mode for config in real_library.configs()] == list(QuantMode)

@@ -1,0 +1,96 @@
+"""The spaces: which kernels exist, and a reason for every one that does not."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from w4a16gen import ClusterShape, CtaShape, QuantMode, Schedule, Scheduler
+from w4a16gen.errors import InvalidValueError
+from w4a16gen.space import SPACES, Filter, ReasonKind, candidates, enumerate_space, select, why_not
+
+# TensorRT-LLM's 21 shapes per quantisation mode, written out: CTA, then its clusters.
+TRTLLM_SHAPES = {
+    "64x16x64": ["1x1x1"],
+    "64x32x64": ["1x1x1"],
+    "64x64x64": ["1x1x1"],
+    "64x128x64": ["1x1x1", "1x2x1"],
+    "64x256x64": ["1x1x1", "1x2x1"],
+    "128x16x64": ["1x1x1", "2x1x1"],
+    "128x32x64": ["1x1x1", "2x1x1"],
+    "128x64x64": ["1x1x1", "2x1x1"],
+    "128x128x64": ["1x1x1", "1x2x1", "2x1x1", "2x2x1"],
+    "128x256x64": ["1x1x1", "1x2x1", "2x1x1", "2x2x1"],
+}
+
+
+def test_trtllm_is_exactly_the_63() -> None:
+    expected = {
+        (mode, cta, cluster) for mode in QuantMode for cta, clusters in TRTLLM_SHAPES.items() for cluster in clusters
+    }
+    found = enumerate_space("trtllm")
+    assert len(found) == len(expected) == 63
+    assert {(config.mode, str(config.cta), str(config.cluster)) for config in found} == expected
+    for config in found:
+        if config.cta.channels == 64:
+            assert (config.schedule, config.scheduler) == (Schedule.PINGPONG, Scheduler.PERSISTENT)
+        else:
+            assert (config.schedule, config.scheduler) == (Schedule.COOPERATIVE, Scheduler.STREAM_K)
+
+
+def test_every_space_lies_in_all_and_the_grid_has_a_reason_for_the_rest() -> None:
+    every = set(enumerate_space("all"))
+    assert len(every) == 1440
+    for space in SPACES:
+        inside = set(enumerate_space(space))
+        assert inside <= every
+        reasons = {config: why_not(config, space) for config in candidates()}
+        assert {config for config, reason in reasons.items() if reason is None} == inside
+        for reason in filter(None, reasons.values()):
+            assert len(reason.sentence.split()) > 4
+
+
+def test_forbidden_and_left_out_are_told_apart() -> None:
+    legal = set(enumerate_space("all"))
+    for config in candidates():
+        reason = why_not(config, "trtllm")
+        if reason is not None:
+            assert (reason.kind is ReasonKind.LEFT_OUT) == (config in legal)
+
+
+def test_default_has_every_mode_and_covers_tokens_from_one_tile_of_16_to_256() -> None:
+    by_mode = Counter(config.mode for config in enumerate_space("default"))
+    assert set(by_mode) == set(QuantMode)
+    for mode in QuantMode:
+        tokens = {config.cta.tokens for config in select("default", Filter(modes=[mode]))}
+        assert {16, 32, 64, 128, 256} <= tokens
+
+
+def test_a_shape_off_the_grid_has_a_reason() -> None:
+    config = enumerate_space("trtllm")[0]
+    odd = type(config)(
+        config.target, config.mode, CtaShape(96, 16, 64), config.cluster, config.schedule, config.scheduler
+    )
+    assert str(why_not(odd)) == "forbidden: CTA channels of 96 is not one of 64, 128, 256"
+
+
+def test_filters_combine_over_axes_and_repeat_within_one() -> None:
+    found = select(
+        "trtllm",
+        Filter(ctas=[CtaShape(128, 128, 64), CtaShape(64, 16, 64)], clusters=[ClusterShape(1, 1, 1)]),
+    )
+    assert len(found) == 6
+    assert len(select("trtllm", Filter(ctas=[CtaShape(128, 128, 64)], clusters=[ClusterShape(2, 1, 1)]))) == 3
+
+
+def test_selecting_nothing_says_why_and_where_to_look() -> None:
+    with pytest.raises(InvalidValueError, match="--space all"):
+        select("trtllm", Filter(ctas=[CtaShape(256, 128, 64)]))
+    with pytest.raises(InvalidValueError, match="does not compile below 16"):
+        select("all", Filter(ctas=[CtaShape(128, 8, 64)]))
+
+
+def test_an_unknown_space_is_named() -> None:
+    with pytest.raises(InvalidValueError, match="'fast' is not one of default, trtllm, all"):
+        enumerate_space("fast")
