@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from w4a16gen.api import BUILD_FOLDER_VARIABLE
 from w4a16gen.build import Build
-from w4a16gen.cli import main
+from w4a16gen.cli import builds, main
 from w4a16gen.space import enumerate_space
 
 SHAPE = ["--cta", "128x128x64", "--cluster", "2x1x1"]
@@ -92,3 +92,15 @@ def test_every_command_has_help_and_json(cli: CliRunner, command: str) -> None:
     result = cli.invoke(main, [*command.split(), "--help"])
     assert result.exit_code == 0
     assert not command or "--json" in result.stdout
+
+
+def test_doctor_tells_what_building_needs_from_what_running_needs(
+    cli: CliRunner, fake_build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(BUILD_FOLDER_VARIABLE, str(fake_build.folder))
+    monkeypatch.setattr(builds, "find_driver", lambda: None)
+    result = cli.invoke(main, ["doctor", "--json"])
+    findings = {row["subject"]: row for row in json.loads(result.stdout)}
+    assert not findings["Hopper GPU"]["ok"]
+    assert "63 kernels" in findings["build"]["detail"]
+    assert result.exit_code == 0, "a build needs no GPU"

@@ -9,7 +9,7 @@ import w4a16gen
 
 PACKAGE = Path(w4a16gen.__file__).parent
 ORDER = [
-    {"errors", "files"},
+    {"errors", "files", "driver"},
     {"config"},
     {"problem", "toolchain"},
     {"space", "quantize", "dispatch", "arrays"},

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from w4a16gen import bench, space, toolchain, verify
 from w4a16gen.api import default_build_folder, load
-from w4a16gen.build import BuildReport, describe_failures
+from w4a16gen.build import BuildReport, describe_failures, load_build
 from w4a16gen.build import build as build_kernels
 from w4a16gen.cli.app import (
     EXIT_MISSING,
@@ -32,6 +32,7 @@ from w4a16gen.cli.app import (
     show_progress,
 )
 from w4a16gen.config import KernelConfig, QuantMode
+from w4a16gen.driver import HOPPER, find_driver
 from w4a16gen.errors import BuildError, NoHopperGpuError, NotBuiltError
 from w4a16gen.files import write_if_changed
 from w4a16gen.module import Library
@@ -159,7 +160,6 @@ def run(
     problem = Problem(m, n, k, group_size or (min(128, k) if mode.is_grouped else k))
     plan = bench.plan(library, problem, mode, name)
     gpu = bench.hopper_gpu(library)
-    notes.print(f"GPU: {gpu['name']}, compute capability {'.'.join(map(str, gpu['compute_capability']))}")
     outcome = bench.run(library, plan)
     median = outcome.median_microseconds
     value = {
@@ -180,7 +180,8 @@ def run(
     else:
         spread = f"{min(outcome.microseconds):.2f} to {max(outcome.microseconds):.2f}"
         verdict = "passed" if outcome.ok else "FAILED"
-        click.echo(f"GPU          {gpu['name']}, {gpu['sm_count']} SMs")
+        capability = ".".join(map(str, gpu["compute_capability"]))
+        click.echo(f"GPU          {gpu['name']}, compute capability {capability}, {gpu['sm_count']} SMs")
         click.echo(f"Problem      m={m} n={n} k={k}, group size {problem.group_size}, mode {mode}")
         click.echo(f"Kernels      {len(plan.candidates)} of {plan.built} built can run it; using {plan.config.name}")
         click.echo(f"Workspace    {outcome.workspace_bytes} bytes")
@@ -201,26 +202,32 @@ def run(
 @json_option
 def doctor(folder: Path | None, as_json: bool) -> None:
     """Show what a build needs and what is there, and the command that mends what is not."""
-    findings = [*toolchain.diagnose(), *_gpu_findings(folder)]
+    needed = toolchain.diagnose()
+    findings = [*needed, *_runtime_findings(folder or default_build_folder())]
     if as_json:
         print_json([finding.as_json() for finding in findings])
     else:
         rows = (("ok" if found.ok else "MISSING", found.subject, found.detail, found.fix) for found in findings)
         print_table("Environment", ("", "what", "found", "mend it with"), rows)
-    if not all(finding.ok for finding in findings if finding.subject != "Hopper GPU"):
+    if not all(finding.ok for finding in needed):
         sys.exit(EXIT_MISSING)
 
 
-def _gpu_findings(folder: Path | None) -> list[toolchain.Finding]:
-    """Look for a build and, through it, for a GPU."""
+def _runtime_findings(folder: Path) -> list[toolchain.Finding]:
+    """Look for the driver, a GPU and a build: building needs none of them."""
+    driver = find_driver()
+    gpus = driver.gpus if driver else ()
+    hopper = [gpu for gpu in gpus if gpu.compute_capability == HOPPER]
+    shown = ", ".join(map(str, gpus)) or "none"
+    no_gpu = "needs an H100, H800 or H200: only running kernels does, building and static proofs do not"
+    version = f"supports CUDA {driver.cuda_version[0]}.{driver.cuda_version[1]}" if driver else "not found"
     try:
-        library = load(folder)
+        build = load_build(folder)
+        found = toolchain.Finding("build", ok=True, detail=f"{len(build.configs)} kernels in {folder}")
     except NotBuiltError as error:
-        return [toolchain.Finding("build", ok=True, detail=f"none yet: {error}", fix="w4a16gen build")]
-    names = ", ".join(device["name"] for device in library.devices()) or "no CUDA GPU or driver"
-    hopper = bool(library.hopper_devices())
-    fix = "" if hopper else "numerics need an H100, H800 or H200; everything else works here"
+        found = toolchain.Finding("build", ok=False, detail=str(error), fix="w4a16gen build")
     return [
-        toolchain.Finding("build", ok=True, detail=f"{len(library.configs())} kernels in {library.build.folder}"),
-        toolchain.Finding("Hopper GPU", hopper, names, fix),
+        toolchain.Finding("NVIDIA driver", driver is not None, version, "" if driver else no_gpu),
+        toolchain.Finding("Hopper GPU", bool(hopper), shown, "" if hopper else no_gpu),
+        found,
     ]
