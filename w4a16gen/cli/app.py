@@ -178,7 +178,8 @@ def print_table(title: str, headings: Iterable[str], rows: Iterable[Iterable[str
     table = Table(*headings, title=title)
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False).print(table)
+    wide = None if sys.stdout.isatty() else 200  # what reads a pipe has no columns to spare
+    Console(highlight=False, width=wide).print(table)
 
 
 @contextmanager
