@@ -134,7 +134,12 @@ def test_an_interrupted_build_leaves_nothing_half_written_and_goes_on(tmp_path: 
     log = tmp_path / "calls"
     environment = {**os.environ, "FAKE_NVCC_LOG": str(log), "FAKE_NVCC_SLEEP": "30"}
     with subprocess.Popen(  # noqa: S603
-        COMMAND, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+        COMMAND,
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,  # noqa: PLW1509
     ) as process:
         wait_for(lambda: len(calls(log)) == 2)
         process.send_signal(how)
@@ -146,6 +151,11 @@ def test_an_interrupted_build_leaves_nothing_half_written_and_goes_on(tmp_path: 
     finished = subprocess.run(COMMAND, cwd=tmp_path, capture_output=True, text=True, check=False)  # noqa: S603
     assert finished.returncode == 0, finished.stderr
     assert "2 kernels compiled, 0 up to date" in " ".join(finished.stderr.split())
+
+
+def heed_interrupts() -> None:
+    """Undo what a background shell job inherits: an ignored SIGINT, which Python then leaves ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
