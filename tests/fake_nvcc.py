@@ -29,7 +29,7 @@ namespace w4a16 {{
 extern const Kernel {config.name}_kernel;
 const Kernel {config.name}_kernel = {{
     {{"{config.name}", "{config.target}", "{TARGET_LAYOUTS[config.target]}", {_MODE_NAMES[config.mode]},
-      {{{shape[0]}}}, {{{shape[1]}}}, 4, 384, 100000}},
+      {{{shape[0]}}}, {{{shape[1]}}}, 4, 384, {config.cta.k}, 100000}},
     [](const Problem& problem) {{ return cutlass_target::PackedLayout(problem, {zeros}).bytes; }},
     [](const Problem& problem, int sm_count) {{ return static_cast<size_t>(problem.m * sm_count); }},
     [](const Launch&) {{ return cudaErrorNotSupported; }}}};

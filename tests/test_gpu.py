@@ -1,4 +1,4 @@
-"""What only a Hopper GPU can show. Builds the 63 kernels first, unless W4A16GEN_BUILD_DIR names a build of them."""
+"""What only a Hopper GPU can show. Builds every kernel first, unless W4A16GEN_BUILD_DIR names a build of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from w4a16gen import KernelConfig, Library, PackedWeight, Problem, QuantMode, load, pack_weight
+from w4a16gen import KernelConfig, Library, PackedWeight, Problem, QuantMode, Target, load, pack_weight
 from w4a16gen.api import BUILD_FOLDER_VARIABLE
 from w4a16gen.arrays import DeviceArray
 from w4a16gen.build import build
@@ -22,12 +22,13 @@ from w4a16gen.verify.bounds import Expectation
 from w4a16gen.verify.numeric import NumericProof, _error_over_bound, random_weight
 
 pytestmark = pytest.mark.gpu
+EVERY = enumerate_space("trtllm") + enumerate_space("native")
 FGS = KernelConfig.parse("w4a16_sm90_cutlass_fgs_cta128x64x64_cluster1x1x1_cooperative_streamk")
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    """Give a build of the 63 on a machine with a Hopper GPU; skip elsewhere."""
+    """Give a build of the spaces trtllm and native on a machine with a Hopper GPU; skip elsewhere."""
     given = os.environ.get(BUILD_FOLDER_VARIABLE)
     if not Path("/dev/nvidiactl").exists():
         pytest.skip("this machine has no NVIDIA GPU")
@@ -47,7 +48,7 @@ def proofs(library: Library) -> dict[str, NumericProof]:
     return {proof.name: proof for proof in numeric.prove(library)}
 
 
-@pytest.mark.parametrize("config", enumerate_space("trtllm"), ids=str)
+@pytest.mark.parametrize("config", EVERY, ids=str)
 def test_every_kernel_is_right(proofs: dict[str, NumericProof], config: KernelConfig) -> None:
     proof = proofs[config.name]
     assert proof.failures == []
@@ -57,14 +58,30 @@ def test_every_kernel_is_right(proofs: dict[str, NumericProof], config: KernelCo
 class Layer:
     """A layer on a GPU with its exact result."""
 
-    def __init__(self, library: Library, device: int = 0, mode: QuantMode = FGS.mode, m: int = 40) -> None:
+    def __init__(
+        self,
+        library: Library,
+        device: int = 0,
+        mode: QuantMode = FGS.mode,
+        m: int = 40,
+        target: Target = Target.CUTLASS,
+    ) -> None:
         rng = np.random.default_rng(device)
         self.library = library
         self.weight: QuantizedWeight = random_weight(rng, 512, 1024, 128, mode)
         self.a: Half = rng.standard_normal((m, 1024)).astype(np.float16)
         self.on_gpu = library.to_device(self.a, device)
-        self.packed: PackedWeight = library.to_device(pack_weight(self.weight), device)
+        self.packed: PackedWeight = library.to_device(pack_weight(self.weight, target=target), device)
         self.expected = Expectation(self.a, self.weight)
+        self.target = target
+
+    def configs(self) -> list[KernelConfig]:
+        """Give the kernels that read the layer's weight."""
+        return [
+            config
+            for config in self.library.configs()
+            if config.target is self.target and config.mode is self.weight.mode
+        ]
 
     def run(self, **arguments: Any) -> DeviceArray:
         """Launch with the layer's own arrays."""
@@ -76,9 +93,16 @@ class Layer:
         assert _error_over_bound(result, self.expected, 1.0, None) <= 1
 
 
+def every_kernel(library: Library) -> list[tuple[Layer, KernelConfig]]:
+    """Give every kernel of one mode with a layer of its target."""
+    layers = [Layer(library, target=target) for target in Target]
+    return [(layer, config) for layer in layers for config in layer.configs()]
+
+
 @pytest.mark.parametrize("mode", QuantMode, ids=str)
-def test_a_kernel_is_chosen_and_memory_allocated(library: Library, mode: QuantMode) -> None:
-    layer = Layer(library, mode=mode)
+@pytest.mark.parametrize("target", Target, ids=str)
+def test_a_kernel_is_chosen_and_memory_allocated(library: Library, target: Target, mode: QuantMode) -> None:
+    layer = Layer(library, mode=mode, target=target)
     layer.check(layer.run().to_host())
 
 
@@ -88,14 +112,13 @@ def test_no_tokens_are_no_work(library: Library) -> None:
 
 def test_threads_and_gpus_may_call_at_once(library: Library) -> None:
     devices = [device["index"] for device in library.hopper_devices()]
-    layers = [Layer(library, device) for device in devices for _ in range(4)]
+    layers = [Layer(library, device, target=target) for device in devices for target in Target for _ in range(2)]
     wrong: list[BaseException] = []
 
     def work(layer: Layer) -> None:
         try:
             stream = library.module.Stream(layer.on_gpu.device)
-            config_names = [config for config in library.configs() if config.mode is FGS.mode]
-            for config in config_names * 3:
+            for config in layer.configs() * 3:
                 result = layer.run(config=config, stream=stream)
                 stream.synchronize()
                 layer.check(result.to_host())
@@ -111,9 +134,8 @@ def test_threads_and_gpus_may_call_at_once(library: Library) -> None:
 
 
 def test_results_repeat_bit_for_bit_inside_and_outside_graphs(library: Library) -> None:
-    layer = Layer(library)
     stream = library.module.Stream(0)
-    for config in (config for config in library.configs() if config.mode is FGS.mode):
+    for layer, config in every_kernel(library):
         first = layer.run(config=config, stream=stream)
         out = library.to_device(np.full((40, 512), np.nan, np.float16))
         needed = library.workspace_bytes(config, Problem(40, 512, 1024, 128))

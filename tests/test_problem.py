@@ -51,7 +51,7 @@ problems = st.builds(
 )
 
 
-@given(problems, st.sampled_from(["default", "trtllm"]), st.randoms())
+@given(problems, st.sampled_from(["default", "trtllm", "native"]), st.randoms())
 def test_a_kernel_is_chosen_that_can_run_the_problem_whatever_the_order(
     problem: Problem, space: str, random: object
 ) -> None:

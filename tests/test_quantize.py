@@ -15,6 +15,7 @@ from w4a16gen import PackedWeight, QuantMode, Target, pack, pack_weight, quantiz
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.packing import ALIGNMENT, LAYOUTS, TARGET_LAYOUTS
 from w4a16gen.quantize import QuantizedWeight, canonical, gemm_reference, pack_nibbles, unpack_nibbles
+from w4a16gen.verify.numeric import random_weight
 
 finite_half = st.floats(-1000, 1000, width=16)
 
@@ -58,6 +59,11 @@ def test_nibbles_round_trip(q: npt.NDArray[np.uint8]) -> None:
 
 @given(weights(), st.sampled_from(Target))
 def test_packed_weights_round_trip(weight: QuantizedWeight, target: Target) -> None:
+    layout = LAYOUTS[TARGET_LAYOUTS[target]]
+    if weight.group_size != weight.k and weight.group_size % layout.group_multiple != 0:
+        with pytest.raises(InvalidValueError, match=r"or a multiple of 32 for target native"):
+            pack_weight(weight, target=target)
+        return
     packed = pack_weight(weight, target=target)
     assert packed.layout == TARGET_LAYOUTS[target]
     assert packed.data.nbytes == packed.nbytes
@@ -158,6 +164,15 @@ def test_the_reference_product(rng: np.random.Generator) -> None:
     ]
     got = gemm_reference(a, weight, alpha=-2.0, bias=bias)
     assert np.allclose(got, np.array(exact, dtype=np.float64), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 96, 128, 192, 384])
+@pytest.mark.parametrize("mode", [QuantMode.FINEGRAINED_SCALE_ONLY, QuantMode.FINEGRAINED_SCALE_AND_ZEROS], ids=str)
+def test_native_blocks_round_trip_with_every_number_of_scale_rows(
+    rng: np.random.Generator, group_size: int, mode: QuantMode
+) -> None:
+    weight = random_weight(rng, 136, 384, group_size, mode)
+    assert_same(pack_weight(weight, target=Target.NATIVE).unpack(), weight)
 
 
 def test_foreign_and_damaged_packed_data_is_refused(rng: np.random.Generator) -> None:

@@ -15,6 +15,7 @@ from w4a16gen import KernelConfig, Library, Problem, QuantMode
 from w4a16gen.build import Build, build, load_build
 from w4a16gen.cli import main
 from w4a16gen.render import source_name
+from w4a16gen.space import enumerate_space
 from w4a16gen.verify import static, verify
 from w4a16gen.verify.static import KernelCode, read_code
 
@@ -37,6 +38,19 @@ def test_every_static_proof_holds(real_library: Library) -> None:
         assert 100_000 < kernel["shared_memory_bytes"] <= 232_448
         assert 10_000 < kernel["code_bytes"] < 200_000
         assert kernel["instructions"]["HGMMA"] > 0
+
+
+def test_every_native_kernel_compiles_in_seconds_and_is_proven(tmp_path: Path) -> None:
+    configs = enumerate_space("native")
+    built = build(configs, generated=tmp_path / "generated", folder=tmp_path / "build")
+    assert built.failures == []
+    proof = static.prove(Library(built.build), tmp_path / "generated")
+    assert proof.violations == []
+    assert len(proof.kernels) == len(configs) == 105
+    for kernel in proof.kernels:
+        assert kernel["compile_cpu_seconds"] < 4
+        assert kernel["compile_peak_bytes"] < 1e9
+        assert kernel["instructions"]["UBLKCP"] > 0
 
 
 def test_the_report_says_what_was_not_proven(real_library: Library) -> None:

@@ -6,9 +6,18 @@ from collections import Counter
 
 import pytest
 
-from w4a16gen import ClusterShape, CtaShape, QuantMode, Schedule, Scheduler
+from w4a16gen import ClusterShape, CtaShape, QuantMode, Schedule, Scheduler, Target
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.space import SPACES, Filter, ReasonKind, candidates, enumerate_space, select, why_not
+from w4a16gen.space import (
+    SPACES,
+    Filter,
+    ReasonKind,
+    candidates,
+    enumerate_space,
+    native_warpgroups,
+    select,
+    why_not,
+)
 
 # TensorRT-LLM's 21 shapes per quantisation mode, written out: CTA, then its clusters.
 TRTLLM_SHAPES = {
@@ -41,7 +50,7 @@ def test_trtllm_is_exactly_the_63() -> None:
 
 def test_every_space_lies_in_all_and_the_grid_has_a_reason_for_the_rest() -> None:
     every = set(enumerate_space("all"))
-    assert len(every) == 1440
+    assert len(every) == 1545
     for space in SPACES:
         inside = set(enumerate_space(space))
         assert inside <= every
@@ -49,6 +58,16 @@ def test_every_space_lies_in_all_and_the_grid_has_a_reason_for_the_rest() -> Non
         assert {config for config, reason in reasons.items() if reason is None} == inside
         for reason in filter(None, reasons.values()):
             assert len(reason.sentence.split()) > 4
+
+
+def test_native_kernels_are_a_space_of_their_own() -> None:
+    found = enumerate_space("native")
+    assert len(found) == 105
+    assert {config.target for config in found} == {Target.NATIVE}
+    for config in found:
+        along_channels, along_k = native_warpgroups(config)
+        assert along_channels * along_k in (2, 4)
+        assert config.cta.channels % (64 * along_channels) == 0
 
 
 def test_forbidden_and_left_out_are_told_apart() -> None:
@@ -92,5 +111,5 @@ def test_selecting_nothing_says_why_and_where_to_look() -> None:
 
 
 def test_an_unknown_space_is_named() -> None:
-    with pytest.raises(InvalidValueError, match="'fast' is not one of default, trtllm, all"):
+    with pytest.raises(InvalidValueError, match="'fast' is not one of default, trtllm, native, all"):
         enumerate_space("fast")

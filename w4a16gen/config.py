@@ -93,7 +93,9 @@ class Schedule(_OrderedEnum):
     PINGPONG = "pingpong"
     """Two warpgroups, each with an output tile of its own, taking turns on the tensor cores."""
     COOPERATIVE = "cooperative"
-    """Two warpgroups, each with half of the channels of one output tile."""
+    """Warpgroups that divide the channels of one output tile among them."""
+    SPLIT_K = "splitk"
+    """Four warpgroups that share an output tile, or its halves, and divide K; a cluster's CTAs divide it again."""
 
 
 class Scheduler(_OrderedEnum):
@@ -103,6 +105,8 @@ class Scheduler(_OrderedEnum):
     """Whole tiles, one wave of CTAs that take several each."""
     STREAM_K = "streamk"
     """Tiles may be split along K so that every SM gets an equal share; partial sums meet in the workspace."""
+    SINGLE_TILE = "singletile"
+    """One tile per CTA, or per cluster."""
 
 
 class Target(_OrderedEnum):
@@ -110,6 +114,8 @@ class Target(_OrderedEnum):
 
     CUTLASS = "cutlass"
     """CUTLASS's SM90 mixed-input collective."""
+    NATIVE = "native"
+    """This package's own kernel."""
 
 
 @dataclass(frozen=True, order=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from w4a16gen.config import KernelConfig
+from w4a16gen.config import KernelConfig, Target
 
 DIMENSION_MULTIPLE = 8
 """n and k must be multiples of this: TMA moves rows whose stride is a multiple of 16 bytes, so 8 fp16 values."""
@@ -38,6 +38,11 @@ class Problem:
         return f"{self.m}x{self.n}x{self.k}, group size {self.group_size}"
 
 
+def group_multiple(config: KernelConfig) -> int:
+    """Give what a kernel's group sizes are multiples of: CUTLASS reads a scale per CTA k, native kernels one per 32."""
+    return config.cta.k if config.target is Target.CUTLASS else 32
+
+
 def why_cannot_run(config: KernelConfig, problem: Problem) -> str | None:
     """Say why a kernel cannot run a problem, or None if it can.
 
@@ -57,6 +62,7 @@ def why_cannot_run(config: KernelConfig, problem: Problem) -> str | None:
         return None
     if not config.mode.is_grouped:
         return f"group size {group} must be {k} (= k): per-column mode has one scale per channel"
-    if group <= 0 or group % config.cta.k != 0 or k % group != 0:
-        return f"group size {group} must be {k} (= k) or a multiple of {config.cta.k} that divides k"
+    multiple = group_multiple(config)
+    if group <= 0 or group % multiple != 0 or k % group != 0:
+        return f"group size {group} must be {k} (= k) or a multiple of {multiple} that divides k"
     return None

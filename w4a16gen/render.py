@@ -11,14 +11,14 @@ import jinja2
 
 from w4a16gen.config import KernelConfig, QuantMode, Schedule, Scheduler, Target
 from w4a16gen.files import write_if_changed, write_json
+from w4a16gen.space import native_warpgroups
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 
 _MODE_NAMES = {mode: f"W4A16_{mode.name}" for mode in QuantMode}
-_SCHEDULE_NAMES = {Schedule.PINGPONG: "Pingpong", Schedule.COOPERATIVE: "Cooperative"}
-_SCHEDULER_NAMES = {Scheduler.PERSISTENT: "Persistent", Scheduler.STREAM_K: "StreamK"}
-_KERNEL_TEMPLATES = {Target.CUTLASS: "cutlass_kernel.cu.jinja"}
+_CUTLASS_SCHEDULES = {Schedule.PINGPONG: "Pingpong", Schedule.COOPERATIVE: "Cooperative"}
+_CUTLASS_SCHEDULERS = {Scheduler.PERSISTENT: "Persistent", Scheduler.STREAM_K: "StreamK"}
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,29 @@ def _environment() -> jinja2.Environment:
 
 def render_kernel(config: KernelConfig) -> str:
     """Give the translation unit of one kernel."""
-    return (
-        _environment()
-        .get_template(_KERNEL_TEMPLATES[config.target])
-        .render(
-            name=config.name,
-            cta=", ".join(map(str, config.cta.as_list())),
-            cluster=", ".join(map(str, config.cluster.as_list())),
-            mode=_MODE_NAMES[config.mode],
-            schedule=_SCHEDULE_NAMES[config.schedule],
-            scheduler=_SCHEDULER_NAMES[config.scheduler],
-        )
-    )
+    parts = _cutlass_parts if config.target is Target.CUTLASS else _native_parts
+    template = _environment().get_template(f"{config.target}_kernel.cu.jinja")
+    return template.render(name=config.name, mode=_MODE_NAMES[config.mode], **parts(config))
+
+
+def _cutlass_parts(config: KernelConfig) -> dict[str, object]:
+    return {
+        "cta": ", ".join(map(str, config.cta.as_list())),
+        "cluster": ", ".join(map(str, config.cluster.as_list())),
+        "schedule": _CUTLASS_SCHEDULES[config.schedule],
+        "scheduler": _CUTLASS_SCHEDULERS[config.scheduler],
+    }
+
+
+def _native_parts(config: KernelConfig) -> dict[str, object]:
+    warpgroups_m, warpgroups_k = native_warpgroups(config)
+    return {
+        "channels": config.cta.channels,
+        "tokens": config.cta.tokens,
+        "warpgroups_m": warpgroups_m,
+        "warpgroups_k": warpgroups_k,
+        "cluster_k": config.cluster.k,
+    }
 
 
 def render_registry(configs: Iterable[KernelConfig]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -15,7 +16,7 @@ CTA_TOKENS = (8, 16, 32, 64, 128, 256)
 CTA_K = (32, 64, 128)
 CLUSTER_CHANNELS = (1, 2, 4)
 CLUSTER_TOKENS = (1, 2, 4)
-CLUSTER_K = (1, 2)
+CLUSTER_K = (1, 2, 4)
 
 WARPGROUP_CHANNELS = 64
 """Rows of one WGMMA instruction (m64nNk16), so channels that one consumer warpgroup computes at a time."""
@@ -24,6 +25,10 @@ CONSUMER_WARPGROUPS = 2
 MAX_ACCUMULATORS = 128
 """fp32 accumulators per thread. The next size, 256, exceeds the 255 registers that a thread can address: CUTLASS
 compiles 256x256 and pingpong 128x256 with more than 9 KB of spills a thread (nvcc 13.0)."""
+NATIVE_K = 128
+"""k of one packed block, and so of one stage of a native kernel."""
+NATIVE_SPLIT_TOKENS = 64
+"""Most tokens of a CTA with four consumer warpgroups: 640 threads leave each 112 registers."""
 MAX_PORTABLE_CLUSTER = 8
 """CTAs per cluster that every GPU of compute capability 9.0 launches (CUDA programming guide, clusters)."""
 
@@ -49,15 +54,25 @@ class Reason:
 
 
 def _forbidden(config: KernelConfig) -> str | None:
-    """Say why the hardware or CUTLASS forbids the configuration, or None if it is legal."""
-    cta, cluster = config.cta, config.cluster
-    for name, value, allowed in (
-        ("channels", cta.channels, CTA_CHANNELS),
-        ("tokens", cta.tokens, CTA_TOKENS),
-        ("k", cta.k, CTA_K),
+    """Say why the hardware or the target's implementation forbids the configuration, or None if it is legal."""
+    for shape, name, value, allowed in (
+        ("CTA", "channels", config.cta.channels, CTA_CHANNELS),
+        ("CTA", "tokens", config.cta.tokens, CTA_TOKENS),
+        ("CTA", "k", config.cta.k, CTA_K),
+        ("cluster", "channels", config.cluster.channels, CLUSTER_CHANNELS),
+        ("cluster", "tokens", config.cluster.tokens, CLUSTER_TOKENS),
+        ("cluster", "k", config.cluster.k, CLUSTER_K),
     ):
         if value not in allowed:
-            return f"CTA {name} of {value} is not one of {', '.join(map(str, allowed))}"
+            return f"{shape} {name} of {value} is not one of {', '.join(map(str, allowed))}"
+    return _forbidden_cutlass(config) if config.target is Target.CUTLASS else _forbidden_native(config)
+
+
+def _forbidden_cutlass(config: KernelConfig) -> str | None:
+    """Say why CUTLASS's collective cannot be this kernel, or None."""
+    cta, cluster = config.cta, config.cluster
+    if config.schedule is Schedule.SPLIT_K or config.scheduler is Scheduler.SINGLE_TILE:
+        return "CUTLASS's mixed-input kernels are pingpong or cooperative, persistent or stream-K"
     if cta.tokens < 16:  # noqa: PLR2004  (compiled: "Shape Divisibility Condition" in the epilogue's tiler)
         return f"CTA tokens of {cta.tokens}: CUTLASS's SM90 epilogue does not compile below 16"
     if cta.k < 64:  # noqa: PLR2004  (compiled: "Consider increasing TileShapeK")
@@ -69,18 +84,6 @@ def _forbidden(config: KernelConfig) -> str | None:
             f"cluster {cluster} holds {cluster.channels * cluster.tokens} CTAs; the portable limit is "
             f"{MAX_PORTABLE_CLUSTER}"
         )
-    for name, value, allowed in (
-        ("channels", cluster.channels, CLUSTER_CHANNELS),
-        ("tokens", cluster.tokens, CLUSTER_TOKENS),
-    ):
-        if value not in allowed:
-            return f"cluster {name} of {value} is not one of {', '.join(map(str, allowed))}"
-    return _forbidden_schedule(config)
-
-
-def _forbidden_schedule(config: KernelConfig) -> str | None:
-    """Say why the schedule cannot run this CTA shape, or None."""
-    cta = config.cta
     cooperative = config.schedule is Schedule.COOPERATIVE
     if cooperative and cta.channels < CONSUMER_WARPGROUPS * WARPGROUP_CHANNELS:
         return (
@@ -89,19 +92,60 @@ def _forbidden_schedule(config: KernelConfig) -> str | None:
         )
     if not cooperative and config.scheduler is Scheduler.STREAM_K:
         return "CUTLASS's pingpong schedule has no stream-K"
-    threads = 128 * (CONSUMER_WARPGROUPS if cooperative else 1)
-    accumulators = cta.channels * cta.tokens // threads
-    if accumulators > MAX_ACCUMULATORS:
+    return _forbidden_accumulators(config, CONSUMER_WARPGROUPS if cooperative else 1)
+
+
+def _forbidden_native(config: KernelConfig) -> str | None:
+    """Say why the native kernel cannot be this kernel, or None."""
+    cta, cluster = config.cta, config.cluster
+    pairs = ((Schedule.COOPERATIVE, Scheduler.PERSISTENT), (Schedule.SPLIT_K, Scheduler.SINGLE_TILE))
+    if (config.schedule, config.scheduler) not in pairs:
+        return "native kernels are cooperative and persistent, or split K and take a single tile"
+    if cta.k != NATIVE_K:
+        return f"CTA k of {cta.k}: a native kernel's stage is one packed block of {NATIVE_K} k"
+    if (cluster.channels, cluster.tokens) != (1, 1):
+        return f"cluster {cluster}: native kernels do not multicast, their clusters only divide K"
+    if config.schedule is Schedule.COOPERATIVE:
+        if cluster.k != 1:
+            return f"cluster k of {cluster.k}: only native kernels that split K within the CTA divide it in a cluster"
+        if cta.channels < CONSUMER_WARPGROUPS * WARPGROUP_CHANNELS:
+            return f"CTA channels of {cta.channels}: two warpgroups or more need {WARPGROUP_CHANNELS} channels each"
+    elif cta.channels > 2 * WARPGROUP_CHANNELS or cta.tokens > NATIVE_SPLIT_TOKENS:
         return (
-            f"CTA {cta.channels}x{cta.tokens} needs {accumulators} accumulators per thread in the {config.schedule} "
-            f"schedule; {MAX_ACCUMULATORS} fit into registers"
+            f"CTA {cta.channels}x{cta.tokens}: kernels that split K among four warpgroups hold at most "
+            f"{2 * WARPGROUP_CHANNELS} channels and {NATIVE_SPLIT_TOKENS} tokens in registers"
         )
-    return None
+    return _forbidden_accumulators(config, native_warpgroups(config)[0])
+
+
+def _forbidden_accumulators(config: KernelConfig, warpgroups: int) -> str | None:
+    """Say whether the accumulators of warpgroups that divide the channels exceed a thread's registers."""
+    accumulators = config.cta.channels * config.cta.tokens // (128 * warpgroups)
+    if accumulators <= MAX_ACCUMULATORS:
+        return None
+    return (
+        f"CTA {config.cta.channels}x{config.cta.tokens} needs {accumulators} accumulators per thread in the "
+        f"{config.schedule} schedule; {MAX_ACCUMULATORS} fit into registers"
+    )
+
+
+def native_warpgroups(config: KernelConfig) -> tuple[int, int]:
+    """Give a native kernel's consumer warpgroups along channels and along K.
+
+    Four warpgroups hide the dequantisation of few tokens best, but leave each thread 112 registers; from 128 tokens on
+    the accumulators need two warpgroups of 240.
+    """
+    along_channels = config.cta.channels // WARPGROUP_CHANNELS
+    if config.schedule is Schedule.SPLIT_K:
+        return along_channels, 4 // along_channels
+    return (along_channels if config.cta.tokens <= NATIVE_SPLIT_TOKENS else CONSUMER_WARPGROUPS), 1
 
 
 def _not_in_trtllm(config: KernelConfig) -> str | None:
     """Say why TensorRT-LLM's generator does not enumerate the configuration, or None if it does."""
     cta, cluster = config.cta, config.cluster
+    if config.target is not Target.CUTLASS:
+        return "TensorRT-LLM's generator enumerates CUTLASS kernels only"
     if cta.k != 64 or cta.channels > 128:  # noqa: PLR2004
         return "TensorRT-LLM has CTA channels of 64 and 128 and CTA k of 64 only"
     if max(cluster.channels, cluster.tokens) > 2:  # noqa: PLR2004
@@ -145,6 +189,7 @@ def _not_in_default(config: KernelConfig) -> str | None:
 SPACES: dict[str, Callable[[KernelConfig], str | None]] = {
     "default": _not_in_default,
     "trtllm": _not_in_trtllm,
+    "native": lambda config: None if config.target is Target.NATIVE else "this space holds native kernels",
     "all": lambda _: None,
 }
 """Named spaces: each says why it leaves a legal configuration out, or None where it holds it."""
@@ -228,20 +273,20 @@ def select(space: str, wanted: Filter) -> list[KernelConfig]:
 
 def _explain_nothing(space: str, wanted: Filter) -> str:
     """Say why a filter selects nothing of a space: the reasons that stand in the way, and the way out."""
+    # Schedules that a target has nowhere would only add sentences that are beside the point.
+    families = sorted({(config.target, config.schedule, config.scheduler) for config in enumerate_space("all")})
     asked = [
         KernelConfig(target, mode, cta, cluster, schedule, scheduler)
-        for target, mode, cta, cluster, schedule, scheduler in itertools.product(
-            wanted.targets or Target,
+        for (target, schedule, scheduler), mode, cta, cluster in itertools.product(
+            [family for family in families if not wanted.targets or family[0] in wanted.targets],
             wanted.modes or QuantMode,
             wanted.ctas or sorted({config.cta for config in candidates()}),
             wanted.clusters or sorted({config.cluster for config in candidates()}),
-            Schedule,
-            Scheduler,
         )
     ]
     if any(why_not(config) is None for config in asked):
         reasons = [reason for config in asked if (reason := why_not(config, space))]
         left_out = sorted({reason.sentence for reason in reasons if reason.kind is ReasonKind.LEFT_OUT})
         return f"{left_out[0]}; it is legal, so `--space all` has it"
-    sentences = sorted({reason.sentence for config in asked if (reason := why_not(config))})
-    return "; ".join(sentences[:3])
+    sentences = Counter(f"{config.target}: {reason.sentence}" for config in asked if (reason := why_not(config)))
+    return "; ".join(sentence for sentence, _ in sentences.most_common(4))

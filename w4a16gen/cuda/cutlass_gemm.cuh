@@ -184,6 +184,7 @@ constexpr Kernel make_kernel(const char* name) {
            {cute::size<0>(Cluster{}), cute::size<1>(Cluster{}), cute::size<2>(Cluster{})},
            Gemm::Mainloop::DispatchPolicy::Stages,
            static_cast<int32_t>(Gemm::Operator::MaxThreadsPerBlock),
+           cute::size<2>(Cta{}),
            Gemm::Operator::SharedStorageSize},
           [](const Problem& problem) { return PackedLayout(problem, Gemm::kHasZeros).bytes; },
           &workspace_bytes<Gemm>,

@@ -35,8 +35,8 @@ inline std::string why_not(const w4a16_kernel_info& kernel, const w4a16_problem&
   if (group == problem.k) return {};
   const std::string must_be = "group size " + text(group) + " must be " + text(problem.k) + " (= k)";
   if (kernel.mode == W4A16_PER_COLUMN_SCALE_ONLY) return must_be + ": per-column mode has one scale per channel";
-  if (group <= 0 || group % kernel.cta[2] != 0 || problem.k % group != 0) {
-    return must_be + " or a multiple of " + text(kernel.cta[2]) + " that divides k";
+  if (group <= 0 || group % kernel.group_multiple != 0 || problem.k % group != 0) {
+    return must_be + " or a multiple of " + text(kernel.group_multiple) + " that divides k";
   }
   return {};
 }

@@ -51,7 +51,8 @@ typedef struct {
   int32_t cta[3];
   int32_t cluster[3];
   int32_t stages;
-  int32_t threads; /* per CTA */
+  int32_t threads;        /* per CTA */
+  int32_t group_multiple; /* group sizes are multiples of this, or k */
   int64_t shared_memory_bytes;
 } w4a16_kernel_info;
 

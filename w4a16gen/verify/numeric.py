@@ -86,10 +86,10 @@ def cases(mode: QuantMode, rng: np.random.Generator) -> Iterator[Case]:
         rows = max([*chosen, 257])
         return Case(kind, random_weight(rng, n, k, group, mode), rows, chosen, options)
 
-    for group in (64, 128, 256) if mode.is_grouped else (256,):
+    for group in (32, 64, 128, 256) if mode.is_grouped else (256,):
         yield case("one_hot", 264, 256, group, (256,), _PLAIN)
     yield case("one_hot", 136, 200, 200, (200,), _PLAIN)
-    for group in (64, 128, 192, 256, 384, 768) if mode.is_grouped else (768,):
+    for group in (32, 64, 96, 128, 192, 256, 384, 768) if mode.is_grouped else (768,):
         yield case("random", 520, 768, group, (1, 7, 17, 100, 0))
     yield case("smallest", 8, 8, 8, (1, 3))
     yield case("smallest", 8, 64, 64, (1, 65))

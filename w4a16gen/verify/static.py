@@ -95,6 +95,7 @@ def code_violations(name: str, code: KernelCode) -> list[str]:
     rules = (
         (count["HGMMA"] > 0, "has no HGMMA: the tensor cores' warpgroup instruction"),
         (count["UTMALDG"] > 0, "has no UTMALDG: loads by the tensor memory accelerator"),
+        ("_native_" not in name or count["UBLKCP"] > 0, "has no UBLKCP: bulk copies of packed weights"),
         (count["HMMA"] == 0, f"has {count['HMMA']} HMMA: tensor-core instructions of older GPUs"),
         (count["STL"] + count["LDL"] == 0, f"spills: {count['STL']} STL and {count['LDL']} LDL"),
         (code.stack_bytes == 0, f"uses {code.stack_bytes} bytes of stack"),

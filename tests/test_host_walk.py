@@ -1,0 +1,48 @@
+"""The native kernel's index maps and dequantisation, walked on the CPU, rebuild the weight bit for bit."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from w4a16gen import QuantMode, Target, pack_weight, toolchain
+from w4a16gen.compile import CUDA_FOLDER
+from w4a16gen.verify.bounds import dequantized_half
+from w4a16gen.verify.numeric import random_weight
+
+
+@pytest.fixture(scope="session")
+def walker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compile the walk with the host compiler."""
+    tools = toolchain.find_toolchain()
+    program = tmp_path_factory.mktemp("walk") / "host_walk"
+    source = Path(__file__).with_name("host_walk.cpp")
+    command = [str(tools.host_compiler), "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror"]
+    command += [f"-I{CUDA_FOLDER}", f"-isystem{tools.cuda_include}", str(source), "-o", str(program)]
+    subprocess.run(command, check=True)  # noqa: S603
+    return program
+
+
+CASES = [
+    (QuantMode.PER_COLUMN_SCALE_ONLY, 200),
+    *((mode, group) for mode in list(QuantMode)[1:] for group in (32, 64, 96, 128, 192, 256, 384, 768)),
+]
+
+
+@pytest.mark.parametrize(("mode", "group"), CASES)
+def test_the_walk_rebuilds_the_weight(walker: Path, rng: np.random.Generator, mode: QuantMode, group: int) -> None:
+    k = 768 if mode.is_grouped else group
+    weight = random_weight(rng, 136, k, group, mode)
+    assert len(np.unique(weight.q)) == 16
+    packed = pack_weight(weight, target=Target.NATIVE)
+    arguments = [str(list(QuantMode).index(mode)), "136", str(k), str(group)]
+    done = subprocess.run([walker, *arguments], input=packed.data.tobytes(), capture_output=True, check=True)  # noqa: S603
+    walked = np.frombuffer(done.stdout, np.float16).reshape(192, -(-k // 128) * 128)
+    wanted = dequantized_half(weight) if mode.is_grouped else weight.q.astype(np.float16) - 8
+    assert np.array_equal(walked[:136, :k].view(np.uint16), (wanted + np.float16(0)).view(np.uint16))
+    assert not walked[136:].any(), "padding channels weigh nothing"
+    if not mode.has_zeros:
+        assert not walked[:, k:].any(), "nor does padding along k"
