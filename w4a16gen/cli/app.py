@@ -90,10 +90,6 @@ def fail(code: int, message: str) -> None:
     sys.exit(code)
 
 
-def _terminate(_signal: int, _frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 @click.group(
     cls=ErrorReportingGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
 )
@@ -106,7 +102,6 @@ def main() -> None:
     Exit codes: 0 success; 1 a proof, a compilation or a write failed; 2 a wrong call; 3 a tool, a build or a GPU is
     missing; 130 interrupted.
     """
-    signal.signal(signal.SIGTERM, _terminate)
 
 
 def kernel_filters(default_space: str) -> Callable[[_Command], _Command]:
@@ -180,6 +175,23 @@ def print_table(title: str, headings: Iterable[str], rows: Iterable[Iterable[str
         table.add_row(*row)
     wide = None if sys.stdout.isatty() else 200  # what reads a pipe has no columns to spare
     Console(highlight=False, width=wide).print(table)
+
+
+@contextmanager
+def termination_interrupts() -> Iterator[None]:
+    """Treat SIGTERM as Ctrl-C while compilers run, which must be stopped too.
+
+    Not elsewhere: a handler of Python's does not run while the process waits for a GPU, and the default ends it there.
+    """
+
+    def interrupt(_signal: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from w4a16gen.cli.app import (
     print_table,
     report_option,
     show_progress,
+    termination_interrupts,
 )
 from w4a16gen.config import KernelConfig, QuantMode
 from w4a16gen.driver import HOPPER, find_driver
@@ -40,7 +41,7 @@ from w4a16gen.problem import Problem
 
 
 def _build(configs: Sequence[KernelConfig], generated: Path, folder: Path | None, jobs: int | None) -> BuildReport:
-    with show_progress(f"Building {len(configs)} kernels") as progress:
+    with termination_interrupts(), show_progress(f"Building {len(configs)} kernels") as progress:
         report = build_kernels(
             configs, generated=generated, folder=folder or default_build_folder(), jobs=jobs, progress=progress
         )

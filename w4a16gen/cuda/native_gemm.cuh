@@ -35,10 +35,29 @@ inline bool describe_activations(CUtensorMap* map, const Launch& launch, int tok
                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
+// The kernel's function for a number of scale rows, and on which devices it may use all shared memory.
+struct Function {
+  const void* address;
+  std::atomic<uint64_t> raised{0};
+};
+
+template <class S>
+Function& function_for(int scale_rows) {
+  if constexpr (S::Scales) {
+    static Function functions[3] = {{reinterpret_cast<const void*>(&kernel<S, 1>)},
+                                    {reinterpret_cast<const void*>(&kernel<S, 2>)},
+                                    {reinterpret_cast<const void*>(&kernel<S, 4>)}};
+    return functions[scale_rows / 2];
+  } else {
+    static Function function{reinterpret_cast<const void*>(&kernel<S, 0>)};
+    return function;
+  }
+}
+
 template <class S>
 cudaError_t launch(const Launch& launch) {
-  const auto* function = reinterpret_cast<const void*>(&kernel<S>);
-  static std::atomic<uint64_t> raised{0};
+  const PackedLayout layout(launch.problem, S::Mode);
+  auto& [function, raised] = function_for<S>(layout.scale_rows);
   const uint64_t bit = launch.device < 64 ? uint64_t{1} << launch.device : 0;
   if ((raised.load(std::memory_order_acquire) & bit) == 0) {
     const cudaError_t error =
@@ -49,7 +68,6 @@ cudaError_t launch(const Launch& launch) {
 
   const auto& [m, n, k, group_size] = launch.problem;
   const auto& given = launch.arguments;
-  const PackedLayout layout(launch.problem, S::Mode);
   const auto* packed = static_cast<const uint8_t*>(given.packed);
   Parameters parameters{};
   if (!describe_activations(&parameters.activations, launch, S::Tokens)) return cudaErrorInvalidValue;
@@ -62,7 +80,6 @@ cudaError_t launch(const Launch& launch) {
   parameters.k_blocks = layout.k_blocks;
   parameters.channel_blocks = layout.channel_blocks;
   parameters.block_bytes = layout.block_bytes;
-  parameters.scale_rows = layout.scale_rows;
   parameters.channel_tiles = (layout.channel_blocks + S::Blocks - 1) / S::Blocks;
   parameters.token_tiles = static_cast<int>((m + S::Tokens - 1) / S::Tokens);
   parameters.alpha = given.alpha;

@@ -15,7 +15,8 @@ namespace w4a16::native {
 
 constexpr int kWarpgroup = 128;
 constexpr int kSharedBytes = 232448;  // what one CTA of compute capability 9.0 may have
-constexpr int kRasterTokens = 8;      // token tiles that are swept together over all channels, to share L2
+constexpr int kMaxScaledSumTokens = 16;
+constexpr int kRasterTokens = 8;  // token tiles that are swept together over all channels, to share L2
 
 struct Parameters {
   CUtensorMap activations;
@@ -28,7 +29,6 @@ struct Parameters {
   int k_blocks;
   int channel_blocks;
   int block_bytes;
-  int scale_rows;
   int channel_tiles;
   int token_tiles;
   float alpha;
@@ -73,7 +73,16 @@ struct Shape {
   static_assert(!Reduces || WarpgroupsK * PartialFloats * 4 <= Stages * StageBytes, "partial sums must fit the ring");
 
   static constexpr int SharedBytes = Alignment + Stages * StageBytes + Stages * 16;
-  static constexpr int ConsumerRegisters = Consumers == 4 * kWarpgroup ? 112 : 240;
+
+  // What the warpgroups may have after they divide the registers that the CTA was launched with anew; asking for more
+  // than those waits for ever.
+  static constexpr int LaunchRegisters = 65536 / Threads / 8 * 8;
+  static constexpr int ProducerRegisters = Consumers == 4 * kWarpgroup ? 32 : 40;
+  static constexpr int ConsumerRegisters = Consumers == 4 * kWarpgroup ? 112 : 232;
+  static_assert(ProducerRegisters * kWarpgroup + ConsumerRegisters * Consumers <= LaunchRegisters * Threads,
+                "the warpgroups must not ask for more registers than the CTA was launched with");
+  static constexpr int header_bytes(int rows) { return rows * kRowBytes * (Zeros ? 2 : 1); }
+  static constexpr bool scales_sums(int rows) { return rows == 1 && !Zeros && Tokens <= kMaxScaledSumTokens; }
   static_assert(Blocks % WarpgroupsM == 0, "channels must divide among the warpgroups");
   static_assert(SharedBytes <= kSharedBytes, "the ring must fit shared memory");
 };
@@ -84,9 +93,10 @@ struct Position {
   int slot = 0;
   uint32_t phase = 0;
 
+  // By at most Stages.
   __device__ void advance(int by) {
     slot += by;
-    while (slot >= Stages) {
+    if (slot >= Stages) {
       slot -= Stages;
       phase ^= 1;
     }
@@ -114,14 +124,16 @@ struct Tile {
 
 template <class S>
 __device__ inline Tile tile_at(const Parameters& p, int index, int rank) {
+  const int first = p.k_blocks * rank / S::ClusterK;
+  const int blocks = p.k_blocks * (rank + 1) / S::ClusterK - first;
+  // Divisions cost hundreds of cycles before the first copy: with few tokens there is nothing to divide.
+  if (p.token_tiles == 1) return {index * S::Blocks, 0, first, blocks};
   const int per_sweep = kRasterTokens * p.channel_tiles;
   const int sweep = index / per_sweep;
   const int within = index - sweep * per_sweep;
   const int left = p.token_tiles - sweep * kRasterTokens;
   const int tokens = left < kRasterTokens ? left : kRasterTokens;
-  const int first = p.k_blocks * rank / S::ClusterK;
-  return {within / tokens * S::Blocks, (sweep * kRasterTokens + within % tokens) * S::Tokens, first,
-          p.k_blocks * (rank + 1) / S::ClusterK - first};
+  return {within / tokens * S::Blocks, (sweep * kRasterTokens + within % tokens) * S::Tokens, first, blocks};
 }
 
 template <class S>
@@ -175,16 +187,55 @@ __device__ inline ChannelScales load_scales(uint32_t row, int zeros_offset) {
   return scales;
 }
 
-// Sums one tile's stages that fall to this warpgroup. `skip` is how many stages of the ring come before its first one.
+// Dequantises 64 k of a stage into fragments.
+template <class S, int Rows, bool Scales>
+__device__ inline void load_fragments(uint32_t weights, int words, int scale_offset, int half,
+                                      uint32_t (&fragment)[S::Fragments][4][4]) {
+#pragma unroll
+  for (int f = 0; f < S::Fragments; ++f) {
+    const uint32_t block = weights + f * S::BlockBytes;
+    const uint4 four = load_shared(block + words + half * (kNibbleBytes / 2));
+    const uint32_t word[4] = {four.x, four.y, four.z, four.w};
+    ChannelScales scales;
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      if constexpr (Scales) {
+        if (step % 2 == 0) {
+          const int row = scale_row(half, step, Rows);
+          scales = load_scales<S>(block + scale_offset + row * kRowBytes, Rows * kRowBytes);
+        }
+      }
+      dequantize<Scales, S::Zeros>(word[step], scales, fragment[f][step]);
+    }
+  }
+}
+
+// Issues the WGMMAs of 64 k; the first ones start a new sum unless `add`.
 template <class S>
-__device__ inline void consume(const Parameters& p, const Ring<S>& ring, int stages, int warpgroup_m, int thread,
-                               Position<S::Stages>& at, float (&sum)[S::Fragments][S::Tokens / 2]) {
+__device__ inline void multiply(float (&sum)[S::Fragments][S::Tokens / 2],
+                                const uint32_t (&fragment)[S::Fragments][4][4], uint32_t activations, bool add) {
+  wgmma_fence();
+  const uint64_t descriptor = swizzled_descriptor(activations);
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+#pragma unroll
+    for (int f = 0; f < S::Fragments; ++f) {
+      wgmma<S::Tokens>(sum[f], fragment[f][step], descriptor + step * 2, add || step > 0);  // 16 k are 32 bytes
+    }
+  }
+  wgmma_commit();
+}
+
+// Sums the stages of one tile that fall to this warpgroup, scaling weights.
+//
+// While the WGMMAs of 64 k run, the next 64 k are dequantised into the other half of the fragments.
+template <class S, int Rows>
+__device__ inline void consume_scaling_weights(const Ring<S>& ring, int stages, int warpgroup_m, int thread,
+                                               Position<S::Stages>& at, float (&sum)[S::Fragments][S::Tokens / 2]) {
   const int warp = thread / 32;
   const int lane = thread % 32;
-  const int zeros_offset = p.scale_rows * kRowBytes;
-  const int header = S::Zeros ? 2 * zeros_offset : zeros_offset;
   const int scale_offset = (warp * 8 + lane / 4) * 4;
-  const int words = header + words_offset(0, warp, lane);
+  const int words = S::header_bytes(Rows) + words_offset(0, warp, lane);
   uint32_t fragment[2][S::Fragments][4][4];
   int held = -1;  // slot of the stage before, whose last WGMMAs may still be reading it
   for (int i = 0; i < stages; ++i) {
@@ -192,32 +243,8 @@ __device__ inline void consume(const Parameters& p, const Ring<S>& ring, int sta
     const uint32_t weights = ring.weights(at.slot) + warpgroup_m * S::Fragments * S::BlockBytes;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int f = 0; f < S::Fragments; ++f) {
-        const uint32_t block = weights + f * S::BlockBytes;
-        const uint4 four = load_shared(block + words + half * (kNibbleBytes / 2));
-        const uint32_t word[4] = {four.x, four.y, four.z, four.w};
-        ChannelScales scales;
-#pragma unroll
-        for (int step = 0; step < 4; ++step) {
-          if constexpr (S::Scales) {
-            if (step % 2 == 0) {
-              const int row = scale_row(half, step, p.scale_rows);
-              scales = load_scales<S>(block + scale_offset + row * kRowBytes, zeros_offset);
-            }
-          }
-          dequantize<S::Scales, S::Zeros>(word[step], scales, fragment[half][f][step]);
-        }
-      }
-      wgmma_fence();
-      const uint32_t activations = ring.activations(at.slot) + half * S::HalfBytes;
-#pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        const uint64_t descriptor = swizzled_descriptor(activations + step * 32);
-#pragma unroll
-        for (int f = 0; f < S::Fragments; ++f) wgmma<S::Tokens>(sum[f], fragment[half][f][step], descriptor);
-      }
-      wgmma_commit();
+      load_fragments<S, Rows, S::Scales>(weights, words, scale_offset, half, fragment[half]);
+      multiply<S>(sum, fragment[half], ring.activations(at.slot) + half * S::HalfBytes, true);
       wgmma_wait<1>();  // the WGMMAs of 64 k before are done: their registers are free, and a stage may be
       if (half == 0 && held >= 0 && lane == 0) barrier_arrive(ring.empty(held));
     }
@@ -226,6 +253,45 @@ __device__ inline void consume(const Parameters& p, const Ring<S>& ring, int sta
   }
   wgmma_wait<0>();
   if (held >= 0 && lane == 0) barrier_arrive(ring.empty(held));
+}
+
+// The same, scaling sums: with few tokens that is fewer instructions. Needs one group per stage.
+//
+// A stage is summed by itself. ptxas serialises WGMMAs around reads of accumulators while others run (C7514), so the
+// warpgroup waits for all of them; the other warpgroups fill the gap.
+template <class S>
+__device__ inline void consume_scaling_sums(const Ring<S>& ring, int stages, int warpgroup_m, int thread,
+                                            Position<S::Stages>& at, float (&sum)[S::Fragments][S::Tokens / 2]) {
+  const int warp = thread / 32;
+  const int lane = thread % 32;
+  const int scale_offset = (warp * 8 + lane / 4) * 4;
+  const int words = S::header_bytes(1) + words_offset(0, warp, lane);
+  uint32_t fragment[2][S::Fragments][4][4];
+  float group[S::Fragments][S::Tokens / 2];
+  for (int i = 0; i < stages; ++i) {
+    barrier_wait(ring.full(at.slot), at.phase);
+    const uint32_t weights = ring.weights(at.slot) + warpgroup_m * S::Fragments * S::BlockBytes;
+    float2 scale[S::Fragments];
+#pragma unroll
+    for (int f = 0; f < S::Fragments; ++f) {
+      scale[f] = __half22float2(as_half2(load_shared_word(weights + f * S::BlockBytes + scale_offset)));
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      load_fragments<S, 1, false>(weights, words, scale_offset, half, fragment[half]);
+      multiply<S>(group, fragment[half], ring.activations(at.slot) + half * S::HalfBytes, half > 0);
+    }
+    wgmma_wait<0>();
+    if (lane == 0) barrier_arrive(ring.empty(at.slot));
+#pragma unroll
+    for (int f = 0; f < S::Fragments; ++f) {
+#pragma unroll
+      for (int j = 0; j < S::Tokens / 2; ++j) {
+        sum[f][j] = fmaf(j / 2 % 2 == 0 ? scale[f].x : scale[f].y, group[f][j], sum[f][j]);
+      }
+    }
+    at.advance(S::WarpgroupsK);
+  }
 }
 
 // alpha, times the channel's scale in per-column mode.
@@ -327,7 +393,7 @@ __device__ inline void reduce_and_store(const Parameters& p, const Tile& tile, u
   }
 }
 
-template <class S>
+template <class S, int Rows>
 __device__ inline void run(const Parameters& p) {
   extern __shared__ uint8_t shared[];
   Ring<S> ring;
@@ -338,8 +404,8 @@ __device__ inline void run(const Parameters& p) {
   const int first_tile = blockIdx.x / S::ClusterK;
   const int tile_step = gridDim.x / S::ClusterK;
   const int tiles = p.channel_tiles * p.token_tiles;
-  if (threadIdx.x == 0) {
-    for (int slot = 0; slot < S::Stages; ++slot) {
+  if (threadIdx.x % 32 == 0) {  // one lane of each warp: the hardware takes one barrier after the other from a warp
+    for (int slot = threadIdx.x / 32; slot < S::Stages; slot += S::Threads / 32) {
       barrier_init(ring.full(slot), 2);
       barrier_init(ring.empty(slot), 4 * S::WarpgroupsM);
     }
@@ -348,7 +414,7 @@ __device__ inline void run(const Parameters& p) {
   __syncthreads();
 
   if (warpgroup == 0) {
-    give_registers<24>();
+    give_registers<S::ProducerRegisters>();
     const int warp = threadIdx.x / 32;
     if (warp < 2 && threadIdx.x % 32 == 0) {
       if (warp == 1) prefetch_tensor_map(&p.activations);
@@ -384,7 +450,11 @@ __device__ inline void run(const Parameters& p) {
         for (int i = 0; i < S::Tokens / 2; ++i) sum[f][i] = 0;
       }
       const int stages = (tile.blocks - warpgroup_k + S::WarpgroupsK - 1) / S::WarpgroupsK;
-      consume<S>(p, ring, stages, warpgroup_m, thread, at, sum);
+      if constexpr (S::scales_sums(Rows)) {
+        consume_scaling_sums<S>(ring, stages, warpgroup_m, thread, at, sum);
+      } else {
+        consume_scaling_weights<S, Rows>(ring, stages, warpgroup_m, thread, at, sum);
+      }
       if constexpr (S::Reduces) {
         // The host launches one tile per CTA here: the ring is not used again.
         named_barrier(1, S::Consumers);
@@ -403,10 +473,12 @@ __device__ inline void run(const Parameters& p) {
   }
 }
 
-// Named is a type derived from the shape whose name is the kernel's, so that profilers and cuobjdump show it.
-template <class Named>
+// Named is a type derived from the shape whose name is the kernel's, so that profilers and cuobjdump show it. Rows is
+// the number of scale rows in a block: the group size is the problem's, and each number of rows has a function of its
+// own.
+template <class Named, int Rows>
 __global__ void __launch_bounds__(Named::Threads, 1) kernel(const __grid_constant__ Parameters parameters) {
-  run<Named>(parameters);
+  run<Named, Rows>(parameters);
 }
 
 }  // namespace w4a16::native

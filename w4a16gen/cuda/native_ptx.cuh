@@ -152,15 +152,17 @@ W4A16_WGMMA(256)
 #undef W4A16_WGMMA
 
 template <int Tokens, size_t... Index>
-__device__ inline void wgmma(float (&sum)[Tokens / 2], const uint32_t (&a)[4], uint64_t b,
+__device__ inline void wgmma(float (&sum)[Tokens / 2], const uint32_t (&a)[4], uint64_t b, bool add,
                              std::index_sequence<Index...>) {
-  Wgmma<Tokens>::fma(a[0], a[1], a[2], a[3], b, sum[Index]...);
+  const auto scale = add ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero;
+  Wgmma<Tokens>::fma(a[0], a[1], a[2], a[3], b, sum[Index]..., scale);
 }
 
-// sum[64 channels, Tokens] += A[64, 16] (registers) x B[16, Tokens] (shared memory).
+// sum[64 channels, Tokens] = A[64, 16] (registers) x B[16, Tokens] (shared memory), added to the sum there was if
+// `add`.
 template <int Tokens>
-__device__ inline void wgmma(float (&sum)[Tokens / 2], const uint32_t (&a)[4], uint64_t b) {
-  wgmma<Tokens>(sum, a, b, std::make_index_sequence<Tokens / 2>{});
+__device__ inline void wgmma(float (&sum)[Tokens / 2], const uint32_t (&a)[4], uint64_t b, bool add) {
+  wgmma<Tokens>(sum, a, b, add, std::make_index_sequence<Tokens / 2>{});
 }
 
 }  // namespace w4a16::native
