@@ -22,12 +22,15 @@ from w4a16gen.errors import BuildLockedError
 from w4a16gen.module import Library
 from w4a16gen.space import enumerate_space
 
-CONFIGS = enumerate_space("default")[:4]
+CONFIGS = enumerate_space("trtllm")[:4]
+BUILD_CS = ["build", "--space", "trtllm", "--mode", "cs"]
 COMMAND = [
     sys.executable,
     "-m",
     "w4a16gen",
     "build",
+    "--space",
+    "trtllm",
     "--mode",
     "cs",
     "--cta",
@@ -86,7 +89,10 @@ def test_a_failing_kernel_is_named_and_does_not_stop_the_others(
 ) -> None:
     failing = "cs_cta64x32x64"
     monkeypatch.setenv("FAKE_NVCC_FAIL", failing)
-    result = cli.invoke(main, ["build", "--mode", "cs", "--cta", "64x16x64", "--cta", "64x32x64", "--cta", "128x16x64"])
+    result = cli.invoke(
+        main,
+        [*BUILD_CS, "--cta", "64x16x64", "--cta", "64x32x64", "--cta", "128x16x64", "--cluster", "1x1x1"],
+    )
     assert result.exit_code == 1, result.output
     output = " ".join(result.output.split())
     assert "1 kernels failed to compile" in output
@@ -98,7 +104,7 @@ def test_a_failing_kernel_is_named_and_does_not_stop_the_others(
     (log,) = (tmp_path / "build" / "logs").glob(f"*{failing}*.log")
     assert "cannot be compiled" in log.read_text()
     monkeypatch.delenv("FAKE_NVCC_FAIL")
-    assert cli.invoke(main, ["build", "--mode", "cs", "--cta", "64x32x64", "--json"]).exit_code == 0
+    assert cli.invoke(main, [*BUILD_CS, "--cta", "64x32x64", "--json"]).exit_code == 0
 
 
 @pytest.mark.usefixtures("fake_nvcc")
@@ -106,7 +112,7 @@ def test_when_every_kernel_fails_there_is_no_build(
     cli: CliRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_NVCC_FAIL", "w4a16")
-    result = cli.invoke(main, ["build", "--mode", "cs", "--cta", "64x16x64"])
+    result = cli.invoke(main, [*BUILD_CS, "--cta", "64x16x64"])
     assert result.exit_code == 1
     assert not (tmp_path / "build" / "manifest.json").exists()
     assert not list((tmp_path / "build" / "objects").iterdir())

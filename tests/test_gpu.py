@@ -149,6 +149,28 @@ def test_results_repeat_bit_for_bit_inside_and_outside_graphs(library: Library) 
         assert np.array_equal(first.to_host().view(np.uint16), out.to_host().view(np.uint16))
 
 
+def test_chained_dependent_launches_give_the_same_bits(library: Library) -> None:
+    rng = np.random.default_rng(7)
+    weights = [random_weight(rng, 1024, 1024, 128, FGS.mode) for _ in range(3)]
+    stream = library.module.Stream(0)
+    for target in Target:
+        packed = [library.to_device(pack_weight(weight, target=target)) for weight in weights]
+        for config in library.configs():
+            if config.target is not target or config.mode is not FGS.mode:
+                continue
+            results = []
+            for dependent in ([False] * 9, [True] * 9, [True, False, True] * 3):
+                rows = library.to_device(np.full((33, 1024), 0.01, np.float16))
+                for turn, launch in enumerate(dependent):
+                    rows = library.gemm(
+                        rows, packed[turn % 3], config=config, alpha=0.5, stream=stream, dependent_launch=launch
+                    )
+                stream.synchronize()
+                results.append(rows.to_host().view(np.uint16))
+            assert np.array_equal(results[0], results[1]), config.name
+            assert np.array_equal(results[0], results[2]), config.name
+
+
 def test_a_short_workspace_is_refused(library: Library) -> None:
     layer = Layer(library)
     needed = library.workspace_bytes(FGS, Problem(40, 512, 1024, 128))

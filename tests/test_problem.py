@@ -71,8 +71,8 @@ def test_choosing_prefers_the_tile_that_covers_the_tokens() -> None:
 
 def test_choosing_from_nothing_says_what_is_missing() -> None:
     problem = Problem(1, 8, 64, 64)
-    with pytest.raises(UnsupportedProblemError, match="no kernel of mode fgsz is built"):
+    with pytest.raises(UnsupportedProblemError, match="no kernel of mode fgsz that reads this weight"):
         choose([], QuantMode.FINEGRAINED_SCALE_AND_ZEROS, problem)
-    configs: list[KernelConfig] = enumerate_space("default")
+    configs: list[KernelConfig] = enumerate_space("trtllm")
     with pytest.raises(UnsupportedProblemError, match="group size 48 must be 96"):
         choose(configs, QuantMode.FINEGRAINED_SCALE_ONLY, Problem(1, 8, 96, 48))

@@ -75,7 +75,7 @@ def test_the_packed_layout_is_the_documented_one() -> None:
     q = np.arange(16, dtype=np.uint8).reshape(1, 16).repeat(2, axis=0)
     scales = np.array([[1.0, 2.0]], np.float16)
     zeros = np.array([[3.0, 4.0]], np.float16)
-    data = pack(q, scales, zeros).data
+    data = pack(q, scales, zeros, target=Target.CUTLASS).data
     # Two rows of 32 nibbles: k 0..15 with bit 3 flipped, lower nibble first, then padding that means weight 0.
     row = [0x98, 0xBA, 0xDC, 0xFE, 0x10, 0x32, 0x54, 0x76] + [0] * 8
     assert data[:32].tolist() == row * 2
@@ -176,7 +176,7 @@ def test_native_blocks_round_trip_with_every_number_of_scale_rows(
 
 
 def test_foreign_and_damaged_packed_data_is_refused(rng: np.random.Generator) -> None:
-    packed = pack_weight(quantize(rng.standard_normal((8, 16)), group_size=8))
+    packed = pack_weight(quantize(rng.standard_normal((8, 16)), group_size=8), target=Target.CUTLASS)
     short = PackedWeight(packed.data[:-1], packed.layout, 8, 16, 8, packed.mode)
     with pytest.raises(InvalidValueError, match="packed data of 255 bytes must be 256 bytes"):
         short.unpack()

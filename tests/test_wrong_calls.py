@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 import w4a16gen
-from w4a16gen import KernelConfig, Library, Problem, QuantMode, pack, quantize
+from w4a16gen import KernelConfig, Library, Problem, QuantMode, Target, pack, quantize
 from w4a16gen.api import BUILD_FOLDER_VARIABLE
 from w4a16gen.build import Build
 from w4a16gen.cli import main
@@ -168,7 +168,7 @@ class OnGpu:
 
 
 A = np.zeros((4, 64), np.float16)
-PACKED = pack(W, S)
+PACKED = pack(W, S, target=Target.CUTLASS)
 GPU_PACKED = dataclasses.replace(PACKED, data=OnGpu((PACKED.nbytes,), "|u1"))
 HOST_CALLS: list[tuple[str, dict[str, Any], str]] = [
     ("activations of fp32", {"a": A.astype(np.float32)}, "activations of dtype float32 must be float16"),
@@ -224,7 +224,7 @@ def test_a_wrong_call_on_the_gpu_is_refused(fake_library: Library, change: dict[
 
 def test_a_problem_that_a_kernel_cannot_run_is_refused_on_the_host_as_on_the_gpu(fake_library: Library) -> None:
     q = np.zeros((16, 96), np.uint8)
-    packed = pack(q, np.ones((2, 16), np.float16), group_size=48)
+    packed = pack(q, np.ones((2, 16), np.float16), group_size=48, target=Target.CUTLASS)
     sentence = r"group size 48 must be 96 \(= k\) or a multiple of 64 that divides k"
     with pytest.raises(UnsupportedProblemError, match=sentence):
         w4a16gen.gemm(np.zeros((1, 96), np.float16), packed, config=FGS)
@@ -248,6 +248,7 @@ class _Arguments(ctypes.Structure):
         ("workspace_bytes", ctypes.c_size_t),
         ("stream", ctypes.c_void_p),
         ("alpha", ctypes.c_float),
+        ("dependent_launch", ctypes.c_int32),
     ]
 
 
@@ -271,7 +272,7 @@ C_CALLS: list[tuple[str, dict[str, Any], int, str]] = [
 def c_gemm(library: Library, change: dict[str, Any]) -> tuple[int, str]:
     """Call the C interface with one thing wrong."""
     problem = _Problem(4, 16, 64, 64)
-    arguments = _Arguments(ALIGNED, ALIGNED, 640, None, ALIGNED, None, 0, None, 1.0)
+    arguments = _Arguments(ALIGNED, ALIGNED, 640, None, ALIGNED, None, 0, None, 1.0, 0)
     for name, value in change.items():
         for struct in (problem, arguments):
             if hasattr(struct, name):

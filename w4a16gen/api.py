@@ -64,6 +64,7 @@ def gemm(
     out: Any = None,
     workspace: Any = None,
     stream: Any = None,
+    dependent_launch: bool = False,
 ) -> Any:
     """Compute C[m, n] = alpha * A[m, k] x W[k, n] + bias.
 
@@ -76,7 +77,17 @@ def gemm(
         NotBuiltError: if the arrays are on a GPU and nothing is built.
     """
     if is_on_gpu(a) or is_on_gpu(w.data):
-        return load().gemm(a, w, bias=bias, alpha=alpha, config=config, out=out, workspace=workspace, stream=stream)
+        return load().gemm(
+            a,
+            w,
+            bias=bias,
+            alpha=alpha,
+            config=config,
+            out=out,
+            workspace=workspace,
+            stream=stream,
+            dependent_launch=dependent_launch,
+        )
     return _gemm_on_host(a, w, bias, alpha, config, out)
 
 

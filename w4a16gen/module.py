@@ -133,6 +133,7 @@ class Library:
         out: Any = None,
         workspace: Any = None,
         stream: Any = None,
+        dependent_launch: bool = False,
     ) -> Any:
         """Launch C[m, n] = alpha * A[m, k] x W[k, n] + bias on a GPU; returns without waiting for it.
 
@@ -145,6 +146,10 @@ class Library:
             out: fp16 [m, n] to write into; None allocates (a torch tensor for a torch tensor, else a DeviceArray).
             workspace: uint8 array of at least `workspace_bytes`; None keeps one per GPU and stream, which grows.
             stream: a stream object or address; None is torch's current stream for torch tensors, else the default.
+
+            dependent_launch: let the kernel start and fetch weights while the one before it on the stream still runs
+                (programmatic dependent launch): the weights must not be what that one writes. Target `cutlass` does not
+                use it.
 
         Returns:
             `out`.
@@ -179,7 +184,7 @@ class Library:
             *(seen.pointer, data.pointer, data.nbytes),
             *(0 if biased is None else biased.pointer, target.pointer, alpha),
             *((0, 0) if space is None else (space.pointer, space.nbytes)),
-            *(address, device),
+            *(address, dependent_launch, device),
         )
         self._result(outcome)
         return out

@@ -225,7 +225,7 @@ def pack(
     zeros: npt.ArrayLike | None = None,
     *,
     group_size: int | None = None,
-    target: Target = Target.CUTLASS,
+    target: Target = Target.NATIVE,
 ) -> PackedWeight:
     """Pack a canonical weight for the kernels of a target.
 
@@ -245,7 +245,7 @@ def pack(
     return pack_weight(canonical(q, scales, zeros, group_size=group_size), target=target)
 
 
-def pack_weight(weight: QuantizedWeight, *, target: Target = Target.CUTLASS) -> PackedWeight:
+def pack_weight(weight: QuantizedWeight, *, target: Target = Target.NATIVE) -> PackedWeight:
     """Pack what `quantize` or `canonical` gave; see `pack`."""
     layout = TARGET_LAYOUTS[target]
     multiple = LAYOUTS[layout].group_multiple

@@ -114,12 +114,20 @@ class KernelLibrary {
 
   Outcome gemm(int kernel, int64_t m, int64_t n, int64_t k, int64_t group_size, uintptr_t activations, uintptr_t packed,
                size_t packed_bytes, uintptr_t bias, uintptr_t output, float alpha, uintptr_t workspace,
-               size_t workspace_bytes, uintptr_t stream, int device) const {
+               size_t workspace_bytes, uintptr_t stream, bool dependent_launch, int device) const {
     const auto pointer = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
     const w4a16_problem problem{m, n, k, group_size};
-    const w4a16_gemm_arguments arguments{pointer(activations), pointer(packed), packed_bytes,
-                                         pointer(bias),        pointer(output), pointer(workspace),
-                                         workspace_bytes,      pointer(stream), alpha};
+    w4a16_gemm_arguments arguments{};
+    arguments.activations = pointer(activations);
+    arguments.packed = pointer(packed);
+    arguments.packed_bytes = packed_bytes;
+    arguments.bias = pointer(bias);
+    arguments.output = pointer(output);
+    arguments.workspace = pointer(workspace);
+    arguments.workspace_bytes = workspace_bytes;
+    arguments.stream = pointer(stream);
+    arguments.alpha = alpha;
+    arguments.dependent_launch = dependent_launch ? 1 : 0;
     Message message;
     w4a16_status status;
     {

@@ -87,16 +87,23 @@ cudaError_t launch(const Launch& launch) {
   // Splitting kernels take one tile per cluster; the others stay and take several.
   const int64_t tiles = static_cast<int64_t>(parameters.channel_tiles) * parameters.token_tiles;
   const int64_t groups = S::Reduces || tiles < launch.sm_count ? tiles : launch.sm_count;
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {S::ClusterK, 1, 1};
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned count = 0;
+  if (S::ClusterK > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {S::ClusterK, 1, 1};
+  }
+  if (given.dependent_launch != 0) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaLaunchConfig_t configuration{};
   configuration.gridDim = static_cast<unsigned>(groups * S::ClusterK);
   configuration.blockDim = S::Threads;
   configuration.dynamicSmemBytes = S::SharedBytes;
   configuration.stream = static_cast<cudaStream_t>(given.stream);
-  configuration.attrs = &cluster;
-  configuration.numAttrs = S::ClusterK > 1 ? 1 : 0;
+  configuration.attrs = attributes;
+  configuration.numAttrs = count;
   void* arguments[] = {&parameters};
   return cudaLaunchKernelExC(&configuration, function, arguments);
 }

@@ -77,12 +77,14 @@ struct Shape {
   // What the warpgroups may have after they divide the registers that the CTA was launched with anew; asking for more
   // than those waits for ever.
   static constexpr int LaunchRegisters = 65536 / Threads / 8 * 8;
-  static constexpr int ProducerRegisters = Consumers == 4 * kWarpgroup ? 32 : 40;
-  static constexpr int ConsumerRegisters = Consumers == 4 * kWarpgroup ? 112 : 232;
+  static constexpr int ProducerRegisters = Consumers == 4 * kWarpgroup ? 64 : 56;
+  static constexpr int ConsumerRegisters = Consumers == 4 * kWarpgroup ? 104 : 224;
   static_assert(ProducerRegisters * kWarpgroup + ConsumerRegisters * Consumers <= LaunchRegisters * Threads,
                 "the warpgroups must not ask for more registers than the CTA was launched with");
   static constexpr int header_bytes(int rows) { return rows * kRowBytes * (Zeros ? 2 : 1); }
-  static constexpr bool scales_sums(int rows) { return rows == 1 && !Zeros && Tokens <= kMaxScaledSumTokens; }
+  static constexpr bool scales_sums(int rows) {
+    return rows == 1 && !Zeros && Tokens <= kMaxScaledSumTokens && (WarpgroupsK < 4 || Tokens > 8);
+  }
   static_assert(Blocks % WarpgroupsM == 0, "channels must divide among the warpgroups");
   static_assert(SharedBytes <= kSharedBytes, "the ring must fit shared memory");
 };
@@ -139,21 +141,19 @@ __device__ inline Tile tile_at(const Parameters& p, int index, int rank) {
 template <class S>
 __device__ inline void produce_weights(const Parameters& p, const Ring<S>& ring, const Tile& tile,
                                        Position<S::Stages>& at) {
-  const uint8_t* source[S::Blocks];
-#pragma unroll
-  for (int b = 0; b < S::Blocks; ++b) {
-    // Blocks past the last channel are read twice and never stored: the copies stay of one size.
-    const int block = min(tile.channel_block + b, p.channel_blocks - 1);
-    source[b] = p.weights + (static_cast<int64_t>(block) * p.k_blocks + tile.first_block) * p.block_bytes;
-  }
+  // Blocks past the last channel are fetched as copies of the last one and never stored: all stages are of one size.
+  const int last = min(S::Blocks, p.channel_blocks - tile.channel_block) - 1;
+  const int64_t row = static_cast<int64_t>(p.k_blocks) * p.block_bytes;
+  const uint8_t* source = p.weights + tile.channel_block * row + static_cast<int64_t>(tile.first_block) * p.block_bytes;
   for (int i = 0; i < tile.blocks; ++i) {
     barrier_wait(ring.empty(at.slot), at.phase ^ 1);
     barrier_arrive_expecting(ring.full(at.slot), S::Blocks * p.block_bytes);
 #pragma unroll
     for (int b = 0; b < S::Blocks; ++b) {
-      bulk_copy(ring.weights(at.slot) + b * S::BlockBytes, source[b], p.block_bytes, ring.full(at.slot));
-      source[b] += p.block_bytes;
+      bulk_copy(ring.weights(at.slot) + b * S::BlockBytes, source + min(b, last) * row, p.block_bytes,
+                ring.full(at.slot));
     }
+    source += p.block_bytes;
     at.advance(1);
   }
 }
@@ -417,7 +417,10 @@ __device__ inline void run(const Parameters& p) {
     give_registers<S::ProducerRegisters>();
     const int warp = threadIdx.x / 32;
     if (warp < 2 && threadIdx.x % 32 == 0) {
-      if (warp == 1) prefetch_tensor_map(&p.activations);
+      if (warp == 1) {
+        prefetch_tensor_map(&p.activations);
+        wait_for_prerequisites();  // the kernel before may be writing the activations; it never writes weights
+      }
       Position<S::Stages> at;
       for (int index = first_tile; index < tiles; index += tile_step) {
         const Tile tile = tile_at<S>(p, index, rank);
@@ -439,6 +442,7 @@ __device__ inline void run(const Parameters& p) {
     const int warpgroup_m = consumer % S::WarpgroupsM;
     const int warpgroup_k = consumer / S::WarpgroupsM;
     const int thread = threadIdx.x % kWarpgroup;
+    launch_dependents();  // the next kernel may fetch its weights as SMs fall free
     Position<S::Stages> at;
     at.advance(warpgroup_k);
     for (int index = first_tile; index < tiles; index += tile_step) {
@@ -455,6 +459,7 @@ __device__ inline void run(const Parameters& p) {
       } else {
         consume_scaling_weights<S, Rows>(ring, stages, warpgroup_m, thread, at, sum);
       }
+      wait_for_prerequisites();  // over by now; makes the writes before visible to this thread's reads of the bias
       if constexpr (S::Reduces) {
         // The host launches one tile per CTA here: the ring is not used again.
         named_barrier(1, S::Consumers);

@@ -70,6 +70,11 @@ __device__ inline void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
 }
 
+// Programmatic dependent launch: lets the next kernel of the stream start, or waits until the one before has finished
+// and its writes are visible. Both do nothing in an ordinary launch.
+__device__ inline void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
+__device__ inline void wait_for_prerequisites() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 // Barrier among some warps of the CTA; 0 is __syncthreads's.
 __device__ inline void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

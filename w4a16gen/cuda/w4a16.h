@@ -66,6 +66,7 @@ typedef struct {
   size_t workspace_bytes;
   void* stream; /* cudaStream_t of the current device */
   float alpha;
+  int32_t dependent_launch; /* 1: may start while the kernel before on the stream still runs, and fetch weights */
 } w4a16_gemm_arguments;
 
 W4A16_API int w4a16_abi_version(void);

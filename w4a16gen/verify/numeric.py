@@ -127,6 +127,7 @@ class _Bench:
         bias: DeviceArray | None,
         *,
         in_graph: bool = False,
+        dependent_launch: bool = False,
     ) -> Half:
         """Launch on a poisoned output between canaries, with a workspace of exactly the size asked for.
 
@@ -149,6 +150,7 @@ class _Bench:
                 out=_Window(output, (m, weight.n), "<f2", GUARD_BYTES),
                 workspace=_Window(workspace, (needed,), "|u1", GUARD_BYTES),
                 stream=self.stream,
+                dependent_launch=dependent_launch,
             )
 
         if in_graph:
@@ -251,11 +253,20 @@ def _prove_case(
         for turn, tokens in enumerate(case.tokens):
             m = tokens or config.cta.tokens + 1
             alpha, with_bias = case.options[turn % len(case.options)]
-            in_graph = turn % 2 == 1
-            label = f"{case} m={m} alpha={alpha} bias={with_bias} graph={in_graph}"
+            in_graph, dependent = turn % 2 == 1, turn % 3 == 1
+            label = f"{case} m={m} alpha={alpha} bias={with_bias} graph={in_graph} dependent launch={dependent}"
             used = on_gpu[1] if with_bias else None
             try:
-                got = bench.run(config, on_gpu[0], packed[config.target], m, alpha, used, in_graph=in_graph)
+                got = bench.run(
+                    config,
+                    on_gpu[0],
+                    packed[config.target],
+                    m,
+                    alpha,
+                    used,
+                    in_graph=in_graph,
+                    dependent_launch=dependent,
+                )
             except (W4A16Error, RuntimeError) as error:
                 proof.failures.append(f"{label}: {error}")
                 continue
