@@ -121,7 +121,7 @@ def test_when_every_kernel_fails_there_is_no_build(
 @pytest.mark.usefixtures("fake_nvcc")
 def test_two_builds_in_one_folder_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = tmp_path / "calls"
-    environment = {**os.environ, "FAKE_NVCC_LOG": str(log), "FAKE_NVCC_SLEEP": "30"}
+    environment = {**os.environ, "FAKE_NVCC_LOG": str(log), "FAKE_NVCC_SLEEP": "150"}
     with subprocess.Popen(COMMAND, cwd=tmp_path, env=environment, stderr=subprocess.PIPE) as first:  # noqa: S603
         wait_for(lambda: bool(calls(log)))
         monkeypatch.setenv("FAKE_NVCC_SLEEP", "0")
@@ -131,14 +131,14 @@ def test_two_builds_in_one_folder_do_not_meet(tmp_path: Path, monkeypatch: pytes
         assert second.returncode == 1
         assert "another process is building" in " ".join(second.stderr.split())
         first.send_signal(signal.SIGTERM)
-        assert first.wait(timeout=20) == 130
+        assert first.wait(timeout=60) == 130
 
 
 @pytest.mark.usefixtures("fake_nvcc")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminated"])
 def test_an_interrupted_build_leaves_nothing_half_written_and_goes_on(tmp_path: Path, how: signal.Signals) -> None:
     log = tmp_path / "calls"
-    environment = {**os.environ, "FAKE_NVCC_LOG": str(log), "FAKE_NVCC_SLEEP": "30"}
+    environment = {**os.environ, "FAKE_NVCC_LOG": str(log), "FAKE_NVCC_SLEEP": "150"}
     with subprocess.Popen(  # noqa: S603
         COMMAND,
         cwd=tmp_path,
@@ -149,7 +149,7 @@ def test_an_interrupted_build_leaves_nothing_half_written_and_goes_on(tmp_path: 
     ) as process:
         wait_for(lambda: len(calls(log)) == 2)
         process.send_signal(how)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted" in errors
     assert not list((tmp_path / "build" / "objects").iterdir())
@@ -164,7 +164,7 @@ def heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     """Wait until a condition holds."""
     deadline = time.monotonic() + seconds
     while not condition():
