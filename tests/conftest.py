@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -17,6 +18,8 @@ from w4a16gen.config import ClusterShape, CtaShape, KernelConfig
 from w4a16gen.module import Library
 from w4a16gen.space import Filter, select
 
+hypothesis.settings.register_profile("w4a16gen", deadline=None)  # no test judges time
+hypothesis.settings.load_profile("w4a16gen")
 GENERATED = "generated"
 BUILD = "build"
 

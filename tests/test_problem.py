@@ -42,6 +42,7 @@ def test_the_library_and_python_agree_on_packed_bytes(fake_library: Library, mod
             assert fake_library.packed_bytes(config, problem) == LAYOUTS[layout].packed_bytes(weight)
 
 
+CONFIGS = {space: enumerate_space(space) for space in ("default", "trtllm", "native")}
 problems = st.builds(
     lambda m, n, k, groups: Problem(m, 8 * n, 64 * k * groups, 64 * k),
     st.integers(0, 10000),
@@ -51,11 +52,11 @@ problems = st.builds(
 )
 
 
-@given(problems, st.sampled_from(["default", "trtllm", "native"]), st.randoms())
+@given(problems, st.sampled_from(list(CONFIGS)), st.randoms())
 def test_a_kernel_is_chosen_that_can_run_the_problem_whatever_the_order(
     problem: Problem, space: str, random: object
 ) -> None:
-    configs = enumerate_space(space)
+    configs = list(CONFIGS[space])
     mode = QuantMode.FINEGRAINED_SCALE_ONLY
     chosen = choose(configs, mode, problem)
     assert chosen in runnable(configs, mode, problem)
