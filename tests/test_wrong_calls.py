@@ -100,7 +100,7 @@ def test_running_without_a_gpu_says_what_is_needed(
 
 ENVIRONMENTS = [
     ("no nvcc", {"W4A16GEN_NVCC": "/nowhere/nvcc"}, "W4A16GEN_NVCC=/nowhere/nvcc is not a file"),
-    ("old nvcc", {"FAKE_NVCC_RELEASE": "11.8"}, "release 11.8; 12.4 or newer is needed"),
+    ("old nvcc", {"FAKE_NVCC_RELEASE": "11.8"}, "release 11.8; 13.0 or newer is needed"),
     ("no CUTLASS", {"W4A16GEN_CUTLASS": "/nowhere"}, "pip install nvidia-cutlass"),
     ("no host compiler", {"CXX": "no-such-compiler"}, "g++ was not found"),
 ]

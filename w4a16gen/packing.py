@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from w4a16gen.config import QuantMode, Target
 from w4a16gen.errors import InvalidValueError
+from w4a16gen.problem import NATIVE_GROUP_MULTIPLE
 from w4a16gen.quantize import Half, Nibbles, QuantizedWeight, canonical, pack_nibbles, unpack_nibbles
 
 ALIGNMENT = 128
@@ -212,7 +213,7 @@ def _fragment_bytes(packed: PackedWeight) -> int:
 
 LAYOUTS: dict[str, Layout] = {
     "kmajor_s4_v1": Layout(_pack_kmajor, _unpack_kmajor, _kmajor_bytes, 1),
-    "fragment_blocks_v1": Layout(_pack_fragments, _unpack_fragments, _fragment_bytes, 32),
+    "fragment_blocks_v1": Layout(_pack_fragments, _unpack_fragments, _fragment_bytes, NATIVE_GROUP_MULTIPLE),
 }
 """Every layout by its tag; the tag ends in a version that changes with the bytes."""
 TARGET_LAYOUTS: dict[Target, str] = {Target.CUTLASS: "kmajor_s4_v1", Target.NATIVE: "fragment_blocks_v1"}

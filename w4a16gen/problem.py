@@ -38,9 +38,13 @@ class Problem:
         return f"{self.m}x{self.n}x{self.k}, group size {self.group_size}"
 
 
+NATIVE_GROUP_MULTIPLE = 32
+"""What group sizes of native kernels, and of their packed layout, are multiples of: one scale row per 32 k at most."""
+
+
 def group_multiple(config: KernelConfig) -> int:
     """Give what a kernel's group sizes are multiples of: CUTLASS reads a scale per CTA k, native kernels one per 32."""
-    return config.cta.k if config.target is Target.CUTLASS else 32
+    return config.cta.k if config.target is Target.CUTLASS else NATIVE_GROUP_MULTIPLE
 
 
 def why_cannot_run(config: KernelConfig, problem: Problem) -> str | None:

@@ -21,8 +21,8 @@ from cuda.pathfinder import (  # type: ignore[import-untyped]
 from w4a16gen.errors import MissingToolError
 
 INSTALL_CUDA = "pip install 'w4a16gen[cuda]'"
-MIN_NVCC = (12, 4)
-"""Oldest nvcc that CUTLASS 4.2's mixed-input collective is known to compile with."""
+MIN_NVCC = (13, 0)
+"""Oldest nvcc that the kernels have been compiled and proven with."""
 _CUDA_WHEELS = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-runtime")
 
 

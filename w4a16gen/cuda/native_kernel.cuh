@@ -56,7 +56,7 @@ struct Shape {
   static constexpr int HalfBytes = Tokens * 128;  // activations of 64 k: rows of 128 bytes, swizzled
   static constexpr int StageBytes = WeightBytes + 2 * HalfBytes;
   static constexpr int Alignment = 1024;  // of swizzled tiles
-  // More weights in flight than this gain nothing (H100 80GB HBM3, 2026-11).
+  // Weights in flight: enough to cover the memory's latency; a bound chosen, not tuned.
   static constexpr int MaxWeightsInFlight = 72 * 1024;
   static constexpr int Fitting = (kSharedBytes - Alignment - 512) / StageBytes;
   static constexpr int Useful = MaxWeightsInFlight / WeightBytes;
