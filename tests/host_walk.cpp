@@ -25,24 +25,24 @@ void walk(const w4a16_problem& problem, int mode, const std::vector<uint8_t>& pa
           uint32_t words[4];
           std::memcpy(words, block + header + native::words_offset(half_, warp, lane), sizeof(words));
           for (int word = 0; word < 4; ++word) {
-            native::ChannelScales scales{};
-            for (int upper = 0; upper < 2 && Scales; ++upper) {
-              const int channel = native::nibble_at(half_, warp, lane, word, upper).channel;
+            half2 pair_of[2]{};
+            for (int row = 0; row < (Zeros ? 2 : 1) && Scales; ++row) {
+              const int channel = native::nibble_at(half_, warp, lane, word, 0).channel;
               const int offset = native::scale_row(half_, word, layout.scale_rows) * native::kRowBytes +
                                  native::scale_index(channel) * 2;
-              half scale, zero;
-              std::memcpy(&scale, block + offset, 2);
-              std::memcpy(&zero, block + (Zeros ? zeros_offset : 0) + offset, 2);
-              scales.scale[upper] = half2(scale, scale);
-              scales.zero[upper] = half2(zero, zero);
+              std::memcpy(static_cast<void*>(&pair_of[row]), block + row * zeros_offset + offset, sizeof(half2));
             }
             uint32_t fragment[4];
-            native::dequantize<Scales, Zeros>(words[word], scales, fragment);
+            native::dequantize<Scales, Zeros>(words[word], pair_of[0],
+                                              Zeros ? pair_of[1] : native::offset_of(pair_of[0]), fragment);
             for (int position = 0; position < 8; ++position) {
               const native::Nibble at = native::nibble_at(half_, warp, lane, word, position);
               const half2 pair = native::as_half2(fragment[position & 3]);
               const int64_t channel = int64_t{cb} * native::kBlockChannels + at.channel;
-              weights[channel * row + int64_t{kb} * native::kBlockK + at.k] = position >> 2 ? pair.y : pair.x;
+              float factor;
+              std::memcpy(&factor, packed.data() + layout.channel_factors_offset + channel * sizeof(float), sizeof(float));
+              weights[channel * row + int64_t{kb} * native::kBlockK + at.k] =
+                  __float2half(factor * __half2float(position >> 2 ? pair.y : pair.x));
             }
           }
         }

@@ -9,7 +9,7 @@ import pytest
 from w4a16gen import QuantMode
 from w4a16gen.quantize import Half, Nibbles, QuantizedWeight
 from w4a16gen.verify.bounds import Expectation, dequantized_half
-from w4a16gen.verify.numeric import _compare_exact, _error_over_bound, random_weight
+from w4a16gen.verify.numeric import _compare_exact, _error_over_bound, cases, random_weight
 
 ALPHA = 0.75
 
@@ -75,3 +75,13 @@ def test_one_hot_comparison_sees_a_single_bit(weight: QuantizedWeight) -> None:
     message = _compare_exact(exact, weight)
     assert message is not None
     assert "first at k=5 n=3" in message
+
+
+@pytest.mark.parametrize("mode", QuantMode, ids=str)
+def test_no_case_of_the_numerical_proofs_leaves_the_range_of_fp16(mode: QuantMode) -> None:
+    rng = np.random.default_rng(0)
+    for case in cases(mode, rng):
+        a = rng.standard_normal((min(case.rows, 64), case.weight.k)).astype(np.float16)
+        expected = Expectation(a, case.weight)
+        for alpha, _ in case.options:
+            assert np.abs(expected.result(alpha, None)).max() < 30000, str(case)

@@ -27,19 +27,19 @@ def test_list_as_json_has_the_documented_fields(cli: CliRunner) -> None:
     found = json.loads(cli.invoke(main, ["list", "--json", *SHAPE, "--mode", "fgs"]).stdout)
     assert found == [
         {
-            "name": "w4a16_sm90_cutlass_fgs_cta128x128x64_cluster2x1x1_cooperative_streamk",
-            "target": "cutlass",
+            "name": "w4a16_sm90_native_fgs_cta128x128x64_cluster2x1x1_warpgroups2_persistent",
+            "target": "native",
             "mode": "fgs",
             "cta": [128, 128, 64],
             "cluster": [2, 1, 1],
-            "schedule": "cooperative",
-            "scheduler": "streamk",
+            "schedule": "warpgroups2",
+            "scheduler": "persistent",
         }
     ]
 
 
 def test_filters_repeat_and_combine(cli: CliRunner) -> None:
-    arguments = ["--mode", "cs", "--mode", "FINEGRAINED_SCALE_ONLY", "--target", "cutlass"]
+    arguments = ["--mode", "cs", "--mode", "FINEGRAINED_SCALE_ONLY", "--target", "native"]
     assert len(cli.invoke(main, ["list", *SHAPE, *arguments]).stdout.split()) == 2
 
 

@@ -11,7 +11,7 @@ PACKAGE = Path(w4a16gen.__file__).parent
 ORDER = [
     {"errors", "files", "driver"},
     {"config"},
-    {"problem", "toolchain"},
+    {"legality", "problem", "toolchain"},
     {"space", "quantize", "dispatch", "arrays"},
     {"render", "packing"},
     {"compile"},
@@ -20,6 +20,7 @@ ORDER = [
     {"api"},
     {"verify"},
     {"bench"},
+    {"sweep"},
     {"cli", "__init__"},
     {"__main__"},
 ]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from w4a16gen import PackedWeight, QuantMode, Target, pack, pack_weight, quantize
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.packing import ALIGNMENT, LAYOUTS, TARGET_LAYOUTS
+from w4a16gen.packing import ALIGNMENT, LAYOUTS, TARGET_LAYOUTS, scale_exponents
 from w4a16gen.quantize import QuantizedWeight, canonical, gemm_reference, pack_nibbles, unpack_nibbles
 from w4a16gen.verify.numeric import random_weight
 
@@ -69,6 +69,23 @@ def test_packed_weights_round_trip(weight: QuantizedWeight, target: Target) -> N
     assert packed.data.nbytes == packed.nbytes
     assert packed.nbytes % ALIGNMENT == 0
     assert_same(packed.unpack(), weight)
+
+
+def test_a_channel_of_too_wide_a_range_is_refused_for_native_kernels_only() -> None:
+    q = np.full((16, 64), 3, np.uint8)
+    scales = np.ones((2, 16), np.float16)
+    scales[:, 9] = 60000, 6e-8
+    assert pack(q, scales, target=Target.CUTLASS).unpack().scales.tolist() == scales.tolist()
+    with pytest.raises(InvalidValueError, match="scales of channel 9 lie too far below the channel's largest scale"):
+        pack(q, scales)
+    with pytest.raises(InvalidValueError, match="zeros of channel 9 lie too far below the channel's largest scale"):
+        pack(q, scales.clip(1, None), scales.clip(None, 1))
+
+
+@pytest.mark.parametrize(("mode", "first_divided"), [("fgs", 2.0**-5), ("fgsz", 2.0**10)])
+def test_scales_are_divided_where_they_would_overflow(mode: str, first_divided: float) -> None:
+    scales = np.array([[0, first_divided / 2, first_divided * 0.999, first_divided, 4 * first_divided]], np.float16)
+    assert scale_exponents(scales, QuantMode(mode)).tolist() == [0, 0, 0, 1, 3]
 
 
 def test_the_packed_layout_is_the_documented_one() -> None:

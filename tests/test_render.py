@@ -14,7 +14,7 @@ from w4a16gen.verify.static import FOREIGN
 
 GOLDEN = Path(__file__).parent / "golden"
 KERNEL = KernelConfig.parse("w4a16_sm90_cutlass_fgsz_cta128x64x64_cluster2x1x1_cooperative_streamk")
-NATIVE = KernelConfig.parse("w4a16_sm90_native_fgs_cta64x16x128_cluster1x1x2_splitk_singletile")
+NATIVE = KernelConfig.parse("w4a16_sm90_native_fgs_cta64x16x128_cluster1x1x2_warpgroups4_persistent")
 OTHER = KernelConfig.parse("w4a16_sm90_cutlass_cs_cta64x16x64_cluster1x1x1_pingpong_persistent")
 
 

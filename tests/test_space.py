@@ -8,13 +8,13 @@ import pytest
 
 from w4a16gen import ClusterShape, CtaShape, QuantMode, Schedule, Scheduler, Target
 from w4a16gen.errors import InvalidValueError
+from w4a16gen.legality import native_arrangement
 from w4a16gen.space import (
     SPACES,
     Filter,
     ReasonKind,
     candidates,
     enumerate_space,
-    native_warpgroups,
     select,
     why_not,
 )
@@ -50,7 +50,7 @@ def test_trtllm_is_exactly_the_63() -> None:
 
 def test_every_space_lies_in_all_and_the_grid_has_a_reason_for_the_rest() -> None:
     every = set(enumerate_space("all"))
-    assert len(every) == 1545
+    assert len(every) == len(enumerate_space("native")) + 1440
     for space in SPACES:
         inside = set(enumerate_space(space))
         assert inside <= every
@@ -62,12 +62,20 @@ def test_every_space_lies_in_all_and_the_grid_has_a_reason_for_the_rest() -> Non
 
 def test_native_kernels_are_a_space_of_their_own() -> None:
     found = enumerate_space("native")
-    assert len(found) == 105
     assert {config.target for config in found} == {Target.NATIVE}
     for config in found:
-        along_channels, along_k = native_warpgroups(config)
-        assert along_channels * along_k in (2, 4)
-        assert config.cta.channels % (64 * along_channels) == 0
+        arrangement = native_arrangement(config)
+        assert arrangement.along_channels * arrangement.along_k in (2, 4)
+        assert config.cta.channels % (64 * arrangement.along_channels) == 0
+        assert arrangement.stages % arrangement.along_k == 0
+
+
+def test_every_shape_of_trtllm_exists_as_a_native_kernel() -> None:
+    shapes = {(config.mode, config.cta, config.cluster) for config in enumerate_space("trtllm")}
+    found = enumerate_space("trtllm-native")
+    assert len(found) == len(shapes) == 63
+    assert {(config.mode, config.cta, config.cluster) for config in found} == shapes
+    assert {config.target for config in found} == {Target.NATIVE}
 
 
 def test_forbidden_and_left_out_are_told_apart() -> None:
@@ -107,9 +115,9 @@ def test_selecting_nothing_says_why_and_where_to_look() -> None:
     with pytest.raises(InvalidValueError, match="--space all"):
         select("trtllm", Filter(ctas=[CtaShape(256, 128, 64)]))
     with pytest.raises(InvalidValueError, match="does not compile below 16"):
-        select("all", Filter(ctas=[CtaShape(128, 8, 64)]))
+        select("all", Filter(ctas=[CtaShape(128, 8, 64)], targets=[Target.CUTLASS]))
 
 
 def test_an_unknown_space_is_named() -> None:
-    with pytest.raises(InvalidValueError, match="'fast' is not one of default, trtllm, native, all"):
+    with pytest.raises(InvalidValueError, match="'fast' is not one of default, trtllm, trtllm-native, native, all"):
         enumerate_space("fast")

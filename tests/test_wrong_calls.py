@@ -26,7 +26,7 @@ CS = "w4a16_sm90_cutlass_cs_cta64x16x64_cluster1x1x1_pingpong_persistent"
 WITHOUT_BUILD = [
     ("emit --cta 7x7x7", 2, "CTA channels of 7 is not one of 64, 128, 256"),
     ("emit --cta 128x128", 2, "must be CHANNELSxTOKENSxK"),
-    ("emit --cta 128x8x64", 2, "does not compile below 16"),
+    ("emit --target cutlass --cta 128x8x64", 2, "does not compile below 16"),
     ("emit --cta 128x16x32", 2, "at least four k16 steps"),
     ("emit --cta 256x256x64", 2, "accumulators per thread"),
     ("emit --cta 256x128x64", 2, "it is legal, so `--space all` has it"),
@@ -37,7 +37,7 @@ WITHOUT_BUILD = [
     ("emit --cta 64x64x64 --cluster 2x1x1", 2, "clusters along channels only with 128 channels"),
     ("emit --mode int8", 2, "'int8' is not one of cs, fgs, fgsz"),
     ("emit --target marlin", 2, "'marlin' is not one of cutlass, native"),
-    ("emit --space everything", 2, "is not one of 'default', 'trtllm', 'native', 'all'"),
+    ("emit --space everything", 2, "is not one of 'default', 'trtllm', 'trtllm-native'"),
     ("emit --output a_file", 2, "is a file"),
     ("emit --output /proc/read_only", 1, "/proc/read_only"),
     ("emti", 2, "No such command 'emti'"),

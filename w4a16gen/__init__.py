@@ -1,10 +1,10 @@
 """FP16 x uint4 GEMM kernels for NVIDIA Hopper GPUs: generate, build, prove, call."""
 
-from w4a16gen.api import configs, gemm, load, to_device
+from w4a16gen.api import configs, gemm, load, pack, to_device
 from w4a16gen.config import ClusterShape, CtaShape, KernelConfig, QuantMode, Schedule, Scheduler, Target
 from w4a16gen.errors import W4A16Error
 from w4a16gen.module import Library
-from w4a16gen.packing import PackedWeight, pack, pack_weight
+from w4a16gen.packing import PackedWeight, pack_weight
 from w4a16gen.problem import Problem
 from w4a16gen.quantize import QuantizedWeight, quantize
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from w4a16gen import packing
 from w4a16gen.arrays import is_on_gpu
 from w4a16gen.build import load_build
-from w4a16gen.config import KernelConfig
+from w4a16gen.config import KernelConfig, Target
 from w4a16gen.errors import InvalidValueError, UnsupportedProblemError
 from w4a16gen.module import Library, check_weight
 from w4a16gen.packing import LAYOUTS, PackedWeight
@@ -52,6 +53,37 @@ def configs() -> list[KernelConfig]:
 def to_device(value: Any, device: int = 0) -> Any:
     """Copy a numpy array or a packed weight to a GPU, with the default build's module; see `Library.to_device`."""
     return load().to_device(value, device)
+
+
+def pack(
+    q: Any,
+    scales: Any,
+    zeros: Any = None,
+    *,
+    group_size: int | None = None,
+    target: Target = Target.NATIVE,
+) -> PackedWeight:
+    """Pack a canonical weight for the kernels of a target, where it is: on the host, or on a GPU.
+
+    Args:
+        q: integers of 0 to 15, [n, k], output channels first; uint8 on a GPU.
+        scales: fp16 [n] for per-column mode, or [k / group_size, n].
+        zeros: fp16 [k / group_size, n], (8 - zero point) * scale, or None.
+        group_size: values of K per scale; None takes k / rows of the scales.
+        target: the kernel family that will read it; on a GPU only `native`.
+
+    Returns:
+        The packed weight in the memory that q is in; `to_device` moves it from the host to a GPU.
+
+    Raises:
+        InvalidValueError: if a dtype, a shape or a value is off, or the target packs on the host only.
+        NotBuiltError: if q is on a GPU and no native kernel of the mode is built.
+    """
+    if not is_on_gpu(q):
+        return packing.pack(q, scales, zeros, group_size=group_size, target=target)
+    if target is not Target.NATIVE:
+        raise InvalidValueError(f"weights for target {target} are packed on the host only: copy q there")
+    return load().pack(q, scales, zeros, group_size=group_size)
 
 
 def gemm(

@@ -94,8 +94,10 @@ class Schedule(_OrderedEnum):
     """Two warpgroups, each with an output tile of its own, taking turns on the tensor cores."""
     COOPERATIVE = "cooperative"
     """Warpgroups that divide the channels of one output tile among them."""
-    SPLIT_K = "splitk"
-    """Four warpgroups that share an output tile, or its halves, and divide K; a cluster's CTAs divide it again."""
+    TWO_WARPGROUPS = "warpgroups2"
+    """Two that divide the channels of one output tile, 64 or more each; 64 channels they share, dividing K."""
+    FOUR_WARPGROUPS = "warpgroups4"
+    """The same with four."""
 
 
 class Scheduler(_OrderedEnum):
@@ -105,8 +107,6 @@ class Scheduler(_OrderedEnum):
     """Whole tiles, one wave of CTAs that take several each."""
     STREAM_K = "streamk"
     """Tiles may be split along K so that every SM gets an equal share; partial sums meet in the workspace."""
-    SINGLE_TILE = "singletile"
-    """One tile per CTA, or per cluster."""
 
 
 class Target(_OrderedEnum):

@@ -4,18 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from w4a16gen.config import KernelConfig, QuantMode, Schedule, Scheduler, Target
+from w4a16gen.config import KernelConfig, QuantMode, Scheduler, Target
 from w4a16gen.errors import UnsupportedProblemError
+from w4a16gen.legality import native_arrangement
 from w4a16gen.problem import Problem, why_cannot_run
 
 SM_COUNT = 132
 """Multiprocessors of H100, H800 and H200 with SXM sockets; the PCIe H100 has 114, which changes few choices."""
 CLUSTERS_OF_4 = 30
 """Clusters of four CTAs that fit on the GPU at once (one CTA to an SM)."""
-LAUNCH_CYCLES = 4000
-"""From launch to the first product, and from the last product to the last store."""
-CLUSTER_CYCLES = 800
-"""Summing over a cluster."""
+
+# SM cycles of native kernels, fitted to 3,600 timings of 300 kernels in 38 cells of five layer shapes and 1 to 512
+# tokens, mode fgs, group 128 (NVIDIA H100 80GB HBM3, 2026-11). Single estimates are off by 13 % (root mean square).
+LAUNCH_CYCLES = 5070.0
+"""What every launch takes: until the first bytes are there, and for the last store."""
+BLOCK_CYCLES = 177.0
+"""A packed block of 64 channels x 128 k at least: dequantising it."""
+PRODUCT_CYCLES = 132.0
+TOKEN_CYCLES = 3.45
+"""A packed block times activations: this and so much for each token of the tile."""
+TENSOR_CYCLES = 4.4
+"""At least so much for each token: eight WGMMAs of half a cycle, at 91 % of their peak."""
+SWITCH_SUMS = 4.0
+"""And a share more, this over a thread's sums: warpgroups with more sums switch less between pieces of work."""
+REDUCTION_CYCLES = 906.0
+REDUCTION_TOKEN_CYCLES = 41.0
+"""Summing a tile over warpgroups or CTAs: this and so much for each token and 64 channels."""
+PACKED_BYTES_PER_CYCLE = 1935.0
+"""What the whole GPU reads of the packed weights in an SM cycle."""
+OVERLAP_LOSS = 0.35
+"""Share of the shorter of reading and working that the longer one does not hide."""
+MULTICAST_CYCLES = 1840.0
+"""What CTAs that share operands lose by waiting for each other, mostly at the start."""
 
 
 def runnable(configs: Iterable[KernelConfig], mode: QuantMode, problem: Problem) -> list[KernelConfig]:
@@ -45,30 +65,24 @@ def choose(configs: Iterable[KernelConfig], mode: QuantMode, problem: Problem) -
 
 
 def native_cycles(config: KernelConfig, problem: Problem) -> float:
-    """Estimate the SM cycles of a native kernel: waves of CTAs times their packed blocks of 64 channels x 128 k.
-
-    Constants are a fit by eye to an H200 at five shapes and 1 to 4096 tokens (NVIDIA H200, 2026-11).
-    """
-    cta, splits = config.cta, config.cluster.k
-    tiles = -(-problem.n // cta.channels) * -(-problem.m // cta.tokens)
-    at_once = CLUSTERS_OF_4 if splits == 4 else SM_COUNT // splits  # noqa: PLR2004
+    """Estimate the SM cycles of a native kernel: waves of CTAs times their packed blocks, and reading the weights."""
+    cta, cluster = config.cta, config.cluster
+    size = cluster.channels * cluster.tokens * cluster.k
+    channel_tiles = -(-problem.n // (cta.channels * cluster.channels))
+    tiles = channel_tiles * -(-problem.m // (cta.tokens * cluster.tokens))
+    at_once = CLUSTERS_OF_4 if size == 4 else SM_COUNT // size  # noqa: PLR2004
     waves = max(1, -(-tiles // at_once))
     k_blocks = -(-problem.k // 128)
-    blocks = cta.channels // 64 * -(-k_blocks // splits)
-    cycles = blocks * _block_cycles(config)
-    if config.schedule is Schedule.SPLIT_K:
-        return waves * (cycles + LAUNCH_CYCLES) + (CLUSTER_CYCLES if splits > 1 else 0)
-    return waves * cycles + LAUNCH_CYCLES + (waves - 1) * cta.tokens * 10
-
-
-def _block_cycles(config: KernelConfig) -> float:
-    """Estimate the cycles of one packed block: the slower of dequantising it and multiplying it.
-
-    A WGMMA of 64 x tokens x 16 takes tokens / 2 cycles, a block has eight. Dequantising slows as it shares issue slots
-    with more instructions; wide tiles are fetched best.
-    """
-    dequantize = {64: 330, 128: 270, 256: 240}[config.cta.channels]
-    return max(dequantize + 2.5 * config.cta.tokens, 4.6 * config.cta.tokens)
+    blocks = cta.channels // 64 * -(-k_blocks // cluster.k)
+    arrangement = native_arrangement(config)
+    tensor = TENSOR_CYCLES * cta.tokens * (1 + SWITCH_SUMS / arrangement.sums)
+    work = blocks * max(BLOCK_CYCLES, PRODUCT_CYCLES + TOKEN_CYCLES * cta.tokens, tensor)
+    if arrangement.along_k * cluster.k > 1:
+        work += REDUCTION_CYCLES + REDUCTION_TOKEN_CYCLES * cta.tokens * cta.channels / 64
+    reading = (problem.n * problem.k / 2 + 2 * problem.groups * problem.n) / PACKED_BYTES_PER_CYCLE
+    longer, shorter = max(waves * work, reading), min(waves * work, reading)
+    multicast = MULTICAST_CYCLES if size > cluster.k else 0.0
+    return LAUNCH_CYCLES + longer + OVERLAP_LOSS * shorter + multicast
 
 
 def _choose_cutlass(found: list[KernelConfig], problem: Problem) -> KernelConfig:

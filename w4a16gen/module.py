@@ -14,7 +14,7 @@ import numpy as np
 
 from w4a16gen.arrays import ArrayView, DeviceArray, check, empty_like_library, stream_pointer, view
 from w4a16gen.build import Build
-from w4a16gen.config import KernelConfig
+from w4a16gen.config import KernelConfig, QuantMode, Target
 from w4a16gen.dispatch import choose
 from w4a16gen.errors import (
     CudaError,
@@ -24,8 +24,9 @@ from w4a16gen.errors import (
     UnsupportedProblemError,
     W4A16Error,
 )
-from w4a16gen.packing import TARGET_LAYOUTS, PackedWeight
+from w4a16gen.packing import TARGET_LAYOUTS, TOO_WIDE_RANGE, PackedWeight
 from w4a16gen.problem import Problem
+from w4a16gen.quantize import mode_and_group_size
 
 _ERRORS: dict[int, type[W4A16Error]] = {
     1: InvalidValueError,
@@ -121,6 +122,65 @@ class Library:
             data = DeviceArray.from_host(self.module, np.asarray(value.data), device)
             return PackedWeight(data, value.layout, value.n, value.k, value.group_size, value.mode)
         return DeviceArray.from_host(self.module, np.asarray(value), device)
+
+    def pack(
+        self, q: Any, scales: Any, zeros: Any = None, *, group_size: int | None = None, stream: Any = None
+    ) -> PackedWeight:
+        """Pack a canonical weight that is on a GPU for the native kernels, there; returns when it is done.
+
+        Args:
+            q: uint8 [n, k], values 0 to 15, contiguous: any array with `__cuda_array_interface__` or `__dlpack__`.
+            scales: fp16 [n] for per-column mode, or [k / group_size, n], on the same GPU.
+            zeros: fp16 [k / group_size, n], (8 - zero point) * scale, or None.
+            group_size: values of K per scale; None takes k / rows of the scales.
+            stream: a stream object or address; None is torch's current stream for torch tensors, else the default.
+
+        Returns:
+            The packed weight, on the same GPU.
+
+        Raises:
+            InvalidValueError: if an array's dtype, shape, layout or device is off, a value of q is above 15, or a
+                channel's scales or zeros span too wide a range for the layout.
+            UnsupportedProblemError: if n, k or the group size are none that a kernel can run.
+            NotBuiltError: if the build holds no native kernel of the mode.
+        """
+        seen = {"q": view("q", q, self.module), "scales": view("scales", scales, self.module)}
+        if zeros is not None:
+            seen["zeros"] = view("zeros", zeros, self.module)
+        if len(seen["q"].shape) != 2:  # noqa: PLR2004
+            raise InvalidValueError(f"q of shape {list(seen['q'].shape)} must be [n, k]")
+        n, k = seen["q"].shape
+        mode, size = mode_and_group_size(k, seen["scales"].shape, group_size, zeros=zeros is not None)
+        shape = (k // size, n) if mode.is_grouped else (n,)
+        device = seen["q"].device or 0
+        for name, array in seen.items():
+            is_q = name == "q"
+            check(name, array, dtype="|u1" if is_q else "<f2", shape=(n, k) if is_q else shape, device=device)
+        config = self._native_kernel(mode)
+        problem = Problem(0, n, k, size)
+        data = empty_like_library(q, self.module, (self.packed_bytes(config, problem),), "|u1", device)
+        target = view("packed weight", data, self.module)
+        faults = DeviceArray.from_host(self.module, np.zeros(1, np.uint32), device)
+        outcome = self._native.pack(
+            self._index(config),
+            *_numbers(problem)[1:],
+            *(seen["q"].pointer, seen["scales"].pointer, seen["zeros"].pointer if "zeros" in seen else 0),
+            *(target.pointer, target.nbytes, faults.buffer.pointer, stream_pointer(stream, q), device),
+        )
+        self._result(outcome)
+        found = int(faults.to_host()[0])
+        if found & self.module.FAULT_VALUE:
+            raise InvalidValueError("q holds values above 15; it must hold 0 to 15")
+        if found & self.module.FAULT_RANGE:
+            raise InvalidValueError(f"scales or zeros {TOO_WIDE_RANGE}")
+        return PackedWeight(data, TARGET_LAYOUTS[Target.NATIVE], n, k, size, mode)
+
+    def _native_kernel(self, mode: QuantMode) -> KernelConfig:
+        """Give a native kernel of a mode: all pack alike."""
+        found = [config for config in self.configs() if config.target is Target.NATIVE and config.mode is mode]
+        if not found:
+            raise NotBuiltError(f"no native kernel of mode {mode} is in {self.build.folder}: `w4a16gen build`")
+        return found[0]
 
     def gemm(
         self,

@@ -66,6 +66,33 @@ def check_group_size(k: int, group_size: int) -> None:
         raise InvalidValueError(f"group size {group_size} must divide k = {k}")
 
 
+def mode_and_group_size(
+    k: int, scales: tuple[int, ...], group_size: int | None, *, zeros: bool
+) -> tuple[QuantMode, int]:
+    """Name the mode and the group size that the shape of the scales means.
+
+    Args:
+        k: values of K.
+        scales: shape of the scales: [n] for per-column mode, or [k / group_size, n].
+        group_size: values of K per scale; None takes k / rows of the scales.
+        zeros: whether there are zeros.
+
+    Raises:
+        InvalidValueError: if they contradict each other.
+    """
+    if len(scales) == 1:
+        if group_size not in (None, k):
+            raise InvalidValueError(f"group size {group_size} must be {k} (= k) where the scales are [n]")
+        if zeros:
+            raise InvalidValueError("zeros need scales of shape [k / group size, n]; per-column scales [n] take none")
+        return QuantMode.PER_COLUMN_SCALE_ONLY, k
+    if len(scales) != 2 or (group_size is None and scales[0] == 0):  # noqa: PLR2004
+        raise InvalidValueError(f"scales of shape {scales} must be [n] or [k / group size, n]")
+    size = group_size if group_size is not None else k // scales[0]
+    check_group_size(k, size)
+    return (QuantMode.FINEGRAINED_SCALE_AND_ZEROS if zeros else QuantMode.FINEGRAINED_SCALE_ONLY), size
+
+
 def canonical(
     q: npt.ArrayLike, scales: npt.ArrayLike, zeros: npt.ArrayLike | None, *, group_size: int | None
 ) -> QuantizedWeight:
@@ -88,30 +115,16 @@ def canonical(
     if int(q.min()) < 0 or int(q.max()) > MAX_Q:
         raise InvalidValueError(f"q holds {int(q.min())} to {int(q.max())}; it must hold 0 to {MAX_Q}")
     n, k = q.shape
-    per_column = scales.ndim == 1
-    if per_column:
-        size = k
-    elif group_size is not None:
-        size = group_size
-    elif scales.ndim == 2 and scales.shape[0] > 0:  # noqa: PLR2004
-        size = k // scales.shape[0]
-    else:
-        raise InvalidValueError(f"scales of shape {scales.shape} must be [n] or [k / group size, n]")
-    check_group_size(k, size)
-    if per_column and group_size not in (None, k):
-        raise InvalidValueError(f"group size {group_size} must be {k} (= k) where the scales are [n]")
-    shape = (n,) if per_column else (k // size, n)
-    if per_column and zeros is not None:
-        raise InvalidValueError("zeros need scales of shape [k / group size, n]; per-column scales [n] take none")
+    mode, size = mode_and_group_size(k, scales.shape, group_size, zeros=zeros is not None)
+    shape = (k // size, n) if mode.is_grouped else (n,)
     for name, array in (("scales", scales), ("zeros", None if zeros is None else np.asarray(zeros))):
         _check_half(name, array, shape)
-    mode = QuantMode.FINEGRAINED_SCALE_ONLY if zeros is None else QuantMode.FINEGRAINED_SCALE_AND_ZEROS
     return QuantizedWeight(
         q=np.ascontiguousarray(q, dtype=np.uint8),
         scales=np.ascontiguousarray(scales),
         zeros=None if zeros is None else np.ascontiguousarray(np.asarray(zeros)),
         group_size=size,
-        mode=QuantMode.PER_COLUMN_SCALE_ONLY if per_column else mode,
+        mode=mode,
     )
 
 

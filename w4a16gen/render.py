@@ -11,7 +11,7 @@ import jinja2
 
 from w4a16gen.config import KernelConfig, QuantMode, Schedule, Scheduler, Target
 from w4a16gen.files import write_if_changed, write_json
-from w4a16gen.space import native_warpgroups
+from w4a16gen.legality import NATIVE_WARPGROUPS
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
@@ -66,13 +66,10 @@ def _cutlass_parts(config: KernelConfig) -> dict[str, object]:
 
 
 def _native_parts(config: KernelConfig) -> dict[str, object]:
-    warpgroups_m, warpgroups_k = native_warpgroups(config)
     return {
-        "channels": config.cta.channels,
-        "tokens": config.cta.tokens,
-        "warpgroups_m": warpgroups_m,
-        "warpgroups_k": warpgroups_k,
-        "cluster_k": config.cluster.k,
+        "cta": ", ".join(map(str, config.cta.as_list())),
+        "warpgroups": NATIVE_WARPGROUPS[config.schedule],
+        "cluster": ", ".join(map(str, config.cluster.as_list())),
     }
 
 

@@ -3,13 +3,14 @@
 
 namespace w4a16 {
 
-struct w4a16_sm90_native_fgs_cta64x16x128_cluster1x1x2_splitk_singletile
-    : native::Shape<64, 16,  // CTA: channels, tokens
-                    1, 4,  // consumer warpgroups along channels, along K
-                    2, W4A16_FINEGRAINED_SCALE_ONLY> {};
+struct w4a16_sm90_native_fgs_cta64x16x128_cluster1x1x2_warpgroups4_persistent
+    : native::Shape<64, 16, 128,  // CTA: channels, tokens, k
+                    4,  // consumer warpgroups
+                    1, 1, 2,  // cluster: channels, tokens, k
+                    W4A16_FINEGRAINED_SCALE_ONLY> {};
 
-extern const Kernel w4a16_sm90_native_fgs_cta64x16x128_cluster1x1x2_splitk_singletile_kernel;
-const Kernel w4a16_sm90_native_fgs_cta64x16x128_cluster1x1x2_splitk_singletile_kernel =
-    native::make_kernel<w4a16_sm90_native_fgs_cta64x16x128_cluster1x1x2_splitk_singletile>("w4a16_sm90_native_fgs_cta64x16x128_cluster1x1x2_splitk_singletile");
+extern const Kernel w4a16_sm90_native_fgs_cta64x16x128_cluster1x1x2_warpgroups4_persistent_kernel;
+const Kernel w4a16_sm90_native_fgs_cta64x16x128_cluster1x1x2_warpgroups4_persistent_kernel =
+    native::make_kernel<w4a16_sm90_native_fgs_cta64x16x128_cluster1x1x2_warpgroups4_persistent>("w4a16_sm90_native_fgs_cta64x16x128_cluster1x1x2_warpgroups4_persistent");
 
 }  // namespace w4a16

@@ -16,7 +16,7 @@ from w4a16gen.render import emit as emit_kernels
 
 
 @main.command("list")
-@kernel_filters("trtllm")
+@kernel_filters("trtllm-native")
 @click.option("--explain", is_flag=True, help="Show what the space leaves out, and why, instead of what it holds.")
 @click.option("--built", is_flag=True, help="Show the kernels of the build instead of a space's.")
 @build_option
@@ -70,7 +70,7 @@ def _explain(wanted: space.Filter, space_name: str, as_json: bool) -> None:
 
 
 @main.command()
-@kernel_filters("trtllm")
+@kernel_filters("trtllm-native")
 @click.option(
     "--output",
     type=click.Path(path_type=Path, file_okay=False),

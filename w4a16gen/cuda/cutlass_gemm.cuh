@@ -188,7 +188,8 @@ constexpr Kernel make_kernel(const char* name) {
            Gemm::Operator::SharedStorageSize},
           [](const Problem& problem) { return PackedLayout(problem, Gemm::kHasZeros).bytes; },
           &workspace_bytes<Gemm>,
-          &launch<Gemm>};
+          &launch<Gemm>,
+          nullptr};
 }
 
 }  // namespace w4a16::cutlass_target

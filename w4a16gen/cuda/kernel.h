@@ -25,6 +25,8 @@ struct Kernel {
   size_t (*packed_bytes)(const Problem&);
   size_t (*workspace_bytes)(const Problem&, int sm_count);
   cudaError_t (*launch)(const Launch&);
+  // Packs a weight on the GPU, arguments already checked; null where the target has no such thing.
+  cudaError_t (*pack)(const Problem&, const w4a16_pack_arguments&);
 };
 
 }  // namespace w4a16

@@ -107,6 +107,19 @@ std::string why_not_workspace(const w4a16_gemm_arguments& arguments, size_t need
   return needed > 0 ? why_not_pointer("workspace", arguments.workspace, 128) : std::string();
 }
 
+std::string why_not_pack(const Kernel& kernel, const w4a16_pack_arguments& arguments, size_t packed_bytes) {
+  std::string sentence = why_not_pointer("q", arguments.q, 8);
+  if (sentence.empty()) sentence = why_not_pointer("scales", arguments.scales, 2);
+  if (sentence.empty() && kernel.info.mode == W4A16_FINEGRAINED_SCALE_AND_ZEROS) {
+    sentence = why_not_pointer("zeros", arguments.zeros, 2);
+  }
+  if (sentence.empty()) sentence = why_not_pointer("packed weight", arguments.packed, 128);
+  if (sentence.empty() && arguments.packed_bytes != packed_bytes) {
+    sentence = why_not_bytes("packed weight", arguments.packed_bytes, packed_bytes, "be exactly");
+  }
+  return sentence;
+}
+
 // The kernel, or null with the reason: a bad index, a missing problem, a problem that the kernel cannot run.
 const Kernel* find(int index, const w4a16_problem* problem, w4a16_status* status, std::string* sentence) {
   *status = W4A16_INVALID_ARGUMENT;
@@ -200,5 +213,26 @@ w4a16_status w4a16_gemm(int kernel, const w4a16_problem* problem, const w4a16_ge
   const cudaError_t error = found->launch({*problem, *arguments, device.index, device.sm_count});
   if (error == cudaSuccess) return report(W4A16_OK, {}, message, message_bytes);
   sentence = std::string("launch of ") + found->info.name + " failed: " + cudaGetErrorString(error);
+  return report(W4A16_CUDA_ERROR, sentence, message, message_bytes);
+}
+
+w4a16_status w4a16_pack(int kernel, const w4a16_problem* problem, const w4a16_pack_arguments* arguments, char* message,
+                        size_t message_bytes) {
+  w4a16_status status;
+  std::string sentence;
+  const Kernel* found = w4a16::find(kernel, problem, &status, &sentence);
+  if (found == nullptr) return report(status, sentence, message, message_bytes);
+  if (found->pack == nullptr) {
+    sentence = std::string("weights for target ") + found->info.target + " are packed on the host only";
+    return report(W4A16_UNSUPPORTED, sentence, message, message_bytes);
+  }
+  if (arguments == nullptr) return report(W4A16_INVALID_ARGUMENT, "arguments must not be null", message, message_bytes);
+  sentence = w4a16::why_not_pack(*found, *arguments, found->packed_bytes(*problem));
+  if (!sentence.empty()) return report(W4A16_INVALID_ARGUMENT, sentence, message, message_bytes);
+  sentence = w4a16::why_not_device(w4a16::current_device());
+  if (!sentence.empty()) return report(W4A16_NO_HOPPER_GPU, sentence, message, message_bytes);
+  const cudaError_t error = found->pack(*problem, *arguments);
+  if (error == cudaSuccess) return report(W4A16_OK, {}, message, message_bytes);
+  sentence = std::string("packing for ") + found->info.name + " failed: " + cudaGetErrorString(error);
   return report(W4A16_CUDA_ERROR, sentence, message, message_bytes);
 }

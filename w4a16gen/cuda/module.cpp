@@ -57,6 +57,7 @@ class KernelLibrary {
       resolve("w4a16_packed_bytes", packed_bytes_);
       resolve("w4a16_workspace_bytes", workspace_bytes_);
       resolve("w4a16_gemm", gemm_);
+      resolve("w4a16_pack", pack_);
     } catch (...) {
       dlclose(handle_);
       throw;
@@ -138,6 +139,25 @@ class KernelLibrary {
     return py::make_tuple(static_cast<int>(status), message.data());
   }
 
+  Outcome pack(int kernel, int64_t n, int64_t k, int64_t group_size, uintptr_t q, uintptr_t scales, uintptr_t zeros,
+               uintptr_t packed, size_t packed_bytes, uintptr_t faults, uintptr_t stream, int device) const {
+    const auto pointer = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
+    const w4a16_problem problem{0, n, k, group_size};
+    const w4a16_pack_arguments arguments{pointer(q),   pointer(scales), pointer(zeros), pointer(packed),
+                                         packed_bytes, pointer(faults), pointer(stream)};
+    Message message;
+    w4a16_status status;
+    {
+      const py::gil_scoped_release release;
+      const DeviceGuard guard(device);
+      status = pack_(kernel, &problem, &arguments, message.data(), message.size());
+      if (status == W4A16_OK && cudaStreamSynchronize(static_cast<cudaStream_t>(arguments.stream)) != cudaSuccess) {
+        throw std::runtime_error("packing failed on the GPU");
+      }
+    }
+    return py::make_tuple(static_cast<int>(status), message.data());
+  }
+
  private:
   struct Message : std::array<char, 512> {
     Message() { fill('\0'); }
@@ -157,6 +177,7 @@ class KernelLibrary {
   decltype(&w4a16_packed_bytes) packed_bytes_ = nullptr;
   decltype(&w4a16_workspace_bytes) workspace_bytes_ = nullptr;
   decltype(&w4a16_gemm) gemm_ = nullptr;
+  decltype(&w4a16_pack) pack_ = nullptr;
 };
 
 // Device memory that is freed with its last Python reference.
@@ -308,6 +329,8 @@ py::tuple dlpack_view(const py::capsule& capsule) {
 
 PYBIND11_MODULE(_w4a16, module) {
   module.attr("ABI_VERSION") = W4A16_ABI_VERSION;
+  module.attr("FAULT_VALUE") = W4A16_FAULT_VALUE;
+  module.attr("FAULT_RANGE") = W4A16_FAULT_RANGE;
   module.def("devices", &devices);
   module.def("pointer_device", &pointer_device);
   module.def("dlpack_view", &dlpack_view);
@@ -317,7 +340,8 @@ PYBIND11_MODULE(_w4a16, module) {
       .def("can_implement", &KernelLibrary::can_implement)
       .def("packed_bytes", &KernelLibrary::packed_bytes)
       .def("workspace_bytes", &KernelLibrary::workspace_bytes)
-      .def("gemm", &KernelLibrary::gemm);
+      .def("gemm", &KernelLibrary::gemm)
+      .def("pack", &KernelLibrary::pack);
   py::class_<DeviceBuffer>(module, "DeviceBuffer")
       .def(py::init<size_t, int>())
       .def_property_readonly("pointer", &DeviceBuffer::pointer)

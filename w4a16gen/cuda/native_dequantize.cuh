@@ -16,20 +16,11 @@
 
 namespace w4a16::native {
 
-// The scales (and zeros) of one thread's two channels, each twice.
-struct ChannelScales {
-  half2 scale[2];
-  half2 zero[2];
-};
-
-// (word & mask) | bits, in one instruction.
-W4A16_HOST_DEVICE inline uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) {
+W4A16_HOST_DEVICE inline uint32_t turned_right(uint32_t word, int bits) {
 #if defined(__CUDA_ARCH__)
-  uint32_t result;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "r"(mask), "r"(bits));
-  return result;
+  return __funnelshift_r(word, word, bits);
 #else
-  return (word & mask) | bits;
+  return word >> bits | word << (32 - bits);
 #endif
 }
 
@@ -57,14 +48,6 @@ W4A16_HOST_DEVICE inline half2 multiply_add(half2 a, half2 b, half2 c) {
 #endif
 }
 
-W4A16_HOST_DEVICE inline half2 multiply(half2 a, half2 b) {
-#if defined(__CUDA_ARCH__)
-  return __hmul2(a, b);
-#else
-  return multiply_add(a, b, as_half2(0x80008000));  // -0 changes no product
-#endif
-}
-
 W4A16_HOST_DEVICE inline half2 add(half2 a, half2 b) {
 #if defined(__CUDA_ARCH__)
   return __hadd2(a, b);
@@ -73,30 +56,45 @@ W4A16_HOST_DEVICE inline half2 add(half2 a, half2 b) {
 #endif
 }
 
-// An fp16 of exponent 2^10 has a unit of 1 in its last place: putting v there gives 1024 + v, and four bits higher 1024
-// + 16 v. Subtracting 1032, and multiplying by 1/16 and subtracting 72, leave v - 8, both exactly. Then the scale
-// rounds once: a product, or a fused multiply-add with the zero.
+constexpr uint32_t kLowNibbles = 0x00780078;   // bits 3 to 6 of both halves
+constexpr uint32_t kHighNibbles = 0x07800780;  // bits 7 to 10
+
+// -8 units as fp16, for the implicit zero point of 8: of the channel and of the channel + 8.
+W4A16_HOST_DEVICE constexpr uint16_t minus_eight_units(int upper) { return upper == 0 ? 0x8040 : 0x8400; }
+W4A16_HOST_DEVICE constexpr uint16_t minus_eight_large_units(int upper) { return upper == 0 ? 0xb000 : 0xc000; }
+constexpr uint16_t kLargeUnit = 0x7800;  // 2^15: large units in a unit
+
+W4A16_HOST_DEVICE inline half2 twice(uint16_t bits) { return as_half2(bits * 0x10001u); }
+
+// What a pair of channels adds to q * unit * scale: -8 * scale, exactly, from scales as they are packed.
+W4A16_HOST_DEVICE inline half2 offset_of(half2 packed_scales) {
+  const half2 minus_eight = as_half2(minus_eight_units(0) | static_cast<uint32_t>(minus_eight_units(1)) << 16);
+  return multiply_add(packed_scales, minus_eight, as_half2(0x80008000));  // -0 changes no product
+}
+
+// Dequantises one thread's eight nibbles of one m64k16 step. `scales` and `addends` hold a value for the channel and
+// one for the channel + 8: addends are offset_of(scales), or the zeros.
+//
+// q * unit comes out of the word by masking alone. A fused multiply-add with the packed scale rounds once, so the
+// weight is (q - 8) * scale, rounded once. With zeros, q - 8 comes first, exactly. Without scales that is all: the
+// channel's factor holds what is missing.
 template <bool Scales, bool Zeros>
-W4A16_HOST_DEVICE inline void dequantize(uint32_t word, const ChannelScales& scales, uint32_t (&fragment)[4]) {
-  constexpr uint32_t kThousand = 0x64006400;
-  const half2 low_offset = as_half2(0xe408e408);   // -1032
-  const half2 sixteenth = as_half2(0x2c002c00);    // 1 / 16
-  const half2 high_offset = as_half2(0xd480d480);  // -72
-  const uint32_t upper = word >> 8;
-  half2 value[4] = {
-      add(as_half2(and_or(word, 0x000f000f, kThousand)), low_offset),
-      multiply_add(as_half2(and_or(word, 0x00f000f0, kThousand)), sixteenth, high_offset),
-      add(as_half2(and_or(upper, 0x000f000f, kThousand)), low_offset),
-      multiply_add(as_half2(and_or(upper, 0x00f000f0, kThousand)), sixteenth, high_offset),
-  };
+W4A16_HOST_DEVICE inline void dequantize(uint32_t word, half2 scales, half2 addends, uint32_t (&fragment)[4]) {
+  const uint32_t turned = turned_right(word, 8);
+  const uint32_t nibbles[4] = {word & kLowNibbles, word & kHighNibbles, turned & kLowNibbles, turned & kHighNibbles};
+  const half2 scale[2] = {__low2half2(scales), __high2half2(scales)};
+  const half2 addend[2] = {__low2half2(addends), __high2half2(addends)};
   W4A16_UNROLL
   for (int i = 0; i < 4; ++i) {
-    if constexpr (Zeros) {
-      value[i] = multiply_add(value[i], scales.scale[i & 1], scales.zero[i & 1]);
-    } else if constexpr (Scales) {
-      value[i] = multiply(value[i], scales.scale[i & 1]);
+    const int upper = i % 2;
+    half2 value = as_half2(nibbles[i]);
+    if constexpr (Zeros) value = multiply_add(value, twice(kLargeUnit), twice(minus_eight_large_units(upper)));
+    if constexpr (Scales) {
+      value = multiply_add(value, scale[upper], addend[upper]);
+    } else {
+      value = add(value, twice(minus_eight_units(upper)));
     }
-    fragment[i] = as_bits(value[i]);
+    fragment[i] = as_bits(value);
   }
 }
 

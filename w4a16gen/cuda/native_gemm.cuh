@@ -5,8 +5,11 @@
 
 #include "kernel.h"
 #include "native_kernel.cuh"
+#include "native_pack.cuh"
 
 namespace w4a16::native {
+
+constexpr int kMaxDevices = 64;
 
 using EncodeTensorMap = decltype(&cuTensorMapEncodeTiled);
 
@@ -22,107 +25,140 @@ inline EncodeTensorMap encode_tensor_map() {
   return function;
 }
 
-// The activations [m, k], k contiguous, in boxes of 64 k x the CTA's tokens, swizzled; what lies outside reads as 0.
-inline bool describe_activations(CUtensorMap* map, const Launch& launch, int tokens) {
+// A row-major fp16 matrix in boxes of 64 columns, swizzled; what lies outside reads as 0 and is not written.
+inline bool describe(CUtensorMap* map, const void* matrix, int64_t rows, int64_t columns, int box_rows) {
   const auto encode = encode_tensor_map();
   if (encode == nullptr) return false;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(launch.problem.k), static_cast<cuuint64_t>(launch.problem.m)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(launch.problem.k) * 2};
-  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(tokens)};
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(columns) * 2};
+  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[2] = {1, 1};
-  return encode(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<void*>(launch.arguments.activations), sizes,
-                strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  return encode(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<void*>(matrix), sizes, strides, box, steps,
+                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-// The kernel's function for a number of scale rows, and on which devices it may use all shared memory.
+// The kernel's function for a number of scale rows, and per device how many of its clusters run at once (0: not asked).
 struct Function {
   const void* address;
-  std::atomic<uint64_t> raised{0};
+  std::atomic<int> clusters_at_once[kMaxDevices] = {};
+
+  explicit Function(const void* function) : address(function) {}
 };
 
 template <class S>
 Function& function_for(int scale_rows) {
   if constexpr (S::Scales) {
-    static Function functions[3] = {{reinterpret_cast<const void*>(&kernel<S, 1>)},
-                                    {reinterpret_cast<const void*>(&kernel<S, 2>)},
-                                    {reinterpret_cast<const void*>(&kernel<S, 4>)}};
+    static Function functions[3] = {Function(reinterpret_cast<const void*>(&kernel<S, 1>)),
+                                    Function(reinterpret_cast<const void*>(&kernel<S, 2>)),
+                                    Function(reinterpret_cast<const void*>(&kernel<S, 4>))};
     return functions[scale_rows / 2];
   } else {
-    static Function function{reinterpret_cast<const void*>(&kernel<S, 0>)};
+    static Function function(reinterpret_cast<const void*>(&kernel<S, 0>));
     return function;
   }
+}
+
+// How a kernel is launched, apart from the grid. `attributes` must outlive it.
+template <class S>
+cudaLaunchConfig_t configuration_of(cudaLaunchAttribute* attributes) {
+  cudaLaunchConfig_t configuration{};
+  configuration.blockDim = S::Threads;
+  configuration.dynamicSmemBytes = S::SharedBytes;
+  configuration.attrs = attributes;
+  if (S::ClusterSize > 1) {
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {S::ClusterSize, 1, 1};
+    configuration.numAttrs = 1;
+  }
+  return configuration;
+}
+
+// Lets a function use its shared memory and finds how many clusters run at once, the first time on a device.
+template <class S>
+cudaError_t prepare(Function& function, const Launch& launch, int* clusters_at_once) {
+  std::atomic<int>* known = launch.device < kMaxDevices ? &function.clusters_at_once[launch.device] : nullptr;
+  if (known != nullptr && (*clusters_at_once = known->load(std::memory_order_acquire)) != 0) return cudaSuccess;
+  cudaError_t error =
+      cudaFuncSetAttribute(function.address, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SharedBytes);
+  if (error != cudaSuccess) return error;
+  // Two CTAs share an SM only if shared memory takes all of what it may.
+  error = cudaFuncSetAttribute(function.address, cudaFuncAttributePreferredSharedMemoryCarveout,
+                               cudaSharedmemCarveoutMaxShared);
+  if (error != cudaSuccess) return error;
+  *clusters_at_once = launch.sm_count * S::CtasPerSm;
+  if (S::ClusterSize > 1) {
+    cudaLaunchAttribute attributes[1] = {};
+    cudaLaunchConfig_t configuration = configuration_of<S>(attributes);
+    configuration.gridDim = static_cast<unsigned>(launch.sm_count / S::ClusterSize * S::ClusterSize);
+    error = cudaOccupancyMaxActiveClusters(clusters_at_once, function.address, &configuration);
+    if (error != cudaSuccess) return error;
+  }
+  if (*clusters_at_once < 1) return cudaErrorInvalidConfiguration;
+  if (known != nullptr) known->store(*clusters_at_once, std::memory_order_release);
+  return cudaSuccess;
 }
 
 template <class S>
 cudaError_t launch(const Launch& launch) {
   const PackedLayout layout(launch.problem, S::Mode);
-  auto& [function, raised] = function_for<S>(layout.scale_rows);
-  const uint64_t bit = launch.device < 64 ? uint64_t{1} << launch.device : 0;
-  if ((raised.load(std::memory_order_acquire) & bit) == 0) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SharedBytes);
-    if (error != cudaSuccess) return error;
-    raised.fetch_or(bit, std::memory_order_release);
-  }
+  Function& function = function_for<S>(layout.scale_rows);
+  int clusters_at_once = 0;
+  cudaError_t error = prepare<S>(function, launch, &clusters_at_once);
+  if (error != cudaSuccess) return error;
 
   const auto& [m, n, k, group_size] = launch.problem;
   const auto& given = launch.arguments;
   const auto* packed = static_cast<const uint8_t*>(given.packed);
   Parameters parameters{};
-  if (!describe_activations(&parameters.activations, launch, S::Tokens)) return cudaErrorInvalidValue;
+  if (!describe(&parameters.activations, given.activations, m, k, S::Tokens)) return cudaErrorInvalidValue;
+  if (S::StoresThroughShared && !describe(&parameters.output, given.output, m, n, S::BoxTokens)) {
+    return cudaErrorInvalidValue;
+  }
   parameters.weights = packed;
-  parameters.channel_scales = reinterpret_cast<const half*>(packed + layout.channel_scales_offset);
+  parameters.channel_factors = reinterpret_cast<const float*>(packed + layout.channel_factors_offset);
   parameters.bias = static_cast<const half*>(given.bias);
-  parameters.output = static_cast<half*>(given.output);
+  parameters.output_pointer = static_cast<half*>(given.output);
   parameters.m = static_cast<int>(m);
   parameters.n = static_cast<int>(n);
   parameters.k_blocks = layout.k_blocks;
   parameters.channel_blocks = layout.channel_blocks;
   parameters.block_bytes = layout.block_bytes;
-  parameters.channel_tiles = (layout.channel_blocks + S::Blocks - 1) / S::Blocks;
-  parameters.token_tiles = static_cast<int>((m + S::Tokens - 1) / S::Tokens);
+  const auto tiles_of = [](int64_t size, int64_t tile) { return static_cast<int>((size + tile - 1) / tile); };
+  parameters.channel_tiles = tiles_of(layout.channel_blocks, S::Blocks * S::ClusterChannels);
+  parameters.token_tiles = tiles_of(m, S::Tokens * S::ClusterTokens);
   parameters.alpha = given.alpha;
 
-  // Splitting kernels take one tile per cluster; the others stay and take several.
   const int64_t tiles = static_cast<int64_t>(parameters.channel_tiles) * parameters.token_tiles;
-  const int64_t groups = S::Reduces || tiles < launch.sm_count ? tiles : launch.sm_count;
+  const int64_t clusters = tiles < clusters_at_once ? tiles : clusters_at_once;
   cudaLaunchAttribute attributes[2] = {};
-  unsigned count = 0;
-  if (S::ClusterK > 1) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count++].val.clusterDim = {S::ClusterK, 1, 1};
-  }
-  if (given.dependent_launch != 0) {
-    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  cudaLaunchConfig_t configuration{};
-  configuration.gridDim = static_cast<unsigned>(groups * S::ClusterK);
-  configuration.blockDim = S::Threads;
-  configuration.dynamicSmemBytes = S::SharedBytes;
+  cudaLaunchConfig_t configuration = configuration_of<S>(attributes);
+  configuration.gridDim = static_cast<unsigned>(clusters * S::ClusterSize);
   configuration.stream = static_cast<cudaStream_t>(given.stream);
-  configuration.attrs = attributes;
-  configuration.numAttrs = count;
+  if (given.dependent_launch != 0) {
+    attributes[configuration.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[configuration.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
   void* arguments[] = {&parameters};
-  return cudaLaunchKernelExC(&configuration, function, arguments);
+  return cudaLaunchKernelExC(&configuration, function.address, arguments);
 }
 
 template <class S>
 constexpr Kernel make_kernel(const char* name) {
   return {{name,
            "native",
-           "fragment_blocks_v1",
+           "fragment_blocks_v2",
            S::Mode,
-           {S::Channels, S::Tokens, kBlockK},
-           {1, 1, S::ClusterK},
+           {S::Channels, S::Tokens, S::K},
+           {S::ClusterChannels, S::ClusterTokens, S::ClusterK},
            S::Stages,
            S::Threads,
            kGroupMultiple,
            S::SharedBytes},
           [](const Problem& problem) { return PackedLayout(problem, S::Mode).bytes; },
           [](const Problem&, int) { return size_t{0}; },
-          &launch<S>};
+          &launch<S>,
+          &pack<S::Mode>};
 }
 
 }  // namespace w4a16::native

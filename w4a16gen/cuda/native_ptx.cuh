@@ -1,15 +1,27 @@
-// The PTX that the native kernel is made of: barriers, bulk copies, WGMMA, cluster and register control.
+// The PTX that the native kernel is made of: barriers, copies, cluster and register control.
 #pragma once
 
 #include <cstdint>
-#include <utility>
-
-#include "cute/arch/mma_sm90_gmma.hpp"
 
 namespace w4a16::native {
 
 __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Whether this is the one thread that its warp elects. ptxas knows that no other thread is active behind it, and gives
+// the copies and barriers there their operands directly, where behind `lane == 0` it loops over the active threads: 60
+// cycles for each barrier and 100 for each copy (H200).
+__device__ inline bool elected() {
+  uint32_t is_elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred elected;\n"
+      "elect.sync _|elected, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, elected;\n"
+      "}\n"
+      : "=r"(is_elected));
+  return is_elected != 0;
 }
 
 __device__ inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
@@ -41,20 +53,59 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
-__device__ inline void bulk_copy(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(destination),
-      "l"(source), "r"(bytes), "r"(barrier)
-      : "memory");
+// Bulk copies of the async proxy, which complete on a barrier. With more than one receiver the same offsets of shared
+// memory, data and barrier, are filled in every CTA of the cluster whose bit `receivers` has.
+template <int Receivers>
+__device__ inline void bulk_copy(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier,
+                                 uint16_t receivers) {
+  if constexpr (Receivers == 1) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(destination),
+        "l"(source), "r"(bytes), "r"(barrier)
+        : "memory");
+  } else {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
+        "%4;" ::"r"(destination),
+        "l"(source), "r"(bytes), "r"(barrier), "h"(receivers)
+        : "memory");
+  }
 }
 
-__device__ inline void tensor_copy(uint32_t destination, const void* map, int k, int token, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
-          "r"(destination),
-      "l"(map), "r"(k), "r"(token), "r"(barrier)
-      : "memory");
+template <int Receivers>
+__device__ inline void tensor_copy(uint32_t destination, const void* map, int k, int token, uint32_t barrier,
+                                   uint16_t receivers) {
+  if constexpr (Receivers == 1) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
+        "[%4];" ::"r"(destination),
+        "l"(map), "r"(k), "r"(token), "r"(barrier)
+        : "memory");
+  } else {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+        "[%1, {%2, %3}], [%4], %5;" ::"r"(destination),
+        "l"(map), "r"(k), "r"(token), "r"(barrier), "h"(receivers)
+        : "memory");
+  }
 }
+
+// Writes a box of shared memory to global memory; what lies outside the tensor is not written.
+__device__ inline void tensor_store(const void* map, int channel, int token, uint32_t source) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map),
+               "r"(channel), "r"(token), "r"(source)
+               : "memory");
+  asm volatile("cp.async.bulk.commit_group;");
+}
+
+// Waits until all but so many of this thread's stores have read their shared memory.
+template <int Pending>
+__device__ inline void wait_for_store_reads() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(Pending) : "memory");
+}
+
+// Orders this thread's ordinary writes of shared memory before later reads of the async proxy.
+__device__ inline void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ inline void prefetch_tensor_map(const void* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -80,9 +131,13 @@ __device__ inline void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-__device__ inline void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+// The cluster's barrier in its two halves. Arriving this way does not order memory: it follows a fence where that
+// matters.
+__device__ inline void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
+__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 __device__ inline uint32_t cluster_rank() {
   uint32_t rank;
@@ -90,19 +145,51 @@ __device__ inline uint32_t cluster_rank() {
   return rank;
 }
 
-// Reads 16 bytes of the same shared memory offset in another CTA of the cluster.
-__device__ inline float4 load_from_cluster(uint32_t address, uint32_t rank) {
-  float4 value;
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %4, %5;\n"
-      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n"
-      "}\n"
-      : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
-      : "r"(address), "r"(rank)
-      : "memory");
+// The address of the same shared memory offset in another CTA of the cluster.
+__device__ inline uint32_t address_in_cluster(uint32_t address, uint32_t rank) {
+  uint32_t remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  return remote;
+}
+
+// Without `.release.cluster`, which costs a fence of all memory each time: what it tells of are reads of shared memory
+// that are over.
+__device__ inline void barrier_arrive_in_cluster(uint32_t remote_barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote_barrier) : "memory");
+}
+
+// Sends 16 bytes to another CTA's shared memory, counted by a barrier there.
+__device__ inline void send(uint32_t remote_address, float4 value, uint32_t remote_barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   remote_address),
+               "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(remote_barrier)
+               : "memory");
+}
+
+// From memory that no kernel of the chain writes.
+__device__ inline float load_constant(const float* address) {
+  float value;
+  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(value) : "l"(address));
   return value;
+}
+
+__device__ inline float4 load_shared_floats(uint32_t address) {
+  float4 value;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
+__device__ inline void store_shared_floats(uint32_t address, float4 value) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(value.x), "f"(value.y), "f"(value.z),
+               "f"(value.w)
+               : "memory");
+}
+
+__device__ inline void store_shared_float(uint32_t address, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }
 
 __device__ inline uint4 load_shared(uint32_t address) {
@@ -120,54 +207,18 @@ __device__ inline uint32_t load_shared_word(uint32_t address) {
   return value;
 }
 
+// Stores four 8x8 matrices of 16-bit values spread over a warp, transposed; eight lanes give the rows of each.
+__device__ inline void store_transposed(uint32_t row, const uint32_t (&matrix)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(matrix[0]),
+               "r"(matrix[1]), "r"(matrix[2]), "r"(matrix[3])
+               : "memory");
+}
+
 // Transposes an 8x8 matrix of 16-bit values spread over a warp.
 __device__ inline uint32_t transpose_8x8(uint32_t value) {
   uint32_t transposed;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(value));
   return transposed;
-}
-
-__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-
-template <int Pending>
-__device__ inline void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
-}
-
-// WGMMA's descriptor of a K-major operand with 128-byte swizzle (PTX ISA, "Matrix Descriptor Format"): address and
-// stride count 16 bytes; 8 rows of 128 bytes lie 1024 bytes apart.
-__device__ inline uint64_t swizzled_descriptor(uint32_t address) {
-  return uint64_t{(address & 0x3ffff) >> 4} | uint64_t{1} << 16 | uint64_t{64} << 32 | uint64_t{1} << 62;
-}
-
-template <int Tokens>
-struct Wgmma;
-#define W4A16_WGMMA(tokens)                                                                                           \
-  template <>                                                                                                         \
-  struct Wgmma<tokens>                                                                                                \
-      : cute::SM90::GMMA::MMA_64x##tokens##x16_F32F16F16_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K> { \
-  };
-W4A16_WGMMA(8)
-W4A16_WGMMA(16)
-W4A16_WGMMA(32)
-W4A16_WGMMA(64)
-W4A16_WGMMA(128)
-W4A16_WGMMA(256)
-#undef W4A16_WGMMA
-
-template <int Tokens, size_t... Index>
-__device__ inline void wgmma(float (&sum)[Tokens / 2], const uint32_t (&a)[4], uint64_t b, bool add,
-                             std::index_sequence<Index...>) {
-  const auto scale = add ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero;
-  Wgmma<Tokens>::fma(a[0], a[1], a[2], a[3], b, sum[Index]..., scale);
-}
-
-// sum[64 channels, Tokens] = A[64, 16] (registers) x B[16, Tokens] (shared memory), added to the sum there was if
-// `add`.
-template <int Tokens>
-__device__ inline void wgmma(float (&sum)[Tokens / 2], const uint32_t (&a)[4], uint64_t b, bool add) {
-  wgmma<Tokens>(sum, a, b, add, std::make_index_sequence<Tokens / 2>{});
 }
 
 }  // namespace w4a16::native

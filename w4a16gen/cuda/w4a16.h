@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define W4A16_ABI_VERSION 1
+#define W4A16_ABI_VERSION 2
 
 typedef enum {
   W4A16_OK = 0,
@@ -69,6 +69,20 @@ typedef struct {
   int32_t dependent_launch; /* 1: may start while the kernel before on the stream still runs, and fetch weights */
 } w4a16_gemm_arguments;
 
+/* What packing finds wrong, as bits. */
+#define W4A16_FAULT_VALUE 1u /* a value of q above 15 */
+#define W4A16_FAULT_RANGE 2u /* a scale or zero that lost bits: too small beside the largest scale of its channel */
+
+typedef struct {
+  const void* q;       /* uint8 [n, k], values 0 to 15, row-major, 8-byte aligned */
+  const void* scales;  /* fp16 [k / group_size, n], or [n] in per-column mode */
+  const void* zeros;   /* fp16 [k / group_size, n], in the mode that has them */
+  void* packed;        /* written; 128-byte aligned */
+  size_t packed_bytes; /* must equal w4a16_packed_bytes */
+  void* faults;        /* uint32 on the device to which W4A16_FAULT_ bits are added, or null */
+  void* stream;        /* cudaStream_t of the current device */
+} w4a16_pack_arguments;
+
 W4A16_API int w4a16_abi_version(void);
 W4A16_API int w4a16_kernel_count(void);
 
@@ -90,6 +104,10 @@ W4A16_API w4a16_status w4a16_workspace_bytes(int kernel, const w4a16_problem* pr
 
 /* Checks everything, then launches on the given stream of the current device. m = 0 returns at once. */
 W4A16_API w4a16_status w4a16_gemm(int kernel, const w4a16_problem* problem, const w4a16_gemm_arguments* arguments,
+                                  char* message, size_t message_bytes);
+
+/* Packs a canonical weight for the kernel, on the given stream of the current device; m does not matter. */
+W4A16_API w4a16_status w4a16_pack(int kernel, const w4a16_problem* problem, const w4a16_pack_arguments* arguments,
                                   char* message, size_t message_bytes);
 
 #ifdef __cplusplus

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from w4a16gen.config import QuantMode
+from w4a16gen.packing import scale_exponents
 from w4a16gen.quantize import Double, Half, QuantizedWeight
 
 HALF_ROUNDING = 2.0**-11
@@ -38,6 +39,7 @@ class Expectation:
         self._sum: Double = np.abs(activations).sum(axis=1, keepdims=True)
         self._k = weight.k
         self._weight_roundings = _WEIGHT_ROUNDINGS[weight.mode]
+        self._underflow = weight_underflow(weight)
 
     def result(self, alpha: float, bias: Half | None) -> Double:
         """Give alpha * A x W + bias, exact up to float64."""
@@ -46,7 +48,7 @@ class Expectation:
 
     def bound(self, alpha: float, bias: Half | None) -> Double:
         """Give the largest error that rounding explains, [m, n]."""
-        weights = self._weight_roundings * (HALF_ROUNDING * self._magnitude + HALF_UNDERFLOW * self._sum)
+        weights = self._weight_roundings * (HALF_ROUNDING * self._magnitude + self._underflow * self._sum)
         terms = self._magnitude + weights
         sums = (self._k + EPILOGUE_ROUNDINGS) * FLOAT_TRUNCATION * terms
         before_store: Double = abs(alpha) * (weights + sums)
@@ -54,6 +56,18 @@ class Expectation:
         if bias is not None:
             before_store = before_store + FLOAT_TRUNCATION * np.abs(bias.astype(np.float64))
         return before_store + HALF_ROUNDING * (result + before_store) + HALF_UNDERFLOW
+
+
+def weight_underflow(weight: QuantizedWeight) -> Double:
+    """Give the most that rounding a weight adds where it is subnormal, [n].
+
+    Half of fp16's smallest subnormal; for channels that the native layout holds divided by a power of two, twice that
+    power as much, because -8 * scale is rounded as well as the weight.
+    """
+    if not weight.mode.is_grouped:
+        return np.full(weight.n, HALF_UNDERFLOW)
+    exponents = scale_exponents(weight.scales, weight.mode)
+    return np.where(exponents > 0, 2 * np.ldexp(HALF_UNDERFLOW, exponents), HALF_UNDERFLOW)
 
 
 def dequantized_half(weight: QuantizedWeight) -> Half:

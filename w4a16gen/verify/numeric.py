@@ -60,11 +60,30 @@ class Case:
         return f"{self.kind} n={weight.n} k={weight.k} group={weight.group_size}"
 
 
-def random_weight(rng: np.random.Generator, n: int, k: int, group_size: int, mode: QuantMode) -> QuantizedWeight:
-    """Draw a weight that uses all 16 values, scales over two octaves, and zeros of the scales' size."""
+def random_weight(
+    rng: np.random.Generator,
+    n: int,
+    k: int,
+    group_size: int,
+    mode: QuantMode,
+    *,
+    octaves: float = 1,
+    size: float = 0.01,
+) -> QuantizedWeight:
+    """Draw a weight that uses all 16 values.
+
+    Args:
+        rng: source of the numbers.
+        n: output channels.
+        k: values of K.
+        group_size: values of K per scale; ignored in per-column mode.
+        mode: the quantisation mode.
+        octaves: how far scales lie from `size` at most, up or down, as a power of two.
+        size: middle of the scales; zeros are of the size of eight scales at most.
+    """
     groups = k // group_size
     q = rng.integers(0, 16, (n, k), dtype=np.uint8)
-    scales = (0.01 * 2.0 ** rng.uniform(-1, 1, (groups, n))).astype(np.float16)
+    scales = (size * 2.0 ** rng.uniform(-octaves, octaves, (groups, n))).astype(np.float16)
     zeros = (scales.astype(np.float32) * rng.uniform(-8, 8, (groups, n))).astype(np.float16)
     if not mode.is_grouped:
         return canonical(q, scales[0], None, group_size=k)
@@ -79,12 +98,21 @@ def cases(mode: QuantMode, rng: np.random.Generator) -> Iterator[Case]:
     """Give every problem that a kernel of a mode is put through."""
 
     def case(
-        kind: str, n: int, k: int, group: int, tokens: Iterable[int], options: tuple[tuple[float, bool], ...] = _MIXED
+        kind: str,
+        n: int,
+        k: int,
+        group: int,
+        tokens: Iterable[int],
+        options: tuple[tuple[float, bool], ...] = _MIXED,
+        *,
+        octaves: float = 1,
+        size: float = 0.01,
     ) -> Case:
         group = group if mode.is_grouped else k
         chosen = tuple(tokens)
         rows = max([*chosen, 257])
-        return Case(kind, random_weight(rng, n, k, group, mode), rows, chosen, options)
+        weight = random_weight(rng, n, k, group, mode, octaves=octaves, size=size)
+        return Case(kind, weight, rows, chosen, options)
 
     for group in (32, 64, 128, 256) if mode.is_grouped else (256,):
         yield case("one_hot", 264, 256, group, (256,), _PLAIN)
@@ -95,6 +123,9 @@ def cases(mode: QuantMode, rng: np.random.Generator) -> Iterator[Case]:
     yield case("smallest", 8, 64, 64, (1, 65))
     yield case("smallest", 1032, 8, 8, (2, 33))
     yield case("ragged_k", 392, 1000, 1000, (5, 129))
+    # Subnormal scales, and scales that the native layout divides; alpha keeps the results within fp16's range.
+    for size, alpha in ((1e-5, 1.0), (0.5, 1.0), (1000.0, 2.0**-8)):
+        yield case("scales", 264, 512, 128, (3, 40), ((alpha, False),), octaves=3, size=size)
     yield case("large", 4096, 4096, 128, (1, 300))
     yield case("long_k", 256, 16384, 128, (16, 48))
 
@@ -188,7 +219,7 @@ class _Window:
 Progress = Callable[[int, int, str], None]
 
 
-_SAMPLE_KINDS = ("smallest", "ragged_k")
+_SAMPLE_KINDS = ("smallest", "ragged_k", "scales")
 
 
 def sample(configs: Iterable[KernelConfig]) -> list[KernelConfig]:

@@ -1,0 +1,83 @@
+"""Choosing from what was timed, and reading problems: all of `bench` that needs no GPU."""
+
+from __future__ import annotations
+
+import pytest
+from click.testing import CliRunner
+
+from w4a16gen import Problem, QuantMode
+from w4a16gen.cli import main
+from w4a16gen.cli.timing import parse_problem
+from w4a16gen.errors import InvalidValueError
+from w4a16gen.space import enumerate_space
+from w4a16gen.sweep import CUBLAS, Comparison, Timing, smallest_set, tiles_suit
+
+
+def screened(m: int, **microseconds: float) -> Comparison:
+    """Give a comparison of kernels of these times."""
+    return Comparison(Problem(m, 64, 64, 64), QuantMode.FINEGRAINED_SCALE_ONLY, microseconds, 0, [])
+
+
+def test_the_smallest_set_serves_every_problem_within_the_slack() -> None:
+    comparisons = [
+        screened(1, a=10.0, b=10.2, c=20.0),
+        screened(2, a=11.0, b=10.0, c=10.1),
+        screened(3, a=30.0, b=30.0, c=10.0),
+        screened(4),
+    ]
+    assert smallest_set(comparisons, 0.03) == ["a", "c"]
+    assert smallest_set(comparisons, 0.0) == ["a", "b", "c"]
+    assert len(smallest_set(comparisons, 2.0)) == 1
+    assert smallest_set([], 0.03) == []
+
+
+def test_what_others_make_superfluous_is_dropped() -> None:
+    # a serves most, but b and c, needed for problems of their own, serve all of a's.
+    comparisons = [
+        screened(1, a=1.0, b=1.0),
+        screened(2, a=1.0, b=1.0),
+        screened(3, a=1.0, c=1.0),
+        screened(4, a=1.0, c=1.0),
+        screened(5, b=1.0),
+        screened(6, c=1.0),
+    ]
+    assert smallest_set(comparisons, 0.03) == ["b", "c"]
+
+
+def test_the_fastest_kernel_is_told_from_cublas() -> None:
+    timings = [Timing(CUBLAS, [1.0, 2.0, 3.0]), Timing("a", [4.0, 6.0, 5.0], [3.0, 2.0])]
+    found = Comparison(Problem(1, 64, 64, 64), QuantMode.FINEGRAINED_SCALE_ONLY, {"a": 4.0}, 0, timings)
+    assert found.best.contender == "a"
+    assert found.best.median == 5.0
+    assert found.best.dependent_median == 2.5
+    assert found.cublas is not None
+    assert found.cublas.median == 2.0
+    assert found.as_json()["timings"][1] == {"contender": "a", "isolated": [4.0, 6.0, 5.0], "dependent": [3.0, 2.0]}
+
+
+def test_token_tiles_far_from_m_are_not_timed() -> None:
+    suiting = {
+        m: sorted(
+            {config.cta.tokens for config in enumerate_space("native") if tiles_suit(config, Problem(m, 8, 8, 8))}
+        )
+        for m in (1, 8, 9, 64, 100, 8192)
+    }
+    assert suiting == {1: [8], 8: [8], 9: [8, 16], 64: [16, 32, 64], 100: [32, 64, 128], 8192: [64, 128, 256]}
+
+
+def test_problems_are_read_with_and_without_a_group() -> None:
+    assert parse_problem("16x4096x8192") == Problem(16, 4096, 8192, 128)
+    assert parse_problem("16x4096x8192,64") == Problem(16, 4096, 8192, 64)
+    for text in ("16x4096", "16x4096x8192,", "0x8x8", "axbxc", "1x8x8,-1", ""):
+        if text == "16x4096x8192,":
+            assert parse_problem(text).group_size == 128
+            continue
+        with pytest.raises(InvalidValueError, match="must be MxNxK or MxNxK,GROUP"):
+            parse_problem(text)
+
+
+def test_bench_needs_a_problem_and_a_build(cli: CliRunner) -> None:
+    assert "Missing option '--problem'" in cli.invoke(main, ["bench"]).output
+    result = cli.invoke(main, ["bench", "--problem", "1x4096x4096"])
+    assert result.exit_code == 3
+    assert "no build in build" in result.output

@@ -1,0 +1,116 @@
+"""The command that times: bench."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from w4a16gen import sweep
+from w4a16gen.api import load
+from w4a16gen.bench import hopper_gpu
+from w4a16gen.cli.app import (
+    Parsed,
+    build_option,
+    json_option,
+    main,
+    notes,
+    parse_mode,
+    print_json,
+    print_table,
+    show_progress,
+)
+from w4a16gen.config import QuantMode
+from w4a16gen.errors import InvalidValueError
+from w4a16gen.problem import Problem
+
+HEADINGS = ("m x n x k", "kernel", "us", "dependent us", "TB/s", "TFLOP/s", "over cuBLAS FP16")
+
+
+def parse_problem(text: str) -> Problem:
+    """Read `MxNxK` or `MxNxK,GROUP`; the group is 128 unless given.
+
+    Raises:
+        InvalidValueError: if the text is anything else.
+    """
+    shape, _, group = text.partition(",")
+    parts = [*shape.split("x"), group or "128"]
+    if len(parts) != 4 or not all(part.isdigit() and int(part) > 0 for part in parts):  # noqa: PLR2004
+        raise InvalidValueError(f"{text!r} must be MxNxK or MxNxK,GROUP, positive integers such as 16x4096x4096,128")
+    return Problem(*(int(part) for part in parts))
+
+
+@main.command()
+@click.option(
+    "--problem",
+    "problems",
+    multiple=True,
+    required=True,
+    type=Parsed("MxNxK[,GROUP]", parse_problem),
+    help="Tokens, output channels, K; may be repeated.",
+)
+@click.option("--mode", type=Parsed("mode", parse_mode), default="fgs", show_default=True, help="cs, fgs or fgsz.")
+@click.option("--finalists", type=click.IntRange(min=1), default=4, show_default=True, help="Kernels timed in turn.")
+@click.option("--rounds", type=click.IntRange(min=1), default=9, show_default=True, help="Timed replays of each.")
+@click.option(
+    "--smallest-set",
+    "slack",
+    type=click.FloatRange(min=0),
+    help="Also name the smallest set of kernels within so many percent of the fastest on every problem.",
+)
+@build_option
+@json_option
+def bench(
+    problems: Sequence[Problem],
+    mode: QuantMode,
+    finalists: int,
+    rounds: int,
+    slack: float | None,
+    folder: Path | None,
+    as_json: bool,
+) -> None:
+    """Time the kernels of the build on problems, with cold L2, beside cuBLAS FP16 where torch is installed."""
+    library = load(folder)
+    gpu = hopper_gpu(library)
+    comparisons = []
+    for problem in problems:
+        asked = problem if mode.is_grouped else Problem(problem.m, problem.n, problem.k, problem.k)
+        with show_progress(str(asked)) as progress:
+            found = sweep.compare(library, asked, mode, finalists=finalists, rounds=rounds, progress=progress)
+        comparisons.append(found)
+        if found.screened:
+            left_out = f"; {found.left_out} kernels with tiles far from m not timed" if found.left_out else ""
+            notes.print(f"{asked}: {found.best.median:.2f} us, {found.best.contender}{left_out}")
+        else:
+            notes.print(f"{asked}: no built kernel of mode {mode} can run it")
+    small = sweep.smallest_set(comparisons, slack / 100) if slack is not None else []
+    if as_json:
+        print_json(
+            {"gpu": gpu, "comparisons": [found.as_json() for found in comparisons], "smallest_set": small},
+        )
+        return
+    print_table(f"{gpu['name']}, mode {mode}, cold L2, medians", HEADINGS, map(_row, comparisons))
+    for name in small:
+        click.echo(name)
+
+
+def _row(found: sweep.Comparison) -> tuple[str, ...]:
+    """Show the fastest kernel of one problem."""
+    problem = found.problem
+    shape = f"{problem.m}x{problem.n}x{problem.k}"
+    if not found.screened:
+        return (shape, "none", *[""] * (len(HEADINGS) - 2))
+    best, cublas = found.best, found.cublas
+    scale_bytes = 2 * problem.groups * problem.n * (2 if found.mode.has_zeros else 1)
+    weight_bytes = problem.n * problem.k / 2 + scale_bytes
+    dependent = best.dependent_median
+    return (
+        shape,
+        best.contender.removeprefix("w4a16_sm90_"),
+        f"{best.median:.2f}",
+        "" if dependent is None else f"{dependent:.2f}",
+        f"{weight_bytes / best.median / 1e6:.2f}",
+        f"{problem.flops / best.median / 1e6:.0f}",
+        "" if cublas is None else f"{cublas.median / best.median:.2f}",
+    )

@@ -1,0 +1,150 @@
+// What a consumer warpgroup does with its stages: nibbles to fragments, fragments times activations.
+#pragma once
+
+#include "native_dequantize.cuh"
+#include "native_pipeline.cuh"
+#include "native_wgmma.cuh"
+
+namespace w4a16::native {
+
+// Which part of the CTA's work a consumer thread has.
+struct Consumer {
+  int warpgroup_m;
+  int warpgroup_k;
+  int warp;  // in its warpgroup
+  int lane;
+};
+
+template <class S>
+using Sums = float[S::Fragments][S::Tokens / 2];
+
+// The A fragments of 64 channels x 64 k, one per k16 step.
+using Fragments = uint32_t[4][4];
+
+// The packed words of 64 channels x 64 k of one thread, and the scales (and zeros) of their groups.
+template <class S, int Rows>
+struct Packed {
+  static constexpr int kGroups = Rows == 4 ? 2 : Rows == 0 ? 0 : 1;  // of these 64 k
+  uint4 words;
+  uint32_t scales[kGroups + 1];  // one more than needed: there are no arrays of none
+  uint32_t zeros[kGroups + 1];
+
+  // From the shared memory that holds a block, or half of one; `half` is which 64 of the block's k.
+  __device__ void load(uint32_t block, const Consumer& me, int half) {
+    words = load_shared(block + S::header_bytes(Rows) + words_offset(S::K == 64 ? 0 : half, me.warp, me.lane));
+    const uint32_t scales_at = block + (me.warp * 8 + me.lane / 4) * 4;
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const uint32_t row = scales_at + scale_row(half, 2 * g, Rows) * kRowBytes;
+      scales[g] = load_shared_word(row);
+      if constexpr (S::Zeros) zeros[g] = load_shared_word(row + Rows * kRowBytes);
+    }
+  }
+
+  __device__ void dequantize_into(Fragments& fragments) const {
+    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      half2 scale = as_half2(0);
+      half2 addend = as_half2(0);
+      if constexpr (S::Scales) {
+        const int g = step * kGroups / 4;
+        scale = as_half2(scales[g]);
+        addend = S::Zeros ? as_half2(zeros[g]) : offset_of(scale);
+      }
+      dequantize<S::Scales, S::Zeros>(word[step], scale, addend, fragments[step]);
+    }
+  }
+};
+
+// Issues the WGMMAs of 64 channels x 64 k with the activations that a descriptor's low word names.
+template <int Tokens>
+__device__ inline void multiply(float (&sum)[Tokens / 2], const Fragments& fragments, uint32_t activations) {
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    wgmma<Tokens>(sum, fragments[step], descriptor(activations + step * 2));  // 32 bytes
+  }
+  wgmma_commit();
+}
+
+// Tells the producers, of every CTA that fills this one's ring, that a warp is done with a slot: right after a
+// wgmma_wait, which all lanes have come to and which their reads of the slot went before. (A __syncwarp here makes
+// ptxas serialise WGMMAs where a warpgroup has two fragments: C7513.)
+template <class S>
+__device__ inline void release(const Shared<S>& shared, int slot, int lane) {
+  if constexpr (S::Multicasts) {
+    if (lane < S::ClusterSize) barrier_arrive_in_cluster(address_in_cluster(shared.empty(slot), lane));
+  } else {
+    if (lane == 0) barrier_arrive(shared.empty(slot));
+  }
+}
+
+// Sums the stages of one tile that fall to this warpgroup.
+//
+// The work is done in pieces of 64 channels x 64 k. While the WGMMAs of one run, the next is dequantised into the other
+// of two buffers. Pieces alternate between the fragments, so that a buffer is as small as one piece.
+template <class S, int Rows>
+__device__ inline void consume_stages(const Shared<S>& shared, int stages, const Consumer& me, Position<S::Stages>& at,
+                                      Sums<S>& sum) {
+  constexpr bool kHalfStages = S::K != kBlockK;
+  constexpr bool kOnePiece = S::Fragments * S::Halves == 1;  // a stage is
+  Fragments fragments[2];
+  Packed<S, Rows> packed;
+  const uint32_t first = descriptor_low(shared.activations(0));
+  uint32_t weights = 0;
+  int held = -1;  // slot of the stage before, whose last WGMMAs may still be reading it
+  const auto begin_stage = [&](int half) {
+    // A warpgroup that takes every second or fourth stage of 64 k meets the same half of every block.
+    if (kHalfStages && S::WarpgroupsK > 1) half = me.warpgroup_k % 2;
+    barrier_wait(shared.full(at.slot), at.phase);
+    weights = shared.weights(at.slot) + me.warpgroup_m * S::Fragments * S::BlockBytes;
+    packed.load(weights, me, half);
+  };
+  const auto work_on_half = [&](int half) {
+#pragma unroll
+    for (int f = 0; f < S::Fragments; ++f) {
+      const bool begins = f == 0 && (kHalfStages || half == 0);
+      const bool ends = f == S::Fragments - 1 && (kHalfStages || half == 1);
+      Fragments& buffer = fragments[(half * S::Fragments + f) % 2];
+      const int slot = at.slot;
+      const auto load_next_of_stage = [&] {
+        const int next = (f + 1) % S::Fragments;
+        if (!ends) packed.load(weights + next * S::BlockBytes, me, next == 0 ? half + 1 : half);
+      };
+      if constexpr (S::SpareRegisters) {  // the next piece's words arrive while this one is dequantised
+        const Packed<S, Rows> now = packed;
+        load_next_of_stage();
+        now.dequantize_into(buffer);
+      } else {
+        packed.dequantize_into(buffer);
+        load_next_of_stage();
+      }
+      if (ends) {
+        at.advance(S::WarpgroupsK);
+        --stages;
+      }
+      const int halves_before = slot * S::Halves + (kHalfStages ? 0 : half);
+      multiply<S::Tokens>(sum[f], buffer, first + halves_before * (S::HalfActivationBytes / 16));
+      const bool more = ends && stages > 0;
+      const int next_half = kHalfStages ? 1 - half : 0;
+      // A stage of one piece must be released before the next is waited for: the ring may hold just two.
+      if (!kOnePiece && more) begin_stage(next_half);
+      wgmma_wait<1>();  // the WGMMAs of the piece before are done: its buffer is free, and its stage may be
+      if (begins && held >= 0) release<S>(shared, held, me.lane);
+      if (ends) held = slot;
+      if (kOnePiece && more) begin_stage(next_half);
+    }
+  };
+  if (stages > 0) begin_stage(0);
+#pragma unroll 1
+  while (stages > (kHalfStages ? 1 : 0)) {
+    work_on_half(0);
+    work_on_half(1);
+  }
+  if (kHalfStages && S::WarpgroupsK > 1 && stages > 0) work_on_half(0);
+  wgmma_wait<0>();
+  if (held >= 0) release<S>(shared, held, me.lane);
+}
+
+}  // namespace w4a16::native

@@ -1,0 +1,110 @@
+// What is known of a native kernel at compile time: its shape, how its threads divide the work, its shared memory.
+#pragma once
+
+#include "native_layout.h"
+
+namespace w4a16::native {
+
+constexpr int kWarpgroup = 128;
+constexpr int kWarp = 32;
+constexpr int kSharedBytesPerSm = 233472;  // 228 KiB, of which each CTA costs 1 KiB beside what it asks for
+constexpr int kSharedBytesPerCta = 232448;
+
+constexpr int min_of(int a, int b) { return a < b ? a : b; }
+constexpr int max_of(int a, int b) { return a < b ? b : a; }
+
+template <int Channels_, int Tokens_, int K_, int Warpgroups, int ClusterChannels_, int ClusterTokens_, int ClusterK_,
+          int Mode_>
+struct Shape {
+  static constexpr int Channels = Channels_;
+  static constexpr int Tokens = Tokens_;
+  static constexpr int K = K_;  // of a stage: a packed block's 128, or half of it
+  static constexpr int ClusterChannels = ClusterChannels_;
+  static constexpr int ClusterTokens = ClusterTokens_;
+  static constexpr int ClusterK = ClusterK_;
+  static constexpr int Mode = Mode_;
+  static constexpr bool Scales = Mode != W4A16_PER_COLUMN_SCALE_ONLY;
+  static constexpr bool Zeros = Mode == W4A16_FINEGRAINED_SCALE_AND_ZEROS;
+  static constexpr int ClusterSize = ClusterChannels * ClusterTokens * ClusterK;
+  static constexpr bool Multicasts = ClusterChannels * ClusterTokens > 1;
+  static_assert(!(Multicasts && ClusterK > 1), "a cluster shares operands or splits K, not both");
+
+  // Consumer warpgroups divide the channels; those beyond one per 64 channels divide K.
+  static constexpr int Blocks = Channels / kBlockChannels;
+  static constexpr int WarpgroupsM = min_of(Blocks, Warpgroups);
+  static constexpr int WarpgroupsK = Warpgroups / WarpgroupsM;
+  static constexpr int Fragments = Blocks / WarpgroupsM;  // of 64 channels, per warpgroup
+  static constexpr int Consumers = kWarpgroup * Warpgroups;
+  static constexpr int Threads = kWarpgroup + Consumers;
+  static constexpr bool Reduces = WarpgroupsK > 1 || ClusterK > 1;
+  static constexpr bool StoresThroughShared = !Reduces && Tokens >= 64;
+  static_assert(Warpgroups == 2 || Warpgroups == 4, "two or four consumer warpgroups");
+
+  // fp32 sums of one thread. Two CTAs with few of them share an SM: one fetches while the other finishes, also across
+  // dependent launches.
+  static constexpr int Sums = Fragments * Tokens / 2;
+  static constexpr int CtasPerSm = Warpgroups == 2 && Sums <= 8 && K == kBlockK ? 2 : 1;
+  static_assert(Sums <= (Warpgroups == 4 ? 32 : 128), "the sums must fit registers");
+
+  // Whether there are registers to fetch ahead into: ptxas has 168 for each of 384 threads, 96 for each of 640.
+  // Compiled: with more sums than these it spills.
+  static constexpr int SparingSums = ClusterSize > 1 && (Channels == 256 || K == 64) ? 8 : 16;
+  static constexpr bool SpareRegisters = Sums <= (Warpgroups == 2 ? 64 : SparingSums);
+
+  // setmaxnreg: what a thread has once the warpgroups have divided anew what the CTA was launched with. Asking for more
+  // than that waits for ever.
+  static constexpr int LaunchRegisters = 65536 / (Threads * CtasPerSm) / 8 * 8;
+  static constexpr int ProducerRegisters = Warpgroups == 4 ? 64 : CtasPerSm == 2 ? 48 : 56;
+  static constexpr int ConsumerRegisters = Warpgroups == 4 ? 104 : CtasPerSm == 2 ? 96 : 224;
+  static_assert(ProducerRegisters + Warpgroups * ConsumerRegisters <= (Warpgroups + 1) * LaunchRegisters,
+                "the warpgroups must not ask for more registers than the CTA was launched with");
+
+  // A stage: the CTA's activations [K / 64][Tokens][64], swizzled, and per 64 channels its rows of scales and nibbles.
+  static constexpr int Halves = K / 64;
+  static constexpr int StagesPerBlock = kBlockK / K;
+  static_assert(K == 64 || K == 128, "a stage holds half a packed block or a whole one");
+  static constexpr int HeaderBytes = Scales ? kMaxScaleRows * kRowBytes * (Zeros ? 2 : 1) : 0;
+  static constexpr int HalfNibbleBytes = kNibbleBytes / 2;
+  static constexpr int BlockBytes = HeaderBytes + Halves * HalfNibbleBytes;
+  static constexpr int WeightBytes = Blocks * BlockBytes;
+  static constexpr int HalfActivationBytes = Tokens * 128;
+  static constexpr int ActivationBytes = Halves * HalfActivationBytes;
+  static constexpr int StageBytes = WeightBytes + ActivationBytes;
+
+  // Partial sums of the warpgroups along K, [WarpgroupsK][PhaseTokens][PartialStride]: rows are padded so that a warp's
+  // eight channels of four tokens fall into 32 banks. More tokens take turns.
+  static constexpr int PhaseTokens = min_of(Tokens, 32);
+  static constexpr int PartialStride = Channels + 4;
+  static constexpr int PartialBytes = Reduces ? WarpgroupsK * PhaseTokens * PartialStride * 4 : 0;
+  // Sums that the other CTAs of a cluster send for the share of the channels that this one stores, twice
+  // [ClusterK - 1][Tokens][share]: those of the next tile may arrive before this one's are read.
+  static constexpr int ShareChannels = Channels / ClusterK;
+  static constexpr int ReceivedBytes = (ClusterK - 1) * Tokens * ShareChannels * 4;
+  // Output on its way, per warpgroup two boxes of 32 tokens x 64 channels.
+  static constexpr int BoxTokens = 32;
+  static constexpr int BoxBytes = BoxTokens * kBlockChannels * 2;
+  static constexpr int OutputBytes = StoresThroughShared ? Warpgroups * 2 * BoxBytes : 0;
+
+  static constexpr int Budget = CtasPerSm == 2 ? kSharedBytesPerSm / 2 - 1024 : kSharedBytesPerCta;
+  static constexpr int MaxStages = 32;
+  static constexpr int BarrierBytes = (2 * MaxStages + 2) * 8;
+  static constexpr int BesideRing = BarrierBytes + PartialBytes + 2 * ReceivedBytes + OutputBytes;
+  // More weights in flight than this gained nothing and lost up to 8 % (H200, 64 to 200 KiB tried), less lost up to
+  // half.
+  static constexpr int MaxWeightsInFlight = 100 * 1024;
+  static constexpr int Fitting = min_of((Budget - BesideRing) / StageBytes, MaxStages);
+  static constexpr int Useful = max_of(MaxWeightsInFlight / WeightBytes, 2 * WarpgroupsK);
+  // A slot of the ring must always fall to the same warpgroup along K, which otherwise mistakes the barrier's phase.
+  static constexpr int Stages = min_of(Fitting, Useful) / WarpgroupsK * WarpgroupsK;
+  // A warpgroup releases a stage while it works on its next one.
+  static_assert(Stages >= 2 * WarpgroupsK, "the ring must hold two stages of every warpgroup along K");
+  // Stages that are fetched before anything else is ready: what the memory's latency hides. With more, all of them
+  // arrive late, the first one too (4096x4096, m = 1: 34 KiB cost 9 %).
+  static constexpr int MaxEarlyWeights = 20 * 1024;
+  static constexpr int EarlyStages = Multicasts ? 0 : min_of(Stages, max_of(MaxEarlyWeights / WeightBytes, 1));
+  static constexpr int SharedBytes = BesideRing + Stages * StageBytes;
+
+  W4A16_HOST_DEVICE static constexpr int header_bytes(int rows) { return rows * kRowBytes * (Zeros ? 2 : 1); }
+};
+
+}  // namespace w4a16::native

@@ -1,0 +1,55 @@
+// WGMMA with 4-bit weights' fragments as its register operand and activations as its shared memory operand.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#include "cute/arch/mma_sm90_gmma.hpp"
+
+namespace w4a16::native {
+
+__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int Pending>
+__device__ inline void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
+}
+
+// WGMMA's descriptor of a K-major operand with 128-byte swizzle (PTX ISA, "Matrix Descriptor Format"): address and
+// stride count 16 bytes; 8 rows of 128 bytes lie 1024 bytes apart. Adding bytes / 16 to the low word moves the address.
+__device__ inline uint32_t descriptor_low(uint32_t address) { return address >> 4 & 0x3fff | 1 << 16; }
+
+__device__ inline uint64_t descriptor(uint32_t low) {
+  constexpr uint32_t kHigh = 64 | 1 << 30;
+  return uint64_t{kHigh} << 32 | low;
+}
+
+template <int Tokens>
+struct Wgmma;
+#define W4A16_WGMMA(tokens)                                                                                           \
+  template <>                                                                                                         \
+  struct Wgmma<tokens>                                                                                                \
+      : cute::SM90::GMMA::MMA_64x##tokens##x16_F32F16F16_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K> { \
+  };
+W4A16_WGMMA(8)
+W4A16_WGMMA(16)
+W4A16_WGMMA(32)
+W4A16_WGMMA(64)
+W4A16_WGMMA(128)
+W4A16_WGMMA(256)
+#undef W4A16_WGMMA
+
+template <int Tokens, size_t... Index>
+__device__ inline void wgmma(float (&sum)[Tokens / 2], const uint32_t (&a)[4], uint64_t b,
+                             std::index_sequence<Index...>) {
+  Wgmma<Tokens>::fma(a[0], a[1], a[2], a[3], b, sum[Index]..., cute::SM90::GMMA::ScaleOut::One);
+}
+
+// sum[64 channels, Tokens] += A[64, 16] (registers) x B[16, Tokens] (shared memory).
+template <int Tokens>
+__device__ inline void wgmma(float (&sum)[Tokens / 2], const uint32_t (&a)[4], uint64_t b) {
+  wgmma<Tokens>(sum, a, b, std::make_index_sequence<Tokens / 2>{});
+}
+
+}  // namespace w4a16::native
