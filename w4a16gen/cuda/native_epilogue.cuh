@@ -36,14 +36,23 @@ __device__ inline float channel_bias(const Parameters& p, int channel) {
   return p.bias != nullptr && channel < p.n ? __half2float(p.bias[channel]) : 0.f;
 }
 
-// The outputs of a fragment's tokens 8 * j + 2 * (lane % 4) and the next, of the lower or upper of a thread's channels:
-// accumulator 4 * j + 2 * upper + i is of token 8 * j + 2 * (lane % 4) + i.
-template <int Sums>
-__device__ inline uint32_t output_pair(const float (&sum)[Sums], int j, int upper, const float* factor,
-                                       const float* bias) {
-  const float* two = &sum[4 * j + 2 * upper];
-  return as_bits(__floats2half2_rn(fmaf(factor[upper], two[0], bias[upper]), fmaf(factor[upper], two[1], bias[upper])));
-}
+// The two channels, 8 apart, whose accumulators a thread has in one fragment.
+struct PairOfChannels {
+  float factor[2];
+  float bias[2];
+
+  __device__ PairOfChannels(const Parameters& p, int lower, const float* factors)
+      : factor{factors[0], factors[1]}, bias{channel_bias(p, lower), channel_bias(p, lower + 8)} {}
+
+  // Their outputs of tokens 8 * j + 2 * (lane % 4) and the next: accumulator 4 * j + 2 * upper + i is of token
+  // 8 * j + 2 * (lane % 4) + i.
+  template <int Sums>
+  __device__ uint32_t outputs(const float (&sum)[Sums], int j, int upper) const {
+    const float* two = &sum[4 * j + 2 * upper];
+    return as_bits(
+        __floats2half2_rn(fmaf(factor[upper], two[0], bias[upper]), fmaf(factor[upper], two[1], bias[upper])));
+  }
+};
 
 // Few tokens: 8x8 transpositions turn the tokens of a thread into channels, which it stores.
 template <class S>
@@ -52,15 +61,13 @@ __device__ inline void store_from_registers(const Parameters& p, const Tile& til
 #pragma unroll
   for (int f = 0; f < S::Fragments; ++f) {
     const int first = (tile.channel_block + me.warpgroup_m * S::Fragments + f) * kBlockChannels;
-    const float* factor = &factors.value[2 * f];
-    const int lower = first + me.warp * 16 + me.lane / 4;
-    const float bias[2] = {channel_bias(p, lower), channel_bias(p, lower + 8)};
+    const PairOfChannels channels(p, first + me.warp * 16 + me.lane / 4, &factors.value[2 * f]);
 #pragma unroll
     for (int upper = 0; upper < 2; ++upper) {
       const int channel = first + me.warp * 16 + upper * 8 + me.lane % 4 * 2;
 #pragma unroll
       for (int j = 0; j < S::Tokens / 8; ++j) {
-        const uint32_t transposed = transpose_8x8(output_pair(sum[f], j, upper, factor, bias));
+        const uint32_t transposed = transpose_8x8(channels.outputs(sum[f], j, upper));
         const int token = tile.token + j * 8 + me.lane / 4;
         if (token < p.m && channel < p.n) {
           *reinterpret_cast<uint32_t*>(p.output_pointer + static_cast<int64_t>(token) * p.n + channel) = transposed;
@@ -85,9 +92,7 @@ __device__ inline void store_through_shared(const Parameters& p, const Shared<S>
 #pragma unroll
   for (int f = 0; f < S::Fragments; ++f) {
     const int first = (tile.channel_block + me.warpgroup_m * S::Fragments + f) * kBlockChannels;
-    const float* factor = &factors.value[2 * f];
-    const int lower = first + me.warp * 16 + me.lane / 4;
-    const float bias[2] = {channel_bias(p, lower), channel_bias(p, lower + 8)};
+    const PairOfChannels channels(p, first + me.warp * 16 + me.lane / 4, &factors.value[2 * f]);
 #pragma unroll
     for (int box = 0; box < S::Tokens / S::BoxTokens; ++box) {
       const uint32_t to = boxes + box % 2 * S::BoxBytes;
@@ -96,9 +101,8 @@ __device__ inline void store_through_shared(const Parameters& p, const Shared<S>
 #pragma unroll
       for (int j = 0; j < S::BoxTokens / 8; j += 2) {
         const int group = box * S::BoxTokens / 8 + j;
-        const uint32_t matrices[4] = {
-            output_pair(sum[f], group, 0, factor, bias), output_pair(sum[f], group, 1, factor, bias),
-            output_pair(sum[f], group + 1, 0, factor, bias), output_pair(sum[f], group + 1, 1, factor, bias)};
+        const uint32_t matrices[4] = {channels.outputs(sum[f], group, 0), channels.outputs(sum[f], group, 1),
+                                      channels.outputs(sum[f], group + 1, 0), channels.outputs(sum[f], group + 1, 1)};
         store_transposed(to + offset + j * 8 * 128, matrices);
       }
       async_proxy_fence();
