@@ -9,7 +9,7 @@ import pytest
 from w4a16gen import QuantMode
 from w4a16gen.quantize import Half, Nibbles, QuantizedWeight
 from w4a16gen.verify.bounds import Expectation, dequantized_half
-from w4a16gen.verify.numeric import _compare_exact, _error_over_bound, cases, random_weight
+from w4a16gen.verify.numeric import _compare_exact, cases, error_over_bound, random_weight
 
 ALPHA = 0.75
 
@@ -42,7 +42,7 @@ def weight(request: pytest.FixtureRequest, rng: np.random.Generator) -> Quantize
 def test_an_emulated_kernel_lies_within_the_bound(weight: QuantizedWeight, rng: np.random.Generator) -> None:
     a = rng.standard_normal((9, weight.k)).astype(np.float16)
     bias = rng.standard_normal(weight.n).astype(np.float16)
-    ratio = _error_over_bound(emulate(a, weight, bias), Expectation(a, weight), ALPHA, bias)
+    ratio = error_over_bound(emulate(a, weight, bias), Expectation(a, weight), ALPHA, bias)
     assert 0 < ratio <= 1
 
 
@@ -65,7 +65,7 @@ def test_a_mistake_exceeds_the_bound(weight: QuantizedWeight, rng: np.random.Gen
         wrong = emulate(a, changed(weight.q + np.uint8(1), scales), bias)
     else:
         wrong = np.full((9, weight.n), np.nan, np.float16)
-    assert _error_over_bound(wrong, Expectation(a, weight), ALPHA, bias) > 1
+    assert error_over_bound(wrong, Expectation(a, weight), ALPHA, bias) > 1
 
 
 def test_one_hot_comparison_sees_a_single_bit(weight: QuantizedWeight) -> None:

@@ -19,7 +19,7 @@ from w4a16gen.quantize import Half, QuantizedWeight
 from w4a16gen.space import enumerate_space
 from w4a16gen.verify import numeric
 from w4a16gen.verify.bounds import Expectation
-from w4a16gen.verify.numeric import NumericProof, _error_over_bound, random_weight
+from w4a16gen.verify.numeric import NumericProof, error_over_bound, random_weight
 
 pytestmark = pytest.mark.gpu
 NATIVE = sorted({*enumerate_space("trtllm-native"), *enumerate_space("default")})
@@ -93,7 +93,7 @@ class Layer:
 
     def check(self, result: Half) -> None:
         """Assert that a result is right."""
-        assert _error_over_bound(result, self.expected, 1.0, None) <= 1
+        assert error_over_bound(result, self.expected, 1.0, None) <= 1
 
 
 def every_kernel(library: Library) -> list[tuple[Layer, KernelConfig]]:

@@ -77,11 +77,18 @@ def build(
 
 
 def _verify(
-    library: Library, generated: Path, report: Path | None, require_gpu: bool, as_json: bool, sampled: bool = False
+    library: Library,
+    generated: Path,
+    report: Path | None,
+    require_gpu: bool,
+    as_json: bool,
+    *,
+    sampled: bool = False,
+    drawn_problems: int = 0,
 ) -> None:
     """Prove a build, show and write the report, and fail as the flags say."""
     with show_progress("Proving") as progress:
-        outcome = verify.verify(library, generated, sampled=sampled, progress=progress)
+        outcome = verify.verify(library, generated, sampled=sampled, drawn_problems=drawn_problems, progress=progress)
     if report is not None:
         write_if_changed(report.with_suffix(".json"), json.dumps(outcome.value, indent=2) + "\n")
         write_if_changed(report.with_suffix(".md"), outcome.markdown())
@@ -104,12 +111,21 @@ def _verify(
 @gpu_option
 @report_option
 @click.option("--sample", is_flag=True, help="Numerics of one kernel per CTA shape and mode, small problems only.")
+@click.option(
+    "--random", "drawn_problems", type=click.IntRange(min=0), default=0, help="Also run so many random problems."
+)
 @json_option
 def verify_command(
-    generated: Path, folder: Path | None, require_gpu: bool, report: Path | None, sample: bool, as_json: bool
+    generated: Path,
+    folder: Path | None,
+    require_gpu: bool,
+    report: Path | None,
+    sample: bool,
+    drawn_problems: int,
+    as_json: bool,
 ) -> None:
     """Prove a build: statically anywhere, numerically on a Hopper GPU."""
-    _verify(load(folder), generated, report, require_gpu, as_json, sample)
+    _verify(load(folder), generated, report, require_gpu, as_json, sampled=sample, drawn_problems=drawn_problems)
 
 
 @main.command("build-and-verify")

@@ -130,15 +130,17 @@ def cases(mode: QuantMode, rng: np.random.Generator) -> Iterator[Case]:
     yield case("long_k", 256, 16384, 128, (16, 48))
 
 
-class _Bench:
-    """A Hopper GPU with guarded buffers."""
+class GuardedGpu:
+    """A Hopper GPU that runs kernels between guards: canaries around what they write, poison where they must write."""
 
     def __init__(self, library: Library, device: int) -> None:
+        """Take the loaded build and the GPU's index."""
         self.library = library
         self.device = device
         self.stream = library.module.Stream(device)
 
     def upload(self, array: npt.NDArray[Any]) -> DeviceArray:
+        """Copy an array to the GPU."""
         return DeviceArray.from_host(self.library.module, array, self.device)
 
     def guarded(self, nbytes: int, fill: npt.NDArray[np.uint8] | None = None) -> DeviceArray:
@@ -247,7 +249,7 @@ def prove(
         sampled: only one kernel per CTA shape and mode, on small problems: for slow tools such as compute-sanitizer.
         progress: told after every case of every mode.
     """
-    bench = _Bench(library, device)
+    gpu = GuardedGpu(library, device)
     chosen = sample(library.configs()) if sampled else library.configs()
     proofs = {config: NumericProof(config.name) for config in chosen}
     modes = sorted({config.mode for config in proofs})
@@ -259,13 +261,13 @@ def prove(
     ]
     for done, (mode, case) in enumerate(todo, 1):
         of_mode = [(config, proof) for config, proof in proofs.items() if config.mode is mode]
-        _prove_case(bench, case, of_mode, np.random.default_rng((seed, done)))
+        _prove_case(gpu, case, of_mode, np.random.default_rng((seed, done)))
         progress(done, len(todo), f"{mode} {case}")
     return list(proofs.values())
 
 
 def _prove_case(
-    bench: _Bench, case: Case, proofs: list[tuple[KernelConfig, NumericProof]], rng: np.random.Generator
+    gpu: GuardedGpu, case: Case, proofs: list[tuple[KernelConfig, NumericProof]], rng: np.random.Generator
 ) -> None:
     """Run one case on every kernel that can run it."""
     weight = case.weight
@@ -273,14 +275,14 @@ def _prove_case(
     a = np.eye(weight.k) if one_hot else rng.standard_normal((case.rows, weight.k))
     a = a.astype(np.float16)
     bias = rng.standard_normal(weight.n).astype(np.float16)
-    on_gpu = bench.upload(a), bench.upload(bias)
+    on_gpu = gpu.upload(a), gpu.upload(bias)
     packed: dict[Any, PackedWeight] = {}
     expected = Expectation(a, weight)
     for config, proof in proofs:
         if why_cannot_run(config, Problem(1, weight.n, weight.k, weight.group_size)) is not None:
             continue
         if config.target not in packed:
-            packed[config.target] = library_weight(bench, weight, config)
+            packed[config.target] = library_weight(gpu, weight, config)
         for turn, tokens in enumerate(case.tokens):
             m = tokens or config.cta.tokens + 1
             alpha, with_bias = case.options[turn % len(case.options)]
@@ -288,7 +290,7 @@ def _prove_case(
             label = f"{case} m={m} alpha={alpha} bias={with_bias} graph={in_graph} dependent launch={dependent}"
             used = on_gpu[1] if with_bias else None
             try:
-                got = bench.run(
+                got = gpu.run(
                     config,
                     on_gpu[0],
                     packed[config.target],
@@ -303,7 +305,7 @@ def _prove_case(
                 continue
             problem = _compare_exact(got, weight) if one_hot else None
             if not one_hot:
-                ratio = _error_over_bound(got, expected, alpha, bias if with_bias else None)
+                ratio = error_over_bound(got, expected, alpha, bias if with_bias else None)
                 proof.worst_error_over_bound = max(proof.worst_error_over_bound, ratio)
                 problem = f"error is {ratio:.3g} times the bound" if ratio > 1 else None
             if problem is None:
@@ -312,9 +314,9 @@ def _prove_case(
                 proof.failures.append(f"{label}: {problem}")
 
 
-def library_weight(bench: _Bench, weight: QuantizedWeight, config: KernelConfig) -> PackedWeight:
+def library_weight(gpu: GuardedGpu, weight: QuantizedWeight, config: KernelConfig) -> PackedWeight:
     """Pack a weight for a kernel's target and move it to the GPU."""
-    moved: PackedWeight = bench.library.to_device(pack_weight(weight, target=config.target), bench.device)
+    moved: PackedWeight = gpu.library.to_device(pack_weight(weight, target=config.target), gpu.device)
     return moved
 
 
@@ -331,7 +333,7 @@ def _compare_exact(got: Half, weight: QuantizedWeight) -> str | None:
     )
 
 
-def _error_over_bound(got: Half, expected: Expectation, alpha: float, bias: Half | None) -> float:
+def error_over_bound(got: Half, expected: Expectation, alpha: float, bias: Half | None) -> float:
     """Give the largest error as a multiple of its bound; infinity where a value was not written or is not finite."""
     m = got.shape[0]
     error = np.abs(got.astype(np.float64) - expected.result(alpha, bias)[:m])

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from w4a16gen.config import KernelConfig
 from w4a16gen.module import Library
-from w4a16gen.verify import numeric, static
+from w4a16gen.verify import drawn, numeric, static
 
 NOT_RUN = "not run"
 
@@ -110,6 +111,7 @@ def verify(
     generated: Path,
     *,
     sampled: bool = False,
+    drawn_problems: int = 0,
     progress: numeric.Progress = lambda _done, _total, _name: None,
 ) -> Report:
     """Prove a build: statically everywhere, numerically where there is a Hopper GPU.
@@ -118,18 +120,23 @@ def verify(
         library: the loaded build.
         generated: the folder that its sources were emitted to.
         sampled: numerics of one kernel per CTA shape and mode on small problems only.
+        drawn_problems: random problems to run beside the fixed cases.
         progress: told how far the numerical proofs are.
     """
     proof = static.prove(library, generated)
     hopper = library.hopper_devices()
     if hopper:
         kernels = numeric.prove(library, device=hopper[0]["index"], sampled=sampled, progress=progress)
+        if drawn_problems:
+            proofs = {KernelConfig.parse(kernel.name): kernel for kernel in kernels}
+            drawn.prove_drawn(library, proofs, drawn_problems, device=hopper[0]["index"], progress=progress)
         failed = any(kernel.failures for kernel in kernels)
         numerics: dict[str, Any] = {
             "status": "failed" if failed else "passed",
             "gpu": hopper[0]["name"],
             "sm_count": hopper[0]["sm_count"],
             "sampled": sampled,
+            "drawn_problems": drawn_problems,
             "kernels": [kernel.as_json() for kernel in kernels],
         }
     else:
