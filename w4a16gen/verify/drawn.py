@@ -13,7 +13,8 @@ from w4a16gen.packing import PackedWeight, pack_weight
 from w4a16gen.problem import Problem, why_cannot_run
 from w4a16gen.quantize import QuantizedWeight
 from w4a16gen.verify.bounds import Expectation
-from w4a16gen.verify.numeric import GuardedGpu, NumericProof, Progress, error_over_bound, random_weight
+from w4a16gen.verify.guarded import GuardedGpu
+from w4a16gen.verify.numeric import NumericProof, Progress, error_over_bound, random_weight
 
 KIND = "drawn"
 LAUNCHES_PER_WEIGHT = 24

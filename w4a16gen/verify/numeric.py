@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from w4a16gen.arrays import DeviceArray
 from w4a16gen.config import KernelConfig, QuantMode
 from w4a16gen.errors import W4A16Error
 from w4a16gen.module import Library
@@ -17,10 +15,7 @@ from w4a16gen.packing import PackedWeight, pack_weight
 from w4a16gen.problem import Problem, why_cannot_run
 from w4a16gen.quantize import Half, QuantizedWeight, canonical
 from w4a16gen.verify.bounds import Expectation, dequantized_half
-
-CANARY = 0xA5
-GUARD_BYTES = 4096
-POISON = np.float16(np.nan)
+from w4a16gen.verify.guarded import GuardedGpu
 
 
 @dataclass
@@ -128,94 +123,6 @@ def cases(mode: QuantMode, rng: np.random.Generator) -> Iterator[Case]:
         yield case("scales", 264, 512, 128, (3, 40), ((alpha, False),), octaves=3, size=size)
     yield case("large", 4096, 4096, 128, (1, 300))
     yield case("long_k", 256, 16384, 128, (16, 48))
-
-
-class GuardedGpu:
-    """A Hopper GPU that runs kernels between guards: canaries around what they write, poison where they must write."""
-
-    def __init__(self, library: Library, device: int) -> None:
-        """Take the loaded build and the GPU's index."""
-        self.library = library
-        self.device = device
-        self.stream = library.module.Stream(device)
-
-    def upload(self, array: npt.NDArray[Any]) -> DeviceArray:
-        """Copy an array to the GPU."""
-        return DeviceArray.from_host(self.library.module, array, self.device)
-
-    def guarded(self, nbytes: int, fill: npt.NDArray[np.uint8] | None = None) -> DeviceArray:
-        """Allocate bytes between two guards of canaries."""
-        host = np.full(GUARD_BYTES + nbytes + GUARD_BYTES, CANARY, np.uint8)
-        if fill is not None:
-            host[GUARD_BYTES : GUARD_BYTES + nbytes] = fill
-        return self.upload(host)
-
-    def run(
-        self,
-        config: KernelConfig,
-        a: DeviceArray,
-        weight: PackedWeight,
-        m: int,
-        alpha: float,
-        bias: DeviceArray | None,
-        *,
-        in_graph: bool = False,
-        dependent_launch: bool = False,
-    ) -> Half:
-        """Launch on a poisoned output between canaries, with a workspace of exactly the size asked for.
-
-        Raises:
-            W4A16Error: if the launch is refused, or a canary died.
-        """
-        problem = Problem(m, weight.n, weight.k, weight.group_size)
-        poison = np.full(m * weight.n, POISON, np.float16).view(np.uint8)
-        output = self.guarded(poison.nbytes, poison)
-        needed = self.library.workspace_bytes(config, problem, device=self.device)
-        workspace = self.guarded(needed)
-
-        def launch() -> None:
-            self.library.gemm(
-                _Window(a, (m, weight.k), "<f2", 0),
-                weight,
-                bias=bias,
-                alpha=alpha,
-                config=config,
-                out=_Window(output, (m, weight.n), "<f2", GUARD_BYTES),
-                workspace=_Window(workspace, (needed,), "|u1", GUARD_BYTES),
-                stream=self.stream,
-                dependent_launch=dependent_launch,
-            )
-
-        if in_graph:
-            self.stream.begin_capture()
-            launch()
-            self.stream.end_capture()
-            self.stream.replay()
-            self.stream.replay()
-        else:
-            launch()
-        self.stream.synchronize()
-        for what, buffer in (("output", output), ("workspace", workspace)):
-            host = buffer.to_host()
-            if (host[:GUARD_BYTES] != CANARY).any() or (host[-GUARD_BYTES:] != CANARY).any():
-                raise W4A16Error(f"wrote beyond the {what}")
-        result: Half = output.to_host()[GUARD_BYTES:-GUARD_BYTES].view(np.float16).reshape(m, weight.n)
-        return result
-
-
-@dataclass(frozen=True)
-class _Window:
-    """Part of a device array, seen as another shape and dtype."""
-
-    base: DeviceArray
-    shape: tuple[int, ...]
-    dtype: str
-    offset: int
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        address = self.base.buffer.pointer + self.offset
-        return {"shape": self.shape, "typestr": self.dtype, "data": (address, False), "strides": None, "version": 3}
 
 
 Progress = Callable[[int, int, str], None]
