@@ -87,7 +87,9 @@ def test_doctor_as_json(cli: CliRunner) -> None:
     assert findings["build"]["fix"] == "w4a16gen build"
 
 
-@pytest.mark.parametrize("command", ["", "list", "emit", "build", "verify", "build-and-verify", "run", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["", "list", "emit", "build", "verify", "build-and-verify", "run", "bench", "explain", "doctor"]
+)
 def test_every_command_has_help_and_json(cli: CliRunner, command: str) -> None:
     result = cli.invoke(main, [*command.split(), "--help"])
     assert result.exit_code == 0

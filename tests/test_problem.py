@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
+import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -77,3 +80,18 @@ def test_choosing_from_nothing_says_what_is_missing() -> None:
     configs: list[KernelConfig] = enumerate_space("trtllm")
     with pytest.raises(UnsupportedProblemError, match="group size 48 must be 96"):
         choose(configs, QuantMode.FINEGRAINED_SCALE_ONLY, Problem(1, 8, 96, 48))
+
+
+def test_the_choice_is_near_the_fastest_kernel_that_was_measured() -> None:
+    recorded = json.loads((Path(__file__).parent / "data" / "h100_fgs.json").read_text())
+    mode = QuantMode.FINEGRAINED_SCALE_ONLY
+    configs = enumerate_space("default")
+    losses = {}
+    for cell in recorded["cells"]:
+        problem = Problem(cell["m"], cell["n"], cell["k"], cell["group_size"])
+        chosen = choose(configs, mode, problem)
+        took = cell["default_set"][chosen.name.removeprefix("w4a16_sm90_native_fgs_").removesuffix("_persistent")]
+        losses[str(problem)] = took / cell["fastest"]
+    assert len(losses) > 35
+    assert max(losses.values()) < 1.05, losses
+    assert math.prod(losses.values()) ** (1 / len(losses)) < 1.01

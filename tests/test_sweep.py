@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
+
 import pytest
 from click.testing import CliRunner
 
 from w4a16gen import Problem, QuantMode
-from w4a16gen.cli import main
+from w4a16gen.cli import main, timing
 from w4a16gen.cli.timing import parse_problem
+from w4a16gen.dispatch import choose
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.space import enumerate_space
 from w4a16gen.sweep import CUBLAS, Comparison, Timing, smallest_set, tiles_suit
@@ -81,3 +85,23 @@ def test_bench_needs_a_problem_and_a_build(cli: CliRunner) -> None:
     result = cli.invoke(main, ["bench", "--problem", "1x4096x4096"])
     assert result.exit_code == 3
     assert "no build in build" in result.output
+
+
+def test_explain_names_the_choice_and_what_it_was_weighed_against(
+    cli: CliRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = enumerate_space("default")
+    monkeypatch.setattr(timing, "load", lambda _folder: SimpleNamespace(configs=lambda: configs))
+    found = json.loads(cli.invoke(main, ["explain", "16", "4096", "4096", "--json", "--top", "3"]).stdout)
+    chosen = choose(configs, QuantMode.FINEGRAINED_SCALE_ONLY, Problem(16, 4096, 4096, 128)).name
+    assert found["chosen"] == chosen == found["estimates"][0]["kernel"]
+    assert len(found["estimates"]) == 3
+    assert found["problem"] == {"m": 16, "n": 4096, "k": 4096, "group_size": 128}
+    shown = cli.invoke(main, ["explain", "16", "4096", "4096", "--mode", "cs"])
+    assert "mode cs: the first is chosen" in shown.stdout
+    assert "bench --problem 16x4096x4096,4096" in shown.stderr
+    monkeypatch.setattr(timing, "load", lambda _folder: SimpleNamespace(configs=lambda: enumerate_space("trtllm")))
+    assert "cutlass" in cli.invoke(main, ["explain", "16", "4096", "4096"]).stdout
+    wrong = cli.invoke(main, ["explain", "16", "4096", "4100"])
+    assert wrong.exit_code == 2
+    assert "k of 4100 must be a positive multiple of 8" in wrong.stderr

@@ -16,6 +16,8 @@ CLUSTERS_OF_4 = 30
 
 # SM cycles of native kernels, fitted to 3,600 timings of 300 kernels in 38 cells of five layer shapes and 1 to 512
 # tokens, mode fgs, group 128 (NVIDIA H100 80GB HBM3, 2026-11). Single estimates are off by 13 % (root mean square).
+CYCLES_PER_MICROSECOND = 1755.0
+"""The clock that the timings were turned into cycles with."""
 LAUNCH_CYCLES = 5070.0
 """What every launch takes: until the first bytes are there, and for the last store."""
 BLOCK_CYCLES = 177.0
@@ -50,10 +52,10 @@ def choose(configs: Iterable[KernelConfig], mode: QuantMode, problem: Problem) -
         UnsupportedProblemError: if none can run the problem; the text says why the closest one cannot.
     """
     configs = list(configs)
-    found = runnable(configs, mode, problem)
-    native = [config for config in found if config.target is Target.NATIVE]
+    native = estimate(configs, mode, problem)
     if native:
-        return min(native, key=lambda config: (native_cycles(config, problem), config))
+        return native[0][0]
+    found = runnable(configs, mode, problem)
     if found:
         return _choose_cutlass(found, problem)
     of_mode = sorted(config for config in configs if config.mode is mode)
@@ -62,6 +64,13 @@ def choose(configs: Iterable[KernelConfig], mode: QuantMode, problem: Problem) -
             f"no kernel of mode {mode} that reads this weight's layout is built: `w4a16gen list --built` shows what is"
         )
     raise UnsupportedProblemError(f"no built kernel can run {problem}: {why_cannot_run(of_mode[-1], problem)}")
+
+
+def estimate(configs: Iterable[KernelConfig], mode: QuantMode, problem: Problem) -> list[tuple[KernelConfig, float]]:
+    """Give the native kernels that can run a problem with their estimated microseconds, in the order of preference."""
+    native = [config for config in runnable(configs, mode, problem) if config.target is Target.NATIVE]
+    estimated = [(config, native_cycles(config, problem) / CYCLES_PER_MICROSECOND) for config in native]
+    return sorted(estimated, key=lambda pair: (pair[1], pair[0]))
 
 
 def native_cycles(config: KernelConfig, problem: Problem) -> float:

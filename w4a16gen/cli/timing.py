@@ -1,4 +1,4 @@
-"""The command that times: bench."""
+"""The commands on which kernel is fastest: bench measures, explain estimates as `gemm` does."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from w4a16gen import sweep
+from w4a16gen import dispatch, sweep
 from w4a16gen.api import load
 from w4a16gen.bench import hopper_gpu
 from w4a16gen.cli.app import (
@@ -39,6 +39,39 @@ def parse_problem(text: str) -> Problem:
     if len(parts) != 4 or not all(part.isdigit() and int(part) > 0 for part in parts):  # noqa: PLR2004
         raise InvalidValueError(f"{text!r} must be MxNxK or MxNxK,GROUP, positive integers such as 16x4096x4096,128")
     return Problem(*(int(part) for part in parts))
+
+
+@main.command()
+@click.argument("m", type=click.IntRange(min=1))
+@click.argument("n", type=click.IntRange(min=1))
+@click.argument("k", type=click.IntRange(min=1))
+@click.option("--group-size", type=click.IntRange(min=1), help="Values of K per scale.  [default: 128, or k in cs]")
+@click.option("--mode", type=Parsed("mode", parse_mode), default="fgs", show_default=True, help="cs, fgs or fgsz.")
+@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Kernels to show.")
+@build_option
+@json_option
+def explain(
+    m: int, n: int, k: int, group_size: int | None, mode: QuantMode, top: int, folder: Path | None, as_json: bool
+) -> None:
+    """Show which built kernel a call with M tokens, N output channels and K values gets, and the runners-up."""
+    problem = Problem(m, n, k, group_size or (min(128, k) if mode.is_grouped else k))
+    configs = load(folder).configs()
+    chosen = dispatch.choose(configs, mode, problem)
+    estimated = dispatch.estimate(configs, mode, problem)
+    if as_json:
+        shown = [{"kernel": config.name, "estimated_microseconds": round(us, 2)} for config, us in estimated[:top]]
+        print_json({"problem": vars(problem), "mode": mode.value, "chosen": chosen.name, "estimates": shown})
+        return
+    if estimated:
+        rows = ((config.name.removeprefix("w4a16_sm90_"), f"{us:.1f}") for config, us in estimated[:top])
+        print_table(f"{problem}, mode {mode}: the first is chosen", ("kernel", "estimated us"), rows)
+        notes.print(
+            f"{len(estimated)} native kernels of the build can run it. Estimates are for an H100 and off by 13 % (root "
+            f"mean square); `w4a16gen bench --problem {m}x{n}x{k},{problem.group_size}` measures."
+        )
+    else:
+        click.echo(chosen.name)
+        notes.print("No native kernel of the build can run it: chosen by a rule of thumb among CUTLASS's.")
 
 
 @main.command()
