@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from w4a16gen.errors import CudaError
 from w4a16gen.quantize import Half, gemm_reference
 from w4a16gen.space import enumerate_space
 from w4a16gen.verify import drawn
+from w4a16gen.verify.guarded import Launch
 from w4a16gen.verify.numeric import NumericProof
 
 SPACES = sorted({*enumerate_space("default"), *enumerate_space("trtllm")})
@@ -23,7 +23,6 @@ class StandIn:
 
     wrong: KernelConfig | None = None
     broken: KernelConfig | None = None
-    largest = 0
 
     def __init__(self, _library: object, device: int) -> None:
         self.library = SimpleNamespace(to_device=lambda value, _device: value)
@@ -33,15 +32,14 @@ class StandIn:
     def upload(array: Half) -> Half:
         return array
 
-    def run(
-        self, config: KernelConfig, a: Half, weight: PackedWeight, m: int, alpha: float, bias: Half | None, **_: Any
-    ) -> Half:
+    def run(self, config: KernelConfig, a: Half, weight: PackedWeight, asked: Launch) -> Half:
         if config == self.broken:
             raise CudaError("the launch failed")
-        StandIn.largest = max(self.largest, m * weight.n * weight.k)
-        result: Half = gemm_reference(a[:m], weight.unpack(), alpha=alpha, bias=bias).astype(np.float16)
+        result: Half = gemm_reference(a[: asked.m], weight.unpack(), alpha=asked.alpha, bias=asked.bias).astype(
+            np.float16
+        )
         if config == self.wrong:
-            result[m // 2, weight.n // 2] = np.nan
+            result[asked.m // 2, weight.n // 2] = np.nan
         return result
 
 

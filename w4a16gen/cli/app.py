@@ -21,6 +21,7 @@ from w4a16gen import space
 from w4a16gen.api import BUILD_FOLDER_VARIABLE
 from w4a16gen.config import ClusterShape, CtaShape, QuantMode, Target
 from w4a16gen.errors import InvalidValueError, MissingToolError, NoHopperGpuError, NotBuiltError, W4A16Error
+from w4a16gen.problem import Problem
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -138,6 +139,35 @@ def kernel_filters(default_space: str) -> Callable[[_Command], _Command]:
     return decorate
 
 
+def problem_arguments(least_tokens: int) -> Callable[[_Command], _Command]:
+    """Add M, N, K, --group-size and --mode; the command gets them as `problem` and `mode`."""
+
+    def decorate(command: _Command) -> _Command:
+        @wraps(command)
+        def with_problem(m: int, n: int, k: int, group_size: int | None, mode: QuantMode, **kwargs: Any) -> Any:
+            size = group_size or (min(128, k) if mode.is_grouped else k)
+            return command(problem=Problem(m, n, k, size), mode=mode, **kwargs)
+
+        options = (
+            click.argument("m", type=click.IntRange(min=least_tokens)),
+            click.argument("n", type=click.IntRange(min=1)),
+            click.argument("k", type=click.IntRange(min=1)),
+            click.option(
+                "--group-size", type=click.IntRange(min=1), help="Values of K per scale.  [default: 128, or k in cs]"
+            ),
+            mode_option,
+        )
+        decorated: Callable[..., Any] = with_problem
+        for option in reversed(options):
+            decorated = option(decorated)
+        return cast("_Command", decorated)
+
+    return decorate
+
+
+mode_option = click.option(
+    "--mode", type=Parsed("mode", parse_mode), default="fgs", show_default=True, help="cs, fgs or fgsz."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
 generated_option = click.option(
     "--generated-dir",

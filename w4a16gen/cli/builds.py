@@ -16,7 +16,6 @@ from w4a16gen.build import BuildReport, describe_failures, load_build
 from w4a16gen.build import build as build_kernels
 from w4a16gen.cli.app import (
     EXIT_MISSING,
-    Parsed,
     build_option,
     generated_option,
     gpu_option,
@@ -25,9 +24,9 @@ from w4a16gen.cli.app import (
     kernel_filters,
     main,
     notes,
-    parse_mode,
     print_json,
     print_table,
+    problem_arguments,
     report_option,
     show_progress,
     termination_interrupts,
@@ -154,27 +153,13 @@ def build_and_verify(
 
 
 @main.command()
-@click.argument("m", type=click.IntRange(min=0))
-@click.argument("n", type=click.IntRange(min=1))
-@click.argument("k", type=click.IntRange(min=1))
-@click.option("--group-size", type=click.IntRange(min=1), help="Values of K per scale.  [default: 128, or k in cs]")
-@click.option("--mode", type=Parsed("mode", parse_mode), default="fgs", show_default=True, help="cs, fgs or fgsz.")
+@problem_arguments(least_tokens=0)
 @click.option("--config", "name", help="Canonical name of the kernel; chosen where none is given.")
 @build_option
 @json_option
-def run(
-    m: int,
-    n: int,
-    k: int,
-    group_size: int | None,
-    mode: QuantMode,
-    name: str | None,
-    folder: Path | None,
-    as_json: bool,
-) -> None:
+def run(problem: Problem, mode: QuantMode, name: str | None, folder: Path | None, as_json: bool) -> None:
     """Run one problem on random data: M tokens, N output channels, K values each; check it and time it."""
     library = load(folder)
-    problem = Problem(m, n, k, group_size or (min(128, k) if mode.is_grouped else k))
     plan = bench.plan(library, problem, mode, name)
     gpu = bench.hopper_gpu(library)
     outcome = bench.run(library, plan)
@@ -199,7 +184,9 @@ def run(
         verdict = "passed" if outcome.ok else "FAILED"
         capability = ".".join(map(str, gpu["compute_capability"]))
         click.echo(f"GPU          {gpu['name']}, compute capability {capability}, {gpu['sm_count']} SMs")
-        click.echo(f"Problem      m={m} n={n} k={k}, group size {problem.group_size}, mode {mode}")
+        click.echo(
+            f"Problem      m={problem.m} n={problem.n} k={problem.k}, group size {problem.group_size}, mode {mode}"
+        )
         click.echo(f"Kernels      {len(plan.candidates)} of {plan.built} built can run it; using {plan.config.name}")
         click.echo(f"Workspace    {outcome.workspace_bytes} bytes")
         click.echo(

@@ -15,10 +15,11 @@ from w4a16gen.cli.app import (
     build_option,
     json_option,
     main,
+    mode_option,
     notes,
-    parse_mode,
     print_json,
     print_table,
+    problem_arguments,
     show_progress,
 )
 from w4a16gen.config import QuantMode
@@ -42,19 +43,12 @@ def parse_problem(text: str) -> Problem:
 
 
 @main.command()
-@click.argument("m", type=click.IntRange(min=1))
-@click.argument("n", type=click.IntRange(min=1))
-@click.argument("k", type=click.IntRange(min=1))
-@click.option("--group-size", type=click.IntRange(min=1), help="Values of K per scale.  [default: 128, or k in cs]")
-@click.option("--mode", type=Parsed("mode", parse_mode), default="fgs", show_default=True, help="cs, fgs or fgsz.")
+@problem_arguments(least_tokens=1)
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Kernels to show.")
 @build_option
 @json_option
-def explain(
-    m: int, n: int, k: int, group_size: int | None, mode: QuantMode, top: int, folder: Path | None, as_json: bool
-) -> None:
+def explain(problem: Problem, mode: QuantMode, top: int, folder: Path | None, as_json: bool) -> None:
     """Show which built kernel a call with M tokens, N output channels and K values gets, and the runners-up."""
-    problem = Problem(m, n, k, group_size or (min(128, k) if mode.is_grouped else k))
     configs = load(folder).configs()
     chosen = dispatch.choose(configs, mode, problem)
     estimated = dispatch.estimate(configs, mode, problem)
@@ -65,9 +59,10 @@ def explain(
     if estimated:
         rows = ((config.name.removeprefix("w4a16_sm90_"), f"{us:.1f}") for config, us in estimated[:top])
         print_table(f"{problem}, mode {mode}: the first is chosen", ("kernel", "estimated us"), rows)
+        shape = f"{problem.m}x{problem.n}x{problem.k},{problem.group_size}"
         notes.print(
             f"{len(estimated)} native kernels of the build can run it. Estimates are for an H100 and off by 13 % (root "
-            f"mean square); `w4a16gen bench --problem {m}x{n}x{k},{problem.group_size}` measures."
+            f"mean square); `w4a16gen bench --problem {shape}` measures."
         )
     else:
         click.echo(chosen.name)
@@ -83,7 +78,7 @@ def explain(
     type=Parsed("MxNxK[,GROUP]", parse_problem),
     help="Tokens, output channels, K; may be repeated.",
 )
-@click.option("--mode", type=Parsed("mode", parse_mode), default="fgs", show_default=True, help="cs, fgs or fgsz.")
+@mode_option
 @click.option("--finalists", type=click.IntRange(min=1), default=4, show_default=True, help="Kernels timed in turn.")
 @click.option("--rounds", type=click.IntRange(min=1), default=9, show_default=True, help="Timed replays of each.")
 @click.option(
@@ -118,6 +113,8 @@ def bench(
         else:
             notes.print(f"{asked}: no built kernel of mode {mode} can run it")
     small = sweep.smallest_set(comparisons, slack / 100) if slack is not None else []
+    if not any(found.cublas for found in comparisons):
+        notes.print("torch is not installed: cuBLAS FP16 was not timed beside the kernels")
     if as_json:
         print_json(
             {"gpu": gpu, "comparisons": [found.as_json() for found in comparisons], "smallest_set": small},

@@ -7,14 +7,13 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from w4a16gen.config import KernelConfig, QuantMode
-from w4a16gen.errors import W4A16Error
 from w4a16gen.module import Library
-from w4a16gen.packing import PackedWeight, pack_weight
+from w4a16gen.packing import PackedWeight
 from w4a16gen.problem import Problem, why_cannot_run
 from w4a16gen.quantize import QuantizedWeight
 from w4a16gen.verify.bounds import Expectation
-from w4a16gen.verify.guarded import GuardedGpu
-from w4a16gen.verify.numeric import NumericProof, Progress, error_over_bound, random_weight
+from w4a16gen.verify.guarded import GuardedGpu, Launch
+from w4a16gen.verify.numeric import NumericProof, Progress, judge, launched, library_weight, random_weight
 
 KIND = "drawn"
 LAUNCHES_PER_WEIGHT = 24
@@ -106,40 +105,25 @@ def _run_weight(
     most = int(rng.choice(MOST_TOKENS))
     a = rng.standard_normal((most, weight.k)).astype(np.float16)
     bias = rng.standard_normal(weight.n).astype(np.float16)
-    on_gpu = gpu.upload(a), gpu.upload(bias)
+    on_gpu = gpu.upload(a)
     expected = Expectation(a, weight)
     packed: dict[object, PackedWeight] = {}
+    what = f"{KIND} n={weight.n} k={weight.k} group={weight.group_size}"
     for turn in range(launches):
         config = deck.deal(weight)
         if config is None:
             return turn
         if config.target not in packed:
-            packed[config.target] = gpu.library.to_device(pack_weight(weight, target=config.target), gpu.device)
-        m, alpha = int(rng.integers(1, most + 1)), float(rng.choice(ALPHAS))
+            packed[config.target] = library_weight(gpu, weight, config)
         with_bias, in_graph, dependent = (bool(flag) for flag in rng.integers(0, 2, 3))
-        label = (
-            f"{KIND} n={weight.n} k={weight.k} group={weight.group_size} m={m} alpha={alpha} bias={with_bias} "
-            f"graph={in_graph} dependent launch={dependent}"
+        launch = Launch(
+            m=int(rng.integers(1, most + 1)),
+            alpha=float(rng.choice(ALPHAS)),
+            bias=bias if with_bias else None,
+            in_graph=in_graph,
+            dependent=dependent,
         )
-        proof = proofs[config]
-        try:
-            got = gpu.run(
-                config,
-                on_gpu[0],
-                packed[config.target],
-                m,
-                alpha,
-                on_gpu[1] if with_bias else None,
-                in_graph=in_graph,
-                dependent_launch=dependent,
-            )
-        except (W4A16Error, RuntimeError) as error:
-            proof.failures.append(f"{label}: {error}")
-            continue
-        ratio = error_over_bound(got, expected, alpha, bias if with_bias else None)
-        proof.worst_error_over_bound = max(proof.worst_error_over_bound, ratio)
-        if ratio > 1:
-            proof.failures.append(f"{label}: error is {ratio:.3g} times the bound")
-        else:
-            proof.passed[KIND] = proof.passed.get(KIND, 0) + 1
+        got = launched(gpu, proofs[config], config, on_gpu, packed[config.target], launch, what)
+        if got is not None:
+            judge(proofs[config], KIND, f"{what} {launch}", got, expected, launch)
     return launches

@@ -21,6 +21,23 @@ GUARD_BYTES = 4096
 POISON = np.float16(np.nan)
 
 
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel is asked to run: on the first m rows of the activations."""
+
+    m: int
+    alpha: float
+    bias: Half | None
+    in_graph: bool
+    dependent: bool
+
+    def __str__(self) -> str:
+        return (
+            f"m={self.m} alpha={self.alpha} bias={self.bias is not None} graph={self.in_graph} "
+            f"dependent launch={self.dependent}"
+        )
+
+
 class GuardedGpu:
     """A Hopper GPU that runs kernels between guards: canaries around what they write, poison where they must write."""
 
@@ -41,43 +58,34 @@ class GuardedGpu:
             host[GUARD_BYTES : GUARD_BYTES + nbytes] = fill
         return self.upload(host)
 
-    def run(
-        self,
-        config: KernelConfig,
-        a: DeviceArray,
-        weight: PackedWeight,
-        m: int,
-        alpha: float,
-        bias: DeviceArray | None,
-        *,
-        in_graph: bool = False,
-        dependent_launch: bool = False,
-    ) -> Half:
+    def run(self, config: KernelConfig, a: DeviceArray, weight: PackedWeight, asked: Launch) -> Half:
         """Launch on a poisoned output between canaries, with a workspace of exactly the size asked for.
 
         Raises:
             W4A16Error: if the launch is refused, or a canary died.
         """
+        m = asked.m
         problem = Problem(m, weight.n, weight.k, weight.group_size)
         poison = np.full(m * weight.n, POISON, np.float16).view(np.uint8)
         output = self.guarded(poison.nbytes, poison)
         needed = self.library.workspace_bytes(config, problem, device=self.device)
         workspace = self.guarded(needed)
+        bias = None if asked.bias is None else self.upload(asked.bias)
 
         def launch() -> None:
             self.library.gemm(
                 _Window(a, (m, weight.k), "<f2", 0),
                 weight,
                 bias=bias,
-                alpha=alpha,
+                alpha=asked.alpha,
                 config=config,
                 out=_Window(output, (m, weight.n), "<f2", GUARD_BYTES),
                 workspace=_Window(workspace, (needed,), "|u1", GUARD_BYTES),
                 stream=self.stream,
-                dependent_launch=dependent_launch,
+                dependent_launch=asked.dependent,
             )
 
-        if in_graph:
+        if asked.in_graph:
             self.stream.begin_capture()
             launch()
             self.stream.end_capture()

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from w4a16gen.arrays import DeviceArray
 from w4a16gen.config import KernelConfig, QuantMode
 from w4a16gen.errors import W4A16Error
 from w4a16gen.module import Library
@@ -15,7 +16,7 @@ from w4a16gen.packing import PackedWeight, pack_weight
 from w4a16gen.problem import Problem, why_cannot_run
 from w4a16gen.quantize import Half, QuantizedWeight, canonical
 from w4a16gen.verify.bounds import Expectation, dequantized_half
-from w4a16gen.verify.guarded import GuardedGpu
+from w4a16gen.verify.guarded import GuardedGpu, Launch
 
 
 @dataclass
@@ -26,6 +27,13 @@ class NumericProof:
     passed: dict[str, int] = field(default_factory=dict)
     worst_error_over_bound: float = 0.0
     failures: list[str] = field(default_factory=list)
+
+    def record(self, kind: str, label: str, problem: str | None) -> None:
+        """Count a check of some kind as passed, or note what was wrong with it."""
+        if problem is None:
+            self.passed[kind] = self.passed.get(kind, 0) + 1
+        else:
+            self.failures.append(f"{label}: {problem}")
 
     def as_json(self) -> dict[str, Any]:
         """Give the object that the report carries."""
@@ -182,7 +190,7 @@ def _prove_case(
     a = np.eye(weight.k) if one_hot else rng.standard_normal((case.rows, weight.k))
     a = a.astype(np.float16)
     bias = rng.standard_normal(weight.n).astype(np.float16)
-    on_gpu = gpu.upload(a), gpu.upload(bias)
+    on_gpu = gpu.upload(a)
     packed: dict[Any, PackedWeight] = {}
     expected = Expectation(a, weight)
     for config, proof in proofs:
@@ -191,34 +199,43 @@ def _prove_case(
         if config.target not in packed:
             packed[config.target] = library_weight(gpu, weight, config)
         for turn, tokens in enumerate(case.tokens):
-            m = tokens or config.cta.tokens + 1
             alpha, with_bias = case.options[turn % len(case.options)]
-            in_graph, dependent = turn % 2 == 1, turn % 3 == 1
-            label = f"{case} m={m} alpha={alpha} bias={with_bias} graph={in_graph} dependent launch={dependent}"
-            used = on_gpu[1] if with_bias else None
-            try:
-                got = gpu.run(
-                    config,
-                    on_gpu[0],
-                    packed[config.target],
-                    m,
-                    alpha,
-                    used,
-                    in_graph=in_graph,
-                    dependent_launch=dependent,
-                )
-            except (W4A16Error, RuntimeError) as error:
-                proof.failures.append(f"{label}: {error}")
-                continue
-            problem = _compare_exact(got, weight) if one_hot else None
-            if not one_hot:
-                ratio = error_over_bound(got, expected, alpha, bias if with_bias else None)
-                proof.worst_error_over_bound = max(proof.worst_error_over_bound, ratio)
-                problem = f"error is {ratio:.3g} times the bound" if ratio > 1 else None
-            if problem is None:
-                proof.passed[case.kind] = proof.passed.get(case.kind, 0) + 1
-            else:
-                proof.failures.append(f"{label}: {problem}")
+            launch = Launch(
+                m=tokens or config.cta.tokens + 1,
+                alpha=alpha,
+                bias=bias if with_bias else None,
+                in_graph=turn % 2 == 1,
+                dependent=turn % 3 == 1,
+            )
+            got = launched(gpu, proof, config, on_gpu, packed[config.target], launch, case)
+            if got is not None and one_hot:
+                proof.record(case.kind, f"{case} {launch}", _compare_exact(got, weight))
+            elif got is not None:
+                judge(proof, case.kind, f"{case} {launch}", got, expected, launch)
+
+
+def launched(
+    gpu: GuardedGpu,
+    proof: NumericProof,
+    config: KernelConfig,
+    a: DeviceArray,
+    weight: PackedWeight,
+    launch: Launch,
+    what: object,
+) -> Half | None:
+    """Run a kernel; give its result, or None after recording why there is none."""
+    try:
+        return gpu.run(config, a, weight, launch)
+    except (W4A16Error, RuntimeError) as error:
+        proof.failures.append(f"{what} {launch}: {error}")
+        return None
+
+
+def judge(proof: NumericProof, kind: str, label: str, got: Half, expected: Expectation, launch: Launch) -> None:
+    """Compare a result with float64 and record what came of it."""
+    ratio = error_over_bound(got, expected, launch.alpha, launch.bias)
+    proof.worst_error_over_bound = max(proof.worst_error_over_bound, ratio)
+    proof.record(kind, label, f"error is {ratio:.3g} times the bound" if ratio > 1 else None)
 
 
 def library_weight(gpu: GuardedGpu, weight: QuantizedWeight, config: KernelConfig) -> PackedWeight:
