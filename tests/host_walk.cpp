@@ -1,6 +1,7 @@
 // Walks every lane of a packed weight through the native kernel's own index maps and dequantisation, on the CPU.
 //
 // host_walk MODE N K GROUP < packed > fp16 [N rounded up to 64][K rounded up to 128]
+// host_walk > a line each without and with zeros: the unit exponents of 16 channels, the largest exponent of scales
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -52,6 +53,11 @@ void walk(const w4a16_problem& problem, int mode, const std::vector<uint8_t>& pa
 }
 
 int main(int count, char** arguments) {
+  for (int zeros = 0; zeros < 2 && count == 1; ++zeros) {
+    for (int channel = 0; channel < 16; ++channel) std::printf("%d ", native::unit_exponent(channel, zeros != 0));
+    std::printf("%d\n", native::max_scale_exponent(zeros != 0));
+  }
+  if (count == 1) return 0;
   if (count != 5) return 2;
   const int mode = std::atoi(arguments[1]);
   const w4a16_problem problem{0, std::atoll(arguments[2]), std::atoll(arguments[3]), std::atoll(arguments[4])};

@@ -54,6 +54,7 @@ class StandIn:
         self.replays = 0
         self.beside: str | None = None
         self.leaves_out = 0
+        self.factor = 1.0
 
     def _stream(self, _device: int) -> SimpleNamespace:
         def replay() -> None:
@@ -73,6 +74,7 @@ class StandIn:
         assert host(given["workspace"]).nbytes == WORKSPACE_BYTES
         bias = None if given["bias"] is None else host(given["bias"])
         result = gemm_reference(host(a), weight.unpack(), alpha=given["alpha"], bias=bias).astype(np.float16)
+        result[0, 0] *= self.factor
         written = out.size - self.leaves_out
         out.reshape(-1)[:written] = result.reshape(-1)[:written]
         if self.beside:
@@ -125,6 +127,13 @@ def test_a_byte_written_beside_is_found(library: StandIn, what: str) -> None:
 def test_a_value_that_was_not_written_is_found(library: StandIn) -> None:
     library.leaves_out = 1
     assert "error is inf times the bound" in run(library).failures[0]
+
+
+def test_a_value_off_by_a_tenth_is_found(library: StandIn) -> None:
+    library.factor = 1.1
+    proof = run(library)
+    assert 1 < proof.worst_error_over_bound < 100
+    assert "times the bound" in proof.failures[0]
 
 
 def test_a_refused_launch_is_recorded(library: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:

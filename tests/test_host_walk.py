@@ -10,6 +10,7 @@ import pytest
 
 from w4a16gen import QuantMode, Target, pack_weight, toolchain
 from w4a16gen.compile import CUDA_FOLDER
+from w4a16gen.packing import _unit_exponents, scale_exponents
 from w4a16gen.verify.bounds import dequantized_half
 from w4a16gen.verify.numeric import random_weight
 
@@ -48,3 +49,13 @@ def test_the_walk_rebuilds_the_weight(
     assert not walked[136:].any(), "padding channels weigh nothing"
     if not mode.has_zeros:
         assert not walked[:, k:].any(), "nor does padding along k"
+
+
+def test_the_kernels_and_packing_agree_on_units_and_ranges(walker: Path) -> None:
+    lines = subprocess.run([walker], capture_output=True, check=True, text=True).stdout.splitlines()  # noqa: S603
+    for line, mode in zip(lines, list(QuantMode)[1:], strict=True):
+        *units, largest = map(int, line.split())
+        assert units == _unit_exponents(16, mode).tolist()
+        just_too_large = np.array([[2.0**largest]], np.float16)
+        assert scale_exponents(just_too_large, mode).tolist() == [1]
+        assert scale_exponents(just_too_large * np.float16(0.5), mode).tolist() == [0]
