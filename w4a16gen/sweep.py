@@ -106,6 +106,8 @@ class _Contender:
     timed_replay: Callable[[], float]
     """Returns milliseconds."""
     launches: int
+    workspace: Any = None
+    """Kept as long as the graph, which holds its address only."""
     microseconds: list[float] = field(default_factory=list)
 
     def time(self, pause: float) -> None:
@@ -182,7 +184,7 @@ class _Stage:
             stream.replay()
             return float(stream.stop_timer())
 
-        return _Contender(stream.replay, timed_replay, launches)
+        return _Contender(stream.replay, timed_replay, launches, workspace)
 
     def record_cublas(self, torch: Any) -> _Contender:
         """Record the dense product of the dequantised weight (less its zeros), through torch."""
