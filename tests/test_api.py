@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import w4a16gen
-from w4a16gen import QuantMode, pack_weight, quantize
+from w4a16gen import QuantMode, api, pack_weight, quantize
 from w4a16gen.arrays import _is_contiguous
+from w4a16gen.build import Build, load_build
+from w4a16gen.render import MANIFEST
 from w4a16gen.verify.bounds import Expectation
 from w4a16gen.verify.numeric import random_weight
 
@@ -58,3 +62,22 @@ assert (w4a16gen.gemm(np.ones((2, 64), np.float16), w) == 64).all()
 assert "torch" not in sys.modules and "cutlass" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True)  # noqa: S603
+
+
+def test_a_build_is_read_again_only_when_it_has_changed(fake_build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = w4a16gen.load(fake_build.folder)
+    read: list[Path] = []
+
+    def counted(folder: Path) -> Build:
+        read.append(folder)
+        return load_build(folder)
+
+    monkeypatch.setattr(api, "load_build", counted)
+    assert w4a16gen.load(fake_build.folder) is first
+    assert read == []
+    manifest = fake_build.folder / MANIFEST
+    os.utime(manifest, ns=(0, manifest.stat().st_mtime_ns + 1))
+    assert w4a16gen.load(fake_build.folder) is first, "the same library is loaded once"
+    assert read == [fake_build.folder]
+    monkeypatch.chdir(fake_build.folder.parent)
+    assert w4a16gen.load(fake_build.folder.name) is first

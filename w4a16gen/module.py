@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import threading
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -67,6 +67,7 @@ class Library:
         self.kernels: list[dict[str, Any]] = self._native.kernels()
         self._indices = {KernelConfig.parse(kernel["name"]): index for index, kernel in enumerate(self.kernels)}
         self._workspaces: dict[tuple[int, int], list[DeviceArray]] = {}
+        self._choice = lru_cache(maxsize=1 << 16)(self._choose)
         self._lock = threading.Lock()
 
     def configs(self) -> list[KernelConfig]:
@@ -251,13 +252,16 @@ class Library:
 
     def _kernel(self, config: KernelConfig | str | None, w: PackedWeight, problem: Problem) -> KernelConfig:
         """Give the kernel to launch: the one named, checked against the weight, or one chosen."""
-        readable = [found for found in self._indices if TARGET_LAYOUTS[found.target] == w.layout]
         if config is None:
-            return choose(readable, w.mode, problem)
+            return self._choice(w.mode, w.layout, problem)
         kernel = KernelConfig.parse(config) if isinstance(config, str) else config
         self._index(kernel)
         check_weight(kernel, w)
         return kernel
+
+    def _choose(self, mode: QuantMode, layout: str, problem: Problem) -> KernelConfig:
+        """Choose among the kernels that read a layout."""
+        return choose([found for found in self._indices if TARGET_LAYOUTS[found.target] == layout], mode, problem)
 
     def _workspace(
         self, kernel: KernelConfig, problem: Problem, given: Any, device: int, stream: int
