@@ -1,4 +1,4 @@
-"""The native kernel's index maps and dequantisation, walked on the CPU, rebuild the weight bit for bit."""
+"""What the native kernel's own functions say on the CPU: of packed weights, and of dividing work among CTAs."""
 
 from __future__ import annotations
 
@@ -15,16 +15,21 @@ from w4a16gen.verify.bounds import dequantized_half
 from w4a16gen.verify.numeric import random_weight
 
 
-@pytest.fixture(scope="session")
-def walker(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Compile the walk with the host compiler."""
+def compile_for_host(name: str, folder: Path) -> Path:
+    """Compile one of the programs beside this file with the host compiler."""
     tools = toolchain.find_toolchain()
-    program = tmp_path_factory.mktemp("walk") / "host_walk"
-    source = Path(__file__).with_name("host_walk.cpp")
+    program = folder / name
     command = [str(tools.host_compiler), "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror"]
-    command += [f"-I{CUDA_FOLDER}", f"-isystem{tools.cuda_include}", str(source), "-o", str(program)]
+    command += [f"-I{CUDA_FOLDER}", f"-isystem{tools.cuda_include}"]
+    command += [str(Path(__file__).with_name(f"{name}.cpp")), "-o", str(program)]
     subprocess.run(command, check=True)  # noqa: S603
     return program
+
+
+@pytest.fixture(scope="session")
+def walker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compile the walk."""
+    return compile_for_host("host_walk", tmp_path_factory.mktemp("walk"))
 
 
 CASES = [
@@ -59,3 +64,10 @@ def test_the_kernels_and_packing_agree_on_units_and_ranges(walker: Path) -> None
         just_too_large = np.array([[2.0**largest]], np.float16)
         assert scale_exponents(just_too_large, mode).tolist() == [1]
         assert scale_exponents(just_too_large * np.float16(0.5), mode).tolist() == [0]
+
+
+def test_the_ctas_of_every_kind_of_kernel_sum_everything_once(tmp_path: Path) -> None:
+    counted = subprocess.run([compile_for_host("host_tiles", tmp_path)], capture_output=True, check=True, text=True)  # noqa: S603
+    lines = counted.stdout.splitlines()
+    assert len(lines) == 8 * 192
+    assert [line for line in lines if not line.endswith(": ok")] == []

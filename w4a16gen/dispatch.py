@@ -14,30 +14,35 @@ SM_COUNT = 132
 CLUSTERS_OF_4 = 30
 """Clusters of four CTAs that fit on the GPU at once (one CTA to an SM)."""
 
-# SM cycles of native kernels, fitted to 3,600 timings of 300 kernels in 38 cells of five layer shapes and 1 to 512
-# tokens, mode fgs, group 128 (NVIDIA H100 80GB HBM3, 2026-11). Single estimates are off by 13 % (root mean square).
+# SM cycles of native kernels, fitted to 6,300 timings of 375 kernels in 38 cells of five layer shapes and 1 to 512
+# tokens, mode fgs, group 128 (NVIDIA H100 80GB HBM3, 2026-11). Single estimates are off by 12 % (root mean square).
 CYCLES_PER_MICROSECOND = 1755.0
 """The clock that the timings were turned into cycles with."""
-LAUNCH_CYCLES = 5070.0
+LAUNCH_CYCLES = 5570.0
 """What every launch takes: until the first bytes are there, and for the last store."""
-BLOCK_CYCLES = 177.0
+BLOCK_CYCLES = 188.0
 """A packed block of 64 channels x 128 k at least: dequantising it."""
-PRODUCT_CYCLES = 132.0
-TOKEN_CYCLES = 3.45
+PRODUCT_CYCLES = 160.0
+TOKEN_CYCLES = 3.02
 """A packed block times activations: this and so much for each token of the tile."""
-TENSOR_CYCLES = 4.4
-"""At least so much for each token: eight WGMMAs of half a cycle, at 91 % of their peak."""
-SWITCH_SUMS = 4.0
-"""And a share more, this over a thread's sums: warpgroups with more sums switch less between pieces of work."""
-REDUCTION_CYCLES = 906.0
-REDUCTION_TOKEN_CYCLES = 41.0
-"""Summing a tile over warpgroups or CTAs: this and so much for each token and 64 channels."""
-PACKED_BYTES_PER_CYCLE = 1935.0
+TENSOR_CYCLES = 4.28
+"""At least so much for each token: eight WGMMAs of half a cycle, at 93 % of their peak."""
+SM_BYTES_PER_CYCLE = 45.7
+"""What an SM takes in of weights and activations."""
+SUM_CYCLES = 807.0
+"""Adding up the sums of a tile's warpgroups."""
+EXCHANGE_CYCLES = 515.0
+EXCHANGE_TOKEN_CYCLES = 15.0
+"""Adding up the sums of a cluster's CTAs: this and so much for each token and 64 channels of the tile."""
+HANDOVER_CYCLES = 4670.0
+HANDOVER_TOKEN_CYCLES = 37.4
+"""The same through the workspace, once in a launch."""
+PACKED_BYTES_PER_CYCLE = 1840.0
 """What the whole GPU reads of the packed weights in an SM cycle."""
-OVERLAP_LOSS = 0.35
+OVERLAP_LOSS = 0.307
 """Share of the shorter of reading and working that the longer one does not hide."""
-MULTICAST_CYCLES = 1840.0
-"""What CTAs that share operands lose by waiting for each other, mostly at the start."""
+MULTICAST_CYCLES = 1040.0
+"""What CTAs that share operands lose by waiting for each other."""
 
 
 def runnable(configs: Iterable[KernelConfig], mode: QuantMode, problem: Problem) -> list[KernelConfig]:
@@ -77,21 +82,29 @@ def native_cycles(config: KernelConfig, problem: Problem) -> float:
     """Estimate the SM cycles of a native kernel: waves of CTAs times their packed blocks, and reading the weights."""
     cta, cluster = config.cta, config.cluster
     size = cluster.channels * cluster.tokens * cluster.k
-    channel_tiles = -(-problem.n // (cta.channels * cluster.channels))
-    tiles = channel_tiles * -(-problem.m // (cta.tokens * cluster.tokens))
-    at_once = CLUSTERS_OF_4 if size == 4 else SM_COUNT // size  # noqa: PLR2004
-    waves = max(1, -(-tiles // at_once))
+    tiles = -(-problem.n // (cta.channels * cluster.channels)) * -(-problem.m // (cta.tokens * cluster.tokens))
     k_blocks = -(-problem.k // 128)
-    blocks = cta.channels // 64 * -(-k_blocks // cluster.k)
-    arrangement = native_arrangement(config)
-    tensor = TENSOR_CYCLES * cta.tokens * (1 + SWITCH_SUMS / arrangement.sums)
-    work = blocks * max(BLOCK_CYCLES, PRODUCT_CYCLES + TOKEN_CYCLES * cta.tokens, tensor)
-    if arrangement.along_k * cluster.k > 1:
-        work += REDUCTION_CYCLES + REDUCTION_TOKEN_CYCLES * cta.tokens * cta.channels / 64
+    area = cta.tokens * cta.channels / 64
+    stream_k = config.scheduler is Scheduler.STREAM_K
+    at_once = CLUSTERS_OF_4 if size == 4 else SM_COUNT // size  # noqa: PLR2004
+    waves = 1 if stream_k else max(1, -(-tiles // at_once))
+    rows = -(-tiles * k_blocks // SM_COUNT) if stream_k else -(-k_blocks // cluster.k)
+    arriving = 128 * 2 * cta.tokens * 64 / cta.channels + 128 * 64 / 2 + 2 * 64
+    block = max(
+        BLOCK_CYCLES,
+        PRODUCT_CYCLES + TOKEN_CYCLES * cta.tokens,
+        TENSOR_CYCLES * cta.tokens,
+        arriving / SM_BYTES_PER_CYCLE,
+    )
+    work = rows * cta.channels / 64 * block
+    if native_arrangement(config).along_k > 1:
+        work += SUM_CYCLES
+    if cluster.k > 1:
+        work += EXCHANGE_CYCLES + EXCHANGE_TOKEN_CYCLES * area
+    work = waves * work + (HANDOVER_CYCLES + HANDOVER_TOKEN_CYCLES * area if stream_k else 0.0)
     reading = (problem.n * problem.k / 2 + 2 * problem.groups * problem.n) / PACKED_BYTES_PER_CYCLE
-    longer, shorter = max(waves * work, reading), min(waves * work, reading)
-    multicast = MULTICAST_CYCLES if size > cluster.k else 0.0
-    return LAUNCH_CYCLES + longer + OVERLAP_LOSS * shorter + multicast
+    longer, shorter = max(work, reading), min(work, reading)
+    return LAUNCH_CYCLES + longer + OVERLAP_LOSS * shorter + (MULTICAST_CYCLES if size > cluster.k else 0.0)
 
 
 def _choose_cutlass(found: list[KernelConfig], problem: Problem) -> KernelConfig:

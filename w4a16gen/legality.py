@@ -80,8 +80,8 @@ def _forbidden_native(config: KernelConfig) -> str | None:
     cta, cluster = config.cta, config.cluster
     if config.schedule not in NATIVE_WARPGROUPS:
         return "native kernels have the schedules warpgroups2 and warpgroups4"
-    if config.scheduler is not Scheduler.PERSISTENT:
-        return "native kernels are persistent: they have no stream-K"
+    if config.scheduler is Scheduler.STREAM_K and (cluster.channels, cluster.tokens, cluster.k) != (1, 1, 1):
+        return f"cluster {cluster}: stream-K, which divides K among CTAs, has no clusters in native kernels"
     if cta.k not in NATIVE_K:
         return f"CTA k of {cta.k}: a native kernel's stage is a packed block's 128 k or half of it"
     if max(cluster.channels, cluster.tokens) > MAX_NATIVE_SHARERS:
@@ -103,24 +103,18 @@ def _forbidden_native(config: KernelConfig) -> str | None:
 
 def _lacks_registers(config: KernelConfig, arrangement: NativeArrangement) -> str | None:
     """Say why a native kernel's registers do not suffice beside its accumulators, as compiling showed (nvcc 13.0)."""
-    cta, cluster = config.cta, config.cluster
+    cta = config.cta
     four = config.schedule is Schedule.FOUR_WARPGROUPS
-    if four and cta.k == 64 and arrangement.along_k > 1 and cta.tokens == 64:  # noqa: PLR2004
-        return f"CTA {cta}: four warpgroups that divide K lack registers for 64 tokens and 64 of k (compiled: C7512)"
-    if four and cta.k == 64 and cluster.k == 4 and cta.tokens >= 32:  # noqa: PLR2004
-        return f"CTA {cta}: four warpgroups and a cluster k of 4 lack registers for 64 of k (compiled: spills)"
-    if arrangement.sums == 128 and arrangement.along_k > 1 and cluster.channels > 1:  # noqa: PLR2004
-        return f"CTA {cta}: 128 sums per thread leave no registers for sharing activations (compiled: spills)"
-    if cluster.k > 1:
-        # Sums that wait for the other CTAs' beside the accumulators of tokens that have not been exchanged yet.
-        threads = 128 * arrangement.along_channels * arrangement.along_k
-        needed = arrangement.sums + max(cta.tokens - 32, 0) * cta.channels // threads
-        limit = (40 if cluster.k == 2 else 36) if four else 112  # noqa: PLR2004
-        if needed > limit:
-            return (
-                f"CTA {cta} in a cluster that divides K holds {needed} sums per thread while they are exchanged; "
-                f"{limit} fit into registers"
-            )
+    if four and cta.k == 64 and cta.tokens == 64:  # noqa: PLR2004
+        if arrangement.along_k > 1:
+            return f"CTA {cta}: four warpgroups that divide K lack registers for 64 tokens (compiled: C7512)"
+        if config.cluster.k == 4:  # noqa: PLR2004
+            return f"CTA {cta}: four warpgroups lack registers to exchange sums among 4 CTAs (compiled: spills)"
+    stream_k = config.scheduler is Scheduler.STREAM_K
+    if stream_k and arrangement.sums == MAX_ACCUMULATORS and arrangement.along_k > 1:
+        return f"CTA {cta}: stream-K and warpgroups that divide K lack registers beside 128 sums (compiled: spills)"
+    if stream_k and four and cta.k == 64 and cta.tokens == 32 and arrangement.along_k > 1:  # noqa: PLR2004
+        return f"CTA {cta}: stream-K and four warpgroups that divide K lack registers for 64 of k (compiled: spills)"
     return None
 
 
@@ -158,13 +152,14 @@ def native_arrangement(config: KernelConfig) -> NativeArrangement:
     along_channels = min(blocks, warpgroups)
     along_k = warpgroups // along_channels
     sums = blocks // along_channels * cta.tokens // 2
-    ctas_per_sm = 2 if warpgroups == 2 and sums <= 8 and cta.k == 128 else 1  # noqa: PLR2004
+    ctas_per_sm = 2 if warpgroups == 2 and sums <= (4 if cluster.k == 4 else 8) and cta.k == 128 else 1  # noqa: PLR2004
     header = 512 * (2 if config.mode.has_zeros else 1) if config.mode.is_grouped else 0
     weights = blocks * (header + cta.k * 32)
-    reduces = along_k * cluster.k > 1
-    partials = along_k * min(cta.tokens, 32) * (cta.channels + 4) * 4 if reduces else 0
+    phase = 64 if along_k == 2 and cta.tokens == 64 else min(cta.tokens, 32)  # noqa: PLR2004
+    partials = (along_k - 1) * phase * cta.channels * 4
     received = 2 * (cluster.k - 1) * cta.tokens * (cta.channels // cluster.k) * 4
-    output = warpgroups * 8192 if not reduces and cta.tokens >= 64 else 0  # noqa: PLR2004
+    boxes = along_k == 1 and cta.tokens >= max(64, 32 * cluster.k if cluster.k > 1 else 0)
+    output = warpgroups * 8192 if boxes else 0
     budget = 233472 // 2 - 1024 if ctas_per_sm == 2 else 232448  # noqa: PLR2004
     fitting = min(32, (budget - 528 - partials - received - output) // (weights + cta.k * cta.tokens * 2))
     useful = max(100 * 1024 // weights, 2 * along_k)

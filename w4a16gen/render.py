@@ -70,6 +70,7 @@ def _native_parts(config: KernelConfig) -> dict[str, object]:
         "cta": ", ".join(map(str, config.cta.as_list())),
         "warpgroups": NATIVE_WARPGROUPS[config.schedule],
         "cluster": ", ".join(map(str, config.cluster.as_list())),
+        "stream_k": str(config.scheduler is Scheduler.STREAM_K).lower(),
     }
 
 

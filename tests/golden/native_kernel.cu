@@ -7,6 +7,7 @@ struct w4a16_sm90_native_fgs_cta64x16x128_cluster1x1x2_warpgroups4_persistent
     : native::Shape<64, 16, 128,  // CTA: channels, tokens, k
                     4,  // consumer warpgroups
                     1, 1, 2,  // cluster: channels, tokens, k
+                    false,  // stream-K
                     W4A16_FINEGRAINED_SCALE_ONLY> {};
 
 extern const Kernel w4a16_sm90_native_fgs_cta64x16x128_cluster1x1x2_warpgroups4_persistent_kernel;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <random>
 
 #include "kernel.h"
 #include "native_kernel.cuh"
@@ -99,6 +100,25 @@ cudaError_t prepare(Function& function, const Launch& launch, int* clusters_at_o
   return cudaSuccess;
 }
 
+// A number that no other launch has, and that memory holds by a chance of 2^-63.
+inline uint64_t next_ticket() {
+  static std::atomic<uint64_t> next = [] {
+    std::random_device random;
+    return uint64_t{random()} << 32 | random() | 1;
+  }();
+  return next.fetch_add(2, std::memory_order_relaxed);
+}
+
+// Of stream-K: what every CTA hands over.
+template <class S>
+size_t workspace_bytes(const Problem& problem, int sm_count) {
+  if (!S::StreamK) return 0;
+  const PackedLayout layout(problem, S::Mode);
+  Tiling tiling{};
+  const int at_once = sm_count * S::CtasPerSm;
+  return size_t{S::HandoverBytes} * divide<S>(&tiling, problem.m, layout.channel_blocks, layout.k_blocks, at_once);
+}
+
 template <class S>
 cudaError_t launch(const Launch& launch) {
   const PackedLayout layout(launch.problem, S::Mode);
@@ -121,19 +141,19 @@ cudaError_t launch(const Launch& launch) {
   parameters.output_pointer = static_cast<half*>(given.output);
   parameters.m = static_cast<int>(m);
   parameters.n = static_cast<int>(n);
-  parameters.k_blocks = layout.k_blocks;
   parameters.channel_blocks = layout.channel_blocks;
   parameters.block_bytes = layout.block_bytes;
-  const auto tiles_of = [](int64_t size, int64_t tile) { return static_cast<int>((size + tile - 1) / tile); };
-  parameters.channel_tiles = tiles_of(layout.channel_blocks, S::Blocks * S::ClusterChannels);
-  parameters.token_tiles = tiles_of(m, S::Tokens * S::ClusterTokens);
   parameters.alpha = given.alpha;
+  const int ctas = divide<S>(&parameters.tiling, m, layout.channel_blocks, layout.k_blocks, clusters_at_once);
+  if (ctas == 0) return cudaErrorInvalidValue;
+  if constexpr (S::StreamK) {
+    parameters.workspace = static_cast<uint8_t*>(given.workspace);
+    parameters.ticket = next_ticket();
+  }
 
-  const int64_t tiles = static_cast<int64_t>(parameters.channel_tiles) * parameters.token_tiles;
-  const int64_t clusters = tiles < clusters_at_once ? tiles : clusters_at_once;
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t configuration = configuration_of<S>(attributes);
-  configuration.gridDim = static_cast<unsigned>(clusters * S::ClusterSize);
+  configuration.gridDim = static_cast<unsigned>(ctas);
   configuration.stream = static_cast<cudaStream_t>(given.stream);
   if (given.dependent_launch != 0) {
     attributes[configuration.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -156,7 +176,7 @@ constexpr Kernel make_kernel(const char* name) {
            kGroupMultiple,
            S::SharedBytes},
           [](const Problem& problem) { return PackedLayout(problem, S::Mode).bytes; },
-          [](const Problem&, int) { return size_t{0}; },
+          &workspace_bytes<S>,
           &launch<S>,
           &pack<S::Mode>};
 }

@@ -5,23 +5,9 @@
 // CTAs of a cluster share operands, each fetched once for two of them, or split K again.
 #pragma once
 
-#include "native_epilogue.cuh"
+#include "native_exchange.cuh"
 
 namespace w4a16::native {
-
-// Which tiles this CTA works on, and its rank in its cluster.
-struct Work {
-  int first_tile;
-  int tile_step;
-  int tiles;
-  int rank;
-};
-
-template <class S>
-__device__ inline Work work_of(const Parameters& p) {
-  return {static_cast<int>(blockIdx.x) / S::ClusterSize, static_cast<int>(gridDim.x) / S::ClusterSize,
-          p.channel_tiles * p.token_tiles, S::ClusterSize > 1 ? static_cast<int>(cluster_rank()) : 0};
-}
 
 template <class S>
 __device__ inline Sharers weight_sharers(int rank) {  // the token tiles of the cluster
@@ -38,12 +24,13 @@ __device__ inline Sharers activation_sharers(int rank) {  // its channel tiles
 }
 
 // Makes the barriers and starts the first stages. The first bytes are a launch's longest wait: the warps of the
-// producer warpgroup ask for them before anything else is ready, each for stages of its own.
+// producer warpgroup ask for them before anything else is ready, each for stages of its own. (Not where CTAs share
+// operands: when each fetched its first stages for itself, they ran apart, which cost up to 7 %.)
 template <class S>
 __device__ inline void start(const Parameters& p, const Shared<S>& shared, const Work& work, int warp) {
   constexpr int kProducerWarps = kWarpgroup / kWarp;
   if (warp < kProducerWarps && S::EarlyStages > 0) {
-    const Tile tile = tile_at<S>(p, work.first_tile, work.rank);
+    const Tile tile = tile_at<S>(p.tiling, work, work.first_tile);
     const WeightRows<S> rows(p, tile);
     const int stages = min(S::EarlyStages, tile.blocks * S::StagesPerBlock);
     if (elected()) {
@@ -81,8 +68,8 @@ __device__ inline void produce(const Parameters& p, const Shared<S>& shared, con
   Position<S::Stages> at;
   int skip = S::EarlyStages;
 #pragma unroll 1
-  for (int index = work.first_tile; index < work.tiles; index += work.tile_step) {
-    const Tile tile = tile_at<S>(p, index, work.rank);
+  for (int index = work.first_tile; index < work.end_tile; index += work.tile_step) {
+    const Tile tile = tile_at<S>(p.tiling, work, index);
     const int stages = tile.blocks * S::StagesPerBlock;
     const auto fetch = fetch_tile(tile);
     int stage = min(skip, stages);
@@ -126,8 +113,8 @@ __device__ inline void consume(const Parameters& p, const Shared<S>& shared, con
   int turn = 0;
   if constexpr (S::ClusterK > 1) cluster_wait();  // all CTAs of the cluster run, and their barriers are ready
 #pragma unroll 1
-  for (int index = work.first_tile; index < work.tiles; index += work.tile_step) {
-    const Tile tile = tile_at<S>(p, index, work.rank);
+  for (int index = work.first_tile; index < work.end_tile; index += work.tile_step, ++turn) {
+    const Tile tile = tile_at<S>(p.tiling, work, index);
     ChannelFactors<S> factors;
     if constexpr (S::SpareRegisters) factors.load(p, tile, me);
     const int stages = tile.blocks * S::StagesPerBlock;
@@ -140,15 +127,16 @@ __device__ inline void consume(const Parameters& p, const Shared<S>& shared, con
       for (int i = 0; i < S::Tokens / 2; ++i) sum[f][i] = 0;
     }
     consume_stages<S, Rows>(shared, mine, me, at, sum);
-    if constexpr (!S::SpareRegisters) factors.load(p, tile, me);
     wait_for_prerequisites();  // the kernel before may read what is written now, or have written the bias
-    if constexpr (S::Reduces) {
-      reduce_and_store<S>(p, shared, tile, work.rank, me, factors, turn++, sum);
-    } else if constexpr (S::StoresThroughShared) {
-      store_through_shared<S>(p, shared, tile, me, factors, sum);
-    } else {
-      store_from_registers<S>(p, tile, me, factors, sum);
+    // With four warpgroups and no spare registers, asked anew: what follows from it would otherwise occupy registers
+    // during the main loop. (With two it is the other way round: compiled.)
+    constexpr bool kAsks = S::Exchanges && !S::SpareRegisters && S::Warpgroups == 4;
+    const Consumer here = kAsks ? consumer_at<S>(thread_index()) : me;
+    if constexpr (S::Exchanges) {
+      if (!exchange<S>(p, shared, tile, index, work, here, turn, sum)) continue;
     }
+    if constexpr (!S::SpareRegisters) factors.load(p, tile, here);
+    store<S>(p, shared, tile, work.rank, here, factors, sum);
   }
   if constexpr (S::StoresThroughShared) {
     if (me.warp == 0 && me.lane == 0) wait_for_store_reads<0>();
@@ -159,7 +147,8 @@ template <class S, int Rows>
 __device__ inline void run(const Parameters& p) {
   extern __shared__ __align__(1024) uint8_t memory[];
   const Shared<S> shared(memory);
-  const Work work = work_of<S>(p);
+  const int rank = S::ClusterSize > 1 ? static_cast<int>(cluster_rank()) : 0;
+  const Work work = work_of<S>(p.tiling, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x), rank);
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / kWarp, 0);
   start<S>(p, shared, work, warp);
 
@@ -170,15 +159,14 @@ __device__ inline void run(const Parameters& p) {
       launch_dependents();  // nothing is left to fetch: the next kernel may fetch its weights
     } else if (warp == 1 && elected()) {
       produce_activations<S>(p, shared, work);
+    } else if (warp == 2) {
+      if constexpr (S::StreamK) publish_handover<S>(p, work);
     }
     __syncwarp();
     if constexpr (S::ClusterK > 1) cluster_wait();
   } else {
     take_registers<S::ConsumerRegisters>();
-    const int warpgroup = warp * kWarp / kWarpgroup - 1;
-    const Consumer me = {warpgroup % S::WarpgroupsM, warpgroup / S::WarpgroupsM,
-                         static_cast<int>(threadIdx.x % kWarpgroup / kWarp), static_cast<int>(threadIdx.x % kWarp)};
-    consume<S, Rows>(p, shared, work, me);
+    consume<S, Rows>(p, shared, work, consumer_at<S>(threadIdx.x));
   }
   if constexpr (S::Multicasts) {
     // Nobody leaves while others tell it of free slots. Arriving must release: with relaxed arrivals a CTA left while

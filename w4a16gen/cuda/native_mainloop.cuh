@@ -16,6 +16,13 @@ struct Consumer {
 };
 
 template <class S>
+__device__ inline Consumer consumer_at(int thread) {
+  const int warp = __shfl_sync(0xffffffff, thread / kWarp, 0);
+  const int warpgroup = warp / 4 - 1;  // the first is the producers'
+  return {warpgroup % S::WarpgroupsM, warpgroup / S::WarpgroupsM, warp % 4, thread % kWarp};
+}
+
+template <class S>
 using Sums = float[S::Fragments][S::Tokens / 2];
 
 // The A fragments of 64 channels x 64 k, one per k16 step.

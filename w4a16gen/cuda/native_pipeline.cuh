@@ -1,15 +1,13 @@
-// The ring of stages: where each lies in shared memory, which tile and k it holds, and the two threads that fill it.
+// The ring of stages: where each lies in shared memory, and what fetches it.
 #pragma once
 
 #include <cuda.h>
 #include <cuda_fp16.h>
 
 #include "native_ptx.cuh"
-#include "native_shape.cuh"
+#include "native_tiles.h"
 
 namespace w4a16::native {
-
-constexpr int kRasterTokens = 8;  // token tiles that are swept together over all channels, to share L2
 
 struct Parameters {
   CUtensorMap activations;
@@ -20,12 +18,12 @@ struct Parameters {
   half* output_pointer;
   int m;
   int n;
-  int k_blocks;
   int channel_blocks;
   int block_bytes;
-  int channel_tiles;  // tiles of a whole cluster
-  int token_tiles;
   float alpha;
+  Tiling tiling;
+  uint8_t* workspace;  // of stream-K: what every CTA hands over
+  uint64_t ticket;     // what a flag holds when its sums are there: no other launch's
 };
 
 // A place in the ring: which slot, and the parity of how often it came round.
@@ -69,41 +67,6 @@ struct Shared {
   __device__ uint32_t arrived(int buffer) const { return base + kBarriers + (2 * S::Stages + buffer) * 8; }
 };
 
-// One output tile, and the range of k blocks that this CTA sums.
-struct Tile {
-  int channel_block;
-  int token;
-  int first_block;
-  int blocks;
-};
-
-// The tile that this CTA, of this rank in its cluster, computes when its cluster works on tile `index`.
-template <class S>
-__device__ inline Tile tile_at(const Parameters& p, int index, int rank) {
-  int first = 0;
-  int blocks = p.k_blocks;
-  if constexpr (S::ClusterK > 1) {
-    first = p.k_blocks * rank / S::ClusterK;
-    blocks = p.k_blocks * (rank + 1) / S::ClusterK - first;
-  }
-  int channel_tile = index;
-  int token_tile = 0;
-  // Divisions cost hundreds of cycles before the first copy: with few tokens there is nothing to divide.
-  if (p.token_tiles > 1) {
-    const int per_sweep = kRasterTokens * p.channel_tiles;
-    const int sweep = index / per_sweep;
-    const int within = index - sweep * per_sweep;
-    const int tokens = min(p.token_tiles - sweep * kRasterTokens, kRasterTokens);
-    channel_tile = within / tokens;
-    token_tile = sweep * kRasterTokens + within - channel_tile * tokens;
-  }
-  if constexpr (S::Multicasts) {
-    channel_tile = channel_tile * S::ClusterChannels + rank % S::ClusterChannels;
-    token_tile = token_tile * S::ClusterTokens + rank / S::ClusterChannels;
-  }
-  return {channel_tile * S::Blocks, token_tile * S::Tokens, first, blocks};
-}
-
 // CTAs whose shared memory a copy of this CTA fills, as bits of their ranks. They take turns: of `count` stages one
 // after the other, this CTA copies those whose number leaves the remainder `turn`.
 struct Sharers {
@@ -120,7 +83,7 @@ struct WeightRows {
   const uint8_t* block[S::Blocks];
 
   __device__ WeightRows(const Parameters& p, const Tile& tile) {
-    const int64_t row = static_cast<int64_t>(p.k_blocks) * p.block_bytes;
+    const int64_t row = static_cast<int64_t>(p.tiling.k_blocks) * p.block_bytes;
 #pragma unroll
     for (int b = 0; b < S::Blocks; ++b) {
       // Blocks past the last channel are fetched as copies of the last one and never stored: all stages are of one

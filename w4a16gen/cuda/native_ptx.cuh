@@ -127,8 +127,19 @@ __device__ inline void launch_dependents() { asm volatile("griddepcontrol.launch
 __device__ inline void wait_for_prerequisites() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // Barrier among some warps of the CTA; 0 is __syncthreads's.
+// threadIdx.x, which the compiler does not remember from before.
+__device__ inline int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
 __device__ inline void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ inline void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // The cluster's barrier in its two halves. Arriving this way does not order memory: it follows a fence where that
@@ -148,7 +159,7 @@ __device__ inline uint32_t cluster_rank() {
 // The address of the same shared memory offset in another CTA of the cluster.
 __device__ inline uint32_t address_in_cluster(uint32_t address, uint32_t rank) {
   uint32_t remote;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
   return remote;
 }
 
@@ -205,6 +216,18 @@ __device__ inline uint32_t load_shared_word(uint32_t address) {
   uint32_t value;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
   return value;
+}
+
+// Makes what the warp has written before visible to whoever waits for the value.
+__device__ inline void publish(uint64_t* flag, uint64_t value) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
+}
+
+__device__ inline void wait_until_published(const uint64_t* flag, uint64_t value) {
+  uint64_t seen;
+  do {
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(seen) : "l"(flag) : "memory");
+  } while (seen != value);
 }
 
 // Stores four 8x8 matrices of 16-bit values spread over a warp, transposed; eight lanes give the rows of each.

@@ -10,24 +10,27 @@ constexpr int kWarp = 32;
 constexpr int kSharedBytesPerSm = 233472;  // 228 KiB, of which each CTA costs 1 KiB beside what it asks for
 constexpr int kSharedBytesPerCta = 232448;
 
-constexpr int min_of(int a, int b) { return a < b ? a : b; }
-constexpr int max_of(int a, int b) { return a < b ? b : a; }
+W4A16_HOST_DEVICE constexpr int min_of(int a, int b) { return a < b ? a : b; }
+W4A16_HOST_DEVICE constexpr int max_of(int a, int b) { return a < b ? b : a; }
 
-template <int Channels_, int Tokens_, int K_, int Warpgroups, int ClusterChannels_, int ClusterTokens_, int ClusterK_,
-          int Mode_>
+template <int Channels_, int Tokens_, int K_, int Warpgroups_, int ClusterChannels_, int ClusterTokens_, int ClusterK_,
+          bool StreamK_, int Mode_>
 struct Shape {
   static constexpr int Channels = Channels_;
   static constexpr int Tokens = Tokens_;
-  static constexpr int K = K_;  // of a stage: a packed block's 128, or half of it
+  static constexpr int K = K_;                    // of a stage: a packed block's 128, or half of it
+  static constexpr int Warpgroups = Warpgroups_;  // of consumers
   static constexpr int ClusterChannels = ClusterChannels_;
   static constexpr int ClusterTokens = ClusterTokens_;
   static constexpr int ClusterK = ClusterK_;
+  static constexpr bool StreamK = StreamK_;  // every CTA gets an equal share of all k blocks, which may split tiles
   static constexpr int Mode = Mode_;
   static constexpr bool Scales = Mode != W4A16_PER_COLUMN_SCALE_ONLY;
   static constexpr bool Zeros = Mode == W4A16_FINEGRAINED_SCALE_AND_ZEROS;
   static constexpr int ClusterSize = ClusterChannels * ClusterTokens * ClusterK;
   static constexpr bool Multicasts = ClusterChannels * ClusterTokens > 1;
   static_assert(!(Multicasts && ClusterK > 1), "a cluster shares operands or splits K, not both");
+  static_assert(!(StreamK && ClusterSize > 1), "stream-K has no clusters");
 
   // Consumer warpgroups divide the channels; those beyond one per 64 channels divide K.
   static constexpr int Blocks = Channels / kBlockChannels;
@@ -37,18 +40,22 @@ struct Shape {
   static constexpr int Consumers = kWarpgroup * Warpgroups;
   static constexpr int Threads = kWarpgroup + Consumers;
   static constexpr bool Reduces = WarpgroupsK > 1 || ClusterK > 1;
-  static constexpr bool StoresThroughShared = !Reduces && Tokens >= 64;
+  static constexpr bool Exchanges = Reduces || StreamK;  // sums, before it stores
+  // The CTAs of a cluster that split K store shares of the tokens where these are whole boxes, or else of the channels.
+  static constexpr int BoxTokens = 32;
+  static constexpr bool SharesTokens = ClusterK > 1 && Tokens >= BoxTokens* ClusterK;
+  static constexpr bool StoresThroughShared = WarpgroupsK == 1 && Tokens >= 64 && (ClusterK == 1 || SharesTokens);
   static_assert(Warpgroups == 2 || Warpgroups == 4, "two or four consumer warpgroups");
 
   // fp32 sums of one thread. Two CTAs with few of them share an SM: one fetches while the other finishes, also across
   // dependent launches.
   static constexpr int Sums = Fragments * Tokens / 2;
-  static constexpr int CtasPerSm = Warpgroups == 2 && Sums <= 8 && K == kBlockK ? 2 : 1;
+  static constexpr int CtasPerSm = Warpgroups == 2 && Sums <= (ClusterK == 4 ? 4 : 8) && K == kBlockK ? 2 : 1;
   static_assert(Sums <= (Warpgroups == 4 ? 32 : 128), "the sums must fit registers");
 
   // Whether there are registers to fetch ahead into: ptxas has 168 for each of 384 threads, 96 for each of 640.
   // Compiled: with more sums than these it spills.
-  static constexpr int SparingSums = ClusterSize > 1 && (Channels == 256 || K == 64) ? 8 : 16;
+  static constexpr int SparingSums = K == 64 || (ClusterSize > 1 && Channels == 256) ? 8 : 16;
   static constexpr bool SpareRegisters = Sums <= (Warpgroups == 2 ? 64 : SparingSums);
 
   // setmaxnreg: what a thread has once the warpgroups have divided anew what the CTA was launched with. Asking for more
@@ -71,17 +78,17 @@ struct Shape {
   static constexpr int ActivationBytes = Halves * HalfActivationBytes;
   static constexpr int StageBytes = WeightBytes + ActivationBytes;
 
-  // Partial sums of the warpgroups along K, [WarpgroupsK][PhaseTokens][PartialStride]: rows are padded so that a warp's
-  // eight channels of four tokens fall into 32 banks. More tokens take turns.
-  static constexpr int PhaseTokens = min_of(Tokens, 32);
-  static constexpr int PartialStride = Channels + 4;
-  static constexpr int PartialBytes = Reduces ? WarpgroupsK * PhaseTokens * PartialStride * 4 : 0;
-  // Sums that the other CTAs of a cluster send for the share of the channels that this one stores, twice
-  // [ClusterK - 1][Tokens][share]: those of the next tile may arrive before this one's are read.
-  static constexpr int ShareChannels = Channels / ClusterK;
-  static constexpr int ReceivedBytes = (ClusterK - 1) * Tokens * ShareChannels * 4;
+  // Partial sums that warpgroups along K hand over to one of them, of so many tokens at a time.
+  static constexpr int PhaseTokens = WarpgroupsK == 2 && Tokens == 64 ? 64 : min_of(Tokens, 32);
+  static constexpr int PartialBytes = (WarpgroupsK - 1) * PhaseTokens * Channels * 4;
+  // Sums that the other CTAs of a cluster send for the share of the channels that this one stores, twice: those of the
+  // next tile may arrive before this one's are read.
+  static constexpr int ReceivedBytes = (ClusterK - 1) * Tokens * (Channels / ClusterK) * 4;
+  // What a CTA hands over to another through global memory (stream-K): a flag of each warp, then sums.
+  static constexpr int FlagBytes = 128;
+  static constexpr int HandoverBytes = FlagBytes + Channels * Tokens * 4;
+  static_assert(Consumers / kWarp * 8 <= FlagBytes, "a flag has 8 bytes");
   // Output on its way, per warpgroup two boxes of 32 tokens x 64 channels.
-  static constexpr int BoxTokens = 32;
   static constexpr int BoxBytes = BoxTokens * kBlockChannels * 2;
   static constexpr int OutputBytes = StoresThroughShared ? Warpgroups * 2 * BoxBytes : 0;
 

@@ -62,7 +62,7 @@ typedef struct {
   size_t packed_bytes;     /* must equal w4a16_packed_bytes */
   const void* bias;        /* fp16 [n], or null */
   void* output;            /* fp16 [m, n], row-major, 16-byte aligned */
-  void* workspace;         /* 128-byte aligned; null where w4a16_workspace_bytes gives 0 */
+  void* workspace; /* 128-byte aligned, of any content, of no other launch under way; null where none is needed */
   size_t workspace_bytes;
   void* stream; /* cudaStream_t of the current device */
   float alpha;

@@ -1,0 +1,73 @@
+// Divides problems among CTAs with the native kernel's own functions, on the CPU, and counts what the CTAs would sum.
+//
+// host_tiles > a line per shape and problem: "ok", or what is wrong
+#include <cstdio>
+#include <map>
+#include <tuple>
+
+#include "native_tiles.h"
+
+namespace native = w4a16::native;
+
+// Every k block of every tile once; of stream-K also: what a CTA hands over is the first thing that it works on, and
+// everything that is handed over belongs to a tile that an earlier share begins.
+template <class S>
+const char* what_is_wrong(int64_t m, int channel_blocks, int k_blocks, int clusters_at_once) {
+  native::Tiling tiling{};
+  const int ctas = native::divide<S>(&tiling, m, channel_blocks, k_blocks, clusters_at_once);
+  if (ctas < 1 || ctas > clusters_at_once * S::ClusterSize || ctas % S::ClusterSize != 0) return "wrong number of CTAs";
+  std::map<std::tuple<int, int, int>, int> sums;  // of channel block, token, k block
+  for (int cta = 0; cta < ctas; ++cta) {
+    const native::Work work = native::work_of<S>(tiling, cta, ctas, cta % S::ClusterSize);
+    for (int index = work.first_tile; index < work.end_tile; index += work.tile_step) {
+      const native::Tile tile = native::tile_at<S>(tiling, work, index);
+      if (tile.blocks < 1 && !(S::ClusterK > 1 && tile.blocks == 0)) return "a tile of nothing";
+      if (tile.first_block + tile.blocks > k_blocks) return "beyond K";
+      for (int block = 0; block < tile.blocks; ++block) {
+        ++sums[{tile.channel_block, tile.token, tile.first_block + block}];
+      }
+      if (!S::StreamK) continue;
+      if (tile.first_block > 0 && index != work.first_tile) return "hands over late";
+      const int begin = native::share_begin(tiling, work.share);
+      if (index == work.first_tile && begin != index * k_blocks + tile.first_block) return "a share begins elsewhere";
+      if (work.share + 1 < ctas && native::share_begin(tiling, work.share + 1) <= begin) return "shares out of order";
+    }
+  }
+  const int64_t tokens = (m + S::Tokens - 1) / S::Tokens;
+  for (int channel = 0; channel < channel_blocks; channel += S::Blocks) {
+    for (int64_t token = 0; token < tokens; ++token) {
+      for (int block = 0; block < k_blocks; ++block) {
+        const auto found = sums.find({channel, static_cast<int>(token) * S::Tokens, block});
+        if (found == sums.end()) return "left out";
+        if (found->second != 1) return "summed twice";
+      }
+    }
+  }
+  return "ok";
+}
+
+template <class S>
+void check(const char* name) {
+  for (int64_t m : {1, 64, 65, 1200}) {
+    for (int channel_blocks : {1, 3, 64, 130}) {
+      for (int k_blocks : {1, 2, 7, 16}) {
+        for (int clusters_at_once : {1, 5, 132 / S::ClusterSize}) {
+          std::printf("%s m %d, %d channel blocks, %d k blocks, %d clusters: %s\n", name, static_cast<int>(m),
+                      channel_blocks, k_blocks, clusters_at_once,
+                      what_is_wrong<S>(m, channel_blocks, k_blocks, clusters_at_once));
+        }
+      }
+    }
+  }
+}
+
+int main() {
+  check<native::Shape<64, 64, 128, 2, 1, 1, 1, false, 1>>("persistent");
+  check<native::Shape<64, 64, 128, 2, 1, 1, 1, true, 1>>("stream-K");
+  check<native::Shape<256, 128, 64, 2, 1, 1, 1, true, 2>>("stream-K, large tiles");
+  check<native::Shape<64, 64, 128, 2, 2, 1, 1, false, 0>>("cluster 2x1x1");
+  check<native::Shape<128, 64, 64, 2, 1, 2, 1, false, 1>>("cluster 1x2x1");
+  check<native::Shape<128, 128, 64, 2, 2, 2, 1, false, 1>>("cluster 2x2x1");
+  check<native::Shape<64, 16, 128, 4, 1, 1, 2, false, 1>>("cluster 1x1x2");
+  check<native::Shape<64, 64, 128, 2, 1, 1, 4, false, 1>>("cluster 1x1x4");
+}
