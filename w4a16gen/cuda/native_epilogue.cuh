@@ -98,7 +98,7 @@ __device__ inline void store_through_shared(const Parameters& p, const Shared<S>
   constexpr int kBoxes = S::Tokens / S::BoxTokens / S::ClusterK;         // of a fragment that this CTA stores
   constexpr int kPendingReads = kBoxes * S::Fragments % 2 == 0 ? 1 : 0;  // a lone box returns to the same memory
   const uint32_t boxes = shared.output(me.warpgroup_m);
-  const int barrier = 2 + me.warpgroup_m;
+  const int barrier = kWarpgroupBarrier + me.warpgroup_m;
   const bool stores = me.warp == 0 && me.lane == 0;
   // The lane's row for stmatrix: matrices 0 and 1 are 8 tokens of the lower and upper 8 channels, 2 and 3 the next 8.
   const int row = me.lane / 16 * 8 + me.lane % 8;

@@ -25,13 +25,13 @@ __device__ inline void add_piece(float (&sum)[Sums], int group, float4 other) {
 }
 
 // Calls visit(fragment, group, number) for all pieces of the groups from `begin` to `end`. (Also for those without
-// tokens of the problem: branches would keep loads from overlapping.)
+// tokens of the problem: branches would keep loads from overlapping. Where registers are short, a warp barrier keeps
+// loads from being moved into registers that are not there.)
 template <class S, class Visit>
 __device__ inline void for_pieces(int begin, int end, const Visit& visit) {
 #pragma unroll
   for (int group = begin; group < end; ++group) {
-    if constexpr (!S::SpareRegisters)
-      __syncwarp();  // no loads are moved ahead of it, into registers that are not there
+    if constexpr (!S::SpareRegisters) __syncwarp();
 #pragma unroll
     for (int f = 0; f < S::Fragments; ++f) visit(f, group, group * S::Fragments + f);
   }
@@ -48,7 +48,7 @@ __device__ inline void sum_warpgroups(const Shared<S>& shared, const Consumer& m
     const int in_phase = piece % (kPhaseGroups * S::Fragments);
     return partials + (in_phase * (S::WarpgroupsK - 1) + index) * kStride;
   };
-  const int barrier = 2 + me.warpgroup_m;
+  const int barrier = kWarpgroupBarrier + me.warpgroup_m;
 #pragma unroll
   for (int begin = 0; begin < S::Tokens / 8; begin += kPhaseGroups) {
     if (begin > 0) named_barrier(barrier, S::WarpgroupsK * kWarpgroup);  // what these overwrite has been read
@@ -99,8 +99,6 @@ __device__ inline bool sum_cluster(const Shared<S>& shared, int rank, const Cons
   return true;
 }
 
-constexpr int kHandoverBarrier = 4;
-
 template <class S>
 __device__ inline uint8_t* handover_of(const Parameters& p, int share) {
   return p.workspace + static_cast<int64_t>(share) * S::HandoverBytes;
@@ -148,6 +146,7 @@ __device__ inline bool sum_shares(const Parameters& p, const Tile& tile, int ind
 // the better part of a microsecond, and sets the flags.
 template <class S>
 __device__ inline void publish_handover(const Parameters& p, const Work& work) {
+  static_assert(kWarpgroupBarrier + S::Warpgroups <= kHandoverBarrier, "no two uses of one named barrier at a time");
   if (work.first_block == 0) return;
   named_barrier(kHandoverBarrier, S::Consumers + kWarp);
   const int lane = threadIdx.x % kWarp;
@@ -167,7 +166,7 @@ __device__ inline bool exchange(const Parameters& p, const Shared<S>& shared, co
       barrier_arrive_expecting(shared.arrived(turn % 2), S::ReceivedBytes);
     }
   }
-  if (S::Reduces && index != work.first_tile) named_barrier(1, S::Consumers);
+  if (S::Reduces && index != work.first_tile) named_barrier(kConsumersBarrier, S::Consumers);
   if constexpr (S::WarpgroupsK > 1) sum_warpgroups<S>(shared, me, sum);
   if constexpr (S::ClusterK > 1) return sum_cluster<S>(shared, work.rank, me, turn, sum);
   if constexpr (S::StreamK) return sum_shares<S>(p, tile, index, work, me, sum);

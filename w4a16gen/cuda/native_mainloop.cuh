@@ -22,6 +22,11 @@ __device__ inline Consumer consumer_at(int thread) {
   return {warpgroup % S::WarpgroupsM, warpgroup / S::WarpgroupsM, warp % 4, thread % kWarp};
 }
 
+// Named barriers, beside 0, which is __syncthreads.
+constexpr int kConsumersBarrier = 1;
+constexpr int kWarpgroupBarrier = 2;  // and the following, one for each warpgroup along the channels
+constexpr int kHandoverBarrier = 6;
+
 template <class S>
 using Sums = float[S::Fragments][S::Tokens / 2];
 

@@ -43,7 +43,7 @@ struct Shape {
   static constexpr bool Exchanges = Reduces || StreamK;  // sums, before it stores
   // The CTAs of a cluster that split K store shares of the tokens where these are whole boxes, or else of the channels.
   static constexpr int BoxTokens = 32;
-  static constexpr bool SharesTokens = ClusterK > 1 && Tokens >= BoxTokens* ClusterK;
+  static constexpr bool SharesTokens = ClusterK > 1 && Tokens / ClusterK >= BoxTokens;
   static constexpr bool StoresThroughShared = WarpgroupsK == 1 && Tokens >= 64 && (ClusterK == 1 || SharesTokens);
   static_assert(Warpgroups == 2 || Warpgroups == 4, "two or four consumer warpgroups");
 
@@ -81,8 +81,8 @@ struct Shape {
   // Partial sums that warpgroups along K hand over to one of them, of so many tokens at a time.
   static constexpr int PhaseTokens = WarpgroupsK == 2 && Tokens == 64 ? 64 : min_of(Tokens, 32);
   static constexpr int PartialBytes = (WarpgroupsK - 1) * PhaseTokens * Channels * 4;
-  // Sums that the other CTAs of a cluster send for the share of the channels that this one stores, twice: those of the
-  // next tile may arrive before this one's are read.
+  // Sums that the other CTAs of a cluster send for the share of a tile that this one stores, twice: those of the next
+  // tile may arrive before this one's are read.
   static constexpr int ReceivedBytes = (ClusterK - 1) * Tokens * (Channels / ClusterK) * 4;
   // What a CTA hands over to another through global memory (stream-K): a flag of each warp, then sums.
   static constexpr int FlagBytes = 128;
