@@ -68,6 +68,7 @@ class Library:
         self._indices = {KernelConfig.parse(kernel["name"]): index for index, kernel in enumerate(self.kernels)}
         self._workspaces: dict[tuple[int, int], list[DeviceArray]] = {}
         self._choice = lru_cache(maxsize=1 << 16)(self._choose)
+        self._workspace_needed = lru_cache(maxsize=1 << 16)(self._ask_workspace)
         self._lock = threading.Lock()
 
     def configs(self) -> list[KernelConfig]:
@@ -263,6 +264,9 @@ class Library:
         """Choose among the kernels that read a layout."""
         return choose([found for found in self._indices if TARGET_LAYOUTS[found.target] == layout], mode, problem)
 
+    def _ask_workspace(self, kernel: KernelConfig, problem: Problem, device: int) -> int:
+        return self.workspace_bytes(kernel, problem, device=device)
+
     def _workspace(
         self, kernel: KernelConfig, problem: Problem, given: Any, device: int, stream: int
     ) -> ArrayView | None:
@@ -270,7 +274,7 @@ class Library:
             seen = view("workspace", given, self.module)
             check("workspace", seen, dtype="|u1", shape=seen.shape, device=device)
             return seen
-        needed = self.workspace_bytes(kernel, problem, device=device)
+        needed = self._workspace_needed(kernel, problem, device)
         if needed == 0:
             return None
         with self._lock:
