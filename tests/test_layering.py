@@ -12,7 +12,7 @@ ORDER = [
     {"errors", "files", "driver"},
     {"config"},
     {"legality", "problem", "toolchain"},
-    {"space", "quantize", "dispatch", "arrays"},
+    {"space", "quantize", "dispatch", "arrays", "models"},
     {"render", "packing"},
     {"compile"},
     {"build"},

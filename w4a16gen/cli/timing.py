@@ -24,8 +24,10 @@ from w4a16gen.cli.app import (
 )
 from w4a16gen.config import QuantMode
 from w4a16gen.errors import InvalidValueError
+from w4a16gen.models import MODELS, model_problems
 from w4a16gen.problem import Problem
 
+MODEL_TOKENS = (1, 16, 64, 256, 1024)
 HEADINGS = ("m x n x k", "kernel", "us", "dependent us", "TB/s", "TFLOP/s", "over cuBLAS FP16")
 
 
@@ -40,6 +42,22 @@ def parse_problem(text: str) -> Problem:
     if len(parts) != 4 or not all(part.isdigit() and int(part) > 0 for part in parts):  # noqa: PLR2004
         raise InvalidValueError(f"{text!r} must be MxNxK or MxNxK,GROUP, positive integers such as 16x4096x4096,128")
     return Problem(*(int(part) for part in parts))
+
+
+def parse_model(text: str) -> tuple[str, int, int]:
+    """Read `NAME`, `NAME/GPUS`, or either and `,GROUP`; one GPU and groups of 128 unless given.
+
+    Raises:
+        InvalidValueError: if the text is anything else, or there is no such model.
+    """
+    rest, comma, group = text.partition(",")
+    name, slash, gpus = rest.partition("/")
+    counts = (gpus if slash else "1", group if comma else "128")
+    if name not in MODELS or not all(count.isdigit() and int(count) > 0 for count in counts):
+        raise InvalidValueError(
+            f"{text!r} must be NAME[/GPUS][,GROUP] such as llama-3-70b/8,128; the models are {', '.join(MODELS)}"
+        )
+    return name, int(counts[0]), int(counts[1])
 
 
 @main.command()
@@ -74,9 +92,18 @@ def explain(problem: Problem, mode: QuantMode, top: int, folder: Path | None, as
     "--problem",
     "problems",
     multiple=True,
-    required=True,
     type=Parsed("MxNxK[,GROUP]", parse_problem),
     help="Tokens, output channels, K; may be repeated.",
+)
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    type=Parsed("NAME[/GPUS][,GROUP]", parse_model),
+    help="The layers of a model on one of so many GPUs, such as llama-3-70b/8; may be repeated.",
+)
+@click.option(
+    "--tokens", multiple=True, type=click.IntRange(min=1), default=MODEL_TOKENS, show_default=True, help="m of --model."
 )
 @mode_option
 @click.option("--finalists", type=click.IntRange(min=1), default=4, show_default=True, help="Kernels timed in turn.")
@@ -91,6 +118,8 @@ def explain(problem: Problem, mode: QuantMode, top: int, folder: Path | None, as
 @json_option
 def bench(
     problems: Sequence[Problem],
+    models: Sequence[tuple[str, int, int]],
+    tokens: Sequence[int],
     mode: QuantMode,
     finalists: int,
     rounds: int,
@@ -99,17 +128,23 @@ def bench(
     as_json: bool,
 ) -> None:
     """Time the kernels of the build on problems, with cold L2, beside cuBLAS FP16 where torch is installed."""
+    named = [("", problem) for problem in problems]
+    for name, gpus, group_size in models:
+        named += model_problems(name, tokens, tensor_parallel=gpus, group_size=group_size)
+    if not named:
+        raise click.UsageError("name what to time: --problem 16x4096x4096, or --model llama-3-8b")
     library = load(folder)
     gpu = hopper_gpu(library)
     comparisons = []
-    for problem in problems:
+    for name, problem in named:
         asked = problem if mode.is_grouped else Problem(problem.m, problem.n, problem.k, problem.k)
         with show_progress(str(asked)) as progress:
             found = sweep.compare(library, asked, mode, finalists=finalists, rounds=rounds, progress=progress)
         comparisons.append(found)
         if found.screened:
             left_out = f"; {found.left_out} kernels with tiles far from m not timed" if found.left_out else ""
-            notes.print(f"{asked}: {found.best.median:.2f} us, {found.best.contender}{left_out}")
+            layer = f" ({name})" if name else ""
+            notes.print(f"{asked}{layer}: {found.best.median:.2f} us, {found.best.contender}{left_out}")
         else:
             notes.print(f"{asked}: no built kernel of mode {mode} can run it")
     small = sweep.smallest_set(comparisons, slack / 100) if slack is not None else []
