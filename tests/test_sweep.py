@@ -104,6 +104,10 @@ def test_explain_names_the_choice_and_what_it_was_weighed_against(
     assert "bench --problem 16x4096x4096,4096" in shown.stderr
     monkeypatch.setattr(timing, "load", lambda _folder: SimpleNamespace(configs=lambda: enumerate_space("trtllm")))
     assert "cutlass" in cli.invoke(main, ["explain", "16", "4096", "4096"]).stdout
+    monkeypatch.setenv("W4A16GEN_KERNELS", configs[0].name)
+    named = cli.invoke(main, ["explain", "16", "4096", "4096", "--mode", str(configs[0].mode), "--json"])
+    assert json.loads(named.stdout)["chosen"] == configs[0].name
+    assert "W4A16GEN_KERNELS names" in named.stderr
     wrong = cli.invoke(main, ["explain", "16", "4096", "4100"])
     assert wrong.exit_code == 2
     assert "k of 4100 must be a positive multiple of 8" in wrong.stderr

@@ -2,6 +2,7 @@
 
 from w4a16gen.api import configs, gemm, load, pack, to_device
 from w4a16gen.config import ClusterShape, CtaShape, KernelConfig, QuantMode, Schedule, Scheduler, Target
+from w4a16gen.dispatch import use_kernels
 from w4a16gen.errors import W4A16Error
 from w4a16gen.module import Library
 from w4a16gen.packing import PackedWeight, pack_weight
@@ -31,4 +32,5 @@ __all__ = [
     "pack_weight",
     "quantize",
     "to_device",
+    "use_kernels",
 ]

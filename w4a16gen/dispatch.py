@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
 
 from w4a16gen.config import KernelConfig, QuantMode, Scheduler, Target
-from w4a16gen.errors import UnsupportedProblemError
+from w4a16gen.errors import InvalidValueError, UnsupportedProblemError
 from w4a16gen.legality import native_arrangement
 from w4a16gen.problem import Problem, why_cannot_run
+
+KERNELS_VARIABLE = "W4A16GEN_KERNELS"
+"""Names of kernels, separated by commas, that calls use which name none."""
+_used: ContextVar[tuple[KernelConfig, ...] | None] = ContextVar("kernels of use_kernels", default=None)
 
 SM_COUNT = 132
 """Multiprocessors of H100, H800 and H200 with SXM sockets; the PCIe H100 has 114, which changes few choices."""
@@ -43,6 +51,45 @@ OVERLAP_LOSS = 0.307
 """Share of the shorter of reading and working that the longer one does not hide."""
 MULTICAST_CYCLES = 1040.0
 """What CTAs that share operands lose by waiting for each other."""
+
+
+@contextmanager
+def use_kernels(*kernels: KernelConfig | str) -> Iterator[None]:
+    """Make calls of `gemm` use these kernels unless they name one, each for weights of its mode and target.
+
+    Holds in the thread, or the asynchronous task, that enters it, and takes precedence over the environment variable
+    W4A16GEN_KERNELS, which does the same for a whole process. Without arguments, calls choose as if neither was there.
+    Weights that none of them reads get a chosen kernel as ever; a problem that the named kernel cannot run is an error.
+
+    Args:
+        kernels: configurations or their names; of several for one mode and target, the first counts.
+
+    Raises:
+        InvalidValueError: if a text is no kernel's name.
+    """
+    token = _used.set(tuple(KernelConfig.parse(kernel) if isinstance(kernel, str) else kernel for kernel in kernels))
+    try:
+        yield
+    finally:
+        _used.reset(token)
+
+
+def kernels_in_use() -> tuple[KernelConfig, ...]:
+    """Give the kernels that `use_kernels`, or else the environment, names for calls that name none.
+
+    Raises:
+        InvalidValueError: if the environment variable holds anything but kernels' names.
+    """
+    used = _used.get()
+    return _parse_variable(os.environ.get(KERNELS_VARIABLE, "")) if used is None else used
+
+
+@lru_cache(maxsize=16)
+def _parse_variable(text: str) -> tuple[KernelConfig, ...]:
+    try:
+        return tuple(KernelConfig.parse(name.strip()) for name in text.split(",") if name.strip())
+    except InvalidValueError as error:
+        raise InvalidValueError(f"{KERNELS_VARIABLE}: {error}") from None
 
 
 def runnable(configs: Iterable[KernelConfig], mode: QuantMode, problem: Problem) -> list[KernelConfig]:

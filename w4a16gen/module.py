@@ -15,7 +15,7 @@ import numpy as np
 from w4a16gen.arrays import ArrayView, DeviceArray, check, empty_like_library, stream_pointer, view
 from w4a16gen.build import Build
 from w4a16gen.config import KernelConfig, QuantMode, Target
-from w4a16gen.dispatch import choose
+from w4a16gen.dispatch import choose, kernels_in_use
 from w4a16gen.errors import (
     CudaError,
     InvalidValueError,
@@ -228,7 +228,7 @@ class Library:
         problem = Problem(seen.shape[0], w.n, w.k, w.group_size)
         data = view("packed weight", w.data, self.module)
         device = data.device or 0
-        kernel = self._kernel(config, w, problem)
+        kernel = self.kernel_for(w, problem, config)
         check("activations", seen, dtype="<f2", shape=(problem.m, problem.k), device=data.device)
         check("packed weight", data, dtype="|u1", shape=(w.nbytes,))
         biased = None if bias is None else view("bias", bias, self.module)
@@ -251,8 +251,18 @@ class Library:
         self._result(outcome)
         return out
 
-    def _kernel(self, config: KernelConfig | str | None, w: PackedWeight, problem: Problem) -> KernelConfig:
-        """Give the kernel to launch: the one named, checked against the weight, or one chosen."""
+    def kernel_for(self, w: PackedWeight, problem: Problem, config: KernelConfig | str | None = None) -> KernelConfig:
+        """Give the kernel that `gemm` launches: the one named, by the call or by `use_kernels`, or one chosen.
+
+        Raises:
+            InvalidValueError: if the kernel that is named reads other weights, or the name is none.
+            NotBuiltError: if the build does not hold it.
+            UnsupportedProblemError: if no built kernel can run the problem.
+        """
+        for used in kernels_in_use() if config is None else ():
+            if used.mode is w.mode and TARGET_LAYOUTS[used.target] == w.layout:
+                config = used
+                break
         if config is None:
             return self._choice(w.mode, w.layout, problem)
         kernel = KernelConfig.parse(config) if isinstance(config, str) else config

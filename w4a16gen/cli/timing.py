@@ -68,15 +68,22 @@ def parse_model(text: str) -> tuple[str, int, int]:
 def explain(problem: Problem, mode: QuantMode, top: int, folder: Path | None, as_json: bool) -> None:
     """Show which built kernel a call with M tokens, N output channels and K values gets, and the runners-up."""
     configs = load(folder).configs()
-    chosen = dispatch.choose(configs, mode, problem)
+    used = next((config for config in dispatch.kernels_in_use() if config.mode is mode), None)
+    chosen = used or dispatch.choose(configs, mode, problem)
     estimated = dispatch.estimate(configs, mode, problem)
+    if used is not None:
+        notes.print(f"{dispatch.KERNELS_VARIABLE} names {used.name}: calls use it, whatever the estimates")
     if as_json:
         shown = [{"kernel": config.name, "estimated_microseconds": round(us, 2)} for config, us in estimated[:top]]
         print_json({"problem": vars(problem), "mode": mode.value, "chosen": chosen.name, "estimates": shown})
         return
     if estimated:
         rows = ((config.name.removeprefix("w4a16_sm90_"), f"{us:.1f}") for config, us in estimated[:top])
-        print_table(f"{problem}, mode {mode}: the first is chosen", ("kernel", "estimated us"), rows)
+        print_table(
+            f"{problem}, mode {mode}" + (": the first is chosen" if used is None else ""),
+            ("kernel", "estimated us"),
+            rows,
+        )
         shape = f"{problem.m}x{problem.n}x{problem.k},{problem.group_size}"
         notes.print(
             f"{len(estimated)} native kernels of the build can run it. Estimates are for an H100 and off by 12 % (root "
@@ -84,6 +91,7 @@ def explain(problem: Problem, mode: QuantMode, top: int, folder: Path | None, as
         )
     else:
         click.echo(chosen.name)
+    if not estimated and used is None:
         notes.print("No native kernel of the build can run it: chosen by a rule of thumb among CUTLASS's.")
 
 
