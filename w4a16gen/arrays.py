@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +16,7 @@ _DLPACK_CUDA = (2, 13)
 _DLPACK_KINDS = {0: "i", 1: "u", 2: "f"}
 
 
-@dataclass(frozen=True)
-class ArrayView:
+class ArrayView(NamedTuple):
     """Where an array is and what it holds. `owner` keeps the memory alive."""
 
     pointer: int
@@ -108,22 +106,23 @@ def view(name: str, array: Any, module: Any) -> ArrayView:
     interface = getattr(array, "__cuda_array_interface__", None)
     if interface is not None:
         pointer, shape = interface["data"][0] or 0, tuple(interface["shape"])
-        dtype = np.dtype(interface["typestr"])
+        dtype: str = interface["typestr"]
         strides = interface.get("strides")
-        counted = None if strides is None else tuple(stride // dtype.itemsize for stride in strides)
+        counted = None if strides is None else tuple(stride // np.dtype(dtype).itemsize for stride in strides)
         device = module.pointer_device(pointer) if pointer else None  # an empty array is nowhere
         owner = array
     elif is_on_gpu(array):
         owner = array.__dlpack__(stream=-1)
         pointer, shape, counted, (code, bits, lanes), device = module.dlpack_view(owner)
         kind = _DLPACK_KINDS.get(code)
-        dtype = np.dtype(f"{kind}{bits // 8}") if kind is not None and lanes == 1 else np.dtype("V1")
+        dtype = np.dtype(f"{kind}{bits // 8}" if kind is not None and lanes == 1 else "V1").str
     else:
         raise InvalidValueError(
             f"{name} is a {type(array).__name__} in host memory, but the other arrays are on a GPU: move it with "
             "w4a16gen.to_device, or keep all on the host to run the numpy reference"
         )
-    return ArrayView(pointer, shape, dtype.str, device, _is_contiguous(shape, counted), (array, owner))
+    contiguous = counted is None or _is_contiguous(shape, counted)
+    return ArrayView(pointer, shape, dtype, device, contiguous, (array, owner))
 
 
 def check(name: str, seen: ArrayView, *, dtype: str, shape: tuple[int, ...], device: int | None = None) -> None:
@@ -132,7 +131,7 @@ def check(name: str, seen: ArrayView, *, dtype: str, shape: tuple[int, ...], dev
     Raises:
         InvalidValueError: naming what is off and what it must be.
     """
-    if np.dtype(seen.dtype) != np.dtype(dtype):
+    if seen.dtype != dtype and np.dtype(seen.dtype) != np.dtype(dtype):
         raise InvalidValueError(f"{name} of dtype {np.dtype(seen.dtype)} must be {np.dtype(dtype)}")
     if seen.shape != shape:
         raise InvalidValueError(f"{name} of shape {list(seen.shape)} must be {list(shape)}")

@@ -230,7 +230,8 @@ class Library:
         device = data.device or 0
         kernel = self.kernel_for(w, problem, config)
         check("activations", seen, dtype="<f2", shape=(problem.m, problem.k), device=data.device)
-        check("packed weight", data, dtype="|u1", shape=(w.nbytes,))
+        packed_bytes = w.nbytes
+        check("packed weight", data, dtype="|u1", shape=(packed_bytes,))
         biased = None if bias is None else view("bias", bias, self.module)
         if biased is not None:
             check("bias", biased, dtype="<f2", shape=(problem.n,), device=device)
@@ -243,7 +244,7 @@ class Library:
         outcome = self._native.gemm(
             self._index(kernel),
             *_numbers(problem),
-            *(seen.pointer, data.pointer, data.nbytes),
+            *(seen.pointer, data.pointer, packed_bytes),
             *(0 if biased is None else biased.pointer, target.pointer, alpha),
             *((0, 0) if space is None else (space.pointer, space.nbytes)),
             *(address, dependent_launch, device),
