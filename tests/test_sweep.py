@@ -89,11 +89,15 @@ def test_bench_needs_a_problem_and_a_build(cli: CliRunner) -> None:
     assert "no build in build" in result.output
 
 
+def untuned(*_: object) -> None:
+    """Stand in for a library without a tuning table."""
+
+
 def test_explain_names_the_choice_and_what_it_was_weighed_against(
     cli: CliRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configs = enumerate_space("default")
-    monkeypatch.setattr(timing, "load", lambda _folder: SimpleNamespace(configs=lambda: configs))
+    monkeypatch.setattr(timing, "load", lambda _folder: SimpleNamespace(configs=lambda: configs, tuned=untuned))
     found = json.loads(cli.invoke(main, ["explain", "16", "4096", "4096", "--json", "--top", "3"]).stdout)
     chosen = choose(configs, QuantMode.FINEGRAINED_SCALE_ONLY, Problem(16, 4096, 4096, 128)).name
     assert found["chosen"] == chosen == found["estimates"][0]["kernel"]
@@ -102,7 +106,9 @@ def test_explain_names_the_choice_and_what_it_was_weighed_against(
     shown = cli.invoke(main, ["explain", "16", "4096", "4096", "--mode", "cs"])
     assert "mode cs: the first is chosen" in shown.stdout
     assert "bench --problem 16x4096x4096,4096" in shown.stderr
-    monkeypatch.setattr(timing, "load", lambda _folder: SimpleNamespace(configs=lambda: enumerate_space("trtllm")))
+    monkeypatch.setattr(
+        timing, "load", lambda _folder: SimpleNamespace(configs=lambda: enumerate_space("trtllm"), tuned=untuned)
+    )
     assert "cutlass" in cli.invoke(main, ["explain", "16", "4096", "4096"]).stdout
     monkeypatch.setattr(dispatch, "environment_kernels", lambda: (configs[0],))
     named = cli.invoke(main, ["explain", "16", "4096", "4096", "--mode", str(configs[0].mode), "--json"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import threading
+import warnings
+from collections.abc import Iterable
 from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +29,7 @@ from w4a16gen.errors import (
 from w4a16gen.packing import TARGET_LAYOUTS, TOO_WIDE_RANGE, PackedWeight
 from w4a16gen.problem import Problem
 from w4a16gen.quantize import mode_and_group_size
+from w4a16gen.tuning import TABLE, TuningTable, content_hashes
 
 _ERRORS: dict[int, type[W4A16Error]] = {
     1: InvalidValueError,
@@ -67,6 +70,7 @@ class Library:
         self.kernels: list[dict[str, Any]] = self._native.kernels()
         self._indices = {KernelConfig.parse(kernel["name"]): index for index, kernel in enumerate(self.kernels)}
         self._workspaces: dict[tuple[int, int], list[DeviceArray]] = {}
+        self._tables: dict[str | None, TuningTable | None] = {}
         self._choice = lru_cache(maxsize=1 << 16)(self._choose)
         self._workspace_needed = lru_cache(maxsize=1 << 16)(self._ask_workspace)
         self._lock = threading.Lock()
@@ -228,7 +232,7 @@ class Library:
         problem = Problem(seen.shape[0], w.n, w.k, w.group_size)
         data = view("packed weight", w.data, self.module)
         device = data.device or 0
-        kernel = self.kernel_for(w, problem, config)
+        kernel = self.kernel_for(w, problem, config, device=device)
         check("activations", seen, dtype="<f2", shape=(problem.m, problem.k), device=data.device)
         packed_bytes = w.nbytes
         check("packed weight", data, dtype="|u1", shape=(packed_bytes,))
@@ -252,8 +256,13 @@ class Library:
         self._result(outcome)
         return out
 
-    def kernel_for(self, w: PackedWeight, problem: Problem, config: KernelConfig | str | None = None) -> KernelConfig:
+    def kernel_for(
+        self, w: PackedWeight, problem: Problem, config: KernelConfig | str | None = None, *, device: int = 0
+    ) -> KernelConfig:
         """Give the kernel that `gemm` launches: the one named, by the call or by `use_kernels`, or one chosen.
+
+        It is chosen by the build's tuning table where that has the problem, or else by an estimate; and once: a table
+        that is written later counts in the next process.
 
         Raises:
             InvalidValueError: if the kernel that is named reads other weights, or the name is none.
@@ -265,15 +274,54 @@ class Library:
                 config = used
                 break
         if config is None:
-            return self._choice(w.mode, w.layout, problem)
+            return self._choice(w.mode, w.layout, problem, device)
         kernel = KernelConfig.parse(config) if isinstance(config, str) else config
         self._index(kernel)
         check_weight(kernel, w)
         return kernel
 
-    def _choose(self, mode: QuantMode, layout: str, problem: Problem) -> KernelConfig:
+    def _choose(self, mode: QuantMode, layout: str, problem: Problem, device: int) -> KernelConfig:
         """Choose among the kernels that read a layout."""
-        return choose([found for found in self._indices if TARGET_LAYOUTS[found.target] == layout], mode, problem)
+        readable = [found for found in self._indices if TARGET_LAYOUTS[found.target] == layout]
+        tuned = self.tuned(mode, problem, readable, device=device)
+        return choose(readable, mode, problem) if tuned is None else tuned[0]
+
+    def tuned(
+        self, mode: QuantMode, problem: Problem, configs: Iterable[KernelConfig] | None = None, *, device: int = 0
+    ) -> tuple[KernelConfig, float] | None:
+        """Give the fastest kernel of the build's tuning table and its microseconds, or None if that has none.
+
+        A table that is damaged, or of another kind of GPU, is told of once, as a warning, and counts for nothing. On a
+        machine without a GPU any table counts.
+        """
+        gpus = {gpu["index"]: (gpu["name"], gpu["sm_count"]) for gpu in self.devices()}
+        name, sm_count = gpus.get(device, (None, None))
+        if name not in self._tables:
+            self._tables[name] = self._read_table(name, sm_count)
+        table = self._tables[name]
+        if table is None:
+            return None
+        hashes = content_hashes(self.build.manifest, self._indices if configs is None else configs)
+        return table.best(mode, problem, hashes)
+
+    def _read_table(self, name: str | None, sm_count: int | None) -> TuningTable | None:
+        path = self.build.folder / TABLE
+        try:
+            table = TuningTable.read(path)
+        except OSError:
+            return None
+        except InvalidValueError as error:
+            warnings.warn(f"{error}; until then kernels are chosen by estimates", RuntimeWarning, stacklevel=2)
+            return None
+        if name is not None and (table.gpu, table.sm_count) != (name, sm_count):
+            warnings.warn(
+                f"{path} is of {table.gpu} with {table.sm_count} SMs, not of {name} with {sm_count}: kernels are "
+                "chosen by estimates; `w4a16gen tune` with another --table measures here",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return None
+        return table
 
     def _ask_workspace(self, kernel: KernelConfig, problem: Problem, device: int) -> int:
         return self.workspace_bytes(kernel, problem, device=device)

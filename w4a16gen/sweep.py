@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -216,6 +216,26 @@ class _Stage:
         return _Contender(graph.replay, timed_replay, launches)
 
 
+def screen(stage: _Stage, config: KernelConfig) -> float:
+    """Time one kernel briefly: the least of a few replays, in microseconds."""
+    contender = stage.record(config, dependent=False)
+    contender.replay()
+    return min(contender.timed_replay() * 1000 / contender.launches for _ in range(SCREENING_REPLAYS))
+
+
+def measure(
+    library: Library, problem: Problem, mode: QuantMode, configs: Sequence[KernelConfig], *, seed: int = 0
+) -> Iterator[tuple[KernelConfig, float]]:
+    """Time kernels on one problem with cold L2, one after the other, and give each one's microseconds at once.
+
+    Raises:
+        NoHopperGpuError: if there is no Hopper GPU.
+    """
+    stage = _Stage(library, hopper_gpu(library)["index"], problem, mode, seed)
+    for config in configs:
+        yield config, screen(stage, config)
+
+
 def tiles_suit(config: KernelConfig, problem: Problem) -> bool:
     """Whether a kernel's token tile is near m: at most its next power of two, and not below a quarter of it or of 256.
 
@@ -262,11 +282,7 @@ def compare(
     candidates = [config for config in able if tiles_suit(config, problem)]
     screened: dict[str, float] = {}
     for done, config in enumerate(candidates, 1):
-        contender = stage.record(config, dependent=False)
-        contender.replay()
-        screened[config.name] = min(
-            contender.timed_replay() * 1000 / contender.launches for _ in range(SCREENING_REPLAYS)
-        )
+        screened[config.name] = screen(stage, config)
         progress(done, len(candidates), config.name)
     fastest = sorted(candidates, key=lambda config: (screened[config.name], config))[:finalists]
     short = problem.flops <= LONG_FLOPS

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -22,10 +25,11 @@ from w4a16gen.cli.app import (
     problem_arguments,
     show_progress,
 )
-from w4a16gen.config import QuantMode
+from w4a16gen.config import KernelConfig, QuantMode
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.models import MODELS, model_problems
 from w4a16gen.problem import Problem
+from w4a16gen.tuning import TABLE, Measured, TuningTable, add_times, content_hashes, one_time
 
 MODEL_TOKENS = (1, 16, 64, 256, 1024)
 HEADINGS = ("m x n x k", "kernel", "us", "dependent us", "TB/s", "TFLOP/s", "over cuBLAS FP16")
@@ -67,12 +71,16 @@ def parse_model(text: str) -> tuple[str, int, int]:
 @json_option
 def explain(problem: Problem, mode: QuantMode, top: int, folder: Path | None, as_json: bool) -> None:
     """Show which built kernel a call with M tokens, N output channels and K values gets, and the runners-up."""
-    configs = load(folder).configs()
+    library = load(folder)
+    configs = library.configs()
     used = next((config for config in dispatch.kernels_in_use() if config.mode is mode), None)
-    chosen = used or dispatch.choose(configs, mode, problem)
+    tuned = library.tuned(mode, problem)
+    chosen = used or (tuned[0] if tuned else dispatch.choose(configs, mode, problem))
     estimated = dispatch.estimate(configs, mode, problem)
     if used is not None:
-        notes.print(f"{dispatch.KERNELS_VARIABLE} names {used.name}: calls use it, whatever the estimates")
+        notes.print(f"{dispatch.KERNELS_VARIABLE} names {used.name}: calls use it, whatever it takes")
+    elif tuned is not None:
+        notes.print(f"the tuning table says {tuned[0].name}, {tuned[1]:.2f} us: calls use it, whatever the estimates")
     if as_json:
         shown = [{"kernel": config.name, "estimated_microseconds": round(us, 2)} for config, us in estimated[:top]]
         print_json({"problem": vars(problem), "mode": mode.value, "chosen": chosen.name, "estimates": shown})
@@ -80,7 +88,7 @@ def explain(problem: Problem, mode: QuantMode, top: int, folder: Path | None, as
     if estimated:
         rows = ((config.name.removeprefix("w4a16_sm90_"), f"{us:.1f}") for config, us in estimated[:top])
         print_table(
-            f"{problem}, mode {mode}" + (": the first is chosen" if used is None else ""),
+            f"{problem}, mode {mode}" + ("" if used or tuned else ": the first is chosen"),
             ("kernel", "estimated us"),
             rows,
         )
@@ -95,25 +103,54 @@ def explain(problem: Problem, mode: QuantMode, top: int, folder: Path | None, as
         notes.print("No native kernel of the build can run it: chosen by a rule of thumb among CUTLASS's.")
 
 
+def problems_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command what to time as `named`, problems with what each is called, and `mode`."""
+
+    @click.option(
+        "--problem",
+        "problems",
+        multiple=True,
+        type=Parsed("MxNxK[,GROUP]", parse_problem),
+        help="Tokens, output channels, K; may be repeated.",
+    )
+    @click.option(
+        "--model",
+        "models",
+        multiple=True,
+        type=Parsed("NAME[/GPUS][,GROUP]", parse_model),
+        help="The layers of a model on one of so many GPUs, such as llama-3-70b/8; may be repeated.",
+    )
+    @click.option(
+        "--tokens",
+        multiple=True,
+        type=click.IntRange(min=1),
+        default=MODEL_TOKENS,
+        show_default=True,
+        help="m of --model; may be repeated.",
+    )
+    @mode_option
+    @wraps(command)
+    def with_problems(
+        problems: Sequence[Problem],
+        models: Sequence[tuple[str, int, int]],
+        tokens: Sequence[int],
+        mode: QuantMode,
+        **others: Any,
+    ) -> None:
+        named = [("", problem) for problem in problems]
+        for name, gpus, group_size in models:
+            named += model_problems(name, tokens, tensor_parallel=gpus, group_size=group_size)
+        if not named:
+            raise click.UsageError("name what to time: --problem 16x4096x4096, or --model llama-3-8b")
+        if not mode.is_grouped:
+            named = [(name, Problem(asked.m, asked.n, asked.k, asked.k)) for name, asked in named]
+        command(named=named, mode=mode, **others)
+
+    return with_problems
+
+
 @main.command()
-@click.option(
-    "--problem",
-    "problems",
-    multiple=True,
-    type=Parsed("MxNxK[,GROUP]", parse_problem),
-    help="Tokens, output channels, K; may be repeated.",
-)
-@click.option(
-    "--model",
-    "models",
-    multiple=True,
-    type=Parsed("NAME[/GPUS][,GROUP]", parse_model),
-    help="The layers of a model on one of so many GPUs, such as llama-3-70b/8; may be repeated.",
-)
-@click.option(
-    "--tokens", multiple=True, type=click.IntRange(min=1), default=MODEL_TOKENS, show_default=True, help="m of --model."
-)
-@mode_option
+@problems_options
 @click.option("--finalists", type=click.IntRange(min=1), default=4, show_default=True, help="Kernels timed in turn.")
 @click.option("--rounds", type=click.IntRange(min=1), default=9, show_default=True, help="Timed replays of each.")
 @click.option(
@@ -125,9 +162,7 @@ def explain(problem: Problem, mode: QuantMode, top: int, folder: Path | None, as
 @build_option
 @json_option
 def bench(
-    problems: Sequence[Problem],
-    models: Sequence[tuple[str, int, int]],
-    tokens: Sequence[int],
+    named: Sequence[tuple[str, Problem]],
     mode: QuantMode,
     finalists: int,
     rounds: int,
@@ -136,16 +171,10 @@ def bench(
     as_json: bool,
 ) -> None:
     """Time the kernels of the build on problems, with cold L2, beside cuBLAS FP16 where torch is installed."""
-    named = [("", problem) for problem in problems]
-    for name, gpus, group_size in models:
-        named += model_problems(name, tokens, tensor_parallel=gpus, group_size=group_size)
-    if not named:
-        raise click.UsageError("name what to time: --problem 16x4096x4096, or --model llama-3-8b")
     library = load(folder)
     gpu = hopper_gpu(library)
     comparisons = []
-    for name, problem in named:
-        asked = problem if mode.is_grouped else Problem(problem.m, problem.n, problem.k, problem.k)
+    for name, asked in named:
         with show_progress(str(asked)) as progress:
             found = sweep.compare(library, asked, mode, finalists=finalists, rounds=rounds, progress=progress)
         comparisons.append(found)
@@ -166,6 +195,93 @@ def bench(
     print_table(f"{gpu['name']}, mode {mode}, cold L2, medians", HEADINGS, map(_row, comparisons))
     for name in small:
         click.echo(name)
+
+
+@main.command()
+@problems_options
+@click.option(
+    "--table",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help=f"The file that times go to.  [default: {TABLE} in the build's folder, where `gemm` looks]",
+)
+@click.option("--again", is_flag=True, help="Also measure what the table holds already.")
+@build_option
+@json_option
+def tune(
+    named: Sequence[tuple[str, Problem]],
+    mode: QuantMode,
+    table: Path | None,
+    again: bool,
+    folder: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure the kernels of the build on problems, so that calls choose by times instead of estimates.
+
+    Every time is kept at once: an interrupted run goes on where it was. Kernels that are built anew are measured anew.
+    """
+    library = load(folder)
+    gpu = hopper_gpu(library)
+    path = table or library.build.folder / TABLE
+    known = TuningTable(gpu["name"], gpu["sm_count"])
+    if path.exists():
+        known = TuningTable.read(path).updated(known)  # which another kind of GPU's refuses
+    hashes = content_hashes(library.build.manifest, library.configs())
+    outcomes = []
+    for name, problem in named:
+        able = dispatch.runnable(hashes, mode, problem)
+        suitable = [config for config in able if sweep.tiles_suit(config, problem)]
+        have = {} if again else known.valid(mode, problem, hashes)
+        missing = [config for config in suitable if config not in have]
+        times = {config: us for config, us in have.items() if config in suitable}
+        with show_progress(str(problem)) as progress:
+            for done, (config, us) in enumerate(sweep.measure(library, problem, mode, missing), 1):
+                add_times(path, one_time(gpu, problem, config, Measured(us, hashes[config])))
+                times[config] = us
+                progress(done, len(missing), config.name)
+        outcome = _Tuned(name, problem, times, len(missing), len(able) - len(suitable))
+        notes.print(str(outcome))
+        outcomes.append(outcome)
+    if as_json:
+        print_json({"gpu": gpu, "table": str(path), "problems": [outcome.as_json() for outcome in outcomes]})
+        return
+    notes.print(f"{path}: processes that start from now on choose by it" if table is None else f"{path} is written")
+
+
+@dataclass(frozen=True)
+class _Tuned:
+    """What is known of one problem after `tune`."""
+
+    name: str
+    problem: Problem
+    times: Mapping[KernelConfig, float]
+    measured: int
+    left_out: int
+
+    def fastest(self) -> KernelConfig:
+        return min(self.times, key=lambda config: (self.times[config], config))
+
+    def __str__(self) -> str:
+        what = f"{self.problem} ({self.name})" if self.name else str(self.problem)
+        if not self.times:
+            return f"{what}: no built kernel can run it"
+        left_out = f", {self.left_out} with tiles far from m left out" if self.left_out else ""
+        fastest = self.fastest()
+        return (
+            f"{what}: {self.measured} measured, {len(self.times) - self.measured} known{left_out}; "
+            f"{self.times[fastest]:.2f} us, {fastest.name}"
+        )
+
+    def as_json(self) -> dict[str, object]:
+        fastest = self.fastest() if self.times else None
+        return {
+            "problem": vars(self.problem),
+            "name": self.name,
+            "measured": self.measured,
+            "known": len(self.times) - self.measured,
+            "left_out": self.left_out,
+            "fastest": None if fastest is None else fastest.name,
+            "microseconds": None if fastest is None else round(self.times[fastest], 3),
+        }
 
 
 def _row(found: sweep.Comparison) -> tuple[str, ...]:

@@ -1,0 +1,157 @@
+"""Measured times of kernels in a file: what `w4a16gen tune` writes, and what `gemm` chooses by before it estimates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import filelock
+
+from w4a16gen.config import KernelConfig, QuantMode
+from w4a16gen.errors import InvalidValueError
+from w4a16gen.files import write_json
+from w4a16gen.problem import Problem
+
+SCHEMA_VERSION = 1
+TABLE = "tuning.json"
+"""File name in a build's folder."""
+
+
+class Measured(NamedTuple):
+    """What a kernel took, and which machine code it was."""
+
+    microseconds: float
+    content_hash: str
+
+
+@dataclass(frozen=True)
+class TuningTable:
+    """Times of kernels on one kind of GPU, by mode and problem, then by kernel."""
+
+    gpu: str
+    sm_count: int
+    times: Mapping[tuple[QuantMode, Problem], Mapping[KernelConfig, Measured]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> TuningTable:
+        """Read a table, all of it or nothing.
+
+        Raises:
+            OSError: if there is no such file.
+            InvalidValueError: if it holds anything but a table of this schema; the text says what is off.
+        """
+        try:
+            value = json.loads(path.read_text())
+            if value["schema"] != SCHEMA_VERSION:
+                raise InvalidValueError(f"schema {value['schema']!r} is not {SCHEMA_VERSION}")
+            times: dict[tuple[QuantMode, Problem], dict[KernelConfig, Measured]] = {}
+            for row in value["times"]:
+                config = KernelConfig.parse(row["kernel"])
+                problem = Problem(*(_count(row[name]) for name in ("m", "n", "k", "group_size")))
+                microseconds = float(row["microseconds"])
+                if not 0 < microseconds < float("inf"):
+                    raise InvalidValueError(f"{row['kernel']} took {microseconds} us")
+                measured = Measured(microseconds, str(row["content_hash"]))
+                times.setdefault((config.mode, problem), {})[config] = measured
+            return cls(str(value["gpu"]), _count(value["sm_count"]), times)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidValueError(
+                f"{path} is no tuning table ({type(error).__name__}: {error}): remove it, or name another"
+            ) from None
+
+    def as_json(self) -> dict[str, Any]:
+        """Give the object that the file holds, in an order that depends on the content only."""
+        return {
+            "schema": SCHEMA_VERSION,
+            "gpu": self.gpu,
+            "sm_count": self.sm_count,
+            "times": [
+                {**vars(problem), "kernel": config.name, **measured._asdict()}
+                for (_, problem), of_problem in sorted(
+                    self.times.items(), key=lambda item: (item[0][0], *vars(item[0][1]).values())
+                )
+                for config, measured in sorted(of_problem.items())
+            ],
+        }
+
+    def updated(self, newer: TuningTable) -> TuningTable:
+        """Give this table with another's times, which replace those of the same kernels and problems.
+
+        Raises:
+            InvalidValueError: if the other is of another kind of GPU.
+        """
+        if (self.gpu, self.sm_count) != (newer.gpu, newer.sm_count):
+            raise InvalidValueError(
+                f"times of {newer.gpu} with {newer.sm_count} SMs do not go into a table of {self.gpu} with "
+                f"{self.sm_count}: name another table"
+            )
+        keys = [*self.times, *(key for key in newer.times if key not in self.times)]
+        return TuningTable(
+            self.gpu, self.sm_count, {key: {**self.times.get(key, {}), **newer.times.get(key, {})} for key in keys}
+        )
+
+    def valid(self, mode: QuantMode, problem: Problem, hashes: Mapping[KernelConfig, str]) -> dict[KernelConfig, float]:
+        """Give the microseconds of exactly this problem, of kernels that are built as they were measured."""
+        return {
+            config: measured.microseconds
+            for config, measured in self.times.get((mode, problem), {}).items()
+            if hashes.get(config) == measured.content_hash
+        }
+
+    def best(
+        self, mode: QuantMode, problem: Problem, hashes: Mapping[KernelConfig, str]
+    ) -> tuple[KernelConfig, float] | None:
+        """Give the fastest built kernel and its microseconds, for as many tokens or the next more; or None.
+
+        Args:
+            mode: the mode.
+            problem: the problem; times of less than twice its tokens count, since a kernel that is fast with more
+                tokens has tiles that these fill at least by half.
+            hashes: the built kernels' content hashes.
+        """
+        of_layer = sorted(
+            measured.m
+            for of_mode, measured in self.times
+            if of_mode is mode
+            and (measured.n, measured.k, measured.group_size) == (problem.n, problem.k, problem.group_size)
+            and problem.m <= measured.m < 2 * problem.m
+        )
+        for m in of_layer:
+            valid = self.valid(mode, Problem(m, problem.n, problem.k, problem.group_size), hashes)
+            if valid:
+                fastest = min(valid, key=lambda config: (valid[config], config))
+                return fastest, valid[fastest]
+        return None
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InvalidValueError(f"{value!r} is no positive integer")
+    return value
+
+
+def add_times(path: Path, table: TuningTable) -> None:
+    """Merge times into a file under a lock: what another process adds meanwhile is kept, and a reader never sees half.
+
+    Raises:
+        InvalidValueError: if the file is no tuning table, or one of another kind of GPU; it is left as it is.
+        OSError: if it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(path.with_name(f".{path.name}.lock")):
+        known = TuningTable.read(path) if path.exists() else TuningTable(table.gpu, table.sm_count)
+        write_json(path, known.updated(table).as_json())
+
+
+def one_time(gpu: Mapping[str, Any], problem: Problem, config: KernelConfig, measured: Measured) -> TuningTable:
+    """Give a table of a single measurement on a GPU as `Library.devices` describes it."""
+    return TuningTable(gpu["name"], gpu["sm_count"], {(config.mode, problem): {config: measured}})
+
+
+def content_hashes(manifest: Mapping[str, Any], configs: Iterable[KernelConfig]) -> dict[KernelConfig, str]:
+    """Give the built kernels' content hashes from a build's manifest."""
+    by_name = {kernel["name"]: str(kernel["content_hash"]) for kernel in manifest["kernels"]}
+    return {config: by_name[config.name] for config in configs if config.name in by_name}
