@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import filelock
 
 from w4a16gen.config import KernelConfig, QuantMode
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.files import write_json
+from w4a16gen.files import write_if_changed
 from w4a16gen.problem import Problem
 
 SCHEMA_VERSION = 1
@@ -49,7 +50,7 @@ class TuningTable:
                 raise InvalidValueError(f"schema {value['schema']!r} is not {SCHEMA_VERSION}")
             times: dict[tuple[QuantMode, Problem], dict[KernelConfig, Measured]] = {}
             for row in value["times"]:
-                config = KernelConfig.parse(row["kernel"])
+                config = _parse(row["kernel"])
                 problem = Problem(*(_count(row[name]) for name in ("m", "n", "k", "group_size")))
                 microseconds = float(row["microseconds"])
                 if not 0 < microseconds < float("inf"):
@@ -62,20 +63,16 @@ class TuningTable:
                 f"{path} is no tuning table ({type(error).__name__}: {error}): remove it, or name another"
             ) from None
 
-    def as_json(self) -> dict[str, Any]:
-        """Give the object that the file holds, in an order that depends on the content only."""
-        return {
-            "schema": SCHEMA_VERSION,
-            "gpu": self.gpu,
-            "sm_count": self.sm_count,
-            "times": [
-                {**vars(problem), "kernel": config.name, **measured._asdict()}
-                for (_, problem), of_problem in sorted(
-                    self.times.items(), key=lambda item: (item[0][0], *vars(item[0][1]).values())
-                )
-                for config, measured in sorted(of_problem.items())
-            ],
-        }
+    def as_text(self) -> str:
+        """Give the file's text: JSON with a row a line, in an order that depends on the content only."""
+        rows = [
+            {**vars(problem), "kernel": config.name, **measured._asdict()}
+            for (_, problem), of_problem in self.times.items()
+            for config, measured in of_problem.items()
+        ]
+        rows.sort(key=lambda row: (row["n"], row["k"], row["group_size"], row["m"], row["kernel"]))
+        head = json.dumps({"schema": SCHEMA_VERSION, "gpu": self.gpu, "sm_count": self.sm_count})
+        return f'{head[:-1]}, "times": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]}\n"
 
     def updated(self, newer: TuningTable) -> TuningTable:
         """Give this table with another's times, which replace those of the same kernels and problems.
@@ -127,6 +124,9 @@ class TuningTable:
         return None
 
 
+_parse = lru_cache(maxsize=None)(KernelConfig.parse)
+
+
 def _count(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InvalidValueError(f"{value!r} is no positive integer")
@@ -143,7 +143,7 @@ def add_times(path: Path, table: TuningTable) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(path.with_name(f".{path.name}.lock")):
         known = TuningTable.read(path) if path.exists() else TuningTable(table.gpu, table.sm_count)
-        write_json(path, known.updated(table).as_json())
+        write_if_changed(path, known.updated(table).as_text())
 
 
 def one_time(gpu: Mapping[str, Any], problem: Problem, config: KernelConfig, measured: Measured) -> TuningTable:
