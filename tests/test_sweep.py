@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from w4a16gen import Problem, QuantMode, dispatch
 from w4a16gen.cli import main, timing
-from w4a16gen.cli.timing import parse_problem
+from w4a16gen.cli.problems import parse_problem
 from w4a16gen.dispatch import choose
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.space import enumerate_space

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from w4a16gen import KernelConfig, Library, Problem, QuantMode, sweep
 from w4a16gen.build import Build
-from w4a16gen.cli import main, timing
+from w4a16gen.cli import main, timing, tuning
 from w4a16gen.dispatch import choose
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.packing import TARGET_LAYOUTS, PackedWeight
@@ -195,8 +195,9 @@ class Stopwatch:
 def stopwatch(own_library: Library, monkeypatch: pytest.MonkeyPatch) -> Stopwatch:
     """Make `tune` run on the library and measure with a stand-in."""
     watch = Stopwatch()
-    monkeypatch.setattr(timing, "load", lambda _folder: own_library)
-    monkeypatch.setattr(timing, "hopper_gpu", lambda _library: GPU)
+    for module in (timing, tuning):
+        monkeypatch.setattr(module, "load", lambda _folder: own_library)
+    monkeypatch.setattr(tuning, "hopper_gpu", lambda _library: GPU)
     monkeypatch.setattr(sweep, "measure", watch.measure)
     return watch
 

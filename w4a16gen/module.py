@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import threading
-import warnings
 from collections.abc import Iterable
 from functools import cache, lru_cache
 from pathlib import Path
@@ -29,7 +28,7 @@ from w4a16gen.errors import (
 from w4a16gen.packing import TARGET_LAYOUTS, TOO_WIDE_RANGE, PackedWeight
 from w4a16gen.problem import Problem
 from w4a16gen.quantize import mode_and_group_size
-from w4a16gen.tuning import TABLE, TuningTable, content_hashes
+from w4a16gen.tuning import TABLE, TuningTable, content_hashes, table_for
 
 _ERRORS: dict[int, type[W4A16Error]] = {
     1: InvalidValueError,
@@ -294,34 +293,15 @@ class Library:
         A table that is damaged, or of another kind of GPU, is told of once, as a warning, and counts for nothing. On a
         machine without a GPU any table counts.
         """
-        gpus = {gpu["index"]: (gpu["name"], gpu["sm_count"]) for gpu in self.devices()}
-        name, sm_count = gpus.get(device, (None, None))
+        gpu = next((found for found in self.devices() if found["index"] == device), None)
+        name = None if gpu is None else str(gpu["name"])
         if name not in self._tables:
-            self._tables[name] = self._read_table(name, sm_count)
+            self._tables[name] = table_for(self.build.folder / TABLE, gpu)
         table = self._tables[name]
         if table is None:
             return None
         hashes = content_hashes(self.build.manifest, self._indices if configs is None else configs)
         return table.best(mode, problem, hashes)
-
-    def _read_table(self, name: str | None, sm_count: int | None) -> TuningTable | None:
-        path = self.build.folder / TABLE
-        try:
-            table = TuningTable.read(path)
-        except OSError:
-            return None
-        except InvalidValueError as error:
-            warnings.warn(f"{error}; until then kernels are chosen by estimates", RuntimeWarning, stacklevel=2)
-            return None
-        if name is not None and (table.gpu, table.sm_count) != (name, sm_count):
-            warnings.warn(
-                f"{path} is of {table.gpu} with {table.sm_count} SMs, not of {name} with {sm_count}: kernels are "
-                "chosen by estimates; `w4a16gen tune` with another --table measures here",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            return None
-        return table
 
     def _ask_workspace(self, kernel: KernelConfig, problem: Problem, device: int) -> int:
         return self.workspace_bytes(kernel, problem, device=device)

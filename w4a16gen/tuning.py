@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -131,6 +132,31 @@ def _count(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InvalidValueError(f"{value!r} is no positive integer")
     return value
+
+
+def table_for(path: Path, gpu: Mapping[str, Any] | None) -> TuningTable | None:
+    """Read the table that counts on a GPU, or None: if there is none, or, with a warning, one that cannot be used.
+
+    Args:
+        path: the file.
+        gpu: the GPU as `Library.devices` describes it; None for a machine without one, where any table counts.
+    """
+    try:
+        table = TuningTable.read(path)
+    except OSError:
+        return None
+    except InvalidValueError as error:
+        warnings.warn(f"{error}; until then kernels are chosen by estimates", RuntimeWarning, stacklevel=2)
+        return None
+    if gpu is None or (table.gpu, table.sm_count) == (gpu["name"], gpu["sm_count"]):
+        return table
+    warnings.warn(
+        f"{path} is of {table.gpu} with {table.sm_count} SMs, not of {gpu['name']} with {gpu['sm_count']}: kernels are "
+        "chosen by estimates; `w4a16gen tune` measures here once it is removed",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return None
 
 
 def add_times(path: Path, table: TuningTable) -> None:

@@ -1,12 +1,9 @@
-"""The commands on which kernel is fastest: bench measures, explain estimates as `gemm` does."""
+"""The commands on which kernel is fastest: bench measures, explain shows what `gemm` goes by."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import wraps
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -14,54 +11,20 @@ from w4a16gen import dispatch, sweep
 from w4a16gen.api import load
 from w4a16gen.bench import hopper_gpu
 from w4a16gen.cli.app import (
-    Parsed,
     build_option,
     json_option,
     main,
-    mode_option,
     notes,
     print_json,
     print_table,
     problem_arguments,
     show_progress,
 )
-from w4a16gen.config import KernelConfig, QuantMode
-from w4a16gen.errors import InvalidValueError
-from w4a16gen.models import MODELS, model_problems
+from w4a16gen.cli.problems import problems_options
+from w4a16gen.config import QuantMode
 from w4a16gen.problem import Problem
-from w4a16gen.tuning import TABLE, Measured, TuningTable, add_times, content_hashes, one_time
 
-MODEL_TOKENS = (1, 16, 64, 256, 1024)
 HEADINGS = ("m x n x k", "kernel", "us", "dependent us", "TB/s", "TFLOP/s", "over cuBLAS FP16")
-
-
-def parse_problem(text: str) -> Problem:
-    """Read `MxNxK` or `MxNxK,GROUP`; the group is 128 unless given.
-
-    Raises:
-        InvalidValueError: if the text is anything else.
-    """
-    shape, _, group = text.partition(",")
-    parts = [*shape.split("x"), group or "128"]
-    if len(parts) != 4 or not all(part.isdigit() and int(part) > 0 for part in parts):  # noqa: PLR2004
-        raise InvalidValueError(f"{text!r} must be MxNxK or MxNxK,GROUP, positive integers such as 16x4096x4096,128")
-    return Problem(*(int(part) for part in parts))
-
-
-def parse_model(text: str) -> tuple[str, int, int]:
-    """Read `NAME`, `NAME/GPUS`, or either and `,GROUP`; one GPU and groups of 128 unless given.
-
-    Raises:
-        InvalidValueError: if the text is anything else, or there is no such model.
-    """
-    rest, comma, group = text.partition(",")
-    name, slash, gpus = rest.partition("/")
-    counts = (gpus if slash else "1", group if comma else "128")
-    if name not in MODELS or not all(count.isdigit() and int(count) > 0 for count in counts):
-        raise InvalidValueError(
-            f"{text!r} must be NAME[/GPUS][,GROUP] such as llama-3-70b/8,128; the models are {', '.join(MODELS)}"
-        )
-    return name, int(counts[0]), int(counts[1])
 
 
 @main.command()
@@ -101,52 +64,6 @@ def explain(problem: Problem, mode: QuantMode, top: int, folder: Path | None, as
         click.echo(chosen.name)
     if not estimated and used is None:
         notes.print("No native kernel of the build can run it: chosen by a rule of thumb among CUTLASS's.")
-
-
-def problems_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command what to time as `named`, problems with what each is called, and `mode`."""
-
-    @click.option(
-        "--problem",
-        "problems",
-        multiple=True,
-        type=Parsed("MxNxK[,GROUP]", parse_problem),
-        help="Tokens, output channels, K; may be repeated.",
-    )
-    @click.option(
-        "--model",
-        "models",
-        multiple=True,
-        type=Parsed("NAME[/GPUS][,GROUP]", parse_model),
-        help="The layers of a model on one of so many GPUs, such as llama-3-70b/8; may be repeated.",
-    )
-    @click.option(
-        "--tokens",
-        multiple=True,
-        type=click.IntRange(min=1),
-        default=MODEL_TOKENS,
-        show_default=True,
-        help="m of --model; may be repeated.",
-    )
-    @mode_option
-    @wraps(command)
-    def with_problems(
-        problems: Sequence[Problem],
-        models: Sequence[tuple[str, int, int]],
-        tokens: Sequence[int],
-        mode: QuantMode,
-        **others: Any,
-    ) -> None:
-        named = [("", problem) for problem in problems]
-        for name, gpus, group_size in models:
-            named += model_problems(name, tokens, tensor_parallel=gpus, group_size=group_size)
-        if not named:
-            raise click.UsageError("name what to time: --problem 16x4096x4096, or --model llama-3-8b")
-        if not mode.is_grouped:
-            named = [(name, Problem(asked.m, asked.n, asked.k, asked.k)) for name, asked in named]
-        command(named=named, mode=mode, **others)
-
-    return with_problems
 
 
 @main.command()
@@ -195,93 +112,6 @@ def bench(
     print_table(f"{gpu['name']}, mode {mode}, cold L2, medians", HEADINGS, map(_row, comparisons))
     for name in small:
         click.echo(name)
-
-
-@main.command()
-@problems_options
-@click.option(
-    "--table",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help=f"The file that times go to.  [default: {TABLE} in the build's folder, where `gemm` looks]",
-)
-@click.option("--again", is_flag=True, help="Also measure what the table holds already.")
-@build_option
-@json_option
-def tune(
-    named: Sequence[tuple[str, Problem]],
-    mode: QuantMode,
-    table: Path | None,
-    again: bool,
-    folder: Path | None,
-    as_json: bool,
-) -> None:
-    """Measure the kernels of the build on problems, so that calls choose by times instead of estimates.
-
-    Every time is kept at once: an interrupted run goes on where it was. Kernels that are built anew are measured anew.
-    """
-    library = load(folder)
-    gpu = hopper_gpu(library)
-    path = table or library.build.folder / TABLE
-    known = TuningTable(gpu["name"], gpu["sm_count"])
-    if path.exists():
-        known = TuningTable.read(path).updated(known)  # which another kind of GPU's refuses
-    hashes = content_hashes(library.build.manifest, library.configs())
-    outcomes = []
-    for name, problem in named:
-        able = dispatch.runnable(hashes, mode, problem)
-        suitable = [config for config in able if sweep.tiles_suit(config, problem)]
-        have = {} if again else known.valid(mode, problem, hashes)
-        missing = [config for config in suitable if config not in have]
-        times = {config: us for config, us in have.items() if config in suitable}
-        with show_progress(str(problem)) as progress:
-            for done, (config, us) in enumerate(sweep.measure(library, problem, mode, missing), 1):
-                add_times(path, one_time(gpu, problem, config, Measured(us, hashes[config])))
-                times[config] = us
-                progress(done, len(missing), config.name)
-        outcome = _Tuned(name, problem, times, len(missing), len(able) - len(suitable))
-        notes.print(str(outcome))
-        outcomes.append(outcome)
-    if as_json:
-        print_json({"gpu": gpu, "table": str(path), "problems": [outcome.as_json() for outcome in outcomes]})
-        return
-    notes.print(f"{path}: processes that start from now on choose by it" if table is None else f"{path} is written")
-
-
-@dataclass(frozen=True)
-class _Tuned:
-    """What is known of one problem after `tune`."""
-
-    name: str
-    problem: Problem
-    times: Mapping[KernelConfig, float]
-    measured: int
-    left_out: int
-
-    def fastest(self) -> KernelConfig:
-        return min(self.times, key=lambda config: (self.times[config], config))
-
-    def __str__(self) -> str:
-        what = f"{self.problem} ({self.name})" if self.name else str(self.problem)
-        if not self.times:
-            return f"{what}: no built kernel can run it"
-        left_out = f", {self.left_out} with tiles far from m left out" if self.left_out else ""
-        fastest = self.fastest()
-        return (
-            f"{what}: {self.measured} measured, {len(self.times) - self.measured} known{left_out}; "
-            f"{self.times[fastest]:.2f} us, {fastest.name}"
-        )
-
-    def as_json(self) -> dict[str, object]:
-        fastest = self.fastest() if self.times else None
-        return {
-            "problem": vars(self.problem),
-            "name": self.name,
-            "measured": self.measured,
-            "known": len(self.times) - self.measured,
-            "left_out": self.left_out,
-            "fastest": None if fastest is None else fastest.name,
-            "microseconds": None if fastest is None else round(self.times[fastest], 3),
-        }
 
 
 def _row(found: sweep.Comparison) -> tuple[str, ...]:
