@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from w4a16gen import Library, Problem, QuantMode, use_kernels
-from w4a16gen.dispatch import KERNELS_VARIABLE, environment_kernels, kernels_in_use
+from w4a16gen.dispatch import KERNELS_VARIABLE, kernels_in_use
 from w4a16gen.errors import InvalidValueError, NotBuiltError
 from w4a16gen.packing import TARGET_LAYOUTS, PackedWeight
 from w4a16gen.space import enumerate_space
-
-
-def name_by_environment(monkeypatch: pytest.MonkeyPatch, names: str | None) -> None:
-    """Set the variable, and forget what it was."""
-    if names is None:
-        monkeypatch.delenv(KERNELS_VARIABLE)
-    else:
-        monkeypatch.setenv(KERNELS_VARIABLE, names)
-    environment_kernels.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def forget() -> Iterator[None]:
-    """Forget afterwards what the variable was."""
-    yield
-    environment_kernels.cache_clear()
 
 
 def test_kernels_are_named_for_a_block_or_by_the_environment(
@@ -42,7 +25,7 @@ def test_kernels_are_named_for_a_block_or_by_the_environment(
         with use_kernels(named.name):
             assert fake_library.kernel_for(weight, problem) == named
             assert fake_library.kernel_for(weight, problem, chosen) == chosen, "the call comes first"
-    name_by_environment(monkeypatch, f"{second.name}, {first.name},")
+    monkeypatch.setenv(KERNELS_VARIABLE, f"{second.name}, {first.name},")
     assert fake_library.kernel_for(weight, problem) == second
     with use_kernels(first):
         assert fake_library.kernel_for(weight, problem) == first
@@ -50,9 +33,9 @@ def test_kernels_are_named_for_a_block_or_by_the_environment(
             assert fake_library.kernel_for(weight, problem) == chosen
         assert fake_library.kernel_for(weight, problem) == first
     other = next(config for config in fake_library.configs() if config.mode is QuantMode.PER_COLUMN_SCALE_ONLY)
-    name_by_environment(monkeypatch, other.name)
+    monkeypatch.setenv(KERNELS_VARIABLE, other.name)
     assert fake_library.kernel_for(weight, problem) == chosen, "kernels of another mode do not count"
-    name_by_environment(monkeypatch, None)
+    monkeypatch.delenv(KERNELS_VARIABLE)
     assert fake_library.kernel_for(weight, problem) == chosen
 
 
@@ -64,7 +47,7 @@ def test_what_is_named_for_all_calls_is_checked(fake_library: Library, monkeypat
         fake_library.kernel_for(weight, problem)
     with pytest.raises(InvalidValueError, match="'kernel' is not a kernel name"), use_kernels("kernel"):
         pass
-    name_by_environment(monkeypatch, "kernel")
+    monkeypatch.setenv(KERNELS_VARIABLE, "kernel")
     with pytest.raises(InvalidValueError, match="W4A16GEN_KERNELS: 'kernel' is not a kernel name"):
         fake_library.kernel_for(weight, problem)
 

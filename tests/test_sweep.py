@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
-from w4a16gen import Problem, QuantMode, dispatch
+from w4a16gen import Problem, QuantMode
 from w4a16gen.cli import main, timing
 from w4a16gen.cli.problems import parse_problem
 from w4a16gen.dispatch import choose
@@ -110,7 +110,7 @@ def test_explain_names_the_choice_and_what_it_was_weighed_against(
         timing, "load", lambda _folder: SimpleNamespace(configs=lambda: enumerate_space("trtllm"), tuned=untuned)
     )
     assert "cutlass" in cli.invoke(main, ["explain", "16", "4096", "4096"]).stdout
-    monkeypatch.setattr(dispatch, "environment_kernels", lambda: (configs[0],))
+    monkeypatch.setenv("W4A16GEN_KERNELS", configs[0].name)
     named = cli.invoke(main, ["explain", "16", "4096", "4096", "--mode", str(configs[0].mode), "--json"])
     assert json.loads(named.stdout)["chosen"] == configs[0].name
     assert "W4A16GEN_KERNELS names" in named.stderr

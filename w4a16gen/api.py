@@ -41,7 +41,7 @@ def load(folder: Path | str | None = None) -> Library:
     where = os.path.abspath(given)  # noqa: PTH100  (a working folder may change, and links are kept)
     manifest = f"{where}/{MANIFEST}"
     try:
-        found = os.stat(manifest)  # noqa: PTH116  (a third of the time)
+        found = os.stat(manifest)  # noqa: PTH116  (a quarter of the time)
         stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
     except OSError:
         stamp = None

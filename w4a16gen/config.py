@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import Enum
-from functools import cached_property, total_ordering
+from functools import total_ordering
 from typing import TYPE_CHECKING
 
 from w4a16gen.errors import InvalidValueError
@@ -128,14 +128,6 @@ class KernelConfig:
     cluster: ClusterShape
     schedule: Schedule
     scheduler: Scheduler
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
-        """Kept: every call of `gemm` looks its kernel up, and hashing all that is in it takes 3 us."""
-        return hash((self.target, self.mode, self.cta, self.cluster, self.schedule, self.scheduler))
 
     @property
     def name(self) -> str:

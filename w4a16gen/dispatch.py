@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import lru_cache
 
 from w4a16gen.config import KernelConfig, QuantMode, Scheduler, Target
 from w4a16gen.errors import InvalidValueError, UnsupportedProblemError
@@ -81,19 +81,13 @@ def kernels_in_use() -> tuple[KernelConfig, ...]:
         InvalidValueError: if the environment variable holds anything but kernels' names.
     """
     used = _used.get()
-    return environment_kernels() if used is None else used
+    return _parse_variable(os.environ.get(KERNELS_VARIABLE, "")) if used is None else used
 
 
-@cache
-def environment_kernels() -> tuple[KernelConfig, ...]:
-    """Give the kernels that W4A16GEN_KERNELS names; read once, since reading it takes as long as half a launch.
-
-    Raises:
-        InvalidValueError: if it holds anything but kernels' names.
-    """
-    names = [name.strip() for name in os.environ.get(KERNELS_VARIABLE, "").split(",")]
+@lru_cache(maxsize=16)
+def _parse_variable(text: str) -> tuple[KernelConfig, ...]:
     try:
-        return tuple(KernelConfig.parse(name) for name in names if name)
+        return tuple(KernelConfig.parse(name.strip()) for name in text.split(",") if name.strip())
     except InvalidValueError as error:
         raise InvalidValueError(f"{KERNELS_VARIABLE}: {error}") from None
 

@@ -142,8 +142,8 @@ __device__ inline bool sum_shares(const Parameters& p, const Tile& tile, int ind
   return true;
 }
 
-// What a warp of the producers does for them: it waits until all sums are on their way and memory has them, which takes
-// the better part of a microsecond, and sets the flags.
+// What a warp of the producers does for them: it waits until all sums are on their way and memory has them, which would
+// hold up the consumers, and sets the flags.
 template <class S>
 __device__ inline void publish_handover(const Parameters& p, const Work& work) {
   static_assert(kWarpgroupBarrier + S::Warpgroups <= kHandoverBarrier, "no two uses of one named barrier at a time");

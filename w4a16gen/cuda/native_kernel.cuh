@@ -25,7 +25,7 @@ __device__ inline Sharers activation_sharers(int rank) {  // its channel tiles
 
 // Makes the barriers and starts the first stages. The first bytes are a launch's longest wait: the warps of the
 // producer warpgroup ask for them before anything else is ready, each for stages of its own. (Not where CTAs share
-// operands: when each fetched its first stages for itself, they ran apart, which cost up to 7 %.)
+// operands: when each fetched its first stages for itself, they ran apart, which cost up to 8 %.)
 template <class S>
 __device__ inline void start(const Parameters& p, const Shared<S>& shared, const Work& work, int warp) {
   constexpr int kProducerWarps = kWarpgroup / kWarp;
