@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from w4a16gen import Problem, sweep
 from w4a16gen.cli import main, timing
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.models import MODELS, model_problems
+from w4a16gen.models import MODELS, Model, model_problems
 from w4a16gen.problem import why_cannot_run
 from w4a16gen.space import enumerate_space
 from w4a16gen.sweep import Comparison, Timing
@@ -28,6 +28,12 @@ def test_known_models_have_their_known_layers() -> None:
     assert shapes("llama-3-70b", 8) == [(1280, 8192), (8192, 1024), (7168, 8192), (8192, 3584)]
     assert shapes("qwen3-32b", 2) == [(5120, 5120), (5120, 4096), (25600, 5120), (5120, 12800)]
     assert shapes("qwen2.5-7b", 4) == [(1152, 3584), (3584, 896), (9472, 3584), (3584, 4736)]
+
+
+def test_a_key_and_value_head_that_there_are_too_few_of_is_on_several_gpus() -> None:
+    model = Model(1024, 4096, num_attention_heads=32, num_key_value_heads=4)
+    assert model.layers(4)[0] == ("qkv", (8 + 2) * 128, 1024)
+    assert model.layers(8)[0] == ("qkv", (4 + 2) * 128, 1024)
 
 
 def test_names_say_the_layer_and_the_division() -> None:
