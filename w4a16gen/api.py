@@ -37,26 +37,24 @@ def load(folder: Path | str | None = None) -> Library:
     Raises:
         NotBuiltError: if there is no usable build in the folder.
     """
-    given = Path(folder) if folder is not None else default_build_folder()
-    where = os.path.abspath(given)  # noqa: PTH100  (a working folder may change, and links are kept)
-    manifest = f"{where}/{MANIFEST}"
+    given = os.fspath(folder) if folder is not None else os.environ.get(BUILD_FOLDER_VARIABLE) or "build"
     try:
-        found = os.stat(manifest)  # noqa: PTH116  (a quarter of the time)
-        stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        found = os.stat(f"{given}/{MANIFEST}")  # noqa: PTH116  (a quarter of the time)
+        key = given, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
     except OSError:
-        stamp = None
-    known = _loaded.get(where)
-    if known is not None and known[0] == stamp:
-        return known[1]
-    build = load_build(given)
+        key = None
+    if key in _loaded:
+        return _loaded[key]
+    build = load_build(Path(given))
     library = _load(build.folder.resolve(), build.manifest["link_digest"], build.manifest["library_sha256"])
-    _loaded[where] = stamp, library
+    if key is not None:
+        _loaded[key] = library
     return library
 
 
-_loaded: dict[str, tuple[tuple[int, ...] | None, Library]] = {}
-"""Builds by folder, and what changes when their manifest is written. Reading a build hashes its library, which takes
-60 ms for one of 86 MB: too much for every call of `gemm`."""
+_loaded: dict[tuple[str, int, int, int, int] | None, Library] = {}
+"""Builds by folder, as it was named, and what changes when their manifest is written. Reading a build hashes its
+library, which takes 60 ms for one of 86 MB: too much for every call of `gemm`."""
 
 
 @cache

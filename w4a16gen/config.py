@@ -56,6 +56,9 @@ class ClusterShape(_Triple):
 class _OrderedEnum(Enum):
     """An enumeration ordered by definition, so that sorted kernel lists do not depend on spelling."""
 
+    # Members are single objects. Enum's own hash, a Python function, takes a twelfth of a call of `gemm`.
+    __hash__ = object.__hash__
+
     def __lt__(self, other: object) -> bool:
         if type(self) is not type(other):
             return NotImplemented

@@ -22,35 +22,42 @@ SM_COUNT = 132
 CLUSTERS_OF_4 = 30
 """Clusters of four CTAs that fit on the GPU at once (one CTA to an SM)."""
 
-# SM cycles of native kernels, fitted to 6,300 timings of 375 kernels in 38 cells of five layer shapes and 1 to 512
-# tokens, mode fgs, group 128 (NVIDIA H100 80GB HBM3, 2026-11). Single estimates are off by 12 % (root mean square).
+# SM cycles of native kernels, fitted to 6,300 timings: 375 kernels in 35 cells of five layer shapes and 1 to 256
+# tokens, and 26 kernels of large tiles in 25 cells of 512 to 8,192 tokens; mode fgs, group 128 (NVIDIA H100 80GB HBM3,
+# 2026-11). Single estimates are off by 13 % (root mean square).
 CYCLES_PER_MICROSECOND = 1755.0
 """The clock that the timings were turned into cycles with."""
-LAUNCH_CYCLES = 5570.0
+LAUNCH_CYCLES = 6550.0
 """What every launch takes: until the first bytes are there, and for the last store."""
-BLOCK_CYCLES = 188.0
-"""A packed block of 64 channels x 128 k at least: dequantising it."""
+BLOCK_CYCLES = 100.0
+"""A packed block of 64 channels x 128 k at least."""
 PRODUCT_CYCLES = 160.0
-TOKEN_CYCLES = 3.02
+TOKEN_CYCLES = 2.85
 """A packed block times activations: this and so much for each token of the tile."""
 TENSOR_CYCLES = 4.28
 """At least so much for each token: eight WGMMAs of half a cycle, at 93 % of their peak."""
-SM_BYTES_PER_CYCLE = 45.7
+SM_BYTES_PER_CYCLE = 47.5
 """What an SM takes in of weights and activations."""
-SUM_CYCLES = 807.0
+SUM_CYCLES = 995.0
 """Adding up the sums of a tile's warpgroups."""
-EXCHANGE_CYCLES = 515.0
-EXCHANGE_TOKEN_CYCLES = 15.0
+EXCHANGE_CYCLES = 278.0
+EXCHANGE_TOKEN_CYCLES = 14.7
 """Adding up the sums of a cluster's CTAs: this and so much for each token and 64 channels of the tile."""
-HANDOVER_CYCLES = 4670.0
-HANDOVER_TOKEN_CYCLES = 37.4
+HANDOVER_CYCLES = 2120.0
+HANDOVER_TOKEN_CYCLES = 49.3
 """The same through the workspace, once in a launch."""
-PACKED_BYTES_PER_CYCLE = 1840.0
+PACKED_BYTES_PER_CYCLE = 1820.0
 """What the whole GPU reads of the packed weights in an SM cycle."""
-OVERLAP_LOSS = 0.307
+OVERLAP_LOSS = 0.29
 """Share of the shorter of reading and working that the longer one does not hide."""
-MULTICAST_CYCLES = 1040.0
+MULTICAST_CYCLES = 652.0
 """What CTAs that share operands lose by waiting for each other."""
+LONG_FLOPS = 1e11
+"""Problems of more work run at the power limit."""
+LONG_SLOWDOWN = 1.11
+POWER_CYCLES_PER_BYTE = 0.00714
+"""There: how much lower the clock is, and what moving a byte from L2 into an SM costs, since it takes power from the
+tensor cores. CTAs that share operands move fewer."""
 
 
 @contextmanager
@@ -136,12 +143,14 @@ def native_cycles(config: KernelConfig, problem: Problem) -> float:
     at_once = CLUSTERS_OF_4 if size == 4 else SM_COUNT // size  # noqa: PLR2004
     waves = 1 if stream_k else max(1, -(-tiles // at_once))
     rows = -(-tiles * k_blocks // SM_COUNT) if stream_k else -(-k_blocks // cluster.k)
-    arriving = 128 * 2 * cta.tokens * 64 / cta.channels + 128 * 64 / 2 + 2 * 64
+    activation_bytes, weight_bytes = 128 * 2 * cta.tokens * 64 / cta.channels, 128 * 64 / 2 + 2 * 64
+    long = problem.flops > LONG_FLOPS
+    moved = activation_bytes / cluster.channels + weight_bytes / cluster.tokens
     block = max(
         BLOCK_CYCLES,
         PRODUCT_CYCLES + TOKEN_CYCLES * cta.tokens,
-        TENSOR_CYCLES * cta.tokens,
-        arriving / SM_BYTES_PER_CYCLE,
+        TENSOR_CYCLES * cta.tokens + (POWER_CYCLES_PER_BYTE * moved if long else 0.0),
+        (activation_bytes + weight_bytes) / SM_BYTES_PER_CYCLE,
     )
     work = rows * cta.channels / 64 * block
     if native_arrangement(config).along_k > 1:
@@ -151,7 +160,8 @@ def native_cycles(config: KernelConfig, problem: Problem) -> float:
     work = waves * work + (HANDOVER_CYCLES + HANDOVER_TOKEN_CYCLES * area if stream_k else 0.0)
     reading = (problem.n * problem.k / 2 + 2 * problem.groups * problem.n) / PACKED_BYTES_PER_CYCLE
     longer, shorter = max(work, reading), min(work, reading)
-    return LAUNCH_CYCLES + longer + OVERLAP_LOSS * shorter + (MULTICAST_CYCLES if size > cluster.k else 0.0)
+    cycles = LAUNCH_CYCLES + longer + OVERLAP_LOSS * shorter + (MULTICAST_CYCLES if size > cluster.k else 0.0)
+    return cycles * (LONG_SLOWDOWN if long else 1.0)
 
 
 def _choose_cutlass(found: list[KernelConfig], problem: Problem) -> KernelConfig:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,6 +49,17 @@ def _import_module(path: Path, _modified: int) -> ModuleType:
     return module
 
 
+class _Plan(NamedTuple):
+    """What calls of `gemm` with weights of one shape and so many tokens share."""
+
+    kernel: KernelConfig
+    problem: Problem
+    kernel_index: int
+    numbers: tuple[int, int, int, int]
+    packed_shape: tuple[int]
+    output_shape: tuple[int, int]
+
+
 class Library:
     """A loaded build. Its methods may be called from several threads, for several GPUs, at once."""
 
@@ -71,6 +82,7 @@ class Library:
         self._workspaces: dict[tuple[int, int], list[DeviceArray]] = {}
         self._tables: dict[str | None, TuningTable | None] = {}
         self._choice = lru_cache(maxsize=1 << 16)(self._choose)
+        self._plan = lru_cache(maxsize=1 << 16)(self._make_plan)
         self._workspace_needed = lru_cache(maxsize=1 << 16)(self._ask_workspace)
         self._lock = threading.Lock()
 
@@ -228,32 +240,49 @@ class Library:
         seen = view("activations", a, self.module)
         if len(seen.shape) != 2:  # noqa: PLR2004
             raise InvalidValueError(f"activations of shape {list(seen.shape)} must be [m, k]")
-        problem = Problem(seen.shape[0], w.n, w.k, w.group_size)
         data = view("packed weight", w.data, self.module)
         device = data.device or 0
-        kernel = self.kernel_for(w, problem, config, device=device)
-        check("activations", seen, dtype="<f2", shape=(problem.m, problem.k), device=data.device)
-        packed_bytes = w.nbytes
-        check("packed weight", data, dtype="|u1", shape=(packed_bytes,))
+        used = kernels_in_use() if config is None else ()
+        plan = self._plan(seen.shape[0], w.n, w.k, w.group_size, w.mode, w.layout, config, used, device)
+        check("activations", seen, dtype="<f2", shape=(seen.shape[0], w.k), device=data.device)
+        check("packed weight", data, dtype="|u1", shape=plan.packed_shape)
         biased = None if bias is None else view("bias", bias, self.module)
         if biased is not None:
-            check("bias", biased, dtype="<f2", shape=(problem.n,), device=device)
+            check("bias", biased, dtype="<f2", shape=(w.n,), device=device)
         if out is None:
-            out = empty_like_library(a, self.module, (problem.m, problem.n), "<f2", device)
+            out = empty_like_library(a, self.module, plan.output_shape, "<f2", device)
         target = view("output", out, self.module)
-        check("output", target, dtype="<f2", shape=(problem.m, problem.n), device=device)
+        check("output", target, dtype="<f2", shape=plan.output_shape, device=device)
         address = stream_pointer(stream, a)
-        space = self._workspace(kernel, problem, workspace, device, address)
+        space = self._workspace(plan.kernel, plan.problem, workspace, device, address)
         outcome = self._native.gemm(
-            self._index(kernel),
-            *_numbers(problem),
-            *(seen.pointer, data.pointer, packed_bytes),
+            plan.kernel_index,
+            *plan.numbers,
+            *(seen.pointer, data.pointer, plan.packed_shape[0]),
             *(0 if biased is None else biased.pointer, target.pointer, alpha),
             *((0, 0) if space is None else (space.pointer, space.nbytes)),
             *(address, dependent_launch, device),
         )
         self._result(outcome)
         return out
+
+    def _make_plan(
+        self,
+        m: int,
+        n: int,
+        k: int,
+        group_size: int,
+        mode: QuantMode,
+        layout: str,
+        config: KernelConfig | str | None,
+        _used: tuple[KernelConfig, ...],
+        device: int,
+    ) -> _Plan:
+        """Find out what all calls with these arguments share. What `use_kernels` names is one of them."""
+        problem = Problem(m, n, k, group_size)
+        weight = PackedWeight(None, layout, n, k, group_size, mode)
+        kernel = self.kernel_for(weight, problem, config, device=device)
+        return _Plan(kernel, problem, self._index(kernel), _numbers(problem), (weight.nbytes,), (m, n))
 
     def kernel_for(
         self, w: PackedWeight, problem: Problem, config: KernelConfig | str | None = None, *, device: int = 0

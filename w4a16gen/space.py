@@ -89,17 +89,15 @@ _DEFAULT_SHAPES = frozenset(
         *((f"64x{tokens}x128", cluster, _FOUR) for tokens in (8, 16) for cluster in ("1x1x1", "1x1x2")),
         *((f"64x{tokens}x128", cluster, _TWO) for tokens in (32, 64) for cluster in ("1x1x1", "1x1x2")),
         ("64x128x64", "1x1x2", _TWO),
-        *(("128x128x64", cluster, _TWO) for cluster in ("1x1x1", "1x1x2")),
-        ("128x256x64", "1x1x1", _TWO),
+        *(("128x128x64", cluster, _TWO) for cluster in ("1x1x2", "1x2x1")),
         *((f"256x{tokens}x128", "1x1x1", _TWO) for tokens in (8, 16, 32, 64)),
-        ("256x128x64", "1x1x1", _TWO),
+        *(("256x128x64", cluster, _TWO) for cluster in ("1x1x1", "2x1x1")),
     }
 )
 _DEFAULT_STREAM_K = ("256x64x128", "1x1x1", _TWO)
-"""A smallest set of which one is within 3 % of the fastest native kernel in each of 40 cells: five layer shapes, 1 to
-512 tokens, mode fgs, group 128 (NVIDIA H100 80GB HBM3, 2026-11; `w4a16gen bench --smallest-set 3`). And 128x256, the
-fastest of five large tiles in 10 of 25 cells of 512 to 8,192 tokens, where power limits all of them alike: without it
-the set would lose 0.5 % there, with it 0.2 %."""
+"""A smallest set of which one is within 3 % of the fastest native kernel in each of 60 cells: five layer shapes, 1 to
+8,192 tokens, mode fgs, group 128; up to 256 tokens 375 kernels were timed, beyond that 26 of large tiles (NVIDIA H100
+80GB HBM3, 2026-11; `w4a16gen bench --smallest-set 3` finds such sets)."""
 
 
 def _not_in_default(config: KernelConfig) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 
 from w4a16gen.bench import COLD_BYTES, hopper_gpu
 from w4a16gen.config import KernelConfig, QuantMode, Target
-from w4a16gen.dispatch import runnable
+from w4a16gen.dispatch import LONG_FLOPS, runnable
 from w4a16gen.legality import CTA_TOKENS
 from w4a16gen.module import Library
 from w4a16gen.packing import PackedWeight, pack_weight
@@ -24,10 +25,18 @@ from w4a16gen.verify.numeric import random_weight
 
 LAUNCHES = 20
 """Launches per graph, at least; enough that the graph's own start does not show."""
-LONG_FLOPS = 1e11
-"""Problems of more work than this, 130 us and more, get fewer launches per graph."""
 LONG_LAUNCHES = 6
+"""The same for problems of more than `LONG_FLOPS`, 130 us and more."""
 SCREENING_REPLAYS = 2
+BLOCK_SECONDS = 0.15
+SCREENING_BLOCK_SECONDS = 0.06
+"""How long a contender runs by itself on a long problem before the next one's turn; its second half counts. An H100 at
+its power limit takes some 50 ms to settle on a clock. Where contenders took turns replay by replay, all ran at the
+clock that their mean power left them: weights of nothing but zeros took as long as any, though by themselves they are
+20 % faster, and of two kernels the one that needs more power gained 2 to 7 % on the other (H100 80GB HBM3, 2026-11)."""
+BLOCK_REPLAYS = 4
+WARM_UP_SECONDS = 0.4
+"""What comes before them: a GPU that has rested starts cold, and above the clock that it can keep."""
 PAUSE_SECONDS = 0.01
 """Rest before each timed replay of a short problem. Without rest an H100 lowers its clock to stay in its power limit:
 problems of 64 tokens and more then take up to 15 % longer (H100 80GB HBM3, 2026-11)."""
@@ -112,10 +121,22 @@ class _Contender:
 
     def time(self, pause: float) -> None:
         """Time one replay: after a rest, a replay that is not timed brings the clocks back."""
-        if pause:
-            time.sleep(pause)
+        time.sleep(pause)
         self.replay()
         self.microseconds.append(self.timed_replay() * 1000 / self.launches)
+
+    def time_block(self, seconds: float) -> None:
+        """Replay for some time, and keep the median of the second half."""
+        self.microseconds.append(_settled(self.timed_replay, seconds) * 1000 / self.launches)
+
+
+def _settled(timed_replay: Callable[[], float], seconds: float) -> float:
+    """Give the median of what was timed in the second half of some time."""
+    begin = time.monotonic()
+    milliseconds: list[float] = []
+    while len(milliseconds) < BLOCK_REPLAYS or time.monotonic() - begin < seconds:
+        milliseconds.append(timed_replay())
+    return statistics.median(milliseconds[len(milliseconds) // 2 :])
 
 
 @lru_cache(maxsize=1)
@@ -217,10 +238,18 @@ class _Stage:
 
 
 def screen(stage: _Stage, config: KernelConfig) -> float:
-    """Time one kernel briefly: the least of a few replays, in microseconds."""
+    """Time one kernel briefly, in microseconds: the least of a few replays, or a block of them for a long problem."""
     contender = stage.record(config, dependent=False)
     contender.replay()
+    if stage.problem.flops > LONG_FLOPS:
+        return _settled(contender.timed_replay, SCREENING_BLOCK_SECONDS) * 1000 / contender.launches
     return min(contender.timed_replay() * 1000 / contender.launches for _ in range(SCREENING_REPLAYS))
+
+
+def _warm_up(stage: _Stage, config: KernelConfig) -> None:
+    """Bring the GPU to the clock that a long problem leaves it."""
+    if stage.problem.flops > LONG_FLOPS:
+        _settled(stage.record(config, dependent=False).timed_replay, WARM_UP_SECONDS)
 
 
 def measure(
@@ -232,6 +261,8 @@ def measure(
         NoHopperGpuError: if there is no Hopper GPU.
     """
     stage = _Stage(library, hopper_gpu(library)["index"], problem, mode, seed)
+    if configs:
+        _warm_up(stage, configs[-1])
     for config in configs:
         yield config, screen(stage, config)
 
@@ -258,9 +289,9 @@ def compare(
 ) -> Comparison:
     """Time kernels on one problem with cold L2: all of them briefly, then the fastest against each other and cuBLAS.
 
-    Graphs of 20 launches and more take copies of the weight in turn, more than 200 MB of them. The finalists' replays
-    are interleaved, so that what the GPU's clock does happens to all alike. Short problems rest before each replay;
-    long ones, of 130 us and more, run without rest, as they do in prefill.
+    Graphs of 20 launches and more take copies of the weight in turn, more than 200 MB of them. The finalists take
+    turns, in a new order each round: on short problems with single replays and a rest before each, on long ones, of
+    130 us and more, with blocks of replays without rest, as in prefill.
 
     Args:
         library: the loaded build.
@@ -269,8 +300,8 @@ def compare(
         configs: the kernels; None takes all that the build holds. Those that cannot run the problem, or whose tiles do
             not suit it, are left out.
         finalists: how many kernels are timed against each other.
-        rounds: timed replays of each.
-        seed: of the random data.
+        rounds: timed replays, or blocks, of each.
+        seed: of the random data, and of the order.
         progress: told after each screened kernel.
 
     Raises:
@@ -280,6 +311,8 @@ def compare(
     stage = _Stage(library, device, problem, mode, seed)
     able = runnable(library.configs() if configs is None else configs, mode, problem)
     candidates = [config for config in able if tiles_suit(config, problem)]
+    if candidates:
+        _warm_up(stage, candidates[-1])
     screened: dict[str, float] = {}
     for done, config in enumerate(candidates, 1):
         screened[config.name] = screen(stage, config)
@@ -295,9 +328,15 @@ def compare(
         torch = None
     if torch is not None:
         contenders[CUBLAS, False] = stage.record_cublas(torch)
+    turns = list(contenders.values())
+    order = random.Random(seed)  # noqa: S311  (nothing secret)
     for _ in range(rounds):
-        for contender in contenders.values():
-            contender.time(PAUSE_SECONDS if short else 0)
+        order.shuffle(turns)
+        for contender in turns:
+            if short:
+                contender.time(PAUSE_SECONDS)
+            else:
+                contender.time_block(BLOCK_SECONDS)
     timings = [
         Timing(name, contender.microseconds, contenders[name, True].microseconds if (name, True) in contenders else ())
         for (name, dependent), contender in contenders.items()

@@ -57,7 +57,7 @@ def explain(problem: Problem, mode: QuantMode, top: int, folder: Path | None, as
         )
         shape = f"{problem.m}x{problem.n}x{problem.k},{problem.group_size}"
         notes.print(
-            f"{len(estimated)} native kernels of the build can run it. Estimates are for an H100 and off by 12 % (root "
+            f"{len(estimated)} native kernels of the build can run it. Estimates are for an H100 and off by 13 % (root "
             f"mean square); `w4a16gen bench --problem {shape}` measures."
         )
     else:

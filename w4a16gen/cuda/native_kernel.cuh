@@ -50,7 +50,8 @@ __device__ inline void start(const Parameters& p, const Shared<S>& shared, const
     for (int slot = warp - kFirst; slot < S::Stages; slot += S::Threads / kWarp - kFirst) {
       if (elected()) {
         if (slot >= S::EarlyStages) barrier_init(shared.full(slot), 2);
-        barrier_init(shared.empty(slot), 4 * S::WarpgroupsM * (S::Multicasts ? S::ClusterSize : 1));
+        constexpr int kWarps = 4 * S::WarpgroupsM * (S::Multicasts ? S::ClusterSize : 1);
+        barrier_init(shared.empty(slot), kWarps * kReleasingLanes);
         if (S::ClusterK > 1 && slot < 2) barrier_init(shared.arrived(slot), 1);
       }
     }

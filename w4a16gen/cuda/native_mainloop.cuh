@@ -86,9 +86,15 @@ __device__ inline void multiply(float (&sum)[Tokens / 2], const Fragments& fragm
 template <class S>
 __device__ inline void release(const Shared<S>& shared, int slot, int lane) {
   if constexpr (S::Multicasts) {
-    if (lane < S::ClusterSize) barrier_arrive_in_cluster(address_in_cluster(shared.empty(slot), lane));
+    constexpr int kArrivals = kReleasingLanes * S::ClusterSize;
+#pragma unroll
+    for (int first = 0; first < kArrivals; first += kWarp) {
+      if (const int arrival = first + lane; arrival < kArrivals) {
+        barrier_arrive_in_cluster(address_in_cluster(shared.empty(slot), arrival / kReleasingLanes));
+      }
+    }
   } else {
-    if (lane == 0) barrier_arrive(shared.empty(slot));
+    if (lane < kReleasingLanes) barrier_arrive(shared.empty(slot));
   }
 }
 

@@ -26,6 +26,14 @@ struct Parameters {
   uint64_t ticket;     // what a flag holds when its sums are there: no other launch's
 };
 
+// Lanes of a warp that tell the producers of a free slot. To racecheck, of compute-sanitizer, nothing orders the reads
+// of those that do not: for its sake all of them can.
+#ifdef W4A16_EVERY_LANE_RELEASES
+constexpr int kReleasingLanes = kWarp;
+#else
+constexpr int kReleasingLanes = 1;
+#endif
+
 // A place in the ring: which slot, and the parity of how often it came round.
 template <int Stages>
 struct Position {

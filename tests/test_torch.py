@@ -1,0 +1,108 @@
+"""Torch's tensors, without torch."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from w4a16gen.arrays import check, empty_like_library, is_on_gpu, stream_pointer, view
+from w4a16gen.errors import InvalidValueError
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """What the package reads of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str = "torch.float16"
+    device: int = 0
+    address: int = 4096
+    is_cuda: bool = True
+    requires_grad: bool = False
+    contiguous: bool = True
+
+    def data_ptr(self) -> int:
+        return self.address
+
+    def get_device(self) -> int:
+        return self.device
+
+    def is_contiguous(self) -> bool:
+        return self.contiguous
+
+    def new_empty(self, shape: tuple[int, ...], *, dtype: str) -> Tensor:
+        return Tensor(shape, dtype, self.device)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, object]:
+        raise AssertionError("slow, and refused by tensors that require gradients")
+
+
+def fake_torch(*, grad_enabled: bool = True, stream: int = 77) -> ModuleType:
+    """Give a module to put into `sys.modules` as torch."""
+    torch = ModuleType("torch")
+    torch.__dict__.update(
+        Tensor=Tensor,
+        float16="torch.float16",
+        uint8="torch.uint8",
+        is_grad_enabled=lambda: grad_enabled,
+        cuda=SimpleNamespace(current_stream=lambda _device: SimpleNamespace(cuda_stream=stream)),
+        _C=SimpleNamespace(),
+    )
+    return torch
+
+
+@pytest.fixture
+def torch(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Put a stand-in for torch where an imported torch would be."""
+    module = fake_torch()
+    monkeypatch.setitem(sys.modules, "torch", module)
+    return module
+
+
+def test_a_tensor_is_seen_without_its_array_interface(torch: ModuleType) -> None:
+    tensor = Tensor((3, 8), device=1)
+    assert is_on_gpu(tensor)
+    seen = view("activations", tensor, None)
+    assert (seen.pointer, seen.shape, seen.dtype, seen.device, seen.contiguous) == (4096, (3, 8), "<f2", 1, True)
+    assert seen.owner is tensor
+    check("activations", seen, dtype="<f2", shape=(3, 8), device=1)
+    made = empty_like_library(tensor, None, (2, 4), "<f2", 1)
+    assert (made.shape, made.dtype, made.device) == ((2, 4), torch.float16, 1)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (Tensor((3, 8), "torch.bfloat16"), "x of dtype bfloat16 must be float16"),
+        (Tensor((3, 8), "torch.float32"), "x of dtype float32 must be float16"),
+        (Tensor((3, 8), "torch.float8_e4m3fn"), "x of dtype float8_e4m3fn must be float16"),
+        (Tensor((3, 8), contiguous=False), "x must be contiguous"),
+        (Tensor((3, 9)), r"x of shape \[3, 9\] must be \[3, 8\]"),
+        (Tensor((3, 8), device=2), "x is on GPU 2, but the packed weight is on GPU 0"),
+        (Tensor((3, 8), is_cuda=False), "x is a Tensor in host memory"),
+        (Tensor((3, 8), requires_grad=True), "x requires gradients, which these kernels do not compute"),
+    ],
+)
+@pytest.mark.usefixtures("torch")
+def test_a_tensor_that_does_not_fit_is_refused(tensor: Tensor, message: str) -> None:
+    with pytest.raises(InvalidValueError, match=message):
+        check("x", view("x", tensor, None), dtype="<f2", shape=(3, 8), device=0)
+
+
+def test_parameters_may_go_in_where_no_gradients_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", fake_torch(grad_enabled=False))
+    assert view("bias", Tensor((8,), requires_grad=True), None).shape == (8,)
+
+
+def test_the_stream_is_torchs_current_one(torch: Any) -> None:
+    assert stream_pointer(None, Tensor((3, 8))) == 77
+    internals = SimpleNamespace(_cuda_getCurrentRawStream=lambda device: 100 + device)
+    torch.__dict__["_C"] = internals
+    assert stream_pointer(None, Tensor((3, 8), device=1)) == 101
+    assert stream_pointer(5, Tensor((3, 8))) == 5
+    assert stream_pointer(None, SimpleNamespace()) == 0
