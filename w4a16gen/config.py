@@ -56,7 +56,7 @@ class ClusterShape(_Triple):
 class _OrderedEnum(Enum):
     """An enumeration ordered by definition, so that sorted kernel lists do not depend on spelling."""
 
-    # Members are single objects. Enum's own hash, a Python function, takes a twelfth of a call of `gemm`.
+    # Members are single objects, and Enum's own hash is a Python function, which every call of `gemm` would run.
     __hash__ = object.__hash__
 
     def __lt__(self, other: object) -> bool:
