@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
-from w4a16gen import Problem, QuantMode
+from w4a16gen import Problem, QuantMode, sweep
 from w4a16gen.cli import main, timing
 from w4a16gen.cli.problems import parse_problem
 from w4a16gen.dispatch import choose
@@ -117,3 +118,12 @@ def test_explain_names_the_choice_and_what_it_was_weighed_against(
     wrong = cli.invoke(main, ["explain", "16", "4096", "4100"])
     assert wrong.exit_code == 2
     assert "k of 4100 must be a positive multiple of 8" in wrong.stderr
+
+
+def test_of_a_block_the_second_half_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr(sweep, "time", SimpleNamespace(monotonic=lambda: next(clock)))  # a second a look
+    unsettled = iter([1.0, 1.0, 1.0, 1.0, 1.0, 7.0, 8.0, 9.0, 8.0, 8.0])
+    assert sweep.settled(lambda: next(unsettled), 7) == 8.0
+    few = iter([1.0, 1.0, 5.0, 7.0])
+    assert sweep.settled(lambda: next(few), 0) == 6.0, "four replays at least"

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
+from w4a16gen import Library, QuantMode, use_kernels
 from w4a16gen.arrays import check, empty_like_library, is_on_gpu, stream_pointer, view
 from w4a16gen.errors import InvalidValueError
+from w4a16gen.packing import TARGET_LAYOUTS, PackedWeight
 
 
 @dataclass(frozen=True)
@@ -106,3 +108,31 @@ def test_the_stream_is_torchs_current_one(torch: Any) -> None:
     assert stream_pointer(None, Tensor((3, 8), device=1)) == 101
     assert stream_pointer(5, Tensor((3, 8))) == 5
     assert stream_pointer(None, SimpleNamespace()) == 0
+
+
+@pytest.mark.usefixtures("torch")
+def test_a_call_launches_what_is_named_though_calls_alike_are_remembered(
+    fake_library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[tuple[Any, ...]] = []
+
+    def launch(*arguments: Any) -> tuple[int, str]:
+        launched.append(arguments)
+        return 0, ""
+
+    monkeypatch.setattr(fake_library, "_native", SimpleNamespace(gemm=launch))
+    monkeypatch.setattr(fake_library, "_workspace_needed", lambda *_: 0)
+    mode = QuantMode.FINEGRAINED_SCALE_ONLY
+    first, second = [config for config in fake_library.configs() if config.mode is mode][:2]
+    empty = PackedWeight(None, TARGET_LAYOUTS[first.target], 512, 1024, 128, mode)
+    weight = replace(empty, data=Tensor((empty.nbytes,), "torch.uint8"))
+    for named, m in ((first, 16), (second, 16), (first, 16), (first, 3)):
+        with use_kernels(named):
+            made = fake_library.gemm(Tensor((m, 1024)), weight)
+        index, *numbers = launched[-1][:5]
+        assert fake_library.kernels[index]["name"] == named.name
+        assert numbers == [m, 512, 1024, 128]
+        assert made.shape == (m, 512)
+        assert launched[-1][-3:] == (77, False, 0), "stream, dependent launch, device"
+    fake_library.gemm(Tensor((16, 1024)), weight, config=second)
+    assert fake_library.kernels[launched[-1][0]]["name"] == second.name

@@ -25,7 +25,11 @@ BUILD_FOLDER_VARIABLE = "W4A16GEN_BUILD_DIR"
 
 def default_build_folder() -> Path:
     """Give the folder that builds go to and are loaded from: W4A16GEN_BUILD_DIR, or `build` in the current folder."""
-    return Path(os.environ.get(BUILD_FOLDER_VARIABLE) or "build")
+    return Path(_default_folder())
+
+
+def _default_folder() -> str:
+    return os.environ.get(BUILD_FOLDER_VARIABLE) or "build"
 
 
 def load(folder: Path | str | None = None) -> Library:
@@ -37,7 +41,7 @@ def load(folder: Path | str | None = None) -> Library:
     Raises:
         NotBuiltError: if there is no usable build in the folder.
     """
-    given = os.fspath(folder) if folder is not None else os.environ.get(BUILD_FOLDER_VARIABLE) or "build"
+    given = os.fspath(folder) if folder is not None else _default_folder()
     try:
         found = os.stat(f"{given}/{MANIFEST}")  # noqa: PTH116  (a quarter of the time)
         key = given, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

@@ -127,10 +127,10 @@ class _Contender:
 
     def time_block(self, seconds: float) -> None:
         """Replay for some time, and keep the median of the second half."""
-        self.microseconds.append(_settled(self.timed_replay, seconds) * 1000 / self.launches)
+        self.microseconds.append(settled(self.timed_replay, seconds) * 1000 / self.launches)
 
 
-def _settled(timed_replay: Callable[[], float], seconds: float) -> float:
+def settled(timed_replay: Callable[[], float], seconds: float) -> float:
     """Give the median of what was timed in the second half of some time."""
     begin = time.monotonic()
     milliseconds: list[float] = []
@@ -242,14 +242,14 @@ def screen(stage: _Stage, config: KernelConfig) -> float:
     contender = stage.record(config, dependent=False)
     contender.replay()
     if stage.problem.flops > LONG_FLOPS:
-        return _settled(contender.timed_replay, SCREENING_BLOCK_SECONDS) * 1000 / contender.launches
+        return settled(contender.timed_replay, SCREENING_BLOCK_SECONDS) * 1000 / contender.launches
     return min(contender.timed_replay() * 1000 / contender.launches for _ in range(SCREENING_REPLAYS))
 
 
 def _warm_up(stage: _Stage, config: KernelConfig) -> None:
     """Bring the GPU to the clock that a long problem leaves it."""
     if stage.problem.flops > LONG_FLOPS:
-        _settled(stage.record(config, dependent=False).timed_replay, WARM_UP_SECONDS)
+        settled(stage.record(config, dependent=False).timed_replay, WARM_UP_SECONDS)
 
 
 def measure(
