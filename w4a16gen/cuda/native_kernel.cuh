@@ -59,7 +59,7 @@ __device__ inline void start(const Parameters& p, const Shared<S>& shared, const
   barrier_init_fence();
   __syncthreads();
   if constexpr (S::ClusterSize > 1) cluster_arrive_relaxed();
-  if constexpr (S::Multicasts) cluster_wait();
+  if constexpr (S::Multicasts || (S::ClusterK > 1 && !kWaitsLate)) cluster_wait();
 }
 
 // Fetches one operand of all stages of all tiles but those that `start` has fetched.
@@ -112,7 +112,8 @@ __device__ inline void consume(const Parameters& p, const Shared<S>& shared, con
   at.advance(me.warpgroup_k);
   int skip = me.warpgroup_k;  // stages of the next tile that come before this warpgroup's first
   int turn = 0;
-  if constexpr (S::ClusterK > 1) cluster_wait();  // all CTAs of the cluster run, and their barriers are ready
+  if constexpr (S::ClusterK > 1 && kWaitsLate)
+    cluster_wait();  // all CTAs of the cluster run, and their barriers are ready
 #pragma unroll 1
   for (int index = work.first_tile; index < work.end_tile; index += work.tile_step, ++turn) {
     const Tile tile = tile_at<S>(p.tiling, work, index);
@@ -164,7 +165,7 @@ __device__ inline void run(const Parameters& p) {
       if constexpr (S::StreamK) publish_handover<S>(p, work);
     }
     __syncwarp();
-    if constexpr (S::ClusterK > 1) cluster_wait();
+    if constexpr (S::ClusterK > 1 && kWaitsLate) cluster_wait();
   } else {
     take_registers<S::ConsumerRegisters>();
     consume<S, Rows>(p, shared, work, consumer_at<S>(threadIdx.x));

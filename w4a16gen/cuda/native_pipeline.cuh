@@ -26,13 +26,19 @@ struct Parameters {
   uint64_t ticket;     // what a flag holds when its sums are there: no other launch's
 };
 
-// Lanes of a warp that tell the producers of a free slot. To racecheck, of compute-sanitizer, nothing orders the reads
-// of those that do not: for its sake all of them can.
-#ifdef W4A16_EVERY_LANE_RELEASES
-constexpr int kReleasingLanes = kWarp;
+// What racecheck, of compute-sanitizer, cannot follow is done otherwise in a build for it (docs/native.md).
+#ifdef W4A16_RACECHECK
+constexpr bool kForRacecheck = true;
 #else
-constexpr int kReleasingLanes = 1;
+constexpr bool kForRacecheck = false;
 #endif
+
+// Lanes of a warp that tell the producers of a free slot. To racecheck nothing orders the reads of those that do not.
+constexpr int kReleasingLanes = kForRacecheck ? kWarp : 1;
+
+// Whether the CTAs of a cluster that splits K await each other only when a role first needs to. Racecheck makes
+// waiting a meeting of all threads: consumers would wait for producers that wait for free slots, for ever.
+constexpr bool kWaitsLate = !kForRacecheck;
 
 // A place in the ring: which slot, and the parity of how often it came round.
 template <int Stages>
