@@ -15,6 +15,7 @@ from w4a16gen import QuantMode, toolchain
 from w4a16gen.api import BUILD_FOLDER_VARIABLE
 from w4a16gen.build import Build, build
 from w4a16gen.config import ClusterShape, CtaShape, KernelConfig
+from w4a16gen.dispatch import kernels_of_environment
 from w4a16gen.module import Library
 from w4a16gen.space import Filter, select
 
@@ -36,6 +37,14 @@ def one_per_mode() -> list[KernelConfig]:
         for mode, (cta, cluster) in shapes.items()
         for config in select("trtllm", Filter([CtaShape.parse(cta)], [ClusterShape.parse(cluster)], [mode]))
     ]
+
+
+@pytest.fixture(autouse=True)
+def fresh_environment() -> Iterator[None]:
+    """Let a test set the variable that names kernels, which a process reads once."""
+    kernels_of_environment.cache_clear()
+    yield
+    kernels_of_environment.cache_clear()
 
 
 @pytest.fixture

@@ -41,7 +41,8 @@ void walk(const w4a16_problem& problem, int mode, const std::vector<uint8_t>& pa
               const half2 pair = native::as_half2(fragment[position & 3]);
               const int64_t channel = int64_t{cb} * native::kBlockChannels + at.channel;
               float factor;
-              std::memcpy(&factor, packed.data() + layout.channel_factors_offset + channel * sizeof(float), sizeof(float));
+              std::memcpy(&factor, packed.data() + layout.channel_factors_offset + channel * sizeof(float),
+                          sizeof(float));
               weights[channel * row + int64_t{kb} * native::kBlockK + at.k] =
                   __float2half(factor * __half2float(position >> 2 ? pair.y : pair.x));
             }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +13,10 @@ from hypothesis import strategies as st
 
 import w4a16gen
 from w4a16gen import QuantMode, api, pack_weight, quantize
+from w4a16gen.api import BUILD_FOLDER_VARIABLE
 from w4a16gen.arrays import _is_contiguous
-from w4a16gen.build import Build, load_build
-from w4a16gen.render import MANIFEST
+from w4a16gen.build import Build
+from w4a16gen.errors import NotBuiltError
 from w4a16gen.verify.bounds import Expectation
 from w4a16gen.verify.numeric import random_weight
 
@@ -64,20 +64,20 @@ assert "torch" not in sys.modules and "cutlass" not in sys.modules
     subprocess.run([sys.executable, "-c", program], check=True)  # noqa: S603
 
 
-def test_a_build_is_read_again_only_when_it_has_changed(fake_build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_build_is_looked_for_again_only_when_loaded(
+    fake_build: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(api, "_InUse", type("Nothing", (), {"library": None}))
+    monkeypatch.setenv(BUILD_FOLDER_VARIABLE, str(tmp_path))
+    with pytest.raises(NotBuiltError):
+        w4a16gen.configs()
+    monkeypatch.setenv(BUILD_FOLDER_VARIABLE, str(fake_build.folder))
+    assert w4a16gen.configs() == fake_build.configs
+    monkeypatch.setenv(BUILD_FOLDER_VARIABLE, str(tmp_path))
+    assert w4a16gen.configs() == fake_build.configs
+    with pytest.raises(NotBuiltError):
+        w4a16gen.load()
     first = w4a16gen.load(fake_build.folder)
-    read: list[Path] = []
-
-    def counted(folder: Path) -> Build:
-        read.append(folder)
-        return load_build(folder)
-
-    monkeypatch.setattr(api, "load_build", counted)
-    assert w4a16gen.load(fake_build.folder) is first
-    assert read == []
-    manifest = fake_build.folder / MANIFEST
-    os.utime(manifest, ns=(0, manifest.stat().st_mtime_ns + 1))
     assert w4a16gen.load(fake_build.folder) is first, "the same library is loaded once"
-    assert read == [fake_build.folder]
     monkeypatch.chdir(fake_build.folder.parent)
     assert w4a16gen.load(fake_build.folder.name) is first

@@ -7,10 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from w4a16gen import Library, Problem, QuantMode, use_kernels
-from w4a16gen.dispatch import KERNELS_VARIABLE, kernels_in_use
+from w4a16gen.dispatch import KERNELS_VARIABLE, kernels_in_use, kernels_of_environment
 from w4a16gen.errors import InvalidValueError, NotBuiltError
 from w4a16gen.packing import TARGET_LAYOUTS, PackedWeight
 from w4a16gen.space import enumerate_space
+
+
+def name_in_environment(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    """Be a process that is started with this value."""
+    monkeypatch.setenv(KERNELS_VARIABLE, value)
+    kernels_of_environment.cache_clear()
 
 
 def test_kernels_are_named_for_a_block_or_by_the_environment(
@@ -25,7 +31,7 @@ def test_kernels_are_named_for_a_block_or_by_the_environment(
         with use_kernels(named.name):
             assert fake_library.kernel_for(weight, problem) == named
             assert fake_library.kernel_for(weight, problem, chosen) == chosen, "the call comes first"
-    monkeypatch.setenv(KERNELS_VARIABLE, f"{second.name}, {first.name},")
+    name_in_environment(monkeypatch, f"{second.name}, {first.name},")
     assert fake_library.kernel_for(weight, problem) == second
     with use_kernels(first):
         assert fake_library.kernel_for(weight, problem) == first
@@ -33,9 +39,9 @@ def test_kernels_are_named_for_a_block_or_by_the_environment(
             assert fake_library.kernel_for(weight, problem) == chosen
         assert fake_library.kernel_for(weight, problem) == first
     other = next(config for config in fake_library.configs() if config.mode is QuantMode.PER_COLUMN_SCALE_ONLY)
-    monkeypatch.setenv(KERNELS_VARIABLE, other.name)
+    name_in_environment(monkeypatch, other.name)
     assert fake_library.kernel_for(weight, problem) == chosen, "kernels of another mode do not count"
-    monkeypatch.delenv(KERNELS_VARIABLE)
+    name_in_environment(monkeypatch, "")
     assert fake_library.kernel_for(weight, problem) == chosen
 
 
@@ -47,7 +53,7 @@ def test_what_is_named_for_all_calls_is_checked(fake_library: Library, monkeypat
         fake_library.kernel_for(weight, problem)
     with pytest.raises(InvalidValueError, match="'kernel' is not a kernel name"), use_kernels("kernel"):
         pass
-    monkeypatch.setenv(KERNELS_VARIABLE, "kernel")
+    name_in_environment(monkeypatch, "kernel")
     with pytest.raises(InvalidValueError, match="W4A16GEN_KERNELS: 'kernel' is not a kernel name"):
         fake_library.kernel_for(weight, problem)
 

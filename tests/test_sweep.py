@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from w4a16gen import Problem, QuantMode, sweep
 from w4a16gen.cli import main, timing
 from w4a16gen.cli.problems import parse_problem
-from w4a16gen.dispatch import choose
+from w4a16gen.dispatch import choose, kernels_of_environment
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.space import enumerate_space
 from w4a16gen.sweep import CUBLAS, Comparison, Timing, smallest_set, tiles_suit
@@ -112,6 +112,7 @@ def test_explain_names_the_choice_and_what_it_was_weighed_against(
     )
     assert "cutlass" in cli.invoke(main, ["explain", "16", "4096", "4096"]).stdout
     monkeypatch.setenv("W4A16GEN_KERNELS", configs[0].name)
+    kernels_of_environment.cache_clear()
     named = cli.invoke(main, ["explain", "16", "4096", "4096", "--mode", str(configs[0].mode), "--json"])
     assert json.loads(named.stdout)["chosen"] == configs[0].name
     assert "W4A16GEN_KERNELS names" in named.stderr

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from dataclasses import dataclass, replace
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -136,3 +137,68 @@ def test_a_call_launches_what_is_named_though_calls_alike_are_remembered(
         assert launched[-1][-3:] == (77, False, 0), "stream, dependent launch, device"
     fake_library.gemm(Tensor((16, 1024)), weight, config=second)
     assert fake_library.kernels[launched[-1][0]]["name"] == second.name
+
+
+class KnownCalls:
+    """Stands in for the module's: makes any call whose number of tokens it has been told of."""
+
+    made: ClassVar[list[tuple[Any, ...]]] = []
+
+    def __init__(self, *_: Any) -> None:
+        self.known: set[int] = set()
+
+    def add(self, m: int, _kernel: int) -> None:
+        self.known.add(m)
+
+    def gemm(self, *arguments: Any) -> str | None:
+        if arguments[0].shape[0] not in self.known:
+            return None
+        self.made.append(arguments)
+        return "made again"
+
+
+@pytest.mark.usefixtures("torch")
+def test_a_usual_call_is_made_again_by_the_module_as_long_as_the_weight_lives(
+    fake_library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[Any] = []
+
+    def launch(*arguments: Any) -> tuple[int, str]:
+        launched.append(arguments)
+        return 0, ""
+
+    monkeypatch.setattr(fake_library, "_native", SimpleNamespace(gemm=launch))
+    monkeypatch.setattr(fake_library, "module", SimpleNamespace(KnownCalls=KnownCalls, devices=list))
+    needed = {"bytes": 0}
+    monkeypatch.setattr(fake_library, "_workspace_needed", lambda *_: needed["bytes"])
+    mode = QuantMode.FINEGRAINED_SCALE_ONLY
+    config = next(config for config in fake_library.configs() if config.mode is mode)
+    empty = PackedWeight(None, TARGET_LAYOUTS[config.target], 512, 1024, 128, mode)
+    weight = replace(empty, data=Tensor((empty.nbytes,), "torch.uint8"))
+    a, out = Tensor((16, 1024)), Tensor((16, 512))
+    space = Tensor((1 << 20,), "torch.uint8")
+    assert not fake_library.knows(weight)
+    for unusual in ({"config": config}, {"stream": 5}, {"workspace": space}):
+        fake_library.gemm(a, weight, out=out, **unusual)
+        assert not fake_library.knows(weight)
+    with use_kernels(config):
+        fake_library.gemm(a, weight, out=out)
+    assert not fake_library.knows(weight)
+    assert fake_library.gemm(a, weight, out=out) is out
+    assert fake_library.knows(weight)
+    long_way = len(launched)
+    assert fake_library.gemm(a, weight, out=out, alpha=0.5, dependent_launch=True) == "made again"
+    assert KnownCalls.made == [(a, weight.data, None, out, 0.5, True)]
+    assert len(launched) == long_way
+    for given in ({"config": config}, {"stream": 5}, {"workspace": space}):
+        assert fake_library.gemm(a, weight, out=out, **given) is out
+    with use_kernels(config):
+        assert fake_library.gemm(a, weight, out=out) is out
+    assert fake_library.gemm(Tensor((3, 1024)), weight).shape == (3, 512)
+    assert fake_library.gemm(Tensor((3, 1024)), weight) == "made again"
+    assert fake_library.gemm(Tensor((0, 1024)), weight).shape == (0, 512)
+    assert fake_library.gemm(Tensor((0, 1024)), weight).shape == (0, 512)
+    key = weight.data
+    del weight
+    gc.collect()
+    assert not fake_library.knows(replace(empty, data=key))

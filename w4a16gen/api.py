@@ -18,47 +18,44 @@ from w4a16gen.module import Library, check_weight
 from w4a16gen.packing import LAYOUTS, PackedWeight
 from w4a16gen.problem import Problem, why_cannot_run
 from w4a16gen.quantize import gemm_reference
-from w4a16gen.render import MANIFEST
 
 BUILD_FOLDER_VARIABLE = "W4A16GEN_BUILD_DIR"
 
 
 def default_build_folder() -> Path:
     """Give the folder that builds go to and are loaded from: W4A16GEN_BUILD_DIR, or `build` in the current folder."""
-    return Path(_default_folder())
-
-
-def _default_folder() -> str:
-    return os.environ.get(BUILD_FOLDER_VARIABLE) or "build"
+    return Path(os.environ.get(BUILD_FOLDER_VARIABLE) or "build")
 
 
 def load(folder: Path | str | None = None) -> Library:
-    """Load a finished build; the same build is read once per process, and again when its files have changed.
+    """Load a finished build; the same library is loaded once per process.
 
     Args:
-        folder: the build's folder; None takes W4A16GEN_BUILD_DIR, or `build` in the current folder.
+        folder: the build's folder; None takes W4A16GEN_BUILD_DIR, or `build` in the current folder. Functions that use
+            the default build look for it when they first need it, and again when this is called without a folder.
 
     Raises:
         NotBuiltError: if there is no usable build in the folder.
     """
-    given = os.fspath(folder) if folder is not None else _default_folder()
-    try:
-        found = os.stat(f"{given}/{MANIFEST}")  # noqa: PTH116  (a quarter of the time)
-        key = given, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-    except OSError:
-        key = None
-    if key in _loaded:
-        return _loaded[key]
-    build = load_build(Path(given))
-    library = _load(build.folder.resolve(), build.manifest["link_digest"], build.manifest["library_sha256"])
-    if key is not None:
-        _loaded[key] = library
-    return library
+    if folder is not None:
+        return _load_from(Path(folder))
+    _InUse.library = _load_from(default_build_folder())
+    return _InUse.library
 
 
-_loaded: dict[tuple[str, int, int, int, int] | None, Library] = {}
-"""Builds by folder, as it was named, and what changes when their manifest is written. Reading a build hashes its
-library, which takes 60 ms for one of 86 MB: too much for every call of `gemm`."""
+class _InUse:
+    """The default build. It is not looked for at each call: that takes longer than a launch."""
+
+    library: Library | None = None
+
+
+def _library_in_use() -> Library:
+    return load() if _InUse.library is None else _InUse.library
+
+
+def _load_from(folder: Path) -> Library:
+    build = load_build(folder)
+    return _load(build.folder.resolve(), build.manifest["link_digest"], build.manifest["library_sha256"])
 
 
 @cache
@@ -68,12 +65,12 @@ def _load(folder: Path, _link_digest: str, _library_sha256: str) -> Library:
 
 def configs() -> list[KernelConfig]:
     """Give the kernels of the default build, sorted; see `load`."""
-    return load().configs()
+    return _library_in_use().configs()
 
 
 def to_device(value: Any, device: int = 0) -> Any:
     """Copy a numpy array or a packed weight to a GPU, with the default build's module; see `Library.to_device`."""
-    return load().to_device(value, device)
+    return _library_in_use().to_device(value, device)
 
 
 def pack(
@@ -104,7 +101,7 @@ def pack(
         return packing.pack(q, scales, zeros, group_size=group_size, target=target)
     if target is not Target.NATIVE:
         raise InvalidValueError(f"weights for target {target} are packed on the host only: copy q there")
-    return load().pack(q, scales, zeros, group_size=group_size)
+    return _library_in_use().pack(q, scales, zeros, group_size=group_size)
 
 
 def gemm(
@@ -129,8 +126,9 @@ def gemm(
         InvalidValueError: if the arrays do not fit together, or some are on the host and some on a GPU.
         NotBuiltError: if the arrays are on a GPU and nothing is built.
     """
-    if is_on_gpu(a) or is_on_gpu(w.data):
-        return load().gemm(
+    library = _InUse.library
+    if (library is not None and library.knows(w)) or is_on_gpu(a) or is_on_gpu(w.data):
+        return (library or load()).gemm(
             a,
             w,
             bias=bias,

@@ -25,7 +25,8 @@ from w4a16gen.toolchain import Toolchain, cutlass_version, describe_compiler, fi
 
 LIBRARY = "libw4a16_kernels.so"
 MODULE = "_w4a16" + str(sysconfig.get_config_var("EXT_SUFFIX"))
-_LINK_SOURCES = ("CMakeLists.txt", "exports.map", "library.cpp", "module.cpp")
+_LINK_SOURCES = ("CMakeLists.txt", "exports.map", "library.cpp", "module.cpp", "module/*.h")
+_LINK_HEADERS = ("w4a16.h", "problem.h", "kernel.h", "registry.h")
 
 
 @dataclass(frozen=True)
@@ -185,8 +186,8 @@ def _cost(config: KernelConfig, units: Sequence[CompiledUnit]) -> dict[str, obje
 def _link_digest(units: Sequence[CompiledUnit], registry: Path, toolchain: Toolchain) -> str:
     """Give the hash of all that the library and the module are made of."""
     parts = [unit.path.name for unit in units]
-    parts += [file_digest(path) for path in (registry, *(CUDA_FOLDER / name for name in _LINK_SOURCES))]
-    parts += [file_digest(CUDA_FOLDER / name) for name in ("w4a16.h", "problem.h", "kernel.h", "registry.h")]
+    sources = [path for pattern in (*_LINK_SOURCES, *_LINK_HEADERS) for path in sorted(CUDA_FOLDER.glob(pattern))]
+    parts += [file_digest(path) for path in (registry, *sources)]
     parts += [describe_compiler(toolchain), pybind11.__version__, MODULE]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import cache
 
 from w4a16gen.config import KernelConfig, QuantMode, Scheduler, Target
 from w4a16gen.errors import InvalidValueError, UnsupportedProblemError
@@ -65,7 +65,8 @@ def use_kernels(*kernels: KernelConfig | str) -> Iterator[None]:
     """Make calls of `gemm` use these kernels unless they name one, each for weights of its mode and target.
 
     Holds in the thread, or the asynchronous task, that enters it, and takes precedence over the environment variable
-    W4A16GEN_KERNELS, which does the same for a whole process. Without arguments, calls choose as if neither was there.
+    W4A16GEN_KERNELS, which does the same for a whole process and is read once, when it is first needed. Without
+    arguments, calls choose as if neither was there.
     Weights that none of them reads get a chosen kernel as ever; a problem that the named kernel cannot run is an error.
 
     Args:
@@ -88,11 +89,22 @@ def kernels_in_use() -> tuple[KernelConfig, ...]:
         InvalidValueError: if the environment variable holds anything but kernels' names.
     """
     used = _used.get()
-    return _parse_variable(os.environ.get(KERNELS_VARIABLE, "")) if used is None else used
+    return kernels_of_environment() if used is None else used
 
 
-@lru_cache(maxsize=16)
-def _parse_variable(text: str) -> tuple[KernelConfig, ...]:
+def is_in_block() -> bool:
+    """Whether `use_kernels` holds here."""
+    return _used.get() is not None
+
+
+@cache
+def kernels_of_environment() -> tuple[KernelConfig, ...]:
+    """Give the kernels that the environment named when this was first asked: `os.environ` takes longer than a launch.
+
+    Raises:
+        InvalidValueError: if the variable holds anything but kernels' names.
+    """
+    text = os.environ.get(KERNELS_VARIABLE, "")
     try:
         return tuple(KernelConfig.parse(name.strip()) for name in text.split(",") if name.strip())
     except InvalidValueError as error:

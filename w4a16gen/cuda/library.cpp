@@ -1,4 +1,5 @@
 // The C interface over the registry: every check that a launch needs, once, for all targets.
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdio>
@@ -26,7 +27,11 @@ struct Device {
 };
 
 w4a16_status report(w4a16_status status, const std::string& sentence, char* message, size_t message_bytes) {
-  if (message != nullptr && message_bytes > 0) std::snprintf(message, message_bytes, "%s", sentence.c_str());
+  if (message != nullptr && message_bytes > 0) {
+    const size_t length = std::min(sentence.size(), message_bytes - 1);
+    std::memcpy(message, sentence.data(), length);
+    message[length] = '\0';
+  }
   return status;
 }
 
@@ -44,21 +49,24 @@ Device query_device(int index) {
   return device;
 }
 
-// Properties of the current device, asked of the driver once per device.
-Device current_device() {
+// Properties of the current device. The driver is asked once per device; a failure belongs to the thread that met it.
+const Device& current_device() {
   static std::mutex mutex;
   static std::array<Device, kMaxDevices> known;
+  static std::array<std::atomic<bool>, kMaxDevices> is_known{};
+  static thread_local Device failed;
   int index = -1;
-  const cudaError_t error = cudaGetDevice(&index);
-  if (error != cudaSuccess || index >= kMaxDevices) {
-    Device none;
-    none.error = error == cudaSuccess ? cudaErrorInvalidDevice : error;
-    return none;
-  }
+  failed.error = cudaGetDevice(&index);
+  if (failed.error == cudaSuccess && index >= kMaxDevices) failed.error = cudaErrorInvalidDevice;
+  if (failed.error != cudaSuccess) return failed;
+  const auto at = static_cast<size_t>(index);
+  if (is_known[at].load(std::memory_order_acquire)) return known[at];
+  failed = query_device(index);
+  if (failed.error != cudaSuccess) return failed;
   const std::lock_guard<std::mutex> lock(mutex);
-  Device& device = known[static_cast<size_t>(index)];
-  if (device.error != cudaSuccess) device = query_device(index);
-  return device;
+  if (!is_known[at].load(std::memory_order_relaxed)) known[at] = failed;
+  is_known[at].store(true, std::memory_order_release);
+  return known[at];
 }
 
 std::string why_not_device(const Device& device) {
@@ -185,7 +193,7 @@ w4a16_status w4a16_workspace_bytes(int kernel, const w4a16_problem* problem, int
   const Kernel* found = w4a16::find(kernel, problem, &status, &sentence);
   if (found == nullptr || bytes == nullptr) return report(status, sentence, message, message_bytes);
   if (sm_count <= 0) {
-    const Device device = w4a16::current_device();
+    const Device& device = w4a16::current_device();
     sentence = w4a16::why_not_device(device);
     if (!sentence.empty()) return report(W4A16_NO_HOPPER_GPU, sentence, message, message_bytes);
     sm_count = device.sm_count;
@@ -205,7 +213,7 @@ w4a16_status w4a16_gemm(int kernel, const w4a16_problem* problem, const w4a16_ge
   // What needs no GPU is checked first, so that a wrong call reads the same on every machine.
   sentence = w4a16::why_not_arguments(*arguments, found->packed_bytes(*problem));
   if (!sentence.empty()) return report(W4A16_INVALID_ARGUMENT, sentence, message, message_bytes);
-  const Device device = w4a16::current_device();
+  const Device& device = w4a16::current_device();
   sentence = w4a16::why_not_device(device);
   if (!sentence.empty()) return report(W4A16_NO_HOPPER_GPU, sentence, message, message_bytes);
   sentence = w4a16::why_not_workspace(*arguments, found->workspace_bytes(*problem, device.sm_count));

@@ -1,184 +1,113 @@
 // The thin pybind11 module: a kernel library opened by path, and the few CUDA objects that Python needs without torch.
 #include <cuda_runtime_api.h>
-#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 
-#include <array>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 
+#include "module/dlpack.h"
+#include "module/kernel_library.h"
+#include "module/known_calls.h"
 #include "w4a16.h"
 
-namespace py = pybind11;
-
+namespace w4a16 {
 namespace {
-
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + " failed: " + cudaGetErrorString(error));
-}
-
-// Makes a device current for a scope.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    changed_ = device != before_;
-    if (changed_) check(cudaSetDevice(device), "cudaSetDevice");
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
 
 // A status and its sentence; Python turns it into the exception of that status.
 using Outcome = py::tuple;
 
-class KernelLibrary {
- public:
-  explicit KernelLibrary(const std::string& path) : handle_(dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL)) {
-    if (handle_ == nullptr) throw std::runtime_error(dlerror());
-    try {
-      int (*abi_version)() = nullptr;
-      resolve("w4a16_abi_version", abi_version);
-      if (abi_version() != W4A16_ABI_VERSION) {
-        throw std::runtime_error(path + " has ABI version " + std::to_string(abi_version()) + "; this module needs " +
-                                 std::to_string(W4A16_ABI_VERSION) + ": build again");
-      }
-      resolve("w4a16_kernel_count", kernel_count_);
-      resolve("w4a16_get_kernel_info", get_kernel_info_);
-      resolve("w4a16_can_implement", can_implement_);
-      resolve("w4a16_packed_bytes", packed_bytes_);
-      resolve("w4a16_workspace_bytes", workspace_bytes_);
-      resolve("w4a16_gemm", gemm_);
-      resolve("w4a16_pack", pack_);
-    } catch (...) {
-      dlclose(handle_);
-      throw;
+py::list kernels(const KernelLibrary& library) {
+  py::list kernels;
+  for (int index = 0; index < library.kernel_count(); ++index) {
+    w4a16_kernel_info info{};
+    library.get_kernel_info(index, &info);
+    py::dict kernel;
+    kernel["name"] = info.name;
+    kernel["layout"] = info.layout;
+    kernel["stages"] = info.stages;
+    kernel["threads"] = info.threads;
+    kernel["shared_memory_bytes"] = info.shared_memory_bytes;
+    kernels.append(kernel);
+  }
+  return kernels;
+}
+
+Outcome can_implement(const KernelLibrary& library, int kernel, int64_t m, int64_t n, int64_t k, int64_t group_size) {
+  const w4a16_problem problem{m, n, k, group_size};
+  Message message;
+  const w4a16_status status = library.can_implement(kernel, &problem, message.data(), message.size());
+  return py::make_tuple(static_cast<int>(status), message.data());
+}
+
+Outcome packed_bytes(const KernelLibrary& library, int kernel, int64_t n, int64_t k, int64_t group_size) {
+  const w4a16_problem problem{0, n, k, group_size};
+  Message message;
+  size_t bytes = 0;
+  const w4a16_status status = library.packed_bytes(kernel, &problem, &bytes, message.data(), message.size());
+  return py::make_tuple(static_cast<int>(status), message.data(), bytes);
+}
+
+Outcome workspace_bytes(const KernelLibrary& library, int kernel, int64_t m, int64_t n, int64_t k, int64_t group_size,
+                        int sm_count, int device) {
+  const w4a16_problem problem{m, n, k, group_size};
+  Message message;
+  size_t bytes = 0;
+  w4a16_status status;
+  if (sm_count > 0) {
+    status = library.workspace_bytes(kernel, &problem, sm_count, &bytes, message.data(), message.size());
+  } else {
+    const DeviceGuard guard(device);
+    status = library.workspace_bytes(kernel, &problem, 0, &bytes, message.data(), message.size());
+  }
+  return py::make_tuple(static_cast<int>(status), message.data(), bytes);
+}
+
+void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+Outcome gemm(const KernelLibrary& library, int kernel, int64_t m, int64_t n, int64_t k, int64_t group_size,
+             uintptr_t activations, uintptr_t packed, size_t packed_bytes, uintptr_t bias, uintptr_t output,
+             float alpha, uintptr_t workspace, size_t workspace_bytes, uintptr_t stream, bool dependent_launch,
+             int device) {
+  const w4a16_problem problem{m, n, k, group_size};
+  w4a16_gemm_arguments arguments{};
+  arguments.activations = pointer(activations);
+  arguments.packed = pointer(packed);
+  arguments.packed_bytes = packed_bytes;
+  arguments.bias = pointer(bias);
+  arguments.output = pointer(output);
+  arguments.workspace = pointer(workspace);
+  arguments.workspace_bytes = workspace_bytes;
+  arguments.stream = pointer(stream);
+  arguments.alpha = alpha;
+  arguments.dependent_launch = dependent_launch ? 1 : 0;
+  Message message;
+  w4a16_status status;
+  {
+    const py::gil_scoped_release release;
+    const DeviceGuard guard(device);
+    status = library.gemm(kernel, &problem, &arguments, message.data(), message.size());
+  }
+  return py::make_tuple(static_cast<int>(status), message.data());
+}
+
+Outcome pack(const KernelLibrary& library, int kernel, int64_t n, int64_t k, int64_t group_size, uintptr_t q,
+             uintptr_t scales, uintptr_t zeros, uintptr_t packed, size_t packed_bytes, uintptr_t faults,
+             uintptr_t stream, int device) {
+  const w4a16_problem problem{0, n, k, group_size};
+  const w4a16_pack_arguments arguments{pointer(q),   pointer(scales), pointer(zeros), pointer(packed),
+                                       packed_bytes, pointer(faults), pointer(stream)};
+  Message message;
+  w4a16_status status;
+  {
+    const py::gil_scoped_release release;
+    const DeviceGuard guard(device);
+    status = library.pack(kernel, &problem, &arguments, message.data(), message.size());
+    if (status == W4A16_OK && cudaStreamSynchronize(static_cast<cudaStream_t>(arguments.stream)) != cudaSuccess) {
+      throw std::runtime_error("packing failed on the GPU");
     }
   }
-  ~KernelLibrary() { dlclose(handle_); }
-  KernelLibrary(const KernelLibrary&) = delete;
-  KernelLibrary& operator=(const KernelLibrary&) = delete;
-
-  py::list kernels() const {
-    py::list kernels;
-    for (int index = 0; index < kernel_count_(); ++index) {
-      w4a16_kernel_info info{};
-      get_kernel_info_(index, &info);
-      py::dict kernel;
-      kernel["name"] = info.name;
-      kernel["layout"] = info.layout;
-      kernel["stages"] = info.stages;
-      kernel["threads"] = info.threads;
-      kernel["shared_memory_bytes"] = info.shared_memory_bytes;
-      kernels.append(kernel);
-    }
-    return kernels;
-  }
-
-  Outcome can_implement(int kernel, int64_t m, int64_t n, int64_t k, int64_t group_size) const {
-    const w4a16_problem problem{m, n, k, group_size};
-    Message message;
-    const w4a16_status status = can_implement_(kernel, &problem, message.data(), message.size());
-    return py::make_tuple(static_cast<int>(status), message.data());
-  }
-
-  Outcome packed_bytes(int kernel, int64_t n, int64_t k, int64_t group_size) const {
-    const w4a16_problem problem{0, n, k, group_size};
-    Message message;
-    size_t bytes = 0;
-    const w4a16_status status = packed_bytes_(kernel, &problem, &bytes, message.data(), message.size());
-    return py::make_tuple(static_cast<int>(status), message.data(), bytes);
-  }
-
-  Outcome workspace_bytes(int kernel, int64_t m, int64_t n, int64_t k, int64_t group_size, int sm_count,
-                          int device) const {
-    const w4a16_problem problem{m, n, k, group_size};
-    Message message;
-    size_t bytes = 0;
-    w4a16_status status;
-    if (sm_count > 0) {
-      status = workspace_bytes_(kernel, &problem, sm_count, &bytes, message.data(), message.size());
-    } else {
-      const DeviceGuard guard(device);
-      status = workspace_bytes_(kernel, &problem, 0, &bytes, message.data(), message.size());
-    }
-    return py::make_tuple(static_cast<int>(status), message.data(), bytes);
-  }
-
-  Outcome gemm(int kernel, int64_t m, int64_t n, int64_t k, int64_t group_size, uintptr_t activations, uintptr_t packed,
-               size_t packed_bytes, uintptr_t bias, uintptr_t output, float alpha, uintptr_t workspace,
-               size_t workspace_bytes, uintptr_t stream, bool dependent_launch, int device) const {
-    const auto pointer = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
-    const w4a16_problem problem{m, n, k, group_size};
-    w4a16_gemm_arguments arguments{};
-    arguments.activations = pointer(activations);
-    arguments.packed = pointer(packed);
-    arguments.packed_bytes = packed_bytes;
-    arguments.bias = pointer(bias);
-    arguments.output = pointer(output);
-    arguments.workspace = pointer(workspace);
-    arguments.workspace_bytes = workspace_bytes;
-    arguments.stream = pointer(stream);
-    arguments.alpha = alpha;
-    arguments.dependent_launch = dependent_launch ? 1 : 0;
-    Message message;
-    w4a16_status status;
-    {
-      const py::gil_scoped_release release;
-      const DeviceGuard guard(device);
-      status = gemm_(kernel, &problem, &arguments, message.data(), message.size());
-    }
-    return py::make_tuple(static_cast<int>(status), message.data());
-  }
-
-  Outcome pack(int kernel, int64_t n, int64_t k, int64_t group_size, uintptr_t q, uintptr_t scales, uintptr_t zeros,
-               uintptr_t packed, size_t packed_bytes, uintptr_t faults, uintptr_t stream, int device) const {
-    const auto pointer = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
-    const w4a16_problem problem{0, n, k, group_size};
-    const w4a16_pack_arguments arguments{pointer(q),   pointer(scales), pointer(zeros), pointer(packed),
-                                         packed_bytes, pointer(faults), pointer(stream)};
-    Message message;
-    w4a16_status status;
-    {
-      const py::gil_scoped_release release;
-      const DeviceGuard guard(device);
-      status = pack_(kernel, &problem, &arguments, message.data(), message.size());
-      if (status == W4A16_OK && cudaStreamSynchronize(static_cast<cudaStream_t>(arguments.stream)) != cudaSuccess) {
-        throw std::runtime_error("packing failed on the GPU");
-      }
-    }
-    return py::make_tuple(static_cast<int>(status), message.data());
-  }
-
- private:
-  struct Message : std::array<char, 512> {
-    Message() { fill('\0'); }
-  };
-
-  template <class Function>
-  void resolve(const char* name, Function& function) {
-    void* symbol = dlsym(handle_, name);
-    if (symbol == nullptr) throw std::runtime_error(std::string("the kernel library exports no ") + name);
-    std::memcpy(&function, &symbol, sizeof(function));
-  }
-
-  void* handle_;
-  decltype(&w4a16_kernel_count) kernel_count_ = nullptr;
-  decltype(&w4a16_get_kernel_info) get_kernel_info_ = nullptr;
-  decltype(&w4a16_can_implement) can_implement_ = nullptr;
-  decltype(&w4a16_packed_bytes) packed_bytes_ = nullptr;
-  decltype(&w4a16_workspace_bytes) workspace_bytes_ = nullptr;
-  decltype(&w4a16_gemm) gemm_ = nullptr;
-  decltype(&w4a16_pack) pack_ = nullptr;
-};
+  return py::make_tuple(static_cast<int>(status), message.data());
+}
 
 // Device memory that is freed with its last Python reference.
 class DeviceBuffer {
@@ -296,23 +225,9 @@ int pointer_device(uintptr_t pointer) {
   return on_device ? attributes.device : -1;
 }
 
-// The memory layout of DLPack 0.x's DLManagedTensor, up to what is read here (dmlc.github.io/dlpack).
-struct DlTensor {
-  void* data;
-  int32_t device_type;
-  int32_t device_id;
-  int32_t dimensions;
-  uint8_t type_code;
-  uint8_t type_bits;
-  uint16_t type_lanes;
-  int64_t* shape;
-  int64_t* strides;  // counted in values; null for row-major
-  uint64_t byte_offset;
-};
-
-// Reads a DLPack capsule without taking it over; the capsule keeps the memory alive.
+// Reads a DLPack capsule, of DLManagedTensor, without taking it over; the capsule keeps the memory alive.
 py::tuple dlpack_view(const py::capsule& capsule) {
-  const auto* tensor = static_cast<const DlTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+  const auto* tensor = static_cast<const dlpack::Tensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
   if (tensor == nullptr) throw py::error_already_set();
   py::tuple shape(tensor->dimensions);
   py::tuple strides(tensor->strides == nullptr ? 0 : tensor->dimensions);
@@ -320,14 +235,17 @@ py::tuple dlpack_view(const py::capsule& capsule) {
     shape[static_cast<size_t>(axis)] = tensor->shape[axis];
     if (tensor->strides != nullptr) strides[static_cast<size_t>(axis)] = tensor->strides[axis];
   }
-  return py::make_tuple(reinterpret_cast<uintptr_t>(tensor->data) + tensor->byte_offset, shape,
+  return py::make_tuple(reinterpret_cast<uintptr_t>(tensor->begin()), shape,
                         tensor->strides == nullptr ? py::object(py::none()) : py::object(strides),
                         py::make_tuple(tensor->type_code, tensor->type_bits, tensor->type_lanes), tensor->device_id);
 }
 
 }  // namespace
+}  // namespace w4a16
 
 PYBIND11_MODULE(_w4a16, module) {
+  namespace py = pybind11;
+  using namespace w4a16;  // NOLINT: the bindings' names are the functions'
   module.attr("ABI_VERSION") = W4A16_ABI_VERSION;
   module.attr("FAULT_VALUE") = W4A16_FAULT_VALUE;
   module.attr("FAULT_RANGE") = W4A16_FAULT_RANGE;
@@ -336,12 +254,16 @@ PYBIND11_MODULE(_w4a16, module) {
   module.def("dlpack_view", &dlpack_view);
   py::class_<KernelLibrary>(module, "KernelLibrary")
       .def(py::init<const std::string&>())
-      .def("kernels", &KernelLibrary::kernels)
-      .def("can_implement", &KernelLibrary::can_implement)
-      .def("packed_bytes", &KernelLibrary::packed_bytes)
-      .def("workspace_bytes", &KernelLibrary::workspace_bytes)
-      .def("gemm", &KernelLibrary::gemm)
-      .def("pack", &KernelLibrary::pack);
+      .def("kernels", &kernels)
+      .def("can_implement", &can_implement)
+      .def("packed_bytes", &packed_bytes)
+      .def("workspace_bytes", &workspace_bytes)
+      .def("gemm", &gemm)
+      .def("pack", &pack);
+  py::class_<KnownCalls>(module, "KnownCalls")
+      .def(py::init<const KernelLibrary&, int64_t, int64_t, int64_t, size_t, int>(), py::keep_alive<1, 2>())
+      .def("add", &KnownCalls::add)
+      .def("gemm", &KnownCalls::gemm);
   py::class_<DeviceBuffer>(module, "DeviceBuffer")
       .def(py::init<size_t, int>())
       .def_property_readonly("pointer", &DeviceBuffer::pointer)

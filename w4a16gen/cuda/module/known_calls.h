@@ -1,0 +1,136 @@
+// Calls of `gemm` that have been seen to be right, made again with as little as possible around the launch.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <deque>
+#include <unordered_map>
+#include <utility>
+
+#include "dlpack.h"
+#include "kernel_library.h"
+
+namespace w4a16 {
+
+namespace py = pybind11;
+
+// What a type of tensors offers. The table is null if they cannot be described.
+struct TensorType {
+  py::object type;
+  const dlpack::ExchangeApi* api = nullptr;
+  bool has_gradients = false;
+};
+
+inline const dlpack::ExchangeApi* exchange_api_of(py::handle type) {
+  const py::object capsule = py::getattr(type, "__dlpack_c_exchange_api__", py::none());
+  if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
+  const void* pointer = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
+  const auto* api = static_cast<const dlpack::ExchangeApi*>(pointer);
+  while (api != nullptr && api->major_version > dlpack::kMajorVersion) api = api->older;
+  return api == nullptr || api->describe == nullptr ? nullptr : api;
+}
+
+// Types are asked once. Held under the GIL; few types of tensors come by.
+inline const TensorType& tensor_type(py::handle object) {
+  static auto& known = *new std::deque<TensorType>();  // never destroyed: Python may be gone by then
+  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
+  for (const TensorType& found : known) {
+    if (found.type.ptr() == type) return found;
+  }
+  const py::handle handle(type);
+  known.push_back(
+      {py::reinterpret_borrow<py::object>(handle), exchange_api_of(handle), py::hasattr(handle, "requires_grad")});
+  return known.back();
+}
+
+// The calls that are known for weights of one shape, group size, mode and layout on one GPU: for each number of tokens
+// the kernel that was chosen, one without a workspace.
+class KnownCalls {
+ public:
+  KnownCalls(const KernelLibrary& library, int64_t n, int64_t k, int64_t group_size, size_t packed_bytes, int device)
+      : library_(library), n_(n), k_(k), group_size_(group_size), packed_bytes_(packed_bytes), device_(device) {}
+
+  // Says that calls with m tokens, launched by this kernel, need no further checks but those of the tensors.
+  void add(int64_t m, int kernel) { kernels_[m] = {kernel, py::make_tuple(m, n_)}; }
+
+  // Launches, on the stream that the tensors' library is working on, and gives the output; or gives None, with nothing
+  // done, where anything is not as in the calls that are known. Whoever asked then goes the long way, which says what.
+  py::object gemm(const py::object& activations, const py::object& packed, const py::object& bias, py::object output,
+                  float alpha, bool dependent_launch) const {
+    const TensorType& type = tensor_type(activations);
+    dlpack::Tensor a{};
+    dlpack::Tensor weight{};
+    if (!describe(activations, type, dlpack::kFloat, 16, 2, &a) || a.shape[1] != k_) return py::none();
+    const auto found = kernels_.find(a.shape[0]);
+    if (found == kernels_.end()) return py::none();
+    if (!describe(packed, tensor_type(packed), dlpack::kUint, 8, 1, &weight)) return py::none();
+    w4a16_gemm_arguments arguments{};
+    arguments.activations = a.begin();
+    arguments.packed = weight.begin();
+    arguments.packed_bytes = static_cast<size_t>(weight.shape[0]);
+    arguments.alpha = alpha;
+    arguments.dependent_launch = dependent_launch ? 1 : 0;
+    if (arguments.packed_bytes != packed_bytes_) return py::none();
+    if (!bias.is_none()) {
+      dlpack::Tensor added{};
+      if (!describe(bias, tensor_type(bias), dlpack::kFloat, 16, 1, &added) || added.shape[0] != n_) return py::none();
+      arguments.bias = added.begin();
+    }
+    const auto& [kernel, shape] = found->second;
+    if (output.is_none()) {
+      static PyObject* const name = PyUnicode_InternFromString("new_empty");
+      PyObject* const operands[] = {activations.ptr(), shape.ptr()};
+      output = py::reinterpret_steal<py::object>(PyObject_VectorcallMethod(name, operands, 2, nullptr));
+      if (!output && !forget_error()) return py::none();
+    }
+    dlpack::Tensor out{};
+    if (!describe(output, tensor_type(output), dlpack::kFloat, 16, 2, &out) || out.shape[0] != a.shape[0] ||
+        out.shape[1] != n_) {
+      return py::none();
+    }
+    arguments.output = out.begin();
+    if (type.api->current_stream(dlpack::kCuda, device_, &arguments.stream) != 0 && !forget_error()) return py::none();
+
+    const w4a16_problem problem{a.shape[0], n_, k_, group_size_};
+    w4a16_status status = W4A16_CUDA_ERROR;
+    {
+      const py::gil_scoped_release release;
+      const DeviceGuard guard(device_);
+      status = library_.gemm(kernel, &problem, &arguments, nullptr, 0);
+    }
+    return status == W4A16_OK ? output : py::none();
+  }
+
+ private:
+  static bool forget_error() {
+    PyErr_Clear();
+    return false;
+  }
+
+  // Whether an object is a tensor on the GPU of this type and number of dimensions, row-major and without gradients.
+  bool describe(const py::object& object, const TensorType& type, uint8_t code, uint8_t bits, int32_t dimensions,
+                dlpack::Tensor* tensor) const {
+    if (type.api == nullptr) return false;
+    if (type.has_gradients) {
+      static PyObject* const name = PyUnicode_InternFromString("requires_grad");
+      PyObject* const answer = PyObject_GetAttr(object.ptr(), name);
+      Py_XDECREF(answer);  // Py_False is immortal or held by others
+      if (answer != Py_False) return forget_error();
+    }
+    if (type.api->describe(object.ptr(), tensor) != 0) return forget_error();
+    return tensor->device_type == dlpack::kCuda && tensor->device_id == device_ && tensor->type_code == code &&
+           tensor->type_bits == bits && tensor->type_lanes == 1 && tensor->dimensions == dimensions &&
+           tensor->is_row_major();
+  }
+
+  const KernelLibrary& library_;
+  int64_t n_;
+  int64_t k_;
+  int64_t group_size_;
+  size_t packed_bytes_;
+  int device_;
+  std::unordered_map<int64_t, std::pair<int, py::tuple>> kernels_;
+};
+
+}  // namespace w4a16
