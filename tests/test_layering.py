@@ -14,6 +14,8 @@ ORDER = [
     {"legality", "problem", "toolchain"},
     {"space", "quantize", "dispatch", "arrays", "models"},
     {"render", "packing", "tuning"},
+    {"shipped"},
+    {"chooser"},
     {"compile"},
     {"build"},
     {"module"},

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
-from w4a16gen import Problem, QuantMode, sweep
+from w4a16gen import KernelConfig, Problem, QuantMode, sweep
+from w4a16gen.chooser import Chooser
 from w4a16gen.cli import main, timing
 from w4a16gen.cli.problems import parse_problem
 from w4a16gen.dispatch import choose, kernels_of_environment
@@ -90,35 +93,50 @@ def test_bench_needs_a_problem_and_a_build(cli: CliRunner) -> None:
     assert "no build in build" in result.output
 
 
-def untuned(*_: object) -> None:
-    """Stand in for a library without a tuning table."""
+def library_of(configs: Sequence[KernelConfig], folder: Path) -> SimpleNamespace:
+    """Stand in for a loaded build that has no tuning table, on a machine without a GPU."""
+    chooser = Chooser(folder, {"kernels": []})
+    return SimpleNamespace(
+        configs=lambda: configs, choice=lambda mode, problem: chooser.choice(configs, mode, problem, None)
+    )
 
 
 def test_explain_names_the_choice_and_what_it_was_weighed_against(
-    cli: CliRunner, monkeypatch: pytest.MonkeyPatch
+    cli: CliRunner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     configs = enumerate_space("default")
-    monkeypatch.setattr(timing, "load", lambda _folder: SimpleNamespace(configs=lambda: configs, tuned=untuned))
-    found = json.loads(cli.invoke(main, ["explain", "16", "4096", "4096", "--json", "--top", "3"]).stdout)
-    chosen = choose(configs, QuantMode.FINEGRAINED_SCALE_ONLY, Problem(16, 4096, 4096, 128)).name
+    monkeypatch.setattr(timing, "load", lambda _folder: library_of(configs, tmp_path))
+    found = json.loads(cli.invoke(main, ["explain", "16", "4096", "5120", "--json", "--top", "3"]).stdout)
+    chosen = choose(configs, QuantMode.FINEGRAINED_SCALE_ONLY, Problem(16, 4096, 5120, 128)).name
     assert found["chosen"] == chosen == found["estimates"][0]["kernel"]
+    assert (found["source"], found["microseconds"]) == ("an estimate", found["estimates"][0]["estimated_microseconds"])
     assert len(found["estimates"]) == 3
-    assert found["problem"] == {"m": 16, "n": 4096, "k": 4096, "group_size": 128}
+    assert found["problem"] == {"m": 16, "n": 4096, "k": 5120, "group_size": 128}
+    known = json.loads(cli.invoke(main, ["explain", "16", "4096", "4096", "--json"]).stdout)
+    assert known["source"] == "times of an H100 that come with the package"
+    assert 4 < known["microseconds"] < 9
     shown = cli.invoke(main, ["explain", "16", "4096", "4096", "--mode", "cs"])
-    assert "mode cs: the first is chosen" in shown.stdout
     assert "bench --problem 16x4096x4096,4096" in shown.stderr
-    monkeypatch.setattr(
-        timing, "load", lambda _folder: SimpleNamespace(configs=lambda: enumerate_space("trtllm"), tuned=untuned)
-    )
+    assert "times as long" in shown.stderr
+    monkeypatch.setattr(timing, "load", lambda _folder: library_of(enumerate_space("trtllm"), tmp_path))
     assert "cutlass" in cli.invoke(main, ["explain", "16", "4096", "4096"]).stdout
     monkeypatch.setenv("W4A16GEN_KERNELS", configs[0].name)
     kernels_of_environment.cache_clear()
     named = cli.invoke(main, ["explain", "16", "4096", "4096", "--mode", str(configs[0].mode), "--json"])
     assert json.loads(named.stdout)["chosen"] == configs[0].name
-    assert "W4A16GEN_KERNELS names" in named.stderr
+    assert "W4A16GEN_KERNELS names" in json.loads(named.stdout)["source"]
     wrong = cli.invoke(main, ["explain", "16", "4096", "4100"])
     assert wrong.exit_code == 2
     assert "k of 4100 must be a positive multiple of 8" in wrong.stderr
+
+
+def test_explain_says_where_dense_fp16_is_faster(
+    cli: CliRunner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    slow = [config for config in enumerate_space("default") if config.cta.tokens == 8]
+    monkeypatch.setattr(timing, "load", lambda _folder: library_of(slow, tmp_path))
+    shown = cli.invoke(main, ["explain", "4000", "4096", "5120"])
+    assert "dense FP16 would take about 2" in shown.stderr
 
 
 def test_of_a_block_the_second_half_counts(monkeypatch: pytest.MonkeyPatch) -> None:

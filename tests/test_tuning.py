@@ -153,11 +153,11 @@ def test_calls_choose_by_the_table_of_the_build(own_library: Library) -> None:
     hashes = content_hashes(own_library.build.manifest, KERNELS)
     for config, us in ((estimated, 9.0), (slow, 8.0)):
         add_times(own_library.build.folder / TABLE, one_time(GPU, PROBLEM, config, Measured(us, hashes[config])))
-    assert own_library.tuned(MODE, PROBLEM) == (slow, 8.0)
+    assert own_library.choice(MODE, PROBLEM)[:2] == (slow, 8.0)
     assert own_library.kernel_for(weight, PROBLEM) == slow
     assert own_library.kernel_for(weight, PROBLEM, estimated) == estimated
     other = Problem(16, 512, 2048, 128)
-    assert own_library.tuned(MODE, other) is None
+    assert own_library.choice(MODE, other).source.startswith("a rule of thumb")
     elsewhere = PackedWeight(None, weight.layout, 512, 2048, 128, MODE)
     assert own_library.kernel_for(elsewhere, other) == choose(own_library.configs(), MODE, other)
 
@@ -171,7 +171,7 @@ def test_a_damaged_or_foreign_table_is_told_of_once_and_ignored(own_library: Lib
     weight = PackedWeight(None, TARGET_LAYOUTS[KERNELS[0].target], 512, 1024, 128, MODE)
     with pytest.warns(RuntimeWarning, match=warning):
         assert own_library.kernel_for(weight, PROBLEM) == choose(own_library.configs(), MODE, PROBLEM)
-    assert own_library.tuned(MODE, PROBLEM) is None
+    assert own_library.choice(MODE, PROBLEM).microseconds is None
 
 
 class Stopwatch:
@@ -217,7 +217,7 @@ def test_tuning_goes_on_where_it_was_interrupted(cli: CliRunner, own_library: Li
     assert len(stopwatch.measured) == len(set(stopwatch.measured)), "nothing is measured twice"
     assert f"{len(stopwatch.measured) - 3} measured, 3 known" in " ".join(done.stderr.split())
     fastest = min(stopwatch.measured, key=KERNELS.index)
-    assert own_library.tuned(MODE, problem) == (fastest, 65.0 + KERNELS.index(fastest))
+    assert own_library.choice(MODE, problem)[:2] == (fastest, 65.0 + KERNELS.index(fastest))
 
 
 def test_tuning_measures_again_what_is_asked_for_or_built_anew(
@@ -261,6 +261,6 @@ def test_explain_shows_what_was_measured(cli: CliRunner, own_library: Library, s
     assert cli.invoke(main, TUNE).exit_code == 0
     fastest = min(stopwatch.measured, key=KERNELS.index)
     shown = cli.invoke(main, ["explain", "50", "512", "1024", "--json"])
-    assert json.loads(shown.stdout)["chosen"] == fastest.name
-    assert f"the tuning table says {fastest.name}" in " ".join(shown.stderr.split())
-    assert own_library.tuned(MODE, Problem(50, 512, 1024, 128)) is not None
+    explained = json.loads(shown.stdout)
+    assert (explained["chosen"], explained["source"]) == (fastest.name, "the build's tuning table")
+    assert own_library.choice(MODE, Problem(50, 512, 1024, 128)).kernel == fastest

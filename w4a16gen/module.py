@@ -16,8 +16,9 @@ import numpy as np
 
 from w4a16gen.arrays import ArrayView, DeviceArray, check, empty_like_library, stream_pointer, view
 from w4a16gen.build import Build
+from w4a16gen.chooser import Choice, Chooser
 from w4a16gen.config import KernelConfig, QuantMode, Target
-from w4a16gen.dispatch import choose, is_in_block, kernels_in_use
+from w4a16gen.dispatch import is_in_block, kernels_in_use
 from w4a16gen.errors import (
     CudaError,
     InvalidValueError,
@@ -29,7 +30,6 @@ from w4a16gen.errors import (
 from w4a16gen.packing import TARGET_LAYOUTS, TOO_WIDE_RANGE, PackedWeight
 from w4a16gen.problem import Problem
 from w4a16gen.quantize import mode_and_group_size
-from w4a16gen.tuning import TABLE, TuningTable, content_hashes, table_for
 
 _ERRORS: dict[int, type[W4A16Error]] = {
     1: InvalidValueError,
@@ -81,7 +81,7 @@ class Library:
         self.kernels: list[dict[str, Any]] = self._native.kernels()
         self._indices = {KernelConfig.parse(kernel["name"]): index for index, kernel in enumerate(self.kernels)}
         self._workspaces: dict[tuple[int, int], list[DeviceArray]] = {}
-        self._tables: dict[str | None, TuningTable | None] = {}
+        self._chooser = Chooser(build.folder, build.manifest)
         self._choice = lru_cache(maxsize=1 << 16)(self._choose)
         self._plan = lru_cache(maxsize=1 << 16)(self._make_plan)
         self._workspace_needed = lru_cache(maxsize=1 << 16)(self._ask_workspace)
@@ -323,8 +323,7 @@ class Library:
     ) -> KernelConfig:
         """Give the kernel that `gemm` launches: the one named, by the call or by `use_kernels`, or one chosen.
 
-        It is chosen by the build's tuning table where that has the problem, or else by an estimate; and once: a table
-        that is written later counts in the next process.
+        It is chosen as `choice` says, and once: a table that is written later counts in the next process.
 
         Raises:
             InvalidValueError: if the kernel that is named reads other weights, or the name is none.
@@ -345,26 +344,24 @@ class Library:
     def _choose(self, mode: QuantMode, layout: str, problem: Problem, device: int) -> KernelConfig:
         """Choose among the kernels that read a layout."""
         readable = [found for found in self._indices if TARGET_LAYOUTS[found.target] == layout]
-        tuned = self.tuned(mode, problem, readable, device=device)
-        return choose(readable, mode, problem) if tuned is None else tuned[0]
+        return self.choice(mode, problem, readable, device=device).kernel
 
-    def tuned(
+    def choice(
         self, mode: QuantMode, problem: Problem, configs: Iterable[KernelConfig] | None = None, *, device: int = 0
-    ) -> tuple[KernelConfig, float] | None:
-        """Give the fastest kernel of the build's tuning table and its microseconds, or None if that has none.
+    ) -> Choice:
+        """Say which kernel a call gets that names none, and why.
 
-        A table that is damaged, or of another kind of GPU, is told of once, as a warning, and counts for nothing. On a
-        machine without a GPU any table counts.
+        Args:
+            mode: the mode.
+            problem: the problem.
+            configs: kernels to choose among; None takes all that are built.
+            device: the GPU.
+
+        Raises:
+            UnsupportedProblemError: if none can run the problem.
         """
         gpu = next((found for found in self.devices() if found["index"] == device), None)
-        name = None if gpu is None else str(gpu["name"])
-        if name not in self._tables:
-            self._tables[name] = table_for(self.build.folder / TABLE, gpu)
-        table = self._tables[name]
-        if table is None:
-            return None
-        hashes = content_hashes(self.build.manifest, self._indices if configs is None else configs)
-        return table.best(mode, problem, hashes)
+        return self._chooser.choice(self.configs() if configs is None else configs, mode, problem, gpu)
 
     def _ask_workspace(self, kernel: KernelConfig, problem: Problem, device: int) -> int:
         return self.workspace_bytes(kernel, problem, device=device)

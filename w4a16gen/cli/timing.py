@@ -10,6 +10,7 @@ import click
 from w4a16gen import dispatch, sweep
 from w4a16gen.api import load
 from w4a16gen.bench import hopper_gpu
+from w4a16gen.chooser import Choice
 from w4a16gen.cli.app import (
     build_option,
     json_option,
@@ -35,35 +36,46 @@ HEADINGS = ("m x n x k", "kernel", "us", "dependent us", "TB/s", "TFLOP/s", "ove
 def explain(problem: Problem, mode: QuantMode, top: int, folder: Path | None, as_json: bool) -> None:
     """Show which built kernel a call with M tokens, N output channels and K values gets, and the runners-up."""
     library = load(folder)
-    configs = library.configs()
     used = next((config for config in dispatch.kernels_in_use() if config.mode is mode), None)
-    tuned = library.tuned(mode, problem)
-    chosen = used or (tuned[0] if tuned else dispatch.choose(configs, mode, problem))
-    estimated = dispatch.estimate(configs, mode, problem)
+    choice = library.choice(mode, problem)
     if used is not None:
-        notes.print(f"{dispatch.KERNELS_VARIABLE} names {used.name}: calls use it, whatever it takes")
-    elif tuned is not None:
-        notes.print(f"the tuning table says {tuned[0].name}, {tuned[1]:.2f} us: calls use it, whatever the estimates")
+        choice = Choice(used, None, f"what {dispatch.KERNELS_VARIABLE} names, whatever it takes")
+    estimated = dispatch.estimate(library.configs(), mode, problem)
+    fp16 = dispatch.dense_microseconds(problem)
+    expected = choice.microseconds or dict(estimated).get(choice.kernel)
     if as_json:
         shown = [{"kernel": config.name, "estimated_microseconds": round(us, 2)} for config, us in estimated[:top]]
-        print_json({"problem": vars(problem), "mode": mode.value, "chosen": chosen.name, "estimates": shown})
+        print_json(
+            {
+                "problem": vars(problem),
+                "mode": mode.value,
+                "chosen": choice.kernel.name,
+                "source": choice.source,
+                "microseconds": None if expected is None else round(expected, 2),
+                "fp16_microseconds": round(fp16, 2),
+                "estimates": shown,
+            }
+        )
         return
-    if estimated:
-        rows = ((config.name.removeprefix("w4a16_sm90_"), f"{us:.1f}") for config, us in estimated[:top])
-        print_table(
-            f"{problem}, mode {mode}" + ("" if used or tuned else ": the first is chosen"),
-            ("kernel", "estimated us"),
-            rows,
-        )
-        shape = f"{problem.m}x{problem.n}x{problem.k},{problem.group_size}"
+    click.echo(choice.kernel.name)
+    time = "" if expected is None else f": {expected:.1f} us"
+    notes.print(f"chosen by {choice.source}{time}")
+    if expected is not None and fp16 < expected:
         notes.print(
-            f"{len(estimated)} native kernels of the build can run it. Estimates are for an H100 and off by 13 % (root "
-            f"mean square); `w4a16gen bench --problem {shape}` measures."
+            f"dense FP16 would take about {fp16:.1f} us, less than this: with so many tokens the tensor cores decide, "
+            "not the bytes of the weights, which are all that 4 bits save"
         )
-    else:
-        click.echo(chosen.name)
-    if not estimated and used is None:
-        notes.print("No native kernel of the build can run it: chosen by a rule of thumb among CUTLASS's.")
+    elif expected is not None:
+        notes.print(f"dense FP16 takes about {fp16:.1f} us, {fp16 / expected:.1f} times as long")
+    if not estimated:
+        return
+    rows = ((config.name.removeprefix("w4a16_sm90_"), f"{us:.1f}") for config, us in estimated[:top])
+    print_table(f"{problem}, mode {mode}", ("kernel", "estimated us"), rows)
+    shape = f"{problem.m}x{problem.n}x{problem.k},{problem.group_size}"
+    notes.print(
+        f"{len(estimated)} native kernels of the build can run it. Estimates are for an H100 and off by 14 % (root "
+        f"mean square); `w4a16gen bench --problem {shape}` measures."
+    )
 
 
 @main.command()
