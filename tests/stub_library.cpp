@@ -19,6 +19,8 @@ w4a16_status w4a16_can_implement(int, const w4a16_problem*, char*, size_t) { ret
 w4a16_status w4a16_packed_bytes(int, const w4a16_problem*, size_t*, char*, size_t) { return W4A16_OK; }
 w4a16_status w4a16_workspace_bytes(int, const w4a16_problem*, int, size_t*, char*, size_t) { return W4A16_OK; }
 w4a16_status w4a16_pack(int, const w4a16_problem*, const w4a16_pack_arguments*, char*, size_t) { return W4A16_OK; }
+w4a16_status w4a16_probe_read(const void*, size_t, int32_t, void*, char*, size_t) { return W4A16_OK; }
+w4a16_status w4a16_probe_multiply(int32_t, void*, int64_t*, char*, size_t) { return W4A16_OK; }
 
 w4a16_status w4a16_gemm(int kernel, const w4a16_problem* problem, const w4a16_gemm_arguments* arguments, char*,
                         size_t) {

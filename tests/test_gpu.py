@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from w4a16gen import KernelConfig, Library, PackedWeight, Problem, QuantMode, Ta
 from w4a16gen.api import BUILD_FOLDER_VARIABLE
 from w4a16gen.arrays import DeviceArray
 from w4a16gen.build import build
-from w4a16gen.errors import InvalidValueError
+from w4a16gen.errors import InvalidValueError, UnsupportedProblemError
 from w4a16gen.quantize import Half, QuantizedWeight
 from w4a16gen.space import enumerate_space
 from w4a16gen.verify import numeric
@@ -229,6 +231,63 @@ def test_torch_tensors_go_in_and_come_out(library: Library) -> None:
         on_stream = library.gemm(a, layer.packed)
     stream.synchronize()
     assert torch.equal(on_stream, result)
+
+
+def test_calls_that_are_known_give_the_same_on_torchs_stream_and_from_threads(library: Library) -> None:
+    torch = pytest.importorskip("torch")
+    layer = Layer(library)
+    packed = replace(layer.packed, data=torch.from_numpy(layer.packed.data.to_host()).cuda())
+    a = torch.from_numpy(layer.a).cuda()
+    bias = torch.full((512,), 0.5, dtype=torch.float16, device="cuda")
+    first = library.gemm(a, packed)
+    if library.workspace_bytes(library.kernel_for(packed, Problem(40, 512, 1024, 128)), Problem(40, 512, 1024, 128)):
+        pytest.skip("the kernel that is chosen needs a workspace: such calls are never known")
+    assert library.knows(packed)
+    has_api = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
+    assert (library.again(a, packed, None, None, 1.0, False) is not None) == has_api
+    out = torch.empty_like(first)
+    assert library.gemm(a, packed, out=out, bias=bias, alpha=0.5) is out
+    assert torch.equal(out, library.gemm(a, packed, bias=bias, alpha=0.5, stream=torch.cuda.current_stream()))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = library.gemm(a, packed)
+    captured.zero_()
+    graph.replay()
+    assert torch.equal(captured, first)
+    with pytest.raises(InvalidValueError, match="activations of dtype float32 must be float16"):
+        library.gemm(a.float(), packed)
+    with pytest.raises(InvalidValueError, match="must be aligned to 16 bytes"):
+        library.gemm(torch.zeros(40 * 1024 + 1, dtype=torch.float16, device="cuda")[1:].view(40, 1024), packed)
+    with pytest.raises(InvalidValueError, match="requires gradients"):
+        library.gemm(a.clone().requires_grad_(), packed)
+
+    def many(seed: int) -> bool:
+        torch.manual_seed(seed)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            mine = torch.randn(40, 1024, device="cuda").half()
+            expected = library.gemm(mine, packed, stream=torch.cuda.current_stream())
+            return all(torch.equal(library.gemm(mine, packed), expected) for _ in range(50))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(many, range(4)))
+
+
+def test_probes_run_and_say_what_they_do(library: Library) -> None:
+    layer = Layer(library)
+    stream = library.module.Stream(0)
+    if not any(config.target is Target.NATIVE for config in library.configs()):
+        with pytest.raises(UnsupportedProblemError, match="holds no native kernel, with which the probes come"):
+            library.probe_read(layer.packed, stream=stream)
+        return
+    for dependent in (False, True):
+        library.probe_read(layer.packed, stream=stream, dependent_launch=dependent)
+    rounds = 3
+    flops = library.probe_multiply(rounds, stream=stream)
+    stream.synchronize()
+    assert flops == rounds * library.hopper_devices()[0]["sm_count"] * 2 * (2 * 64 * 256 * 64)
+    with pytest.raises(InvalidValueError, match="rounds of 0 must be positive"):
+        library.probe_multiply(0, stream=stream)
+    layer.check(layer.run().to_host())
 
 
 PACKED = [

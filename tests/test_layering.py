@@ -23,6 +23,7 @@ ORDER = [
     {"verify"},
     {"bench"},
     {"sweep"},
+    {"bench_report"},
     {"cli", "__init__"},
     {"__main__"},
 ]

@@ -87,7 +87,7 @@ def test_problems_are_read_with_and_without_a_group() -> None:
 def test_bench_needs_a_problem_and_a_build(cli: CliRunner) -> None:
     nothing = cli.invoke(main, ["bench"])
     assert nothing.exit_code == 2
-    assert "name what to time: --problem 16x4096x4096, or --model llama-3-8b" in nothing.output
+    assert "name what to time: --problem 16x4096x4096, --model llama-3-8b, or --file" in nothing.output
     result = cli.invoke(main, ["bench", "--problem", "1x4096x4096"])
     assert result.exit_code == 3
     assert "no build in build" in result.output

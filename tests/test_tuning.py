@@ -179,15 +179,17 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.measured: list[KernelConfig] = []
+        self.devices: set[int] = set()
         self.interrupt_after: int | None = None
 
     def measure(
-        self, _library: Library, problem: Problem, _mode: QuantMode, configs: Sequence[KernelConfig]
+        self, _library: Library, problem: Problem, _mode: QuantMode, configs: Sequence[KernelConfig], *, device: int
     ) -> Iterator[tuple[KernelConfig, float]]:
         for config in configs:
             if len(self.measured) == self.interrupt_after:
                 raise KeyboardInterrupt
             self.measured.append(config)
+            self.devices.add(device)
             yield config, 1.0 + KERNELS.index(config) + problem.m
 
 
@@ -264,3 +266,32 @@ def test_explain_shows_what_was_measured(cli: CliRunner, own_library: Library, s
     explained = json.loads(shown.stdout)
     assert (explained["chosen"], explained["source"]) == (fastest.name, "the build's tuning table")
     assert own_library.choice(MODE, Problem(50, 512, 1024, 128)).kernel == fastest
+
+
+def test_tuning_takes_as_many_gpus_of_one_kind_as_it_is_given(
+    cli: CliRunner, own_library: Library, stopwatch: Stopwatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = [GPU, {**GPU, "index": 1}, {**GPU, "index": 2, "name": "NVIDIA H200"}]
+    monkeypatch.setattr(own_library, "devices", lambda: two)
+    problems = [argument for m in range(2, 10) for argument in ("--problem", f"{8 * m}x512x1024")]
+    refused = cli.invoke(main, ["tune", *problems, "--gpus", "3"])
+    assert refused.exit_code == 2
+    assert "--gpus 3 is more than the 2 NVIDIA H100 80GB HBM3" in refused.stderr
+    done = cli.invoke(main, ["tune", *problems, "--gpus", "2", "--json"])
+    assert done.exit_code == 0, done.output
+    assert len(json.loads(done.stdout)["problems"]) == 8
+    assert stopwatch.devices <= {0, 1}
+    table = TuningTable.read(own_library.build.folder / TABLE)
+    assert len(table.times) == 8
+    assert sum(map(len, table.times.values())) == len(stopwatch.measured)
+
+
+def test_tuning_on_several_gpus_stops_where_it_is_interrupted(
+    cli: CliRunner, own_library: Library, stopwatch: Stopwatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own_library, "devices", lambda: [GPU, {**GPU, "index": 1}])
+    stopwatch.interrupt_after = 5
+    problems = [argument for m in range(2, 10) for argument in ("--problem", f"{8 * m}x512x1024")]
+    assert cli.invoke(main, ["tune", *problems, "--gpus", "2"]).exit_code == 130
+    table = TuningTable.read(own_library.build.folder / TABLE)
+    assert sum(map(len, table.times.values())) == len(stopwatch.measured) < 20

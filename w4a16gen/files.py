@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 
-def write_if_changed(path: Path, text: str) -> bool:
-    """Write a text file atomically, unless it holds this text already.
+def write_if_changed(path: Path, content: str | bytes) -> bool:
+    """Write a file atomically, text in UTF-8, unless it holds this already.
 
     Returns:
         Whether the file was written.
@@ -19,7 +19,7 @@ def write_if_changed(path: Path, text: str) -> bool:
     Raises:
         OSError: if the folder cannot be made or written.
     """
-    data = text.encode()
+    data = content.encode() if isinstance(content, str) else content
     if path.is_file() and path.read_bytes() == data:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)

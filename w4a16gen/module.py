@@ -195,6 +195,27 @@ class Library:
             raise InvalidValueError(f"scales or zeros {TOO_WIDE_RANGE}")
         return PackedWeight(data, TARGET_LAYOUTS[Target.NATIVE], n, k, size, mode)
 
+    def probe_read(self, w: PackedWeight, *, stream: Any, dependent_launch: bool = False) -> None:
+        """Launch a kernel that only reads a packed weight on a GPU: the least that any kernel takes.
+
+        Raises:
+            UnsupportedProblemError: if the build holds no native kernel, with which the probes come.
+            NoHopperGpuError: if the weight is on another kind of GPU.
+        """
+        data = view("packed weight", w.data, self.module)
+        address = stream_pointer(stream, w.data)
+        outcome = self._native.probe_read(data.pointer, data.nbytes, dependent_launch, address, data.device or 0)
+        self._result(outcome)
+
+    def probe_multiply(self, rounds: int, *, stream: Any, device: int = 0) -> int:
+        """Launch a kernel that keeps all tensor cores multiplying fp16, and give the operations that it does.
+
+        Raises:
+            UnsupportedProblemError: if the build holds no native kernel, with which the probes come.
+            NoHopperGpuError: if it is another kind of GPU.
+        """
+        return int(self._result(self._native.probe_multiply(rounds, stream_pointer(stream, None), device)))
+
     def _native_kernel(self, mode: QuantMode) -> KernelConfig:
         """Give a native kernel of a mode: all pack alike."""
         found = [config for config in self.configs() if config.target is Target.NATIVE and config.mode is mode]

@@ -12,7 +12,7 @@ group size divides k.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,11 @@ class QuantizedWeight:
     def dequantize(self) -> Double:
         """Give the exact weight in float64 [n, k]: no rounding to fp16."""
         return dequantize(self.q, self.scales, self.zeros, group_size=self.group_size)
+
+    def channels(self, index: npt.NDArray[np.intp]) -> QuantizedWeight:
+        """Give the weight of some output channels."""
+        zeros = None if self.zeros is None else self.zeros[..., index]
+        return replace(self, q=self.q[index], scales=self.scales[..., index], zeros=zeros)
 
 
 def check_group_size(k: int, group_size: int) -> None:

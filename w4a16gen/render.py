@@ -42,7 +42,7 @@ def _environment() -> jinja2.Environment:
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(templates_folder()),
         undefined=jinja2.StrictUndefined,
-        autoescape=False,  # noqa: S701  (the output is C++)
+        autoescape=jinja2.select_autoescape(["html.jinja"], default=False),  # C++ is not escaped
         keep_trailing_newline=True,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -83,6 +83,11 @@ def render_registry(configs: Iterable[KernelConfig]) -> str:
 def render_unit(sources: Sequence[str]) -> str:
     """Give a compile unit that includes several kernel sources, named relative to its include path."""
     return _environment().get_template("unit.cu.jinja").render(sources=sources)
+
+
+def render_page(template: str, **values: object) -> str:
+    """Give an HTML page, values escaped."""
+    return _environment().get_template(template).render(values)
 
 
 def source_name(config: KernelConfig) -> str:

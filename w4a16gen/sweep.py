@@ -21,6 +21,7 @@ from w4a16gen.module import Library
 from w4a16gen.packing import PackedWeight, pack_weight
 from w4a16gen.problem import Problem
 from w4a16gen.quantize import QuantizedWeight
+from w4a16gen.verify.bounds import Expectation
 from w4a16gen.verify.numeric import random_weight
 
 LAUNCHES = 20
@@ -42,6 +43,13 @@ PAUSE_SECONDS = 0.01
 problems of 64 tokens and more then take up to 15 % longer (H100 80GB HBM3, 2026-11)."""
 CUBLAS = "cublas_fp16"
 """Name of the dense contender: torch.matmul on the dequantised weight."""
+FLOOR = "streaming_floor"
+"""Name of the contender that only reads the packed weight."""
+CHECKED_ROWS = 8
+CHECKED_CHANNELS = 64
+"""Rows and channels of the result of each finalist that are compared with float64 before it is timed."""
+BURST_ROUNDS = 150
+"""Of the probe of the tensor cores: 0.1 ms, in which power does not limit."""
 
 Progress = Callable[[int, int, str], None]
 
@@ -77,12 +85,19 @@ class Comparison:
     left_out: int
     """Kernels that can run it and were not timed, because their token tiles are far from m."""
     timings: Sequence[Timing]
-    """The fastest of them and cuBLAS, interleaved; fastest first."""
+    """The fastest of them, cuBLAS and the streaming floor, interleaved; fastest first."""
+    error_over_bound: Mapping[str, float] = field(default_factory=dict)
+    """Of each finalist: the largest error of what was compared with float64, as a share of its bound."""
 
     @property
     def best(self) -> Timing:
         """The fastest kernel."""
-        return next(timing for timing in self.timings if timing.contender != CUBLAS)
+        return next(timing for timing in self.timings if timing.contender not in {CUBLAS, FLOOR})
+
+    @property
+    def floor(self) -> Timing | None:
+        """Reading the packed weight and nothing else."""
+        return next((timing for timing in self.timings if timing.contender == FLOOR), None)
 
     @property
     def cublas(self) -> Timing | None:
@@ -96,6 +111,7 @@ class Comparison:
             "mode": self.mode.value,
             "screened": {name: round(value, 3) for name, value in self.screened.items()},
             "left_out": self.left_out,
+            "error_over_bound": {name: round(value, 4) for name, value in self.error_over_bound.items()},
             "timings": [
                 {
                     "contender": timing.contender,
@@ -176,23 +192,50 @@ class _Stage:
         return self._copies[target]
 
     def record(self, config: KernelConfig, *, dependent: bool) -> _Contender:
-        """Record a graph of launches that take the copies in turn."""
-        copies = self.copies(config.target)
+        """Record a graph of a kernel's launches."""
         needed = self.library.workspace_bytes(config, self.problem, device=self.device)
         workspace = self.library.to_device(np.zeros(needed, np.uint8), self.device)
-        stream = self.library.module.Stream(self.device)
-        launches = self.launches(len(copies))
 
-        def launch(turn: int) -> None:
+        def launch(weight: PackedWeight, stream: Any) -> None:
             self.library.gemm(
                 self.a,
-                copies[turn % len(copies)],
+                weight,
                 config=config,
                 out=self.out,
                 workspace=workspace,
                 stream=stream,
                 dependent_launch=dependent,
             )
+
+        return self._record(launch, config.target, workspace)
+
+    def record_floor(self, *, dependent: bool) -> _Contender:
+        """Record a graph of launches that only read the packed weight."""
+
+        def launch(weight: PackedWeight, stream: Any) -> None:
+            self.library.probe_read(weight, stream=stream, dependent_launch=dependent)
+
+        return self._record(launch, Target.NATIVE, None)
+
+    def check(self, config: KernelConfig) -> float:
+        """Run a kernel and give its largest error as a share of the bound, over some rows and channels."""
+        self.record(config, dependent=False).replay()
+        weight = _weight(*self._drawn)
+        rows = np.unique(np.linspace(0, self.problem.m - 1, min(self.problem.m, CHECKED_ROWS)).astype(int))
+        channels = np.unique(np.linspace(0, weight.n - 1, min(weight.n, CHECKED_CHANNELS)).astype(int))
+        expected = Expectation(self.host_a[rows], weight.channels(channels))
+        got = self.out.to_host()[np.ix_(rows, channels)].astype(np.float64)
+        ratio = np.abs(got - expected.result(1.0, None)) / expected.bound(1.0, None)
+        return float("inf") if np.isnan(ratio).any() else float(ratio.max())
+
+    def _record(self, launch_on: Callable[[PackedWeight, Any], None], target: Target, workspace: Any) -> _Contender:
+        """Record a graph of launches that take the copies in turn."""
+        copies = self.copies(target)
+        stream = self.library.module.Stream(self.device)
+        launches = self.launches(len(copies))
+
+        def launch(turn: int) -> None:
+            launch_on(copies[turn % len(copies)], stream)
 
         launch(0)
         stream.begin_capture()
@@ -253,14 +296,16 @@ def _warm_up(stage: _Stage, config: KernelConfig) -> None:
 
 
 def measure(
-    library: Library, problem: Problem, mode: QuantMode, configs: Sequence[KernelConfig], *, seed: int = 0
+    library: Library,
+    problem: Problem,
+    mode: QuantMode,
+    configs: Sequence[KernelConfig],
+    *,
+    device: int,
+    seed: int = 0,
 ) -> Iterator[tuple[KernelConfig, float]]:
-    """Time kernels on one problem with cold L2, one after the other, and give each one's microseconds at once.
-
-    Raises:
-        NoHopperGpuError: if there is no Hopper GPU.
-    """
-    stage = _Stage(library, hopper_gpu(library)["index"], problem, mode, seed)
+    """Time kernels on one problem with cold L2 on a GPU, one after the other; give each one's microseconds at once."""
+    stage = _Stage(library, device, problem, mode, seed)
     if configs:
         _warm_up(stage, configs[-1])
     for config in configs:
@@ -318,6 +363,7 @@ def compare(
         screened[config.name] = screen(stage, config)
         progress(done, len(candidates), config.name)
     fastest = sorted(candidates, key=lambda config: (screened[config.name], config))[:finalists]
+    errors = {config.name: stage.check(config) for config in fastest}
     short = problem.flops <= LONG_FLOPS
     contenders = {(config.name, False): stage.record(config, dependent=False) for config in fastest}
     if short:
@@ -328,6 +374,9 @@ def compare(
         torch = None
     if torch is not None:
         contenders[CUBLAS, False] = stage.record_cublas(torch)
+    if any(config.target is Target.NATIVE for config in fastest):
+        contenders[FLOOR, False] = stage.record_floor(dependent=False)
+        contenders[FLOOR, True] = stage.record_floor(dependent=True)
     turns = list(contenders.values())
     order = random.Random(seed)  # noqa: S311  (nothing secret)
     for _ in range(rounds):
@@ -342,9 +391,41 @@ def compare(
         for (name, dependent), contender in contenders.items()
         if not dependent
     ]
-    return Comparison(
-        problem, mode, screened, len(able) - len(candidates), sorted(timings, key=lambda timing: timing.median)
-    )
+    timings.sort(key=lambda timing: timing.median)
+    return Comparison(problem, mode, screened, len(able) - len(candidates), timings, errors)
+
+
+@dataclass(frozen=True)
+class TensorPeak:
+    """What the tensor cores reach with operands that are there already, TFLOP/s of fp16."""
+
+    burst: float
+    """In 0.1 ms after a rest."""
+    sustained: float
+    """At the clock that the power limit leaves."""
+
+
+def tensor_peak(library: Library, device: int) -> TensorPeak:
+    """Measure it.
+
+    Raises:
+        UnsupportedProblemError: if the build holds no native kernel, with which the probes come.
+    """
+    stream = library.module.Stream(device)
+    flops = library.probe_multiply(BURST_ROUNDS, stream=stream, device=device)
+
+    def timed() -> float:
+        stream.start_timer()
+        library.probe_multiply(BURST_ROUNDS, stream=stream, device=device)
+        return float(stream.stop_timer())
+
+    bursts = []
+    for _ in range(SCREENING_REPLAYS * BLOCK_REPLAYS):
+        time.sleep(PAUSE_SECONDS)
+        library.probe_multiply(BURST_ROUNDS, stream=stream, device=device)
+        bursts.append(timed())
+    settled(timed, WARM_UP_SECONDS)
+    return TensorPeak(flops / statistics.median(bursts) / 1e9, flops / settled(timed, BLOCK_SECONDS) / 1e9)
 
 
 def smallest_set(comparisons: Iterable[Comparison], slack: float) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import click
@@ -28,6 +29,22 @@ def parse_problem(text: str) -> Problem:
     if len(parts) != 4 or not all(part.isdigit() and int(part) > 0 for part in parts):  # noqa: PLR2004
         raise InvalidValueError(f"{text!r} must be MxNxK or MxNxK,GROUP, positive integers such as 16x4096x4096,128")
     return Problem(*(int(part) for part in parts))
+
+
+def read_problems(path: Path) -> list[Problem]:
+    """Read a file of problems.
+
+    Raises:
+        InvalidValueError: naming the line that is none.
+    """
+    problems = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        text = line.partition("#")[0].strip()
+        try:
+            problems += [parse_problem(text)] if text else []
+        except InvalidValueError as error:
+            raise InvalidValueError(f"{path}, line {number}: {error}") from None
+    return problems
 
 
 def parse_model(text: str) -> tuple[str, int, int]:
@@ -64,6 +81,13 @@ def problems_options(command: Callable[..., None]) -> Callable[..., None]:
         help="The layers of a model on one of so many GPUs, such as llama-3-70b/8; may be repeated.",
     )
     @click.option(
+        "--file",
+        "files",
+        multiple=True,
+        type=click.Path(path_type=Path, dir_okay=False, exists=True),
+        help="A file of problems, MxNxK[,GROUP] a line; # begins a comment.",
+    )
+    @click.option(
         "--tokens",
         multiple=True,
         type=click.IntRange(min=1),
@@ -76,15 +100,18 @@ def problems_options(command: Callable[..., None]) -> Callable[..., None]:
     def with_problems(
         problems: Sequence[Problem],
         models: Sequence[tuple[str, int, int]],
+        files: Sequence[Path],
         tokens: Sequence[int],
         mode: QuantMode,
         **others: Any,
     ) -> None:
         named = [("", problem) for problem in problems]
+        for path in files:
+            named += [("", problem) for problem in read_problems(path)]
         for name, gpus, group_size in models:
             named += model_problems(name, tokens, tensor_parallel=gpus, group_size=group_size)
         if not named:
-            raise click.UsageError("name what to time: --problem 16x4096x4096, or --model llama-3-8b")
+            raise click.UsageError("name what to time: --problem 16x4096x4096, --model llama-3-8b, or --file")
         if not mode.is_grouped:
             named = [(name, Problem(asked.m, asked.n, asked.k, asked.k)) for name, asked in named]
         command(named=named, mode=mode, **others)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 
 import click
@@ -10,9 +12,12 @@ import click
 from w4a16gen import dispatch, sweep
 from w4a16gen.api import load
 from w4a16gen.bench import hopper_gpu
+from w4a16gen.bench_report import Recorder, Row, Run, has_plots, read_record, row_of, run_of, write_report
 from w4a16gen.chooser import Choice
 from w4a16gen.cli.app import (
+    EXIT_FAILED,
     build_option,
+    fail,
     json_option,
     main,
     notes,
@@ -25,7 +30,17 @@ from w4a16gen.cli.problems import problems_options
 from w4a16gen.config import QuantMode
 from w4a16gen.problem import Problem
 
-HEADINGS = ("m x n x k", "kernel", "us", "dependent us", "TB/s", "TFLOP/s", "over cuBLAS FP16")
+HEADINGS = (
+    "m x n x k",
+    "kernel",
+    "us",
+    "dependent us",
+    "floor us",
+    "of the floor",
+    "GB/s",
+    "TFLOP/s",
+    "over cuBLAS FP16",
+)
 
 
 @main.command()
@@ -88,6 +103,12 @@ def explain(problem: Problem, mode: QuantMode, top: int, folder: Path | None, as
     type=click.FloatRange(min=0),
     help="Also name the smallest set of kernels within so many percent of the fastest on every problem.",
 )
+@click.option(
+    "--report",
+    "report_folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Also write JSON lines, CSV, plots and an HTML page into this folder.",
+)
 @build_option
 @json_option
 def bench(
@@ -96,52 +117,99 @@ def bench(
     finalists: int,
     rounds: int,
     slack: float | None,
+    report_folder: Path | None,
     folder: Path | None,
     as_json: bool,
 ) -> None:
     """Time the kernels of the build on problems, with cold L2, beside cuBLAS FP16 where torch is installed."""
     library = load(folder)
     gpu = hopper_gpu(library)
-    comparisons = []
+    peak = sweep.tensor_peak(library, gpu["index"])
+    run = run_of(gpu, datetime.now(tz=timezone.utc).strftime("%Y-%m-%d"), version("w4a16gen"), peak)
+    recorder = Recorder(report_folder, run) if report_folder else None
+    comparisons, measured = [], []
     for name, asked in named:
         with show_progress(str(asked)) as progress:
             found = sweep.compare(library, asked, mode, finalists=finalists, rounds=rounds, progress=progress)
         comparisons.append(found)
-        if found.screened:
-            left_out = f"; {found.left_out} kernels with tiles far from m not timed" if found.left_out else ""
-            layer = f" ({name})" if name else ""
-            notes.print(f"{asked}{layer}: {found.best.median:.2f} us, {found.best.contender}{left_out}")
-        else:
+        if not found.screened:
             notes.print(f"{asked}: no built kernel of mode {mode} can run it")
+            continue
+        measured.append(row_of(name, found, peak))
+        if recorder is not None:
+            recorder.add(measured[-1], found)
+        left_out = f"; {found.left_out} kernels with tiles far from m not timed" if found.left_out else ""
+        layer = f" ({name})" if name else ""
+        notes.print(f"{asked}{layer}: {found.best.median:.2f} us, {found.best.contender}{left_out}")
+        _note(measured[-1], found)
     small = sweep.smallest_set(comparisons, slack / 100) if slack is not None else []
     if not any(found.cublas for found in comparisons):
         notes.print("torch is not installed: cuBLAS FP16 was not timed beside the kernels")
+    if report_folder is not None:
+        _write_report(report_folder, run, measured)
     if as_json:
         print_json(
-            {"gpu": gpu, "comparisons": [found.as_json() for found in comparisons], "smallest_set": small},
+            {
+                "gpu": gpu,
+                "peak_tflops": vars(peak),
+                "comparisons": [found.as_json() for found in comparisons],
+                "smallest_set": small,
+            },
         )
         return
-    print_table(f"{gpu['name']}, mode {mode}, cold L2, medians", HEADINGS, map(_row, comparisons))
+    notes.print(
+        f"the tensor cores reach {run.peak_burst_tflops:.0f} TFLOP/s for 0.1 ms and {run.peak_sustained_tflops:.0f} at "
+        "the power limit"
+    )
+    print_table(f"{gpu['name']}, mode {mode}, cold L2, medians", HEADINGS, map(_cells, measured))
     for name in small:
         click.echo(name)
+    if any(error > 1 for found in comparisons for error in found.error_over_bound.values()):
+        fail(EXIT_FAILED, "a kernel's result is off: see above")
 
 
-def _row(found: sweep.Comparison) -> tuple[str, ...]:
-    """Show the fastest kernel of one problem."""
-    problem = found.problem
-    shape = f"{problem.m}x{problem.n}x{problem.k}"
-    if not found.screened:
-        return (shape, "none", *[""] * (len(HEADINGS) - 2))
-    best, cublas = found.best, found.cublas
-    scale_bytes = 2 * problem.groups * problem.n * (2 if found.mode.has_zeros else 1)
-    weight_bytes = problem.n * problem.k / 2 + scale_bytes
-    dependent = best.dependent_median
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False, exists=True))
+def report(folder: Path) -> None:
+    """Write a run's table, plots and page again, from the JSON lines that `bench --report FOLDER` left there."""
+    _write_report(folder, *read_record(folder))
+
+
+def _write_report(folder: Path, run: Run, rows: Sequence[Row]) -> None:
+    for path in write_report(folder, run, rows):
+        notes.print(f"{path} is written", soft_wrap=True)
+    if not has_plots():
+        notes.print(
+            f"matplotlib is not installed, so there are no plots: pip install 'w4a16gen[plot]', then `w4a16gen report "
+            f"{folder}`",
+            soft_wrap=True,
+            markup=False,
+        )
+
+
+def _note(row: Row, found: sweep.Comparison) -> None:
+    """Say what the reader of a row should not overlook."""
+    for name, error in found.error_over_bound.items():
+        if not error <= 1:
+            notes.print(f"  {name} is off by {error:.3g} times its bound: `w4a16gen verify` tells more")
+    if row.speedup_over_fp16 is not None and row.speedup_over_fp16 < 1:
+        notes.print(f"  dense FP16 is faster here: {row.cublas_microseconds:.2f} us")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    """Show a row."""
+
+    def shown(value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}"
+
     return (
-        shape,
-        best.contender.removeprefix("w4a16_sm90_"),
-        f"{best.median:.2f}",
-        "" if dependent is None else f"{dependent:.2f}",
-        f"{weight_bytes / best.median / 1e6:.2f}",
-        f"{problem.flops / best.median / 1e6:.0f}",
-        "" if cublas is None else f"{cublas.median / best.median:.2f}",
+        f"{row.m}x{row.shape}",
+        row.kernel.removeprefix("w4a16_sm90_"),
+        shown(row.microseconds),
+        shown(row.dependent_microseconds),
+        shown(row.floor_microseconds),
+        shown(row.share_of_floor),
+        f"{row.gigabytes_per_second:.0f}",
+        f"{row.tflops:.0f}",
+        shown(row.speedup_over_fp16),
     )

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import queue
+import threading
+import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,6 +20,7 @@ from w4a16gen.bench import hopper_gpu
 from w4a16gen.cli.app import build_option, json_option, main, notes, print_json, show_progress
 from w4a16gen.cli.problems import problems_options
 from w4a16gen.config import KernelConfig, QuantMode
+from w4a16gen.module import Library
 from w4a16gen.problem import Problem
 from w4a16gen.tuning import TABLE, Measured, TuningTable, add_times, content_hashes, one_time
 
@@ -25,6 +32,13 @@ from w4a16gen.tuning import TABLE, Measured, TuningTable, add_times, content_has
     type=click.Path(path_type=Path, dir_okay=False),
     help=f"The file that times go to.  [default: {TABLE} in the build's folder, where `gemm` looks]",
 )
+@click.option(
+    "--gpus",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="GPUs of this machine to measure on, each problem on one of them.",
+)
 @click.option("--again", is_flag=True, help="Also measure what the table holds already.")
 @build_option
 @json_option
@@ -32,6 +46,7 @@ def tune(
     named: Sequence[tuple[str, Problem]],
     mode: QuantMode,
     table: Path | None,
+    gpus: int,
     again: bool,
     folder: Path | None,
     as_json: bool,
@@ -42,30 +57,91 @@ def tune(
     """
     library = load(folder)
     gpu = hopper_gpu(library)
+    same = [found for found in library.hopper_devices() if found["name"] == gpu["name"]]
+    if gpus > len(same):
+        raise click.UsageError(f"--gpus {gpus} is more than the {len(same)} {gpu['name']} of this machine")
     path = table or library.build.folder / TABLE
     known = TuningTable(gpu["name"], gpu["sm_count"])
     if path.exists():
         known = TuningTable.read(path).updated(known)  # which another kind of GPU's refuses
-    hashes = content_hashes(library.build.manifest, library.configs())
-    outcomes = []
-    for name, problem in named:
-        able = dispatch.runnable(hashes, mode, problem)
-        suitable = [config for config in able if sweep.tiles_suit(config, problem)]
-        have = {} if again else known.valid(mode, problem, hashes)
-        missing = [config for config in suitable if config not in have]
-        times = {config: us for config, us in have.items() if config in suitable}
-        with show_progress(str(problem)) as progress:
-            for done, (config, us) in enumerate(sweep.measure(library, problem, mode, missing), 1):
-                add_times(path, one_time(gpu, problem, config, Measured(us, hashes[config])))
-                times[config] = us
-                progress(done, len(missing), config.name)
-        outcome = _Tuned(name, problem, times, len(missing), len(able) - len(suitable))
-        notes.print(str(outcome))
-        outcomes.append(outcome)
+    job = _Job(library, gpu, mode, path, known, again)
+    outcomes = job.tune(named, [int(found["index"]) for found in same[:gpus]])
     if as_json:
         print_json({"gpu": gpu, "table": str(path), "problems": [outcome.as_json() for outcome in outcomes]})
         return
     notes.print(f"{path}: processes that start from now on choose by it" if table is None else f"{path} is written")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One run of `tune`."""
+
+    library: Library
+    gpu: Mapping[str, Any]
+    mode: QuantMode
+    path: Path
+    known: TuningTable
+    again: bool
+
+    def tune(self, named: Sequence[tuple[str, Problem]], devices: Sequence[int]) -> list[_Tuned]:
+        """Measure problems, each on one of the GPUs, and tell of each."""
+        hashes = content_hashes(self.library.build.manifest, self.library.configs())
+        free: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for device in devices:
+            free.put(device)
+        stop = threading.Event()
+        began = time.monotonic()
+        outcomes: list[_Tuned] = []
+
+        def one(name: str, problem: Problem) -> None:
+            device = free.get()
+            try:
+                outcome = self._tune_one(name, problem, device, hashes, stop, bar=len(devices) == 1)
+            finally:
+                free.put(device)
+            if not stop.is_set():
+                outcomes.append(outcome)
+                left = (time.monotonic() - began) / len(outcomes) * (len(named) - len(outcomes))
+                notes.print(f"{outcome}; {len(outcomes)} of {len(named)} problems, about {left:.0f} s left")
+
+        if len(devices) == 1:
+            for name, problem in named:
+                one(name, problem)
+            return outcomes
+        with ThreadPoolExecutor(len(devices)) as pool:
+            try:
+                for done in as_completed([pool.submit(one, name, problem) for name, problem in named]):
+                    done.result()
+            except BaseException:
+                stop.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+        return outcomes
+
+    def _tune_one(
+        self,
+        name: str,
+        problem: Problem,
+        device: int,
+        hashes: Mapping[KernelConfig, str],
+        stop: threading.Event,
+        *,
+        bar: bool,
+    ) -> _Tuned:
+        able = dispatch.runnable(hashes, self.mode, problem)
+        suitable = [config for config in able if sweep.tiles_suit(config, problem)]
+        have = {} if self.again else self.known.valid(self.mode, problem, hashes)
+        missing = [config for config in suitable if config not in have]
+        times = {config: us for config, us in have.items() if config in suitable}
+        with show_progress(str(problem)) if bar else nullcontext(lambda *_: None) as progress:
+            measured = sweep.measure(self.library, problem, self.mode, missing, device=device)
+            for done, (config, us) in enumerate(measured, 1):
+                add_times(self.path, one_time(self.gpu, problem, config, Measured(us, hashes[config])))
+                times[config] = us
+                progress(done, len(missing), config.name)
+                if stop.is_set():
+                    break
+        return _Tuned(name, problem, times, len(missing), len(able) - len(suitable))
 
 
 @dataclass(frozen=True)

@@ -189,6 +189,7 @@ constexpr Kernel make_kernel(const char* name) {
           [](const Problem& problem) { return PackedLayout(problem, Gemm::kHasZeros).bytes; },
           &workspace_bytes<Gemm>,
           &launch<Gemm>,
+          nullptr,
           nullptr};
 }
 

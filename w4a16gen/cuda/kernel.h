@@ -19,6 +19,13 @@ struct Launch {
   int sm_count;
 };
 
+// What measures the GPU rather than a kernel: see w4a16_probe_read and w4a16_probe_multiply.
+struct Probes {
+  cudaError_t (*read)(const void* data, size_t bytes, int sm_count, bool dependent_launch, cudaStream_t stream);
+  cudaError_t (*multiply)(int rounds, int sm_count, cudaStream_t stream);
+  int64_t flops_per_round;  // and multiprocessor
+};
+
 // One built kernel. A target fills the functions from its own templates; nothing above them knows the target.
 struct Kernel {
   w4a16_kernel_info info;
@@ -27,6 +34,8 @@ struct Kernel {
   cudaError_t (*launch)(const Launch&);
   // Packs a weight on the GPU, arguments already checked; null where the target has no such thing.
   cudaError_t (*pack)(const Problem&, const w4a16_pack_arguments&);
+  // Null where the target brings none.
+  const Probes* probes;
 };
 
 }  // namespace w4a16

@@ -128,6 +128,25 @@ std::string why_not_pack(const Kernel& kernel, const w4a16_pack_arguments& argum
   return sentence;
 }
 
+// The probes that come with some kernel, on a GPU that they run on; or null with the reason.
+const Probes* find_probes(const Device& device, w4a16_status* status, std::string* sentence) {
+  const auto has_probes = [](const Kernel* kernel) { return kernel->probes != nullptr; };
+  const Kernel* const* const found = std::find_if(kKernels, kKernels + kKernelCount, has_probes);
+  if (found == kKernels + kKernelCount) {
+    *status = W4A16_UNSUPPORTED;
+    *sentence = "this build holds no native kernel, with which the probes come";
+    return nullptr;
+  }
+  *status = W4A16_NO_HOPPER_GPU;
+  *sentence = why_not_device(device);
+  return sentence->empty() ? (*found)->probes : nullptr;
+}
+
+w4a16_status report_launch(const char* what, cudaError_t error, char* message, size_t message_bytes) {
+  if (error == cudaSuccess) return report(W4A16_OK, {}, message, message_bytes);
+  return report(W4A16_CUDA_ERROR, std::string(what) + " failed: " + cudaGetErrorString(error), message, message_bytes);
+}
+
 // The kernel, or null with the reason: a bad index, a missing problem, a problem that the kernel cannot run.
 const Kernel* find(int index, const w4a16_problem* problem, w4a16_status* status, std::string* sentence) {
   *status = W4A16_INVALID_ARGUMENT;
@@ -243,4 +262,35 @@ w4a16_status w4a16_pack(int kernel, const w4a16_problem* problem, const w4a16_pa
   if (error == cudaSuccess) return report(W4A16_OK, {}, message, message_bytes);
   sentence = std::string("packing for ") + found->info.name + " failed: " + cudaGetErrorString(error);
   return report(W4A16_CUDA_ERROR, sentence, message, message_bytes);
+}
+
+w4a16_status w4a16_probe_read(const void* data, size_t bytes, int32_t dependent_launch, void* stream, char* message,
+                              size_t message_bytes) {
+  std::string sentence = w4a16::why_not_pointer("data", data, 16);
+  if (sentence.empty() && (bytes == 0 || bytes % 16 != 0)) {
+    sentence = "bytes of " + std::to_string(bytes) + " must be a positive multiple of 16";
+  }
+  if (!sentence.empty()) return report(W4A16_INVALID_ARGUMENT, sentence, message, message_bytes);
+  w4a16_status status;
+  const Device& device = w4a16::current_device();
+  const w4a16::Probes* probes = w4a16::find_probes(device, &status, &sentence);
+  if (probes == nullptr) return report(status, sentence, message, message_bytes);
+  const auto on = static_cast<cudaStream_t>(stream);
+  const cudaError_t error = probes->read(data, bytes, device.sm_count, dependent_launch != 0, on);
+  return w4a16::report_launch("reading", error, message, message_bytes);
+}
+
+w4a16_status w4a16_probe_multiply(int32_t rounds, void* stream, int64_t* flops, char* message, size_t message_bytes) {
+  if (rounds <= 0) {
+    const std::string sentence = "rounds of " + std::to_string(rounds) + " must be positive";
+    return report(W4A16_INVALID_ARGUMENT, sentence, message, message_bytes);
+  }
+  w4a16_status status;
+  std::string sentence;
+  const Device& device = w4a16::current_device();
+  const w4a16::Probes* probes = w4a16::find_probes(device, &status, &sentence);
+  if (probes == nullptr) return report(status, sentence, message, message_bytes);
+  if (flops != nullptr) *flops = probes->flops_per_round * rounds * device.sm_count;
+  const cudaError_t error = probes->multiply(rounds, device.sm_count, static_cast<cudaStream_t>(stream));
+  return w4a16::report_launch("multiplying", error, message, message_bytes);
 }

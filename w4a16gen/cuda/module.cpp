@@ -109,6 +109,23 @@ Outcome pack(const KernelLibrary& library, int kernel, int64_t n, int64_t k, int
   return py::make_tuple(static_cast<int>(status), message.data());
 }
 
+Outcome probe_read(const KernelLibrary& library, uintptr_t data, size_t bytes, bool dependent_launch, uintptr_t stream,
+                   int device) {
+  Message message;
+  const DeviceGuard guard(device);
+  const w4a16_status status = library.probe_read(pointer(data), bytes, dependent_launch ? 1 : 0, pointer(stream),
+                                                 message.data(), message.size());
+  return py::make_tuple(static_cast<int>(status), message.data());
+}
+
+Outcome probe_multiply(const KernelLibrary& library, int rounds, uintptr_t stream, int device) {
+  Message message;
+  int64_t flops = 0;
+  const DeviceGuard guard(device);
+  const w4a16_status status = library.probe_multiply(rounds, pointer(stream), &flops, message.data(), message.size());
+  return py::make_tuple(static_cast<int>(status), message.data(), flops);
+}
+
 // Device memory that is freed with its last Python reference.
 class DeviceBuffer {
  public:
@@ -259,7 +276,9 @@ PYBIND11_MODULE(_w4a16, module) {
       .def("packed_bytes", &packed_bytes)
       .def("workspace_bytes", &workspace_bytes)
       .def("gemm", &gemm)
-      .def("pack", &pack);
+      .def("pack", &pack)
+      .def("probe_read", &probe_read)
+      .def("probe_multiply", &probe_multiply);
   py::class_<KnownCalls>(module, "KnownCalls")
       .def(py::init<const KernelLibrary&, int64_t, int64_t, int64_t, size_t, int>(), py::keep_alive<1, 2>())
       .def("add", &KnownCalls::add)

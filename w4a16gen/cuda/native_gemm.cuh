@@ -7,6 +7,7 @@
 #include "kernel.h"
 #include "native_kernel.cuh"
 #include "native_pack.cuh"
+#include "native_probe.cuh"
 
 namespace w4a16::native {
 
@@ -178,7 +179,8 @@ constexpr Kernel make_kernel(const char* name) {
           [](const Problem& problem) { return PackedLayout(problem, S::Mode).bytes; },
           &workspace_bytes<S>,
           &launch<S>,
-          &pack<S::Mode>};
+          &pack<S::Mode>,
+          &kProbes};
 }
 
 }  // namespace w4a16::native

@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define W4A16_ABI_VERSION 2
+#define W4A16_ABI_VERSION 3
 
 typedef enum {
   W4A16_OK = 0,
@@ -109,6 +109,15 @@ W4A16_API w4a16_status w4a16_gemm(int kernel, const w4a16_problem* problem, cons
 /* Packs a canonical weight for the kernel, on the given stream of the current device; m does not matter. */
 W4A16_API w4a16_status w4a16_pack(int kernel, const w4a16_problem* problem, const w4a16_pack_arguments* arguments,
                                   char* message, size_t message_bytes);
+
+/* Reads bytes on the given stream of the current device and does nothing with them: no kernel that needs these bytes
+ * takes less time. data is 16-byte aligned, bytes a positive multiple of 16. In libraries with native kernels only. */
+W4A16_API w4a16_status w4a16_probe_read(const void* data, size_t bytes, int32_t dependent_launch, void* stream,
+                                        char* message, size_t message_bytes);
+
+/* Multiplies fp16 numbers on all tensor cores, for as many rounds, and says how many operations that is. */
+W4A16_API w4a16_status w4a16_probe_multiply(int32_t rounds, void* stream, int64_t* flops, char* message,
+                                            size_t message_bytes);
 
 #ifdef __cplusplus
 }

@@ -60,6 +60,8 @@ class KernelLibrary {
       resolve("w4a16_workspace_bytes", workspace_bytes);
       resolve("w4a16_gemm", gemm);
       resolve("w4a16_pack", pack);
+      resolve("w4a16_probe_read", probe_read);
+      resolve("w4a16_probe_multiply", probe_multiply);
     } catch (...) {
       dlclose(handle_);
       throw;
@@ -76,6 +78,8 @@ class KernelLibrary {
   decltype(&w4a16_workspace_bytes) workspace_bytes = nullptr;
   decltype(&w4a16_gemm) gemm = nullptr;
   decltype(&w4a16_pack) pack = nullptr;
+  decltype(&w4a16_probe_read) probe_read = nullptr;
+  decltype(&w4a16_probe_multiply) probe_multiply = nullptr;
 
  private:
   template <class Function>
