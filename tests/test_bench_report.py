@@ -48,6 +48,7 @@ def test_with_many_tokens_the_floor_is_multiplying() -> None:
     problem = Problem(4096, 4096, 4096, 128)
     row = row_of("", compared(problem, 250.0, floor=5.0), PEAK)
     assert row.share_of_floor == pytest.approx(problem.flops / 800e6 / 250.0, rel=1e-3)
+    assert row_of("", compared(problem, 250.0, floor=5.0), None).share_of_floor is None
     bare = row_of("", compared(problem, 250.0), PEAK)
     assert (bare.share_of_floor, bare.speedup_over_fp16, bare.cublas_microseconds) == (None, None, None)
 
@@ -70,6 +71,15 @@ def test_a_record_comes_back_as_it_was_written(recorded: tuple[Path, list[Row]])
     assert read_record(folder) == (RUN, rows)
     last = json.loads((folder / "bench.jsonl").read_text().splitlines()[-1])
     assert last["measured"]["timings"][0]["isolated"] == [639.0, 640.0, 642.0], "every time that was measured is there"
+
+
+def test_a_report_of_a_run_without_probes_has_no_roofs(tmp_path: Path) -> None:
+    run = Run("a GPU", 132, "2026-11-25", "0.1.0", None, None)
+    row = row_of("", compared(Problem(1, 4096, 4096, 128), 10.0), None)
+    Recorder(tmp_path, run)
+    assert read_record(tmp_path) == (run, [])
+    assert {path.name for path in write_report(tmp_path, run, [row])} == {"bench.csv", "report.html", "roofline.png"}
+    assert {path.name for path in write_report(tmp_path, run, [])} == {"bench.csv", "report.html"}
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"schema": 2}', '{"schema": 1}\n{"m": 1}', "{"])

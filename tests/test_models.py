@@ -73,7 +73,8 @@ def test_bench_times_the_layers_of_models(cli: CliRunner, monkeypatch: pytest.Mo
         return Comparison(problem, KERNEL.mode, {KERNEL.name: 1.0}, 0, [Timing(KERNEL.name, [1.0])])
 
     monkeypatch.setattr(timing, "load", lambda _folder: SimpleNamespace())
-    monkeypatch.setattr(timing, "hopper_gpu", lambda _library: {"name": "a GPU"})
+    monkeypatch.setattr(timing, "hopper_gpu", lambda _library: {"index": 0, "name": "a GPU", "sm_count": 132})
+    monkeypatch.setattr(sweep, "tensor_peak", lambda _library, _device: None)
     monkeypatch.setattr(sweep, "compare", compare)
     arguments = "bench --problem 1x64x64,64 --model llama-3-8b/2,64 --tokens 2 --tokens 4"
     done = cli.invoke(main, arguments.split())

@@ -127,7 +127,11 @@ def gemm(
         NotBuiltError: if the arrays are on a GPU and nothing is built.
     """
     library = _InUse.library
-    if (library is not None and library.knows(w)) or is_on_gpu(a) or is_on_gpu(w.data):
+    if library is not None and config is None and workspace is None and stream is None:
+        made = library.again(a, w, bias, out, alpha, dependent_launch)
+        if made is not None:
+            return made
+    if is_on_gpu(a) or is_on_gpu(w.data):
         return (library or load()).gemm(
             a,
             w,

@@ -33,9 +33,9 @@ class Run:
     sm_count: int
     date: str
     version: str
-    peak_burst_tflops: float
-    """Of the tensor cores, for 0.1 ms."""
-    peak_sustained_tflops: float
+    peak_burst_tflops: float | None
+    """Of the tensor cores, for 0.1 ms; None if the build brought no probe."""
+    peak_sustained_tflops: float | None
     """Of the tensor cores, at the power limit."""
 
 
@@ -79,12 +79,13 @@ class Row:
         return self.n * self.k // 2 + scales + 2 * self.m * (self.k + self.n)
 
 
-def run_of(gpu: Mapping[str, Any], date: str, version: str, peak: TensorPeak) -> Run:
+def run_of(gpu: Mapping[str, Any], date: str, version: str, peak: TensorPeak | None) -> Run:
     """Describe a run on a GPU as `Library.devices` gives it."""
-    return Run(gpu["name"], gpu["sm_count"], date, version, round(peak.burst, 1), round(peak.sustained, 1))
+    peaks = (None, None) if peak is None else (round(peak.burst, 1), round(peak.sustained, 1))
+    return Run(gpu["name"], gpu["sm_count"], date, version, *peaks)
 
 
-def row_of(layer: str, found: Comparison, peak: TensorPeak) -> Row:
+def row_of(layer: str, found: Comparison, peak: TensorPeak | None) -> Row:
     """Condense what was measured on one problem that some kernel can run."""
     problem, best = found.problem, found.best
     us = best.median
@@ -92,7 +93,7 @@ def row_of(layer: str, found: Comparison, peak: TensorPeak) -> Row:
     dependent_floor = None if found.floor is None else found.floor.dependent_median
     cublas = None if found.cublas is None else found.cublas.median
     weight_bytes = problem.n * problem.k / 2 + 2 * problem.groups * problem.n * (2 if found.mode.has_zeros else 1)
-    least = None if floor is None else max(floor, problem.flops / peak.burst / 1e6)
+    least = None if floor is None or peak is None else max(floor, problem.flops / peak.burst / 1e6)
 
     def rounded(value: float | None, digits: int = 3) -> float | None:
         return None if value is None else round(value, digits)
@@ -223,6 +224,8 @@ def _roofline(run: Run, rows: Sequence[Row]) -> Any:
         axes.scatter(*zip(*points, strict=True), s=16, label=f"n x k = {shape}")
     ends = [min(intensity), max(intensity)]
     for label, peak in (("burst", run.peak_burst_tflops), ("sustained", run.peak_sustained_tflops)):
+        if peak is None:
+            continue
         axes.axhline(peak, color="black", linewidth=1, linestyle="-" if label == "burst" else "--")
         axes.annotate(f"tensor cores, {label}: {peak:.0f}", (ends[0], peak), fontsize=8, va="bottom")
     reading = [
@@ -235,6 +238,7 @@ def _roofline(run: Run, rows: Sequence[Row]) -> Any:
         axes.annotate(f"reading: {max(reading):.2f} TB/s", (ends[0], ends[0] * max(reading)), fontsize=8, va="bottom")
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_ylim(top=2 * run.peak_burst_tflops)
+    if run.peak_burst_tflops is not None:
+        axes.set_ylim(top=2 * run.peak_burst_tflops)
     axes.legend(loc="lower right")
     return figure

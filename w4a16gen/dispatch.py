@@ -22,41 +22,43 @@ SM_COUNT = 132
 CLUSTERS_OF_4 = 30
 """Clusters of four CTAs that fit on the GPU at once (one CTA to an SM)."""
 
-# SM cycles of native kernels, fitted to 8,100 timings: 375 kernels in 35 cells of five layer shapes and 1 to 256
-# tokens, 26 kernels of large tiles in 25 cells of 512 to 8,192 tokens, and space `default` in 225 cells of 17 layer
-# shapes and 1 to 8,192 tokens; mode fgs, group 128 (NVIDIA H100 80GB HBM3, 2026-11). Single estimates are off by 14 %
+# SM cycles of native kernels, fitted to 8,900 timings: 375 kernels in 35 cells of five layer shapes and 1 to 256
+# tokens, 26 kernels of large tiles in 25 cells of 512 to 8,192 tokens, and space `default` in 325 cells of 27 layer
+# shapes and 1 to 8,192 tokens; mode fgs, group 128 (NVIDIA H100 80GB HBM3, 2026-11). Single estimates are off by 13 %
 # (root mean square).
 CYCLES_PER_MICROSECOND = 1755.0
 """The clock that the timings were turned into cycles with."""
-LAUNCH_CYCLES = 4760.0
+LAUNCH_CYCLES = 4730.0
 """What every launch takes: until the first bytes are there, and for the last store."""
-BLOCK_CYCLES = 97.7
+BLOCK_CYCLES = 125.0
 """A packed block of 64 channels x 128 k at least."""
-PRODUCT_CYCLES = 200.0
-TOKEN_CYCLES = 2.64
+PRODUCT_CYCLES = 196.0
+TOKEN_CYCLES = 2.5
 """A packed block times activations: this and so much for each token of the tile."""
-TENSOR_CYCLES = 4.05
-"""At least so much for each token: eight WGMMAs of half a cycle, at 99 % of their peak."""
-SM_BYTES_PER_CYCLE = 42.6
+TENSOR_CYCLES = 4.09
+"""At least so much for each token: eight WGMMAs of half a cycle, at 98 % of their peak."""
+SM_BYTES_PER_CYCLE = 44.0
 """What an SM takes in of weights and activations."""
-SUM_CYCLES = 795.0
+SUM_CYCLES = 764.0
 """Adding up the sums of a tile's warpgroups."""
-EXCHANGE_CYCLES = 408.0
+EXCHANGE_CYCLES = 376.0
 EXCHANGE_TOKEN_CYCLES = 12.1
 """Adding up the sums of a cluster's CTAs: this and so much for each token and 64 channels of the tile."""
-HANDOVER_CYCLES = 3630.0
-HANDOVER_TOKEN_CYCLES = 13.7
+HANDOVER_CYCLES = 2810.0
+HANDOVER_TOKEN_CYCLES = 12.9
 """The same through the workspace, once in a launch, and the latter as often as CTAs share a tile: one adds for all."""
-PACKED_BYTES_PER_CYCLE = 2710.0
+STREAM_K_LOSS = 0.03
+"""How much longer stream-K reads and works, for being at many places of K at once."""
+PACKED_BYTES_PER_CYCLE = 2630.0
 """What the whole GPU reads of the packed weights in an SM cycle."""
-OVERLAP_LOSS = 0.332
+OVERLAP_LOSS = 0.363
 """Share of the shorter of reading and working that the longer one does not hide."""
-MULTICAST_CYCLES = 1210.0
+MULTICAST_CYCLES = 1600.0
 """What CTAs that share operands lose by waiting for each other."""
 LONG_FLOPS = 1e11
 """Problems of more work run at the power limit."""
-LONG_SLOWDOWN = 1.1
-POWER_CYCLES_PER_BYTE = 0.00801
+LONG_SLOWDOWN = 1.14
+POWER_CYCLES_PER_BYTE = 0.00626
 """There: how much lower the clock is, and what moving a byte from L2 into an SM costs, since it takes power from the
 tensor cores. CTAs that share operands move fewer."""
 
@@ -171,7 +173,8 @@ def native_cycles(config: KernelConfig, problem: Problem) -> float:
         TENSOR_CYCLES * cta.tokens + (POWER_CYCLES_PER_BYTE * moved if long else 0.0),
         (activation_bytes + weight_bytes) / SM_BYTES_PER_CYCLE,
     )
-    work = rows * cta.channels / 64 * block
+    slower = 1 + STREAM_K_LOSS if stream_k else 1.0
+    work = slower * rows * cta.channels / 64 * block
     if native_arrangement(config).along_k > 1:
         work += SUM_CYCLES
     if cluster.k > 1:
@@ -179,7 +182,7 @@ def native_cycles(config: KernelConfig, problem: Problem) -> float:
     if stream_k:
         work += HANDOVER_CYCLES + HANDOVER_TOKEN_CYCLES * area * max(1.0, k_blocks / max(rows, 1))
     work *= waves
-    reading = (problem.n * problem.k / 2 + 2 * problem.groups * problem.n) / PACKED_BYTES_PER_CYCLE
+    reading = slower * (problem.n * problem.k / 2 + 2 * problem.groups * problem.n) / PACKED_BYTES_PER_CYCLE
     longer, shorter = max(work, reading), min(work, reading)
     cycles = LAUNCH_CYCLES + longer + OVERLAP_LOSS * shorter + (MULTICAST_CYCLES if size > cluster.k else 0.0)
     return cycles * (LONG_SLOWDOWN if long else 1.0)

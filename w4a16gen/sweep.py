@@ -405,12 +405,10 @@ class TensorPeak:
     """At the clock that the power limit leaves."""
 
 
-def tensor_peak(library: Library, device: int) -> TensorPeak:
-    """Measure it.
-
-    Raises:
-        UnsupportedProblemError: if the build holds no native kernel, with which the probes come.
-    """
+def tensor_peak(library: Library, device: int) -> TensorPeak | None:
+    """Measure it; None if the build holds no native kernel, with which the probe comes."""
+    if not any(config.target is Target.NATIVE for config in library.configs()):
+        return None
     stream = library.module.Stream(device)
     flops = library.probe_multiply(BURST_ROUNDS, stream=stream, device=device)
 

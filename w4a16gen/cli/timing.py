@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 
 import click
 
-from w4a16gen import dispatch, sweep
+from w4a16gen import __version__, dispatch, sweep
 from w4a16gen.api import load
 from w4a16gen.bench import hopper_gpu
 from w4a16gen.bench_report import Recorder, Row, Run, has_plots, read_record, row_of, run_of, write_report
@@ -88,7 +87,7 @@ def explain(problem: Problem, mode: QuantMode, top: int, folder: Path | None, as
     print_table(f"{problem}, mode {mode}", ("kernel", "estimated us"), rows)
     shape = f"{problem.m}x{problem.n}x{problem.k},{problem.group_size}"
     notes.print(
-        f"{len(estimated)} native kernels of the build can run it. Estimates are for an H100 and off by 14 % (root "
+        f"{len(estimated)} native kernels of the build can run it. Estimates are for an H100 and off by 13 % (root "
         f"mean square); `w4a16gen bench --problem {shape}` measures."
     )
 
@@ -125,7 +124,7 @@ def bench(
     library = load(folder)
     gpu = hopper_gpu(library)
     peak = sweep.tensor_peak(library, gpu["index"])
-    run = run_of(gpu, datetime.now(tz=timezone.utc).strftime("%Y-%m-%d"), version("w4a16gen"), peak)
+    run = run_of(gpu, datetime.now(tz=timezone.utc).strftime("%Y-%m-%d"), __version__, peak)
     recorder = Recorder(report_folder, run) if report_folder else None
     comparisons, measured = [], []
     for name, asked in named:
@@ -151,16 +150,16 @@ def bench(
         print_json(
             {
                 "gpu": gpu,
-                "peak_tflops": vars(peak),
+                "peak_tflops": None if peak is None else vars(peak),
                 "comparisons": [found.as_json() for found in comparisons],
                 "smallest_set": small,
             },
         )
         return
-    notes.print(
-        f"the tensor cores reach {run.peak_burst_tflops:.0f} TFLOP/s for 0.1 ms and {run.peak_sustained_tflops:.0f} at "
-        "the power limit"
-    )
+    if peak is not None:
+        notes.print(
+            f"the tensor cores reach {peak.burst:.0f} TFLOP/s for 0.1 ms and {peak.sustained:.0f} at the power limit"
+        )
     print_table(f"{gpu['name']}, mode {mode}, cold L2, medians", HEADINGS, map(_cells, measured))
     for name in small:
         click.echo(name)

@@ -112,7 +112,7 @@ class KnownCalls {
   bool describe(const py::object& object, const TensorType& type, uint8_t code, uint8_t bits, int32_t dimensions,
                 dlpack::Tensor* tensor) const {
     if (type.api == nullptr) return false;
-    if (type.has_gradients) {
+    if (type.has_gradients && code == dlpack::kFloat) {
       static PyObject* const name = PyUnicode_InternFromString("requires_grad");
       PyObject* const answer = PyObject_GetAttr(object.ptr(), name);
       Py_XDECREF(answer);  // Py_False is immortal or held by others
