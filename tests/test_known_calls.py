@@ -110,7 +110,7 @@ class Tensor:
             result.insert(0, result[0] * size)
         return tuple(result)
 
-    def new_empty(self, shape: tuple[int, ...]) -> Tensor:
+    def new_empty(self, *shape: int) -> Tensor:
         return replace(self, shape=shape, address=1 << 22, offset=0)
 
 

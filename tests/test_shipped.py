@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -59,6 +61,23 @@ def test_the_times_count_on_the_gpu_that_they_are_of(tmp_path: Path) -> None:
     assert chooser.choice(DEFAULT, mode, Problem(16, 4096, 4104, 4104), H100).source == "an estimate"
     cutlass = chooser.choice(enumerate_space("trtllm"), mode, problem, H100)
     assert (cutlass.kernel.target, cutlass.microseconds) == (Target.CUTLASS, None)
+
+
+def test_the_choice_for_a_layer_that_was_not_measured_is_near_the_fastest() -> None:
+    whole = shipped.table()
+    mode = shipped.MEASURED_MODE
+    losses = {}
+    for layer in sorted({(problem.n, problem.k) for _, problem in whole.times}):
+        others = {key: times for key, times in whole.times.items() if (key[1].n, key[1].k) != layer}
+        neighbours = shipped.Neighbours(replace(whole, times=others))
+        for (_, problem), times in whole.times.items():
+            if (problem.n, problem.k) == layer:
+                chosen = neighbours.estimate(times, mode, problem)[0][0]
+                losses[problem] = times[chosen].microseconds / min(time.microseconds for time in times.values())
+    assert len(losses) > 380
+    assert math.prod(losses.values()) ** (1 / len(losses)) < 1.01
+    assert sorted(losses.values())[-4] < 1.1
+    assert max(losses.values()) < 1.2
 
 
 @given(

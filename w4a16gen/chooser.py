@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from w4a16gen import shipped
 from w4a16gen.config import KernelConfig, QuantMode
-from w4a16gen.dispatch import choose, estimate, runnable
+from w4a16gen.dispatch import choose, runnable
 from w4a16gen.problem import Problem
 from w4a16gen.tuning import TABLE, TuningTable, content_hashes, table_for
 
@@ -50,7 +50,7 @@ class Chooser:
             return Choice(*tuned, "the build's tuning table")
         if known := shipped.fastest(able, mode, problem, gpu):
             return Choice(*known, "times of an H100 that come with the package")
-        if estimated := estimate(able, mode, problem):
+        if estimated := shipped.neighbours().estimate(able, mode, problem):
             return Choice(*estimated[0], "an estimate")
         return Choice(choose(configs, mode, problem), None, "a rule of thumb for CUTLASS's kernels")
 

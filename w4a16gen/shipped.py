@@ -8,6 +8,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from w4a16gen import dispatch
 from w4a16gen.config import KernelConfig, QuantMode, Target
 from w4a16gen.problem import Problem
 from w4a16gen.tuning import TuningTable
@@ -57,3 +61,67 @@ def fastest(
     asked = Problem(problem.m, problem.n, problem.k, MEASURED_GROUP_SIZE)
     found = table().best(MEASURED_MODE, asked, dict.fromkeys(as_measured, ""))
     return None if found is None else (as_measured[found[0]], found[1])
+
+
+NEIGHBOUR_LAYER = 0.8
+"""How far the times of another layer reach, in octaves of n and of k (of a normal distribution)."""
+NEIGHBOUR_TOKENS = 0.28
+"""The same in octaves of m."""
+PRIOR_WEIGHT = 1.0
+"""What the estimate by itself counts for, beside neighbours of which each counts for 1 at most."""
+LEAST_WEIGHT = 1e-4
+
+
+class Neighbours:
+    """Estimates that are corrected by how far they are off nearby."""
+
+    def __init__(self, measured: TuningTable) -> None:
+        """Take a table of times, of which those of `MEASURED_MODE` count."""
+        of_mode = {problem: times for (mode, problem), times in measured.times.items() if mode is MEASURED_MODE}
+        problems = sorted(of_mode, key=lambda problem: (problem.n, problem.k, problem.m))
+        self._places = np.array([_place(problem) for problem in problems])
+        self._residuals: dict[KernelConfig, npt.NDArray[np.float64]] = {}
+        """Logarithm of measured over estimated time, by kernel, for each problem; NaN where not measured."""
+        for number, problem in enumerate(problems):
+            times = of_mode[problem]
+            for config, microseconds in dispatch.estimate(times, MEASURED_MODE, problem):
+                residual = self._residuals.setdefault(config, np.full(len(problems), np.nan))
+                residual[number] = np.log(times[config].microseconds / microseconds)
+
+    def estimate(
+        self, configs: Iterable[KernelConfig], mode: QuantMode, problem: Problem
+    ) -> list[tuple[KernelConfig, float]]:
+        """Give the native kernels that can run a problem with their estimated microseconds, by preference.
+
+        What `dispatch.estimate` gives, corrected by how far it is off for the same kernel in problems like this one: by
+        the weighted mean of the logarithms. How far "like" reaches is what it takes to choose well in a layer that is
+        left out of the table: of 35, one after the other, the loss fell from 0.9 to 0.7 % in geometric mean, and
+        problems in which it is above 10 % from five to one in 389.
+        """
+        estimated = dispatch.estimate(configs, mode, problem)
+        if problem.m == 0:
+            return estimated
+        near = np.exp(-0.5 * ((self._places - _place(problem)) ** 2).sum(axis=1))
+        near[near < LEAST_WEIGHT] = 0.0
+
+        def correction(config: KernelConfig) -> float:
+            residual = self._residuals.get(replace(config, mode=MEASURED_MODE))
+            if residual is None:
+                return 1.0
+            known = near * ~np.isnan(residual)
+            return float(np.exp((known * np.nan_to_num(residual)).sum() / (known.sum() + PRIOR_WEIGHT)))
+
+        corrected = [(config, microseconds * correction(config)) for config, microseconds in estimated]
+        return sorted(corrected, key=lambda pair: (pair[1], pair[0]))
+
+
+def _place(problem: Problem) -> npt.NDArray[np.float64]:
+    """Give where a problem is among others, in units of how far times reach."""
+    octaves = np.log2([problem.m, problem.n, problem.k])
+    return octaves / (NEIGHBOUR_TOKENS, NEIGHBOUR_LAYER, NEIGHBOUR_LAYER)
+
+
+@cache
+def neighbours() -> Neighbours:
+    """Give the corrections that follow from the table."""
+    return Neighbours(table())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from w4a16gen import __version__, dispatch, sweep
+from w4a16gen import __version__, dispatch, shipped, sweep
 from w4a16gen.api import load
 from w4a16gen.bench import hopper_gpu
 from w4a16gen.bench_report import Recorder, Row, Run, has_plots, read_record, row_of, run_of, write_report
@@ -54,7 +54,7 @@ def explain(problem: Problem, mode: QuantMode, top: int, folder: Path | None, as
     choice = library.choice(mode, problem)
     if used is not None:
         choice = Choice(used, None, f"what {dispatch.KERNELS_VARIABLE} names, whatever it takes")
-    estimated = dispatch.estimate(library.configs(), mode, problem)
+    estimated = shipped.neighbours().estimate(library.configs(), mode, problem)
     fp16 = dispatch.dense_microseconds(problem)
     expected = choice.microseconds or dict(estimated).get(choice.kernel)
     if as_json:
