@@ -227,7 +227,8 @@ def _roofline(run: Run, rows: Sequence[Row]) -> Any:
         if peak is None:
             continue
         axes.axhline(peak, color="black", linewidth=1, linestyle="-" if label == "burst" else "--")
-        axes.annotate(f"tensor cores, {label}: {peak:.0f}", (ends[0], peak), fontsize=8, va="bottom")
+        side = "bottom" if label == "burst" else "top"
+        axes.annotate(f"tensor cores, {label}: {peak:.0f}", (ends[0], peak), fontsize=8, va=side)
     reading = [
         row.gigabytes_per_second * row.microseconds / row.floor_microseconds / 1e3
         for row in rows
