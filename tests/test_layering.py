@@ -16,7 +16,7 @@ ORDER = [
     {"render", "packing", "tuning"},
     {"shipped"},
     {"chooser"},
-    {"compile"},
+    {"compile", "trtllm"},
     {"build"},
     {"module"},
     {"api"},

@@ -90,6 +90,36 @@ def render_page(template: str, **values: object) -> str:
     return _environment().get_template(template).render(values)
 
 
+_TRTLLM_SCHEDULES = {
+    Schedule.PINGPONG: ("KernelTmaWarpSpecializedPingpong", "TmaWarpSpecialized"),
+    Schedule.COOPERATIVE: ("KernelTmaWarpSpecializedCooperative", "TmaWarpSpecializedCooperative"),
+}
+"""TensorRT-LLM's tags of the main loop and of the epilogue."""
+
+
+def render_trtllm_unit(configs: Iterable[KernelConfig], *, mixed_input: bool = False) -> str:
+    """Give a file of explicit instantiations for TensorRT-LLM's source tree.
+
+    Args:
+        configs: kernels of space `trtllm`.
+        mixed_input: whether main loop schedules end in MixedInput, as older releases write them.
+    """
+    kernels = []
+    for config in configs:
+        mainloop, epilogue = _TRTLLM_SCHEDULES[config.schedule]
+        kernels.append(
+            {
+                "name": config.name,
+                "mode": config.mode.name,
+                "cta": ", ".join(f"cute::Int<{value}>" for value in config.cta.as_list()),
+                "cluster": ", ".join(f"cute::Int<{value}>" for value in config.cluster.as_list()),
+                "mainloop_schedule": mainloop + ("MixedInput" if mixed_input else ""),
+                "epilogue_schedule": epilogue,
+            }
+        )
+    return _environment().get_template("trtllm_unit.cu.jinja").render(kernels=kernels)
+
+
 def source_name(config: KernelConfig) -> str:
     """Give the file name of a kernel's source."""
     return f"{config.name}.cu"

@@ -105,14 +105,39 @@ def main() -> None:
     """
 
 
-def kernel_filters(default_space: str) -> Callable[[_Command], _Command]:
-    """Add the options that choose kernels; the command gets them as `wanted` and `space_name`."""
+TRTLLM = "trtllm"
+"""What `emit` takes for a target besides the families that are built here."""
+
+
+def parse_emitted_target(text: str) -> Target | str:
+    """Read a kernel family, or `trtllm`."""
+    if text == TRTLLM:
+        return text
+    try:
+        return parse_target(text)
+    except InvalidValueError as error:
+        raise InvalidValueError(f"{error}, {TRTLLM}") from None
+
+
+def kernel_filters(default_space: str, *, emits: bool = False) -> Callable[[_Command], _Command]:
+    """Add the options that choose kernels; the command gets them as `wanted` and `space_name`.
+
+    Args:
+        default_space: the space unless another is named.
+        emits: whether the command also writes sources for TensorRT-LLM; it then gets `for_trtllm` too, and the space's
+            name is None unless it was given.
+    """
 
     def decorate(command: _Command) -> _Command:
         @wraps(command)
         def with_filter(*args: Any, **kwargs: Any) -> Any:
-            axes = (kwargs.pop(axis) for axis in ("ctas", "clusters", "modes", "targets"))
-            return command(*args, wanted=space.Filter(*axes), **kwargs)
+            ctas, clusters, modes, targets = (kwargs.pop(axis) for axis in ("ctas", "clusters", "modes", "targets"))
+            if emits:
+                kwargs["for_trtllm"] = TRTLLM in targets
+                if kwargs["for_trtllm"] and set(targets) != {TRTLLM}:
+                    raise click.UsageError(f"--target {TRTLLM} stands alone: it writes files for another source tree")
+                targets = () if kwargs["for_trtllm"] else targets
+            return command(*args, wanted=space.Filter(ctas, clusters, modes, targets), **kwargs)
 
         options = (
             click.option("--cta", "ctas", multiple=True, type=Parsed("shape", CtaShape.parse), help="CTA shape."),
@@ -121,14 +146,19 @@ def kernel_filters(default_space: str) -> Callable[[_Command], _Command]:
             ),
             click.option("--mode", "modes", multiple=True, type=Parsed("mode", parse_mode), help="cs, fgs or fgsz."),
             click.option(
-                "--target", "targets", multiple=True, type=Parsed("target", parse_target), help="Kernel family."
+                "--target",
+                "targets",
+                multiple=True,
+                type=Parsed("target", parse_emitted_target if emits else parse_target),
+                help="Kernel family: native or cutlass"
+                + ("; trtllm: TensorRT-LLM's instantiations, for its source tree." if emits else "."),
             ),
             click.option(
                 "--space",
                 "space_name",
                 type=click.Choice(list(space.SPACES)),
-                default=default_space,
-                show_default=True,
+                default=None if emits else default_space,
+                show_default=default_space,
                 help="Named set to choose from.",
             ),
         )

@@ -10,9 +10,19 @@ import click
 
 from w4a16gen import space
 from w4a16gen.api import load
-from w4a16gen.cli.app import build_option, json_option, kernel_filters, main, notes, print_json, print_table
+from w4a16gen.cli.app import (
+    EXIT_FAILED,
+    build_option,
+    json_option,
+    kernel_filters,
+    main,
+    notes,
+    print_json,
+    print_table,
+)
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.render import emit as emit_kernels
+from w4a16gen.trtllm import W4A16, audit, emit_trtllm, extract
 
 
 @main.command("list")
@@ -70,7 +80,7 @@ def _explain(wanted: space.Filter, space_name: str, as_json: bool) -> None:
 
 
 @main.command()
-@kernel_filters("trtllm-native")
+@kernel_filters("trtllm-native", emits=True)
 @click.option(
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
@@ -79,16 +89,31 @@ def _explain(wanted: space.Filter, space_name: str, as_json: bool) -> None:
     help="Folder to write to.",
 )
 @click.option("--remove-stale", is_flag=True, help="Remove kernel sources there that were not asked for.")
+@click.option(
+    "--mixed-input-schedules",
+    is_flag=True,
+    help="With --target trtllm: schedules that end in MixedInput, as older releases write them.",
+)
 @json_option
 def emit(
     wanted: space.Filter,
-    space_name: str,
+    space_name: str | None,
+    for_trtllm: bool,
     output: Path,
     remove_stale: bool,
+    mixed_input_schedules: bool,
     as_json: bool,
 ) -> None:
-    """Write the sources of the matching kernels, one file each, and print their paths."""
-    emission = emit_kernels(space.select(space_name, wanted), output, remove_stale=remove_stale)
+    """Write the sources of the matching kernels, one file each, and print their paths.
+
+    With --target trtllm: the explicit instantiations of TensorRT-LLM's own kernels, a few to a file, for its sources.
+    """
+    if for_trtllm:
+        _emit_trtllm(wanted, space_name, output, remove_stale, mixed_input_schedules, as_json)
+        return
+    if mixed_input_schedules:
+        raise click.UsageError("--mixed-input-schedules is for --target trtllm")
+    emission = emit_kernels(space.select(space_name or "trtllm-native", wanted), output, remove_stale=remove_stale)
     if as_json:
         print_json({key: [str(path) for path in paths] for key, paths in vars(emission).items()})
     else:
@@ -99,3 +124,76 @@ def emit(
         f"{len(emission.paths)} kernels: {written} written, {len(emission.paths) - written} unchanged; "
         f"{len(emission.removed)} stale removed, {len(emission.stale)} stale kept"
     )
+
+
+def _emit_trtllm(
+    wanted: space.Filter,
+    space_name: str | None,
+    output: Path,
+    remove_stale: bool,
+    mixed_input: bool,
+    as_json: bool,
+) -> None:
+    """Write TensorRT-LLM's instantiations, and say how many are in which file."""
+    configs = space.select(space_name or "trtllm", wanted)
+    emission = emit_trtllm(configs, output, mixed_input=mixed_input, remove_stale=remove_stale)
+    if as_json:
+        files = {str(path): [config.name for config in kernels] for path, kernels in emission.files.items()}
+        written, removed = ([str(path) for path in paths] for paths in (emission.written, emission.removed))
+        print_json({"files": files, "written": written, "removed": removed})
+    else:
+        for path, kernels in emission.files.items():
+            click.echo(f"{path}\t{len(kernels)}")
+    notes.print(
+        f"{len(configs)} FP16 x uint4 kernels in {len(emission.files)} files: {len(emission.written)} written, "
+        f"{len(emission.files) - len(emission.written)} unchanged, {len(emission.removed)} stale removed"
+    )
+
+
+@main.command("audit")
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False, exists=True))
+@click.option(
+    "--extract",
+    "output",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write what is FP16 x uint4 into this folder, also out of mixed files.",
+)
+@json_option
+def audit_command(folder: Path, output: Path | None, as_json: bool) -> None:
+    """Say what the .cu files that TensorRT-LLM's generator wrote into a folder hold.
+
+    Which of its 63 FP16 x uint4 kernels for Hopper are there, which are missing or there twice, and what else is. Exit
+    code 1 if anything is foreign, missing or there twice.
+    """
+    found = audit(folder)
+    extracted = extract(found, output) if output is not None else []
+    if as_json:
+        print_json({**found.as_json(), "extracted": [str(path) for path in extracted]})
+    else:
+        headings = ("file", "FP16 x uint4", "others", "")
+        rows = (
+            (
+                str(file.path.relative_to(folder)),
+                str(file.types[W4A16]),
+                ", ".join(f"{count} {types}" for types, count in sorted(file.types.items()) if types != W4A16),
+                "mixed" if file.is_mixed else "",
+            )
+            for file in found.files
+        )
+        print_table(f"{found.total} instantiations in {len(found.files)} files", headings, rows)
+        for label, names in (
+            ("missing", [config.name for config in found.missing]),
+            ("there twice", [config.name for config in found.duplicates]),
+            ("FP16 x uint4, but none of the 63", found.unknown),
+        ):
+            for name in names:
+                click.echo(f"{label}: {name}")
+    foreign = ", ".join(f"{count} {types}" for types, count in sorted(found.foreign.items())) or "nothing"
+    notes.print(
+        f"{len(found.kernels)} of 63 FP16 x uint4 kernels, {len(found.missing)} missing, {len(found.duplicates)} there "
+        f"twice, {len(found.unknown)} unknown; foreign: {foreign}"
+    )
+    if output is not None:
+        notes.print(f"{len(extracted)} files written to {output}")
+    if not found.ok:
+        sys.exit(EXIT_FAILED)
