@@ -18,7 +18,7 @@ ORDER = [
     {"chooser"},
     {"compile", "trtllm"},
     {"build"},
-    {"module"},
+    {"module", "export"},
     {"api"},
     {"verify"},
     {"bench"},

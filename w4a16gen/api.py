@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from functools import cache
 from pathlib import Path
@@ -14,10 +15,12 @@ from w4a16gen.arrays import is_on_gpu
 from w4a16gen.build import load_build
 from w4a16gen.config import KernelConfig, Target
 from w4a16gen.errors import InvalidValueError, UnsupportedProblemError
+from w4a16gen.export import WHEEL_PACKAGE
 from w4a16gen.module import Library, check_weight
 from w4a16gen.packing import LAYOUTS, PackedWeight
 from w4a16gen.problem import Problem, why_cannot_run
 from w4a16gen.quantize import gemm_reference
+from w4a16gen.render import MANIFEST
 
 BUILD_FOLDER_VARIABLE = "W4A16GEN_BUILD_DIR"
 
@@ -27,11 +30,23 @@ def default_build_folder() -> Path:
     return Path(os.environ.get(BUILD_FOLDER_VARIABLE) or "build")
 
 
+def _folder_to_load() -> Path:
+    """Give the default folder, or that of an installed wheel of kernels if there is no build in it."""
+    folder = default_build_folder()
+    if os.environ.get(BUILD_FOLDER_VARIABLE) or (folder / MANIFEST).exists():
+        return folder
+    installed = importlib.util.find_spec(WHEEL_PACKAGE)
+    if installed is None or installed.origin is None:
+        return folder
+    return Path(installed.origin).parent / "build"
+
+
 def load(folder: Path | str | None = None) -> Library:
     """Load a finished build; the same library is loaded once per process.
 
     Args:
-        folder: the build's folder; None takes W4A16GEN_BUILD_DIR, or `build` in the current folder. Functions that use
+        folder: the build's folder; None takes W4A16GEN_BUILD_DIR, or `build` in the current folder, or an installed
+            wheel of kernels. Functions that use
             the default build look for it when they first need it, and again when this is called without a folder.
 
     Raises:
@@ -39,7 +54,7 @@ def load(folder: Path | str | None = None) -> Library:
     """
     if folder is not None:
         return _load_from(Path(folder))
-    _InUse.library = _load_from(default_build_folder())
+    _InUse.library = _load_from(_folder_to_load())
     return _InUse.library
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.files import write_if_changed
-from w4a16gen.render import render_page
+from w4a16gen.render import render_text
 from w4a16gen.sweep import Comparison, TensorPeak
 
 SCHEMA_VERSION = 1
@@ -158,7 +158,7 @@ def write_report(folder: Path, run: Run, rows: Sequence[Row]) -> list[Path]:
     writer.writeheader()
     writer.writerows(map(asdict, rows))
     plots = _plots(run, rows) if rows else {}
-    page = render_page(
+    page = render_text(
         "bench.html.jinja",
         run=run,
         rows=rows,

@@ -85,8 +85,8 @@ def render_unit(sources: Sequence[str]) -> str:
     return _environment().get_template("unit.cu.jinja").render(sources=sources)
 
 
-def render_page(template: str, **values: object) -> str:
-    """Give an HTML page, values escaped."""
+def render_text(template: str, **values: object) -> str:
+    """Give a text from a template; in HTML, values are escaped."""
     return _environment().get_template(template).render(values)
 
 

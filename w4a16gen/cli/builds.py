@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 from rich.markup import escape
 
-from w4a16gen import bench, space, toolchain, verify
+from w4a16gen import __version__, bench, space, toolchain, verify
 from w4a16gen.api import default_build_folder, load
 from w4a16gen.build import BuildReport, describe_failures, load_build
 from w4a16gen.build import build as build_kernels
@@ -34,6 +34,7 @@ from w4a16gen.cli.app import (
 from w4a16gen.config import KernelConfig, QuantMode
 from w4a16gen.driver import HOPPER, find_driver
 from w4a16gen.errors import BuildError, NoHopperGpuError, NotBuiltError
+from w4a16gen.export import export_prefix, export_wheel
 from w4a16gen.files import write_if_changed
 from w4a16gen.module import Library
 from w4a16gen.problem import Problem
@@ -235,3 +236,34 @@ def _runtime_findings(folder: Path) -> list[toolchain.Finding]:
         toolchain.Finding("Hopper GPU", bool(hopper), shown, "" if hopper else no_gpu),
         found,
     ]
+
+
+@main.command("export")
+@click.option(
+    "--prefix",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Lay out lib/, include/, a CMake package and a pkg-config file here, for C and C++.",
+)
+@click.option(
+    "--wheel",
+    type=click.Path(path_type=Path, file_okay=False),
+    is_flag=False,
+    flag_value=Path("dist"),
+    help="Write a wheel of the built kernels into this folder; without a value, into dist.",
+)
+@build_option
+@json_option
+def export_command(prefix: Path | None, wheel: Path | None, folder: Path | None, as_json: bool) -> None:
+    """Give a finished build to other programs: to C++, or to machines without a compiler."""
+    if prefix is None and wheel is None:
+        raise click.UsageError("say what to write: --prefix DIR, --wheel, or both")
+    build = load_build(folder or default_build_folder())
+    written = [] if prefix is None else export_prefix(build, prefix, __version__)
+    if wheel is not None:
+        written.append(export_wheel(build, wheel, __version__))
+    if as_json:
+        print_json([str(path) for path in written])
+        return
+    for path in written:
+        click.echo(path)
+    notes.print(f"{len(build.configs)} kernels exported")

@@ -1,0 +1,211 @@
+// Multiplies, checks and times one problem in all modes: minimal_test M N K. Without a GPU it says so, with code 3.
+#include <w4a16/runner.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <string>
+#include <vector>
+
+namespace {
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess) {
+    std::fprintf(stderr, "%s\n", cudaGetErrorString(error));
+    std::exit(1);
+  }
+}
+
+// fp16 bits, of numbers that are in its normal range or 0; rounded to nearest even.
+uint16_t to_half(float value) {
+  uint32_t bits;
+  static_assert(sizeof(bits) == sizeof(value));
+  __builtin_memcpy(&bits, &value, sizeof(bits));
+  if ((bits & 0x7fffffff) == 0) return 0;
+  const uint32_t rounded = bits + 0xfff + (bits >> 13 & 1);
+  return static_cast<uint16_t>((rounded >> 16 & 0x8000) | ((rounded & 0x7fffffff) - 0x38000000) >> 13);
+}
+
+double from_half(uint16_t bits) {
+  const int exponent = bits >> 10 & 31;
+  const int fraction = bits & 1023;
+  const double size = exponent == 0 ? std::ldexp(fraction, -24) : std::ldexp(1024 + fraction, exponent - 25);
+  return bits & 0x8000 ? -size : size;
+}
+
+template <class Value>
+Value* to_device(const std::vector<Value>& values) {
+  void* pointer = nullptr;
+  check(cudaMalloc(&pointer, values.size() * sizeof(Value)));
+  check(cudaMemcpy(pointer, values.data(), values.size() * sizeof(Value), cudaMemcpyHostToDevice));
+  return static_cast<Value*>(pointer);
+}
+
+// Whether every kernel of a mode gives the product; prints the fastest.
+template <w4a16::QuantOp Op>
+bool run(int m, int n, int k, int group_size) {
+  constexpr bool kZeros = Op == w4a16::QuantOp::FinegrainedScaleAndZeros;
+  std::mt19937 random(1);
+  std::uniform_real_distribution<float> uniform(-1, 1);
+  std::vector<uint8_t> nibbles(static_cast<size_t>(n) * k / 2);  // [k, n], two's complement
+  std::vector<uint16_t> a(static_cast<size_t>(m) * k), scales(static_cast<size_t>(k / group_size) * n),
+      zeros(scales.size());
+  std::vector<uint16_t> bias(static_cast<size_t>(n));
+  for (auto& byte : nibbles) byte = static_cast<uint8_t>(random());
+  for (auto& value : a) value = to_half(uniform(random));
+  for (auto& value : bias) value = to_half(uniform(random));
+  for (size_t i = 0; i < scales.size(); ++i) {
+    scales[i] = to_half(0.01f + 0.005f * uniform(random));
+    zeros[i] = to_half(0.02f * uniform(random));
+  }
+  const uint16_t* const device_a = to_device(a);
+  const uint16_t* const device_scales = to_device(scales);
+  const uint16_t* const device_zeros = kZeros ? to_device(zeros) : nullptr;
+  const uint16_t* const device_bias = to_device(bias);
+  std::vector<uint16_t> c(static_cast<size_t>(m) * n);
+  uint16_t* const device_c = to_device(c);
+
+  w4a16::Runner<Op> runner;
+  void* packed = nullptr;
+  check(cudaMalloc(&packed, runner.getPackedSize(n, k, group_size)));
+  runner.preprocess(packed, nibbles.data(), device_scales, device_zeros, n, k, group_size);
+  const size_t workspace_bytes = runner.getWorkspaceSize(m, n, k);
+  void* workspace = nullptr;
+  if (workspace_bytes > 0) check(cudaMalloc(&workspace, workspace_bytes));
+
+  std::vector<int> rows{0, m / 2, m - 1};
+  std::vector<double> expected(rows.size() * n), bound(expected.size());
+  std::vector<double> column(k);
+  for (int channel = 0; channel < n; ++channel) {
+    for (int at = 0; at < k; ++at) {
+      const size_t place = static_cast<size_t>(at) * n + channel;
+      const int value = (nibbles[place / 2] >> (place % 2 * 4) & 15) ^ 8;
+      const size_t group = static_cast<size_t>(at / group_size) * n + channel;
+      column[at] = (value - 8) * from_half(scales[group]) + (kZeros ? from_half(zeros[group]) : 0.0);
+    }
+    for (size_t row = 0; row < rows.size(); ++row) {
+      double sum = 0, size = 0;
+      for (int at = 0; at < k; ++at) {
+        const double term = from_half(a[static_cast<size_t>(rows[row]) * k + at]) * column[at];
+        sum += term;
+        size += std::fabs(term);
+      }
+      const double with_bias = 0.5 * sum + from_half(bias[channel]);
+      expected[row * n + channel] = with_bias;
+      // Weights are rounded to fp16 once (2^-11), sums in fp32 (k roundings of 2^-24), the result to fp16.
+      bound[row * n + channel] = 0.5 * size * (std::ldexp(1, -11) + k * std::ldexp(1, -24)) +
+                                 std::fabs(with_bias) * std::ldexp(1, -10) + std::ldexp(1, -24);
+    }
+  }
+
+  cudaEvent_t begin, end;
+  check(cudaEventCreate(&begin));
+  check(cudaEventCreate(&end));
+  double best = 1e30;
+  std::string fastest;
+  int failed = 0;
+  const std::vector<w4a16::GemmConfig> configs = runner.getConfigs();
+  for (const w4a16::GemmConfig& config : configs) {
+    const auto launch = [&] {
+      runner.gemm(device_a, packed, device_scales, device_zeros, device_bias, 0.5f, device_c, m, n, k, group_size,
+                  config, workspace, workspace_bytes, nullptr);
+    };
+    check(cudaMemset(device_c, 0xff, c.size() * 2));
+    launch();
+    check(cudaMemcpy(c.data(), device_c, c.size() * 2, cudaMemcpyDeviceToHost));
+    bool ok = true;
+    for (size_t row = 0; row < rows.size(); ++row) {
+      for (int channel = 0; channel < n; ++channel) {
+        const double got = from_half(c[static_cast<size_t>(rows[row]) * n + channel]);
+        ok = ok && std::fabs(got - expected[row * n + channel]) <= bound[row * n + channel];
+      }
+    }
+    failed += !ok;
+    if (!ok) std::printf("%s is wrong\n", config.name().c_str());
+    constexpr int kLaunches = 10;
+    check(cudaEventRecord(begin));
+    for (int i = 0; i < kLaunches; ++i) launch();
+    check(cudaEventRecord(end));
+    check(cudaEventSynchronize(end));
+    float milliseconds = 0;
+    check(cudaEventElapsedTime(&milliseconds, begin, end));
+    if (milliseconds / kLaunches < best) {
+      best = milliseconds / kLaunches;
+      fastest = config.name();
+    }
+  }
+  std::printf("mode %d, group %5d: %zu kernels, %d wrong; %8.2f us with warm L2, %s\n", static_cast<int>(Op),
+              group_size, configs.size(), failed, best * 1e3, fastest.c_str());
+  for (const void* pointer :
+       {static_cast<const void*>(device_a), static_cast<const void*>(device_scales),
+        static_cast<const void*>(device_zeros), static_cast<const void*>(device_bias),
+        static_cast<const void*>(device_c), static_cast<const void*>(packed), static_cast<const void*>(workspace)}) {
+    cudaFree(const_cast<void*>(pointer));
+  }
+  return failed == 0 && !configs.empty();
+}
+
+// Whether a call throws an error that says this.
+template <class Call>
+bool is_refused(const char* expected, const Call& call) {
+  try {
+    call();
+  } catch (const w4a16::Error& error) {
+    if (std::string(error.what()).find(expected) != std::string::npos) return true;
+    std::printf("refused with: %s\n", error.what());
+  }
+  return false;
+}
+
+// Weights that are not this library's, and wrong calls; none of it gets as far as a GPU.
+bool refuses_what_is_wrong() {
+  w4a16::FinegrainedRunner runner;
+  const w4a16::GemmConfig config = runner.getConfigs().at(0);
+  alignas(128) static char foreign[1024];
+  bool ok = is_refused("B was not packed by this runner", [&] {
+    runner.gemm(foreign, foreign, nullptr, nullptr, nullptr, foreign, 1, 64, 128, 128, config, nullptr, 0, nullptr);
+  });
+  ok &= is_refused("is packed as kmajor_s4_v1", [&] { runner.adopt(foreign, 1024, "kmajor_s4_v1", 64, 128, 128); });
+  ok &= is_refused("must be", [&] { runner.adopt(foreign, 1024, runner.layout(), 64, 128, 128); });
+  ok &= is_refused("group size 48 must be 128 (= k)", [&] { runner.getPackedSize(64, 128, 48); });
+  ok &= is_refused("is no kernel of this mode", [&] { runner.getConfig("fast"); });
+  runner.adopt(foreign, runner.getPackedSize(64, 128, 128), runner.layout(), 64, 128, 128);
+  ok &= is_refused("B was packed for n = 64, k = 128, group size 128, not for n = 64, k = 256", [&] {
+    runner.gemm(foreign, foreign, nullptr, nullptr, nullptr, foreign, 1, 64, 256, 128, config, nullptr, 0, nullptr);
+  });
+  w4a16::PerColumnRunner other;
+  ok &= is_refused("is of another mode", [&] {
+    runner.gemm(foreign, foreign, nullptr, nullptr, nullptr, foreign, 1, 64, 128, 128, other.getConfigs().at(0),
+                nullptr, 0, nullptr);
+  });
+  return ok;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count != 4) {
+    std::fprintf(stderr, "usage: %s M N K\n", arguments[0]);
+    return 2;
+  }
+  const int m = std::atoi(arguments[1]), n = std::atoi(arguments[2]), k = std::atoi(arguments[3]);
+  try {
+    if (!refuses_what_is_wrong()) return 1;
+    int devices = 0;
+    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+      std::printf("no GPU: wrong calls are refused; nothing was multiplied\n");
+      return 3;
+    }
+    bool ok = run<w4a16::QuantOp::PerColumnScaleOnly>(m, n, k, k);
+    for (const int group_size : {64, 128, 256}) {
+      ok &= run<w4a16::QuantOp::FinegrainedScaleOnly>(m, n, k, group_size);
+      ok &= run<w4a16::QuantOp::FinegrainedScaleAndZeros>(m, n, k, group_size);
+    }
+    std::printf("%s\n", ok ? "all right" : "WRONG");
+    return ok ? 0 : 1;
+  } catch (const w4a16::Error& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 1;
+  }
+}
