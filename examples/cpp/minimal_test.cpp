@@ -53,11 +53,12 @@ bool run(int m, int n, int k, int group_size) {
       zeros(scales.size());
   std::vector<uint16_t> bias(static_cast<size_t>(n));
   for (auto& byte : nibbles) byte = static_cast<uint8_t>(random());
-  for (auto& value : a) value = to_half(uniform(random));
-  for (auto& value : bias) value = to_half(uniform(random));
+  for (auto& value : a) value = to_half(std::round(uniform(random) * 1024) / 1024);  // no subnormal numbers
+  for (auto& value : bias) value = to_half(std::round(uniform(random) * 1024) / 1024);
   for (size_t i = 0; i < scales.size(); ++i) {
     scales[i] = to_half(0.01f + 0.005f * uniform(random));
-    zeros[i] = to_half(0.02f * uniform(random));
+    const int zero_point = static_cast<int>(random() % 16);
+    zeros[i] = to_half(static_cast<float>((8 - zero_point) * from_half(scales[i])));
   }
   const uint16_t* const device_a = to_device(a);
   const uint16_t* const device_scales = to_device(scales);
