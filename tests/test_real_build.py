@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 
 from w4a16gen import KernelConfig, Library, Problem, QuantMode
 from w4a16gen.build import Build, build, load_build
 from w4a16gen.cli import main
+from w4a16gen.config import Scheduler
 from w4a16gen.legality import native_arrangement
 from w4a16gen.render import source_name
 from w4a16gen.space import enumerate_space
@@ -54,6 +57,24 @@ def test_native_kernels_compile_in_seconds_and_are_proven(tmp_path: Path) -> Non
         assert kernel["compile_cpu_seconds"] < 4
         assert kernel["compile_peak_bytes"] < 1e9
         assert kernel["instructions"]["UBLKCP"] > 0
+    check_that_more_tokens_need_no_less_workspace(Library(built.build))
+
+
+def check_that_more_tokens_need_no_less_workspace(library: Library) -> None:
+    stream_k = [config for config in library.configs() if config.scheduler is Scheduler.STREAM_K]
+    assert stream_k
+
+    @given(
+        st.sampled_from(stream_k), st.integers(1, 8000), st.integers(1, 400), st.integers(0, 9000), st.integers(0, 9000)
+    )
+    def check(config: KernelConfig, n: int, k: int, m: int, more: int) -> None:
+        fewer, all_of_them = (
+            library.workspace_bytes(config, Problem(tokens, 8 * n, 32 * k, 32 * k), sm_count=132)
+            for tokens in (m, m + more)
+        )
+        assert fewer <= all_of_them < 30e6
+
+    check()
 
 
 def test_the_report_says_what_was_not_proven(real_library: Library) -> None:

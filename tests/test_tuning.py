@@ -47,6 +47,13 @@ def test_newer_times_replace_older_ones_and_leave_the_rest(tmp_path: Path) -> No
     assert TuningTable.read(path) == table_of(k0=1.0, k1=3.0, k2=4.0)
 
 
+def test_a_table_says_what_its_last_times_were_measured_with(tmp_path: Path) -> None:
+    path = tmp_path / TABLE
+    for versions in ({"w4a16gen": "1", "driver": "CUDA 13.0"}, {"w4a16gen": "2"}):
+        add_times(path, one_time(GPU, PROBLEM, KERNELS[0], Measured(1.0, "hash"), versions))
+    assert TuningTable.read(path).versions == {"w4a16gen": "2", "driver": "CUDA 13.0"}
+
+
 def test_times_of_another_gpu_are_not_mixed_in(tmp_path: Path) -> None:
     path = tmp_path / TABLE
     add_times(path, table_of(k0=1.0))
@@ -78,6 +85,7 @@ DAMAGED = {
     "no GPU": json.dumps({"schema": 1, "times": []}),
     "SMs": file_of(row(), sm_count="132"),
     "no rows": file_of(times=None),
+    "versions": file_of(versions=[1]),
     "a row": file_of("row"),
     "unknown kernel": file_of(row(kernel="w4a16_sm90_native_fgs_cta64")),
     "no time": file_of(row(microseconds=None)),
@@ -216,6 +224,7 @@ def test_tuning_goes_on_where_it_was_interrupted(cli: CliRunner, own_library: Li
     stopwatch.interrupt_after = None
     done = cli.invoke(main, TUNE)
     assert done.exit_code == 0, done.output
+    assert set(TuningTable.read(path).versions) == {"w4a16gen", "compiler", "driver"}
     assert len(stopwatch.measured) == len(set(stopwatch.measured)), "nothing is measured twice"
     assert f"{len(stopwatch.measured) - 3} measured, 3 known" in " ".join(done.stderr.split())
     fastest = min(stopwatch.measured, key=KERNELS.index)

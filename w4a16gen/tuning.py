@@ -36,6 +36,9 @@ class TuningTable:
     gpu: str
     sm_count: int
     times: Mapping[tuple[QuantMode, Problem], Mapping[KernelConfig, Measured]] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """What the last times were measured with: this package, the compiler, the driver's CUDA. For the reader; whether a
+    time counts is decided by the kernel's content hash, in which the compiler is."""
 
     @classmethod
     def read(cls, path: Path) -> TuningTable:
@@ -58,7 +61,8 @@ class TuningTable:
                     raise InvalidValueError(f"{row['kernel']} took {microseconds} us")
                 measured = Measured(microseconds, str(row["content_hash"]))
                 times.setdefault((config.mode, problem), {})[config] = measured
-            return cls(str(value["gpu"]), _count(value["sm_count"]), times)
+            versions = {str(name): str(version) for name, version in value.get("versions", {}).items()}
+            return cls(str(value["gpu"]), _count(value["sm_count"]), times, versions)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidValueError(
                 f"{path} is no tuning table ({type(error).__name__}: {error}): remove it, or name another"
@@ -72,7 +76,8 @@ class TuningTable:
             for config, measured in of_problem.items()
         ]
         rows.sort(key=lambda row: (row["n"], row["k"], row["group_size"], row["m"], row["kernel"]))
-        head = json.dumps({"schema": SCHEMA_VERSION, "gpu": self.gpu, "sm_count": self.sm_count})
+        versions = {"versions": dict(sorted(self.versions.items()))} if self.versions else {}
+        head = json.dumps({"schema": SCHEMA_VERSION, "gpu": self.gpu, "sm_count": self.sm_count, **versions})
         return f'{head[:-1]}, "times": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]}\n"
 
     def updated(self, newer: TuningTable) -> TuningTable:
@@ -87,9 +92,8 @@ class TuningTable:
                 f"{self.sm_count}: name another table"
             )
         keys = [*self.times, *(key for key in newer.times if key not in self.times)]
-        return TuningTable(
-            self.gpu, self.sm_count, {key: {**self.times.get(key, {}), **newer.times.get(key, {})} for key in keys}
-        )
+        times = {key: {**self.times.get(key, {}), **newer.times.get(key, {})} for key in keys}
+        return TuningTable(self.gpu, self.sm_count, times, {**self.versions, **newer.versions})
 
     def valid(self, mode: QuantMode, problem: Problem, hashes: Mapping[KernelConfig, str]) -> dict[KernelConfig, float]:
         """Give the microseconds of exactly this problem, of kernels that are built as they were measured."""
@@ -172,9 +176,15 @@ def add_times(path: Path, table: TuningTable) -> None:
         write_if_changed(path, known.updated(table).as_text())
 
 
-def one_time(gpu: Mapping[str, Any], problem: Problem, config: KernelConfig, measured: Measured) -> TuningTable:
+def one_time(
+    gpu: Mapping[str, Any],
+    problem: Problem,
+    config: KernelConfig,
+    measured: Measured,
+    versions: Mapping[str, str] | None = None,
+) -> TuningTable:
     """Give a table of a single measurement on a GPU as `Library.devices` describes it."""
-    return TuningTable(gpu["name"], gpu["sm_count"], {(config.mode, problem): {config: measured}})
+    return TuningTable(gpu["name"], gpu["sm_count"], {(config.mode, problem): {config: measured}}, versions or {})
 
 
 def content_hashes(manifest: Mapping[str, Any], configs: Iterable[KernelConfig]) -> dict[KernelConfig, str]:

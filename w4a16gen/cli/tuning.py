@@ -14,12 +14,13 @@ from typing import Any
 
 import click
 
-from w4a16gen import dispatch, sweep
+from w4a16gen import __version__, dispatch, sweep
 from w4a16gen.api import load
 from w4a16gen.bench import hopper_gpu
 from w4a16gen.cli.app import build_option, json_option, main, notes, print_json, show_progress
 from w4a16gen.cli.problems import problems_options
 from w4a16gen.config import KernelConfig, QuantMode
+from w4a16gen.driver import find_driver
 from w4a16gen.module import Library
 from w4a16gen.problem import Problem
 from w4a16gen.tuning import TABLE, Measured, TuningTable, add_times, content_hashes, one_time
@@ -64,7 +65,13 @@ def tune(
     known = TuningTable(gpu["name"], gpu["sm_count"])
     if path.exists():
         known = TuningTable.read(path).updated(known)  # which another kind of GPU's refuses
-    job = _Job(library, gpu, mode, path, known, again)
+    driver = find_driver()
+    versions = {
+        "w4a16gen": __version__,
+        "compiler": str(library.build.manifest["compiler"]),
+        "driver": "none" if driver is None else f"CUDA {driver.cuda_version[0]}.{driver.cuda_version[1]}",
+    }
+    job = _Job(library, gpu, mode, path, known, again, versions)
     outcomes = job.tune(named, [int(found["index"]) for found in same[:gpus]])
     if as_json:
         print_json({"gpu": gpu, "table": str(path), "problems": [outcome.as_json() for outcome in outcomes]})
@@ -82,6 +89,7 @@ class _Job:
     path: Path
     known: TuningTable
     again: bool
+    versions: Mapping[str, str]
 
     def tune(self, named: Sequence[tuple[str, Problem]], devices: Sequence[int]) -> list[_Tuned]:
         """Measure problems, each on one of the GPUs, and tell of each."""
@@ -136,7 +144,8 @@ class _Job:
         with show_progress(str(problem)) if bar else nullcontext(lambda *_: None) as progress:
             measured = sweep.measure(self.library, problem, self.mode, missing, device=device)
             for done, (config, us) in enumerate(measured, 1):
-                add_times(self.path, one_time(self.gpu, problem, config, Measured(us, hashes[config])))
+                measured_once = Measured(us, hashes[config])
+                add_times(self.path, one_time(self.gpu, problem, config, measured_once, self.versions))
                 times[config] = us
                 progress(done, len(missing), config.name)
                 if stop.is_set():
