@@ -16,7 +16,7 @@ ORDER = [
     {"render", "packing", "tuning"},
     {"shipped"},
     {"chooser"},
-    {"compile", "trtllm"},
+    {"compile", "trtllm", "audit"},
     {"build"},
     {"module", "export"},
     {"api"},

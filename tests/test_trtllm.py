@@ -11,11 +11,12 @@ import pytest
 from click.testing import CliRunner
 
 from w4a16gen import QuantMode
+from w4a16gen.audit import W4A16, audit, extract, parse_instantiations
 from w4a16gen.cli import main
 from w4a16gen.config import KernelConfig
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.space import enumerate_space
-from w4a16gen.trtllm import W4A16, audit, emit_trtllm, extract, parse_instantiations
+from w4a16gen.trtllm import emit_trtllm
 
 GOLDEN = (Path(__file__).parent / "golden" / "trtllm_instantiations.txt").read_text().splitlines()
 INCLUDE = '#include "tensorrt_llm/kernels/cutlass_kernels/fpA_intB_gemm/launchers/fpA_intB_launcher_sm90.inl"\n'

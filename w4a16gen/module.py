@@ -247,7 +247,6 @@ class Library:
             out: fp16 [m, n] to write into; None allocates (a torch tensor for a torch tensor, else a DeviceArray).
             workspace: uint8 array of at least `workspace_bytes`; None keeps one per GPU and stream, which grows.
             stream: a stream object or address; None is torch's current stream for torch tensors, else the default.
-
             dependent_launch: let the kernel start and fetch weights while the one before it on the stream still runs
                 (programmatic dependent launch): the weights must not be what that one writes. Target `cutlass` does not
                 use it.

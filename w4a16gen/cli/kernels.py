@@ -10,6 +10,7 @@ import click
 
 from w4a16gen import space
 from w4a16gen.api import load
+from w4a16gen.audit import W4A16, audit, extract
 from w4a16gen.cli.app import (
     EXIT_FAILED,
     build_option,
@@ -22,7 +23,7 @@ from w4a16gen.cli.app import (
 )
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.render import emit as emit_kernels
-from w4a16gen.trtllm import W4A16, audit, emit_trtllm, extract
+from w4a16gen.trtllm import emit_trtllm
 
 
 @main.command("list")
