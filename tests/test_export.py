@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from w4a16gen import toolchain
+from w4a16gen import Library, toolchain
 from w4a16gen.build import Build, build
 from w4a16gen.cli import main
 from w4a16gen.config import CtaShape
+from w4a16gen.errors import InvalidValueError, NoHopperGpuError, UnsupportedProblemError
 from w4a16gen.export import export_prefix, export_wheel
 from w4a16gen.space import Filter, select
 
@@ -64,6 +65,18 @@ def test_a_cpp_program_finds_the_kernels_and_is_refused_what_is_wrong(example: P
     else:
         assert done.returncode == 3, done.stdout
         assert "no GPU: wrong calls are refused" in done.stdout
+
+
+@pytest.mark.compile
+def test_probes_come_with_native_kernels_and_need_a_gpu(native_build: Build, real_library: Library) -> None:
+    library = Library(native_build)
+    with pytest.raises(InvalidValueError, match="rounds of 0 must be positive"):
+        library.probe_multiply(0, stream=0)
+    with pytest.raises(UnsupportedProblemError, match="holds no native kernel, with which the probes come"):
+        real_library.probe_multiply(1, stream=0)
+    if not library.hopper_devices():
+        with pytest.raises(NoHopperGpuError, match="need an NVIDIA Hopper GPU"):
+            library.probe_multiply(1, stream=0)
 
 
 @pytest.mark.compile

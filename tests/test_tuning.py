@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -299,8 +301,25 @@ def test_tuning_on_several_gpus_stops_where_it_is_interrupted(
     cli: CliRunner, own_library: Library, stopwatch: Stopwatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(own_library, "devices", lambda: [GPU, {**GPU, "index": 1}])
-    stopwatch.interrupt_after = 5
-    problems = [argument for m in range(2, 10) for argument in ("--problem", f"{8 * m}x512x1024")]
+    interrupted = threading.Event()
+
+    def measure(
+        _library: Library, problem: Problem, _mode: QuantMode, configs: Sequence[KernelConfig], *, device: int
+    ) -> Iterator[tuple[KernelConfig, float]]:
+        for config in configs:
+            stopwatch.measured.append(config)
+            yield config, 1.0 + problem.m + device
+            if problem.m == 64:
+                interrupted.set()
+                raise KeyboardInterrupt
+            interrupted.wait(5)
+            time.sleep(0.2)  # until the others have been told
+
+    monkeypatch.setattr(sweep, "measure", measure)
+    problems = [argument for m in (64, 128, 256, 512) for argument in ("--problem", f"{m}x512x1024")]
     assert cli.invoke(main, ["tune", *problems, "--gpus", "2"]).exit_code == 130
     table = TuningTable.read(own_library.build.folder / TABLE)
-    assert sum(map(len, table.times.values())) == len(stopwatch.measured) < 20
+    counts = {problem.m: len(times) for (_, problem), times in table.times.items()}
+    assert counts.keys() == {64, 128}, "no other problem is begun"
+    assert counts[64] == 1
+    assert counts[128] in {1, 2}, "the other GPU ends with the kernel that it is at"

@@ -104,7 +104,12 @@ class _Job:
         def one(name: str, problem: Problem) -> None:
             device = free.get()
             try:
+                if stop.is_set():
+                    return
                 outcome = self._tune_one(name, problem, device, hashes, stop, bar=len(devices) == 1)
+            except BaseException:
+                stop.set()
+                raise
             finally:
                 free.put(device)
             if not stop.is_set():
