@@ -23,7 +23,7 @@ ORDER = [
     {"verify"},
     {"bench"},
     {"sweep"},
-    {"bench_report"},
+    {"bench_report", "tune"},
     {"cli", "__init__"},
     {"__main__"},
 ]

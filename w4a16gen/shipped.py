@@ -17,8 +17,8 @@ from w4a16gen.problem import Problem
 from w4a16gen.tuning import TuningTable
 
 TABLE_PATH = Path(__file__).resolve().parent / "data" / "h100.json"
-"""Space `default` on an NVIDIA H100 80GB HBM3 (2026-11), as `w4a16gen tune` measured it, of several runs the geometric
-mean; content hashes are left out."""
+"""Space `default` on an NVIDIA H100 80GB HBM3 (2026-11), as `tune` and `bench` measured it, of several runs the
+geometric mean; content hashes are left out."""
 MEASURED_MODE = QuantMode.FINEGRAINED_SCALE_ONLY
 MEASURED_GROUP_SIZE = 128
 
@@ -41,9 +41,9 @@ def fastest(
 ) -> tuple[KernelConfig, float] | None:
     """Give the kernel that was fastest, and its microseconds, for as many tokens or the next more; or None.
 
-    Measured were mode fgs and groups of 128. That decides for all modes and groups: they take up to 4 % more or less
-    time, and nearly the same for every kernel, so that they hardly change which one is first. Kernels are known by name
-    only, so that a change which leaves machine code alone, or makes all of them faster, leaves the table of use.
+    Measured were mode fgs and groups of 128. That decides for all modes and groups: they take 4 % more or less time in
+    geometric mean (docs/native.md), and that this does not change which kernel is first is supposed, not measured.
+    Kernels are known by name only, so that a change which leaves machine code alone leaves the table of use.
 
     Args:
         configs: the kernels to choose among.
@@ -70,6 +70,7 @@ NEIGHBOUR_TOKENS = 0.2
 PRIOR_WEIGHT = 1.0
 """What the estimate by itself counts for, beside neighbours of which each counts for 1 at most."""
 LEAST_WEIGHT = 1e-4
+"""Neighbours of less count for nothing."""
 
 
 class Neighbours:
