@@ -23,9 +23,10 @@ __device__ inline Sharers activation_sharers(int rank) {  // its channel tiles
           rank % S::ClusterChannels};
 }
 
-// Makes the barriers and starts the first stages. The first bytes are a launch's longest wait: the warps of the
+// Makes the barriers and fetches the first weights. The first bytes are a launch's longest wait: the warps of the
 // producer warpgroup ask for them before anything else is ready, each for stages of its own. (Not where CTAs share
-// operands: when each fetched its first stages for itself, they ran apart, which cost up to 8 %.)
+// operands: when each fetched its first stages for itself, they ran apart, which cost up to 8 %.) Activations, which L2
+// tends to have, come later: whoever fetches them may have to wait for the kernel before, and would hold up the rest.
 template <class S>
 __device__ inline void start(const Parameters& p, const Shared<S>& shared, const Work& work, int warp) {
   constexpr int kProducerWarps = kWarpgroup / kWarp;
@@ -38,10 +39,6 @@ __device__ inline void start(const Parameters& p, const Shared<S>& shared, const
         barrier_init(shared.full(stage), 2);
         async_proxy_fence();
         if (stage < stages) fetch_weights<S>(p, shared, rows, stage, stage, true, 0);
-      }
-      wait_for_prerequisites();  // the kernel before may be writing the activations; it never writes weights
-      for (int stage = warp; stage < stages; stage += kProducerWarps) {
-        fetch_activations<S>(p, shared, tile, stage, stage, true, 0);
       }
     }
   } else {
@@ -62,12 +59,11 @@ __device__ inline void start(const Parameters& p, const Shared<S>& shared, const
   if constexpr (S::Multicasts || (S::ClusterK > 1 && !kWaitsLate)) cluster_wait();
 }
 
-// Fetches one operand of all stages of all tiles but those that `start` has fetched.
+// Fetches one operand of all stages of all tiles but the first few, `skip` of them.
 template <class S, class FetchTile>
-__device__ inline void produce(const Parameters& p, const Shared<S>& shared, const Work& work,
+__device__ inline void produce(const Parameters& p, const Shared<S>& shared, const Work& work, int skip,
                                const FetchTile& fetch_tile) {
   Position<S::Stages> at;
-  int skip = S::EarlyStages;
 #pragma unroll 1
   for (int index = work.first_tile; index < work.end_tile; index += work.tile_step) {
     const Tile tile = tile_at<S>(p.tiling, work, index);
@@ -88,7 +84,7 @@ __device__ inline void produce(const Parameters& p, const Shared<S>& shared, con
 template <class S>
 __device__ inline void produce_weights(const Parameters& p, const Shared<S>& shared, const Work& work) {
   const Sharers sharers = weight_sharers<S>(work.rank);
-  produce<S>(p, shared, work, [&](const Tile& tile) {
+  produce<S>(p, shared, work, S::EarlyStages, [&](const Tile& tile) {
     return [&, rows = WeightRows<S>(p, tile)](int stage, int slot) {
       fetch_weights<S>(p, shared, rows, stage, slot, sharers.is_turn(stage), sharers.receivers);
     };
@@ -98,8 +94,8 @@ __device__ inline void produce_weights(const Parameters& p, const Shared<S>& sha
 template <class S>
 __device__ inline void produce_activations(const Parameters& p, const Shared<S>& shared, const Work& work) {
   const Sharers sharers = activation_sharers<S>(work.rank);
-  wait_for_prerequisites();
-  produce<S>(p, shared, work, [&](const Tile& tile) {
+  wait_for_prerequisites();  // the kernel before may be writing them; it never writes weights
+  produce<S>(p, shared, work, 0, [&](const Tile& tile) {
     return [&, tile](int stage, int slot) {
       fetch_activations<S>(p, shared, tile, stage, slot, sharers.is_turn(stage), sharers.receivers);
     };
@@ -157,6 +153,7 @@ __device__ inline void run(const Parameters& p) {
   if (warp < kWarpgroup / kWarp) {
     give_registers<S::ProducerRegisters>();
     if (warp == 0 && elected()) {
+      if (p.dependents_start_early) launch_dependents();
       produce_weights<S>(p, shared, work);
       launch_dependents();  // nothing is left to fetch: the next kernel may fetch its weights
     } else if (warp == 1 && elected()) {

@@ -22,6 +22,7 @@ struct Parameters {
   int block_bytes;
   float alpha;
   Tiling tiling;
+  bool dependents_start_early;
   uint8_t* workspace;  // of stream-K: what every CTA hands over
   uint64_t ticket;     // what a flag holds when its sums are there: no other launch's
 };
