@@ -301,7 +301,7 @@ def test_tuning_on_several_gpus_stops_where_it_is_interrupted(
     cli: CliRunner, own_library: Library, stopwatch: Stopwatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(own_library, "devices", lambda: [GPU, {**GPU, "index": 1}])
-    interrupted = threading.Event()
+    other_began, interrupted = threading.Event(), threading.Event()
 
     def measure(
         _library: Library, problem: Problem, _mode: QuantMode, configs: Sequence[KernelConfig], *, device: int
@@ -310,8 +310,10 @@ def test_tuning_on_several_gpus_stops_where_it_is_interrupted(
             stopwatch.measured.append(config)
             yield config, 1.0 + problem.m + device
             if problem.m == 64:
+                other_began.wait(5)
                 interrupted.set()
                 raise KeyboardInterrupt
+            other_began.set()
             interrupted.wait(5)
             time.sleep(0.2)  # until the others have been told
 
