@@ -14,8 +14,10 @@ from click.testing import CliRunner
 from w4a16gen import Problem, QuantMode, bench_report, sweep
 from w4a16gen.bench_report import Recorder, Row, Run, read_record, row_of, write_report
 from w4a16gen.cli import main, timing
+from w4a16gen.comparison import FLOOR, Comparison, Timing
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.sweep import CUBLAS, FLOOR, Comparison, TensorPeak, Timing
+from w4a16gen.rivals import CUBLAS
+from w4a16gen.sweep import TensorPeak
 
 MODE = QuantMode.FINEGRAINED_SCALE_ONLY
 PEAK = TensorPeak(800.0, 650.0)

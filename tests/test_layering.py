@@ -9,12 +9,12 @@ import w4a16gen
 
 PACKAGE = Path(w4a16gen.__file__).parent
 ORDER = [
-    {"errors", "files", "driver"},
+    {"errors", "files", "driver", "contender"},
     {"config"},
     {"legality", "problem", "toolchain"},
     {"space", "quantize", "dispatch", "arrays", "models"},
-    {"render", "packing", "tuning"},
-    {"shipped"},
+    {"render", "packing", "tuning", "rivals"},
+    {"shipped", "comparison"},
     {"chooser"},
     {"compile", "trtllm", "audit"},
     {"build"},

@@ -9,11 +9,11 @@ from click.testing import CliRunner
 
 from w4a16gen import Problem, sweep
 from w4a16gen.cli import main, timing
+from w4a16gen.comparison import Comparison, Timing
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.models import MODELS, Model, model_problems
 from w4a16gen.problem import why_cannot_run
 from w4a16gen.space import enumerate_space
-from w4a16gen.sweep import Comparison, Timing
 
 REFUSED = {("qwen2.5-7b", 8), ("qwen2.5-72b", 2), ("qwen2.5-72b", 4), ("qwen2.5-72b", 8)}
 KERNEL = next(config for config in enumerate_space("default") if config.mode.is_grouped)

@@ -11,14 +11,16 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
-from w4a16gen import KernelConfig, Problem, QuantMode, sweep
+from w4a16gen import KernelConfig, Problem, QuantMode, contender
 from w4a16gen.chooser import Chooser
 from w4a16gen.cli import main, timing
 from w4a16gen.cli.problems import parse_problem
+from w4a16gen.comparison import Comparison, Timing, smallest_set
 from w4a16gen.dispatch import choose, kernels_of_environment
 from w4a16gen.errors import InvalidValueError
+from w4a16gen.rivals import CUBLAS
 from w4a16gen.space import enumerate_space
-from w4a16gen.sweep import CUBLAS, Comparison, Timing, smallest_set, tiles_suit
+from w4a16gen.sweep import tiles_suit
 
 
 def screened(m: int, **microseconds: float) -> Comparison:
@@ -141,8 +143,8 @@ def test_explain_says_where_dense_fp16_is_faster(
 
 def test_of_a_block_the_second_half_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count()
-    monkeypatch.setattr(sweep, "time", SimpleNamespace(monotonic=lambda: next(clock)))  # a second a look
+    monkeypatch.setattr(contender, "time", SimpleNamespace(monotonic=lambda: next(clock)))  # a second a look
     unsettled = iter([1.0, 1.0, 1.0, 1.0, 1.0, 7.0, 8.0, 9.0, 8.0, 8.0])
-    assert sweep.settled(lambda: next(unsettled), 7) == 8.0
+    assert contender.settled(lambda: next(unsettled), 7) == 8.0
     few = iter([1.0, 1.0, 5.0, 7.0])
-    assert sweep.settled(lambda: next(few), 0) == 6.0, "four replays at least"
+    assert contender.settled(lambda: next(few), 0) == 6.0, "four replays at least"

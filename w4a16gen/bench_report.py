@@ -13,12 +13,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from w4a16gen.comparison import Comparison
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.files import write_if_changed
 from w4a16gen.render import render_text
-from w4a16gen.sweep import Comparison, TensorPeak
+from w4a16gen.sweep import TensorPeak
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 RECORD = "bench.jsonl"
 """The file that everything else can be written from again."""
 PLOT_WIDTH_INCHES = 8.0
@@ -58,6 +59,12 @@ class Row:
     """Reading the packed weight once and nothing else."""
     dependent_floor_microseconds: float | None
     cublas_microseconds: float | None
+    chosen_kernel: str | None
+    """What a call gets that names no kernel."""
+    chosen_microseconds: float | None
+    best_rival: str | None
+    """The fastest of other 4-bit kernels that were timed."""
+    best_rival_microseconds: float | None
     tflops: float
     gigabytes_per_second: float
     """Of the packed weight, read once."""
@@ -92,6 +99,7 @@ def row_of(layer: str, found: Comparison, peak: TensorPeak | None) -> Row:
     floor = None if found.floor is None else found.floor.median
     dependent_floor = None if found.floor is None else found.floor.dependent_median
     cublas = None if found.cublas is None else found.cublas.median
+    chosen, rival = found.timing(found.chosen), found.best_rival
     weight_bytes = problem.n * problem.k / 2 + 2 * problem.groups * problem.n * (2 if found.mode.has_zeros else 1)
     least = None if floor is None or peak is None else max(floor, problem.flops / peak.burst / 1e6)
 
@@ -110,6 +118,10 @@ def row_of(layer: str, found: Comparison, peak: TensorPeak | None) -> Row:
         floor_microseconds=rounded(floor),
         dependent_floor_microseconds=rounded(dependent_floor),
         cublas_microseconds=rounded(cublas),
+        chosen_kernel=found.chosen,
+        chosen_microseconds=None if chosen is None else round(chosen.median, 3),
+        best_rival=None if rival is None else rival.contender,
+        best_rival_microseconds=None if rival is None else round(rival.median, 3),
         tflops=round(problem.flops / us / 1e6, 2),
         gigabytes_per_second=round(weight_bytes / us / 1e3, 1),
         share_of_floor=None if least is None else round(least / us, 4),

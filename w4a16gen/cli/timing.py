@@ -26,19 +26,23 @@ from w4a16gen.cli.app import (
     show_progress,
 )
 from w4a16gen.cli.problems import problems_options
+from w4a16gen.comparison import Comparison, smallest_set
 from w4a16gen.config import QuantMode
 from w4a16gen.problem import Problem
+from w4a16gen.rivals import RIVALS
 
 HEADINGS = (
     "m x n x k",
     "kernel",
     "us",
+    "as called us",
     "dependent us",
     "floor us",
     "of the floor",
     "GB/s",
     "TFLOP/s",
     "over cuBLAS FP16",
+    "over other 4-bit",
 )
 
 
@@ -97,6 +101,11 @@ def explain(problem: Problem, mode: QuantMode, top: int, folder: Path | None, as
 @click.option("--finalists", type=click.IntRange(min=1), default=4, show_default=True, help="Kernels timed in turn.")
 @click.option("--rounds", type=click.IntRange(min=1), default=9, show_default=True, help="Timed replays of each.")
 @click.option(
+    "--rivals/--no-rivals",
+    default=False,
+    help=f"Also time other 4-bit kernels where they are installed: {', '.join(rival.package for rival in RIVALS)}.",
+)
+@click.option(
     "--smallest-set",
     "slack",
     type=click.FloatRange(min=0),
@@ -115,6 +124,7 @@ def bench(
     mode: QuantMode,
     finalists: int,
     rounds: int,
+    rivals: bool,
     slack: float | None,
     report_folder: Path | None,
     folder: Path | None,
@@ -129,7 +139,15 @@ def bench(
     comparisons, measured = [], []
     for name, asked in named:
         with show_progress(str(asked)) as progress:
-            found = sweep.compare(library, asked, mode, finalists=finalists, rounds=rounds, progress=progress)
+            found = sweep.compare(
+                library,
+                asked,
+                mode,
+                finalists=finalists,
+                rounds=rounds,
+                rivals=RIVALS if rivals else (),
+                progress=progress,
+            )
         comparisons.append(found)
         if not found.screened:
             notes.print(f"{asked}: no built kernel of mode {mode} can run it")
@@ -141,7 +159,7 @@ def bench(
         layer = f" ({name})" if name else ""
         notes.print(f"{asked}{layer}: {found.best.median:.2f} us, {found.best.contender}{left_out}")
         _note(measured[-1], found)
-    small = sweep.smallest_set(comparisons, slack / 100) if slack is not None else []
+    small = smallest_set(comparisons, slack / 100) if slack is not None else []
     if not any(found.cublas for found in comparisons):
         notes.print("torch is not installed: cuBLAS FP16 was not timed beside the kernels")
     if report_folder is not None:
@@ -186,11 +204,13 @@ def _write_report(folder: Path, run: Run, rows: Sequence[Row]) -> None:
         )
 
 
-def _note(row: Row, found: sweep.Comparison) -> None:
+def _note(row: Row, found: Comparison) -> None:
     """Say what the reader of a row should not overlook."""
     for name, error in found.error_over_bound.items():
         if not error <= 1:
             notes.print(f"  {name} is off by {error:.3g} times its bound: `w4a16gen verify` tells more")
+    for name, reason in found.rivals_left_out.items():
+        notes.print(f"  {name} was not timed: {reason}", markup=False)
     if row.speedup_over_fp16 is not None and row.speedup_over_fp16 < 1:
         notes.print(f"  dense FP16 is faster here: {row.cublas_microseconds:.2f} us")
 
@@ -205,10 +225,12 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row.m}x{row.shape}",
         row.kernel.removeprefix("w4a16_sm90_"),
         shown(row.microseconds),
+        shown(row.chosen_microseconds),
         shown(row.dependent_microseconds),
         shown(row.floor_microseconds),
         shown(row.share_of_floor),
         f"{row.gigabytes_per_second:.0f}",
         f"{row.tflops:.0f}",
         shown(row.speedup_over_fp16),
+        shown(None if row.best_rival_microseconds is None else row.best_rival_microseconds / row.microseconds),
     )

@@ -1,0 +1,55 @@
+"""One contender of a comparison: a recorded graph of launches that take copies of a weight in turn, and its timing."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+LAUNCHES = 20
+"""Launches per graph, at least; enough that the graph's own start does not show."""
+LONG_LAUNCHES = 6
+"""The same for problems of more than `dispatch.LONG_FLOPS`, 130 us and more."""
+BLOCK_SECONDS = 0.15
+"""How long a contender runs by itself on a long problem before the next one's turn; its second half counts. An H100 at
+its power limit takes some 50 ms to settle on a clock. Where contenders took turns replay by replay, all ran at the
+clock that their mean power left them: weights of nothing but zeros took as long as any, though by themselves they are
+20 % faster, and of two kernels the one that needs more power gained 2 to 7 % on the other (H100 80GB HBM3, 2026-11)."""
+BLOCK_REPLAYS = 4
+PAUSE_SECONDS = 0.01
+"""Rest before each timed replay of a short problem. Without rest an H100 lowers its clock to stay in its power limit:
+problems of 64 tokens and more then take up to 15 % longer (H100 80GB HBM3, 2026-11)."""
+
+
+@dataclass
+class Contender:
+    """A recorded graph that can be replayed and timed."""
+
+    replay: Callable[[], None]
+    timed_replay: Callable[[], float]
+    """Returns milliseconds."""
+    launches: int
+    kept: Any = None
+    """What must live as long as the graph, which holds addresses only."""
+    microseconds: list[float] = field(default_factory=list)
+
+    def time(self, pause: float = PAUSE_SECONDS) -> None:
+        """Time one replay: after a rest, a replay that is not timed brings the clocks back."""
+        time.sleep(pause)
+        self.replay()
+        self.microseconds.append(self.timed_replay() * 1000 / self.launches)
+
+    def time_block(self, seconds: float = BLOCK_SECONDS) -> None:
+        """Replay for some time, and keep the median of the second half."""
+        self.microseconds.append(settled(self.timed_replay, seconds) * 1000 / self.launches)
+
+
+def settled(timed_replay: Callable[[], float], seconds: float) -> float:
+    """Give the median of what was timed in the second half of some time."""
+    begin = time.monotonic()
+    milliseconds: list[float] = []
+    while len(milliseconds) < BLOCK_REPLAYS or time.monotonic() - begin < seconds:
+        milliseconds.append(timed_replay())
+    return statistics.median(milliseconds[len(milliseconds) // 2 :])
