@@ -33,15 +33,23 @@ const char* what_is_wrong(int64_t m, int channel_blocks, int k_blocks, int clust
       if (work.share + 1 < ctas && native::share_begin(tiling, work.share + 1) <= begin) return "shares out of order";
     }
   }
+  // Tiles start where the one before ends, the last so that it ends where the tokens do, unless these are fewer than a
+  // tile's or it is of stream-K. A cluster that shares weights may have one token tile too many: it repeats the last.
   const int64_t tokens = (m + S::Tokens - 1) / S::Tokens;
   for (int channel = 0; channel < channel_blocks; channel += S::Blocks) {
-    for (int64_t token = 0; token < tokens; ++token) {
+    for (int64_t tile = 0; tile < tokens; ++tile) {
+      const bool last = tile == tokens - 1;
+      const int64_t token = last && tile > 0 && !S::StreamK ? m - S::Tokens : tile * S::Tokens;
       for (int block = 0; block < k_blocks; ++block) {
-        const auto found = sums.find({channel, static_cast<int>(token) * S::Tokens, block});
+        const auto found = sums.find({channel, static_cast<int>(token), block});
         if (found == sums.end()) return "left out";
-        if (found->second != 1) return "summed twice";
+        if (found->second != (last && tokens % S::ClusterTokens != 0 ? 2 : 1)) return "summed twice";
+        sums.erase(found);
       }
     }
+  }
+  for (const auto& [tile, count] : sums) {
+    if (std::get<0>(tile) < channel_blocks) return "a tile too many";
   }
   return "ok";
 }

@@ -168,7 +168,8 @@ cudaError_t launch(const Launch& launch) {
   const auto& given = launch.arguments;
   const auto* packed = static_cast<const uint8_t*>(given.packed);
   Parameters parameters{};
-  if (!describe(&parameters.activations, given.activations, m, k, S::Tokens)) return cudaErrorInvalidValue;
+  const int fetched_tokens = m < S::Tokens ? static_cast<int>(m) : S::Tokens;
+  if (!describe(&parameters.activations, given.activations, m, k, fetched_tokens)) return cudaErrorInvalidValue;
   if (S::StoresThroughShared && !describe(&parameters.output, given.output, m, n, S::BoxTokens)) {
     return cudaErrorInvalidValue;
   }
@@ -178,6 +179,7 @@ cudaError_t launch(const Launch& launch) {
   parameters.output_pointer = static_cast<half*>(given.output);
   parameters.m = static_cast<int>(m);
   parameters.n = static_cast<int>(n);
+  parameters.activation_bytes = fetched_tokens * S::Halves * 128;
   parameters.channel_blocks = layout.channel_blocks;
   parameters.block_bytes = layout.block_bytes;
   parameters.alpha = given.alpha;
