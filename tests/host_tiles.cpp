@@ -33,23 +33,25 @@ const char* what_is_wrong(int64_t m, int channel_blocks, int k_blocks, int clust
       if (work.share + 1 < ctas && native::share_begin(tiling, work.share + 1) <= begin) return "shares out of order";
     }
   }
-  // Tiles start where the one before ends, the last so that it ends where the tokens do, unless these are fewer than a
-  // tile's or it is of stream-K. A cluster that shares weights may have one token tile too many: it repeats the last.
+  // Tiles start where the one before ends, or where they overlap the last so that it ends where the tokens do, unless
+  // these are fewer than a tile's. A cluster that shares weights may have one token tile too many: then it repeats the
+  // last, or is beyond the tokens.
   const int64_t tokens = (m + S::Tokens - 1) / S::Tokens;
   for (int channel = 0; channel < channel_blocks; channel += S::Blocks) {
     for (int64_t tile = 0; tile < tokens; ++tile) {
       const bool last = tile == tokens - 1;
-      const int64_t token = last && tile > 0 && !S::StreamK ? m - S::Tokens : tile * S::Tokens;
+      const int64_t token = last && tile > 0 && S::OverlapsTokens ? m - S::Tokens : tile * S::Tokens;
       for (int block = 0; block < k_blocks; ++block) {
         const auto found = sums.find({channel, static_cast<int>(token), block});
         if (found == sums.end()) return "left out";
-        if (found->second != (last && tokens % S::ClusterTokens != 0 ? 2 : 1)) return "summed twice";
+        const bool repeats = S::OverlapsTokens && last && tokens % S::ClusterTokens != 0;
+        if (found->second != (repeats ? 2 : 1)) return "summed twice";
         sums.erase(found);
       }
     }
   }
   for (const auto& [tile, count] : sums) {
-    if (std::get<0>(tile) < channel_blocks) return "a tile too many";
+    if (std::get<0>(tile) < channel_blocks && std::get<1>(tile) < m) return "a tile too many";
   }
   return "ok";
 }
@@ -76,6 +78,7 @@ int main() {
   check<native::Shape<64, 64, 128, 2, 2, 1, 1, false, 0>>("cluster 2x1x1");
   check<native::Shape<128, 64, 64, 2, 1, 2, 1, false, 1>>("cluster 1x2x1");
   check<native::Shape<128, 128, 64, 2, 2, 2, 1, false, 1>>("cluster 2x2x1");
+  check<native::Shape<64, 64, 64, 2, 1, 2, 1, false, 1>>("cluster 1x2x1, narrow");
   check<native::Shape<64, 16, 128, 4, 1, 1, 2, false, 1>>("cluster 1x1x2");
   check<native::Shape<64, 64, 128, 2, 1, 1, 4, false, 1>>("cluster 1x1x4");
 }

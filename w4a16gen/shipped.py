@@ -65,7 +65,7 @@ def fastest(
 
 NEIGHBOUR_LAYER = 0.7
 """How far the times of another layer reach, in octaves of n and of k (of a normal distribution)."""
-NEIGHBOUR_TOKENS = 0.2
+NEIGHBOUR_TOKENS = 0.15
 """The same in octaves of m."""
 PRIOR_WEIGHT = 1.0
 """What the estimate by itself counts for, beside neighbours of which each counts for 1 at most."""

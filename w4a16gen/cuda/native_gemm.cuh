@@ -168,7 +168,7 @@ cudaError_t launch(const Launch& launch) {
   const auto& given = launch.arguments;
   const auto* packed = static_cast<const uint8_t*>(given.packed);
   Parameters parameters{};
-  const int fetched_tokens = m < S::Tokens ? static_cast<int>(m) : S::Tokens;
+  const int fetched_tokens = S::AvoidsAbsentTokens && m < S::Tokens ? static_cast<int>(m) : S::Tokens;
   if (!describe(&parameters.activations, given.activations, m, k, fetched_tokens)) return cudaErrorInvalidValue;
   if (S::StoresThroughShared && !describe(&parameters.output, given.output, m, n, S::BoxTokens)) {
     return cudaErrorInvalidValue;

@@ -22,7 +22,7 @@ struct Parameters {
   int block_bytes;
   float alpha;
   Tiling tiling;
-  int activation_bytes;  // of a stage: of a problem with fewer tokens than a tile, only theirs are fetched
+  int activation_bytes;  // of a stage, where absent tokens are not fetched
   bool dependents_start_early;
   uint8_t* workspace;  // of stream-K: what every CTA hands over
   uint64_t ticket;     // what a flag holds when its sums are there: no other launch's
@@ -137,7 +137,7 @@ template <class S>
 __device__ inline void fetch_activations(const Parameters& p, const Shared<S>& shared, const Tile& tile, int stage,
                                          int slot, bool is_turn, uint16_t receivers) {
   const uint32_t full = shared.full(slot);
-  barrier_arrive_expecting(full, p.activation_bytes);
+  barrier_arrive_expecting(full, S::AvoidsAbsentTokens ? p.activation_bytes : S::ActivationBytes);
   if (!is_turn) return;
   const int k = tile.first_block * kBlockK + stage * S::K;
 #pragma unroll

@@ -78,6 +78,14 @@ struct Shape {
   static constexpr int ActivationBytes = Halves * HalfActivationBytes;
   static constexpr int StageBytes = WeightBytes + ActivationBytes;
 
+  // The copy engine is slow with rows that are not there, which CTAs of 64 channels, that fetch as many activations as
+  // the wider ones for fewer weights, wait for: with 200 tokens they took 1.3 to 1.6 times as long as with 256. So they
+  // fetch none: the last token tile ends where the tokens do, and computes some that the one before computes too, to
+  // the same bits; except of stream-K, where tiles divide K differently. (Wider ones do not wait, and at the power
+  // limit gain 4 to 8 % by zeros in their place; H100, 2026-11.)
+  static constexpr bool AvoidsAbsentTokens = Channels == kBlockChannels;
+  static constexpr bool OverlapsTokens = AvoidsAbsentTokens && !StreamK;
+
   // Partial sums that warpgroups along K hand over to one of them, of so many tokens at a time.
   static constexpr int PhaseTokens = WarpgroupsK == 2 && Tokens == 64 ? 64 : min_of(Tokens, 32);
   static constexpr int PartialBytes = (WarpgroupsK - 1) * PhaseTokens * Channels * 4;

@@ -13,7 +13,7 @@ struct Tiling {
   int k_blocks;
   int channel_tiles;  // of a whole cluster
   int token_tiles;
-  int last_token;  // where the last token tile starts
+  int last_token;  // where the last token tile starts, if it overlaps the one before
   int share;       // of stream-K: k blocks of a CTA, and one more of the first few
   int longer_shares;
 };
@@ -92,7 +92,9 @@ W4A16_HOST_DEVICE inline Tile tile_at(const Tiling& tiling, const Work& work, in
       token_tile = token_tile * S::ClusterTokens + work.rank / S::ClusterChannels;
     }
   }
-  return {channel_tile * S::Blocks, min_of(token_tile * S::Tokens, tiling.last_token), first, blocks};
+  int token = token_tile * S::Tokens;
+  if constexpr (S::OverlapsTokens) token = min_of(token, tiling.last_token);
+  return {channel_tile * S::Blocks, token, first, blocks};
 }
 
 // Divides a problem among as many CTAs as run at once, and returns how many there is work for.
@@ -102,12 +104,7 @@ int divide(Tiling* tiling, int64_t m, int channel_blocks, int k_blocks, int clus
   tiling->k_blocks = k_blocks;
   tiling->channel_tiles = tiles_of(channel_blocks, S::Blocks * S::ClusterChannels);
   tiling->token_tiles = tiles_of(m, int64_t{S::Tokens} * S::ClusterTokens);
-  // The last tile ends where the tokens do, and computes some that the one before computes too, to the same bits. The
-  // copy engine is slow with rows that are not there: the part of a tile with 8 of 64 made kernels of 64 channels take
-  // 1.3 to 1.6 times as long with 200 tokens as with 256 (H100, 2026-11). (Not of stream-K, where tiles divide K
-  // differently: the bits would differ.)
-  const bool overlaps = !S::StreamK && m > S::Tokens;
-  tiling->last_token = static_cast<int>(overlaps ? m - S::Tokens : (tiles_of(m, S::Tokens) - 1) * S::Tokens);
+  tiling->last_token = static_cast<int>(m > S::Tokens ? m - S::Tokens : 0);
   int64_t parts = int64_t{tiling->channel_tiles} * tiling->token_tiles;
   if (S::StreamK) parts *= k_blocks;
   if (parts > INT32_MAX) return 0;
