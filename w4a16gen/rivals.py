@@ -158,5 +158,5 @@ RIVALS = (
     Rival("humming", "humming-kernels", "float16", 0.004, _humming),
     Rival("tinygemm_bf16", "torch", "bfloat16", 0.03, _tinygemm),
 )
-"""humming: https://pypi.org/project/humming-kernels. tinygemm: the int4 kernels that torch itself brings."""
+"""humming comes as humming-kernels from the package index; tinygemm, the int4 kernels, with torch itself."""
 RIVAL_NAMES = frozenset(rival.name for rival in RIVALS)
