@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from w4a16gen.bench_report import Recorder, Row, Run, read_record, row_of, write
 from w4a16gen.cli import main, timing
 from w4a16gen.comparison import FLOOR, Comparison, Timing
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.rivals import CUBLAS
+from w4a16gen.rivals import CUBLAS, RIVALS
 from w4a16gen.sweep import TensorPeak
 
 MODE = QuantMode.FINEGRAINED_SCALE_ONLY
@@ -44,6 +45,18 @@ def test_a_row_says_what_follows_from_the_times() -> None:
     assert row.gigabytes_per_second == pytest.approx(packed / 10.0 / 1e3, rel=1e-3)
     assert row.tflops == pytest.approx(2 * 16 * 4096 * 4096 / 10.0 / 1e6, rel=1e-3)
     assert row.bytes_moved == packed + 2 * 16 * (4096 + 4096)
+
+
+def test_a_row_says_what_a_call_gets_and_which_other_kernel_was_fastest() -> None:
+    found = compared(Problem(16, 4096, 4096, 128), 10.0)
+    bare = row_of("", found, None)
+    assert (bare.chosen_kernel, bare.chosen_microseconds, bare.best_rival, bare.best_rival_microseconds) == (None,) * 4
+    first, second = (rival.name for rival in RIVALS)
+    timings = [*found.timings, Timing("as called", [11.0]), Timing(second, [12.0]), Timing(first, [13.0])]
+    row = row_of("", replace(found, timings=timings, chosen="as called"), None)
+    assert (row.chosen_kernel, row.chosen_microseconds) == ("as called", 11.0)
+    assert (row.best_rival, row.best_rival_microseconds) == (second, 12.0)
+    assert row.kernel == KERNEL
 
 
 def test_with_many_tokens_the_floor_is_multiplying() -> None:
