@@ -247,9 +247,10 @@ class Library:
             out: fp16 [m, n] to write into; None allocates (a torch tensor for a torch tensor, else a DeviceArray).
             workspace: uint8 array of at least `workspace_bytes`; None keeps one per GPU and stream, which grows.
             stream: a stream object or address; None is torch's current stream for torch tensors, else the default.
-            dependent_launch: let the kernel start and fetch weights while the one before it on the stream still runs
-                (programmatic dependent launch): the weights must not be what that one writes. Target `cutlass` does not
-                use it.
+            dependent_launch: let the kernel start and fetch weights while those before it on the stream still run
+                (programmatic dependent launch). It waits for them before it reads anything else. Of dependent launches
+                that follow one another, each may begin before the kernel that came before all of them has ended: what
+                writes the weights must come before that one. Target `cutlass` does not use it.
 
         Returns:
             `out`.

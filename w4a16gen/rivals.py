@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from w4a16gen.config import QuantMode
 from w4a16gen.contender import Contender
 from w4a16gen.errors import UnsupportedProblemError
-from w4a16gen.quantize import OFFSET, Half, QuantizedWeight
+from w4a16gen.quantize import OFFSET, Half, Nibbles, QuantizedWeight
 
 CUBLAS = "cublas_fp16"
 """Name of the dense contender: torch.matmul on the dequantised weight."""
@@ -98,7 +99,7 @@ def _tinygemm(torch: Any, a: Any, weight: QuantizedWeight, copies: int) -> list[
     """Prepare torch's own kernels, which compute (q - 8) * scale + zero in bf16."""
     if weight.mode is QuantMode.PER_COLUMN_SCALE_ONLY or weight.group_size not in (32, 64, 128, 256):
         raise UnsupportedProblemError("it has groups of 32, 64, 128 and 256 only")
-    if weight.k % 128 or weight.n % 8:
+    if weight.k % 128:
         raise UnsupportedProblemError("it needs k in multiples of 128")
     pairs = weight.q[:, ::2] << 4 | weight.q[:, 1::2]
     operators = torch.ops.aten
@@ -113,7 +114,7 @@ def _tinygemm(torch: Any, a: Any, weight: QuantizedWeight, copies: int) -> list[
     return [product(packed.clone(), scales_and_zeros.clone()) for _ in range(copies)]
 
 
-def gptq_words(q: Any, axis: int) -> Any:
+def gptq_words(q: Nibbles, axis: int) -> npt.NDArray[np.int32]:
     """Pack eight values of 0 to 15 along an axis into an int32, the first lowest, as GPTQ's checkpoints do."""
     moved = np.moveaxis(q, axis, -1)
     eights = moved.reshape(*moved.shape[:-1], -1, 8).astype(np.uint32)

@@ -66,7 +66,8 @@ typedef struct {
   size_t workspace_bytes;
   void* stream; /* cudaStream_t of the current device */
   float alpha;
-  int32_t dependent_launch; /* 1: may start while the kernel before on the stream still runs, and fetch weights */
+  int32_t dependent_launch; /* 1: may start, and fetch weights, while kernels before on the stream still run: the
+                               one before the first of successive dependent launches, and those, write no weights */
 } w4a16_gemm_arguments;
 
 /* What packing finds wrong, as bits. */
