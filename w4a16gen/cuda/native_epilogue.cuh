@@ -65,10 +65,13 @@ __device__ inline bool sums_piece(const Consumer& me, int piece) {
   return S::WarpgroupsK == 1 || piece % S::WarpgroupsK == me.warpgroup_k;
 }
 
-// 8x8 transpositions turn the tokens of a thread into channels, which it stores.
+// 8x8 transpositions turn the tokens of a thread into channels, of which neighbouring lanes exchange two, so that a
+// warp writes its 16 channels of a token at once: whole sectors of 32 bytes, which the L2 cache need not fill from
+// memory.
 template <class S>
 __device__ inline void store_from_registers(const Parameters& p, const Tile& tile, int rank, const Consumer& me,
                                             const ChannelFactors<S>& factors, const Sums<S>& sum) {
+  const int upper = me.lane % 2;  // even lanes store channels of the lower 8, odd ones of the upper
 #pragma unroll
   for (int f = 0; f < S::Fragments; ++f) {
     const int first = first_channel<S>(tile, me, f) + me.warp * 16;
@@ -77,14 +80,14 @@ __device__ inline void store_from_registers(const Parameters& p, const Tile& til
     for (int group = 0; group < S::Tokens / 8; ++group) {
       if (!sums_piece<S>(me, group * S::Fragments + f)) continue;
       if (S::ClusterK > 1 && owner_of<S>(me, group) != rank) continue;
-#pragma unroll
-      for (int upper = 0; upper < 2; ++upper) {
-        const int channel = first + upper * 8 + me.lane % 4 * 2;
-        const uint32_t transposed = transpose_8x8(channels.outputs(sum[f], group, upper));
-        const int token = tile.token + group * 8 + me.lane / 4;
-        if (token < p.m && channel < p.n) {
-          *reinterpret_cast<uint32_t*>(p.output_pointer + static_cast<int64_t>(token) * p.n + channel) = transposed;
-        }
+      const uint32_t two[2] = {transpose_8x8(channels.outputs(sum[f], group, 0)),
+                               transpose_8x8(channels.outputs(sum[f], group, 1))};
+      const uint32_t neighbours = __shfl_xor_sync(0xffffffff, upper ? two[0] : two[1], 1);
+      const uint2 four = upper ? make_uint2(neighbours, two[1]) : make_uint2(two[0], neighbours);
+      const int channel = first + upper * 8 + me.lane % 4 / 2 * 4;
+      const int token = tile.token + group * 8 + me.lane / 4;
+      if (token < p.m && channel < p.n) {
+        *reinterpret_cast<uint2*>(p.output_pointer + static_cast<int64_t>(token) * p.n + channel) = four;
       }
     }
   }

@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kProbeThreads) probe_multiply(int rounds, floa
   float sum[Tokens / 2] = {};
 #pragma unroll 1
   for (int round = 0; round < rounds; ++round) {
-    multiply<Tokens>(sum, fragments, descriptor_low(tiles + round % kProbeTiles * kProbeTileBytes));
+    multiply<Tokens, true>(sum, fragments, descriptor(descriptor_low(tiles + round % kProbeTiles * kProbeTileBytes)));
     wgmma_wait<0>();
   }
   if (sums == nullptr) return;  // nobody wants them, but the compiler must not know
