@@ -18,6 +18,7 @@ ORDER = [
     {"chooser"},
     {"compile", "trtllm", "audit"},
     {"build"},
+    {"loaded"},
     {"module", "export"},
     {"api"},
     {"verify"},

@@ -121,7 +121,7 @@ def test_a_call_launches_what_is_named_though_calls_alike_are_remembered(
         launched.append(arguments)
         return 0, ""
 
-    monkeypatch.setattr(fake_library, "_native", SimpleNamespace(gemm=launch))
+    monkeypatch.setattr(fake_library, "kernel_library", SimpleNamespace(gemm=launch))
     monkeypatch.setattr(fake_library, "_workspace_needed", lambda *_: 0)
     mode = QuantMode.FINEGRAINED_SCALE_ONLY
     first, second = [config for config in fake_library.configs() if config.mode is mode][:2]
@@ -167,7 +167,7 @@ def test_a_usual_call_is_made_again_by_the_module_as_long_as_the_weight_lives(
         launched.append(arguments)
         return 0, ""
 
-    monkeypatch.setattr(fake_library, "_native", SimpleNamespace(gemm=launch))
+    monkeypatch.setattr(fake_library, "kernel_library", SimpleNamespace(gemm=launch))
     monkeypatch.setattr(fake_library, "module", SimpleNamespace(KnownCalls=KnownCalls, devices=list))
     needed = {"bytes": 0}
     monkeypatch.setattr(fake_library, "_workspace_needed", lambda *_: needed["bytes"])

@@ -1,15 +1,11 @@
-"""A loaded build: its kernels, what each can run, and the launch."""
+"""Calling the kernels of a loaded build: arrays, choices, workspaces, and the launch."""
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import threading
 import weakref
 from collections.abc import Iterable
-from functools import cache, lru_cache
-from pathlib import Path
-from types import ModuleType
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,35 +15,11 @@ from w4a16gen.build import Build
 from w4a16gen.chooser import Choice, Chooser
 from w4a16gen.config import KernelConfig, QuantMode, Target
 from w4a16gen.dispatch import is_in_block, kernels_in_use
-from w4a16gen.errors import (
-    CudaError,
-    InvalidValueError,
-    NoHopperGpuError,
-    NotBuiltError,
-    UnsupportedProblemError,
-    W4A16Error,
-)
+from w4a16gen.errors import InvalidValueError, NoHopperGpuError, NotBuiltError
+from w4a16gen.loaded import LoadedBuild, numbers_of
 from w4a16gen.packing import TARGET_LAYOUTS, TOO_WIDE_RANGE, PackedWeight
 from w4a16gen.problem import Problem
 from w4a16gen.quantize import mode_and_group_size
-
-_ERRORS: dict[int, type[W4A16Error]] = {
-    1: InvalidValueError,
-    2: UnsupportedProblemError,
-    3: NoHopperGpuError,
-    4: CudaError,
-}
-
-
-@cache
-def _import_module(path: Path, _modified: int) -> ModuleType:
-    loader = importlib.machinery.ExtensionFileLoader("_w4a16", str(path))
-    spec = importlib.util.spec_from_file_location("_w4a16", path, loader=loader)
-    if spec is None:
-        raise NotBuiltError(f"{path} cannot be imported: run `w4a16gen build`")
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
 
 
 class _Plan(NamedTuple):
@@ -61,8 +33,8 @@ class _Plan(NamedTuple):
     output_shape: tuple[int, int]
 
 
-class Library:
-    """A loaded build. Its methods may be called from several threads, for several GPUs, at once."""
+class Library(LoadedBuild):
+    """A loaded build with what it takes to call its kernels: buffers, choices, and calls that were made before."""
 
     def __init__(self, build: Build) -> None:
         """Open the library of a finished build.
@@ -70,16 +42,7 @@ class Library:
         Raises:
             NotBuiltError: if it cannot be loaded, or holds other kernels than its manifest says.
         """
-        self.build = build
-        try:
-            self.module = _import_module(build.module.resolve(), build.module.stat().st_mtime_ns)
-            self._native = self.module.KernelLibrary(str(build.library.resolve()))
-        except (ImportError, RuntimeError) as error:
-            raise NotBuiltError(
-                f"the build in {build.folder} cannot be loaded ({error}): run `w4a16gen build`"
-            ) from None
-        self.kernels: list[dict[str, Any]] = self._native.kernels()
-        self._indices = {KernelConfig.parse(kernel["name"]): index for index, kernel in enumerate(self.kernels)}
+        super().__init__(build)
         self._workspaces: dict[tuple[int, int], list[DeviceArray]] = {}
         self._chooser = Chooser(build.folder, build.manifest)
         self._choice = lru_cache(maxsize=1 << 16)(self._choose)
@@ -88,47 +51,6 @@ class Library:
         self._lock = threading.Lock()
         self._known_calls: dict[int, tuple[weakref.ref[PackedWeight], Any]] = {}
         """By a weight's id: the calls with it that `again` makes, until the weight is gone."""
-
-    def configs(self) -> list[KernelConfig]:
-        """Give the kernels that can be called, sorted."""
-        return sorted(self._indices)
-
-    def devices(self) -> list[dict[str, Any]]:
-        """Give every CUDA GPU: index, name, compute_capability, sm_count; empty where there is none."""
-        return list(self.module.devices())
-
-    def hopper_devices(self) -> list[dict[str, Any]]:
-        """Give the GPUs that these kernels run on."""
-        return [device for device in self.devices() if device["compute_capability"] == (9, 0)]
-
-    def why_cannot_run(self, config: KernelConfig, problem: Problem) -> str | None:
-        """Ask the built library why a kernel cannot run a problem; None if it can. Needs no GPU."""
-        status, message = self._native.can_implement(self._index(config), *_numbers(problem))
-        return message if status else None
-
-    def packed_bytes(self, config: KernelConfig, problem: Problem) -> int:
-        """Give the bytes of the packed weight that a kernel reads. Needs no GPU."""
-        return int(self._result(self._native.packed_bytes(self._index(config), *_numbers(problem)[1:])))
-
-    def workspace_bytes(
-        self, config: KernelConfig, problem: Problem, *, sm_count: int | None = None, device: int = 0
-    ) -> int:
-        """Give the exact workspace of a problem, in bytes.
-
-        Args:
-            config: the kernel.
-            problem: the problem.
-            sm_count: multiprocessors of the GPU; None asks the device.
-            device: the GPU to ask.
-
-        Raises:
-            UnsupportedProblemError: if the kernel cannot run the problem.
-            NoHopperGpuError: if the device is asked and is not a Hopper GPU.
-        """
-        if sm_count is None and not self.devices():
-            raise NoHopperGpuError("no CUDA device: pass sm_count to ask for another machine's GPU")
-        outcome = self._native.workspace_bytes(self._index(config), *_numbers(problem), sm_count or 0, device)
-        return int(self._result(outcome))
 
     def to_device(self, value: Any, device: int = 0) -> Any:
         """Copy a numpy array, or a packed weight, to a GPU.
@@ -181,40 +103,19 @@ class Library:
         data = empty_like_library(q, self.module, (self.packed_bytes(config, problem),), "|u1", device)
         target = view("packed weight", data, self.module)
         faults = DeviceArray.from_host(self.module, np.zeros(1, np.uint32), device)
-        outcome = self._native.pack(
-            self._index(config),
-            *_numbers(problem)[1:],
+        outcome = self.kernel_library.pack(
+            self.index_of(config),
+            *numbers_of(problem)[1:],
             *(seen["q"].pointer, seen["scales"].pointer, seen["zeros"].pointer if "zeros" in seen else 0),
             *(target.pointer, target.nbytes, faults.buffer.pointer, stream_pointer(stream, q), device),
         )
-        self._result(outcome)
+        self.result_of(outcome)
         found = int(faults.to_host()[0])
         if found & self.module.FAULT_VALUE:
             raise InvalidValueError("q holds values above 15; it must hold 0 to 15")
         if found & self.module.FAULT_RANGE:
             raise InvalidValueError(f"scales or zeros {TOO_WIDE_RANGE}")
         return PackedWeight(data, TARGET_LAYOUTS[Target.NATIVE], n, k, size, mode)
-
-    def probe_read(self, w: PackedWeight, *, stream: Any, dependent_launch: bool = False) -> None:
-        """Launch a kernel that only reads a packed weight on a GPU: the least that any kernel takes.
-
-        Raises:
-            UnsupportedProblemError: if the build holds no native kernel, with which the probes come.
-            NoHopperGpuError: if the weight is on another kind of GPU.
-        """
-        data = view("packed weight", w.data, self.module)
-        address = stream_pointer(stream, w.data)
-        outcome = self._native.probe_read(data.pointer, data.nbytes, dependent_launch, address, data.device or 0)
-        self._result(outcome)
-
-    def probe_multiply(self, rounds: int, *, stream: Any, device: int = 0) -> int:
-        """Launch a kernel that keeps all tensor cores multiplying fp16, and give the operations that it does.
-
-        Raises:
-            UnsupportedProblemError: if the build holds no native kernel, with which the probes come.
-            NoHopperGpuError: if it is another kind of GPU.
-        """
-        return int(self._result(self._native.probe_multiply(rounds, stream_pointer(stream, None), device)))
 
     def _native_kernel(self, mode: QuantMode) -> KernelConfig:
         """Give a native kernel of a mode: all pack alike."""
@@ -284,7 +185,7 @@ class Library:
         check("output", target, dtype="<f2", shape=plan.output_shape, device=device)
         address = stream_pointer(stream, a)
         space = self._workspace(plan.kernel, plan.problem, workspace, device, address)
-        outcome = self._native.gemm(
+        outcome = self.kernel_library.gemm(
             plan.kernel_index,
             *plan.numbers,
             *(seen.pointer, data.pointer, plan.packed_shape[0]),
@@ -292,7 +193,7 @@ class Library:
             *((0, 0) if space is None else (space.pointer, space.nbytes)),
             *(address, dependent_launch, device),
         )
-        self._result(outcome)
+        self.result_of(outcome)
         if usual and space is None and not is_in_block():
             self._know(w, plan, device)
         return out
@@ -319,7 +220,7 @@ class Library:
         key = id(w)
         if m > 0:
             if key not in self._known_calls:
-                calls = self.module.KnownCalls(self._native, n, k, group_size, plan.packed_shape[0], device)
+                calls = self.module.KnownCalls(self.kernel_library, n, k, group_size, plan.packed_shape[0], device)
                 self._known_calls[key] = weakref.ref(w, lambda _: self._known_calls.pop(key, None)), calls
             self._known_calls[key][1].add(m, plan.kernel_index)
 
@@ -339,7 +240,7 @@ class Library:
         problem = Problem(m, n, k, group_size)
         weight = PackedWeight(None, layout, n, k, group_size, mode)
         kernel = self.kernel_for(weight, problem, config, device=device)
-        return _Plan(kernel, problem, self._index(kernel), _numbers(problem), (weight.nbytes,), (m, n))
+        return _Plan(kernel, problem, self.index_of(kernel), numbers_of(problem), (weight.nbytes,), (m, n))
 
     def kernel_for(
         self, w: PackedWeight, problem: Problem, config: KernelConfig | str | None = None, *, device: int = 0
@@ -360,13 +261,13 @@ class Library:
         if config is None:
             return self._choice(w.mode, w.layout, problem, device)
         kernel = KernelConfig.parse(config) if isinstance(config, str) else config
-        self._index(kernel)
+        self.index_of(kernel)
         check_weight(kernel, w)
         return kernel
 
     def _choose(self, mode: QuantMode, layout: str, problem: Problem, device: int) -> KernelConfig:
         """Choose among the kernels that read a layout."""
-        readable = [found for found in self._indices if TARGET_LAYOUTS[found.target] == layout]
+        readable = [found for found in self.indices if TARGET_LAYOUTS[found.target] == layout]
         return self.choice(mode, problem, readable, device=device).kernel
 
     def choice(
@@ -405,27 +306,6 @@ class Library:
             if not buffers or buffers[-1].buffer.bytes < needed:
                 buffers.append(DeviceArray(self.module, (max(needed, 1 << 20),), "|u1", device))
             return view("workspace", buffers[-1], self.module)
-
-    def _index(self, config: KernelConfig) -> int:
-        try:
-            return self._indices[config]
-        except KeyError:
-            raise NotBuiltError(
-                f"{config.name} is not in {self.build.folder}: it holds {len(self._indices)} kernels, see "
-                "`w4a16gen list --built`"
-            ) from None
-
-    @staticmethod
-    def _result(outcome: tuple[Any, ...]) -> Any:
-        """Give an outcome's value, or raise the exception of its status."""
-        status, message, *value = outcome
-        if status:
-            raise _ERRORS[status](message)
-        return value[0] if value else None
-
-
-def _numbers(problem: Problem) -> tuple[int, int, int, int]:
-    return problem.m, problem.n, problem.k, problem.group_size
 
 
 def check_weight(kernel: KernelConfig, w: PackedWeight) -> None:
