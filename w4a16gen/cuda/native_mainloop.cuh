@@ -71,22 +71,26 @@ struct Packed {
   }
 };
 
-// A descriptor so many times 16 bytes further on. Where a warpgroup has one fragment, adding to all of it takes ptxas
-// one instruction in place of three, and the loop is 8 % shorter; with two it is the other way round, and 256x64x128
-// took 0.7 % more time (H100, 2026-11).
-template <bool OneFragment>
+// A descriptor so many times 16 bytes further on: all of it, or its low word alone. Where a warpgroup has one fragment,
+// the former takes ptxas one instruction in place of three, and the loop is 8 % shorter. With two fragments it is the
+// other way round (256x64x128 took 0.7 % more time; H100, 2026-11), and with four warpgroups and many sums registers
+// run out.
+template <class S>
+constexpr bool kMovesWhole = S::Fragments == 1 && (S::Warpgroups == 2 || S::SpareRegisters);
+
+template <bool Whole>
 __device__ inline uint64_t further(uint64_t from, int by) {
-  if constexpr (OneFragment) return from + static_cast<uint32_t>(by);
+  if constexpr (Whole) return from + static_cast<uint32_t>(by);
   return descriptor(static_cast<uint32_t>(from) + by);
 }
 
 // Issues the WGMMAs of 64 channels x 64 k with the activations that a descriptor names.
-template <int Tokens, bool OneFragment>
+template <int Tokens, bool Whole>
 __device__ inline void multiply(float (&sum)[Tokens / 2], const Fragments& fragments, uint64_t activations) {
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
-    wgmma<Tokens>(sum, fragments[step], further<OneFragment>(activations, step * 2));  // 32 bytes
+    wgmma<Tokens>(sum, fragments[step], further<Whole>(activations, step * 2));  // 32 bytes
   }
   wgmma_commit();
 }
@@ -121,7 +125,7 @@ __device__ inline void consume_stages(const Shared<S>& shared, int stages, const
   Fragments fragments[2];
   Packed<S, Rows> packed;
   const uint64_t first = descriptor(descriptor_low(shared.activations(0)));
-  constexpr bool kOneFragment = S::Fragments == 1;
+  constexpr bool kWhole = kMovesWhole<S>;
   uint32_t weights = 0;
   int held = -1;  // slot of the stage before, whose last WGMMAs may still be reading it
   const auto begin_stage = [&](int half) {
@@ -154,9 +158,9 @@ __device__ inline void consume_stages(const Shared<S>& shared, int stages, const
         at.advance(S::WarpgroupsK);
         --stages;
       }
-      uint64_t activations = further<kOneFragment>(first, slot * (S::ActivationBytes / 16));
-      if (!kHalfStages) activations = further<kOneFragment>(activations, half * (S::HalfActivationBytes / 16));
-      multiply<S::Tokens, kOneFragment>(sum[f], buffer, activations);
+      uint64_t activations = further<kWhole>(first, slot * (S::ActivationBytes / 16));
+      if (!kHalfStages) activations = further<kWhole>(activations, half * (S::HalfActivationBytes / 16));
+      multiply<S::Tokens, kWhole>(sum[f], buffer, activations);
       const bool more = ends && stages > 0;
       const int next_half = kHalfStages ? 1 - half : 0;
       // A stage of one piece must be released before the next is waited for: the ring may hold just two.
