@@ -13,7 +13,8 @@ from click.testing import CliRunner
 
 from w4a16gen import QuantMode, toolchain
 from w4a16gen.api import BUILD_FOLDER_VARIABLE
-from w4a16gen.build import Build, build
+from w4a16gen.build import build
+from w4a16gen.built import Build
 from w4a16gen.config import ClusterShape, CtaShape, KernelConfig
 from w4a16gen.dispatch import kernels_of_environment
 from w4a16gen.module import Library

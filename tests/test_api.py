@@ -15,7 +15,7 @@ import w4a16gen
 from w4a16gen import QuantMode, api, pack_weight, quantize
 from w4a16gen.api import BUILD_FOLDER_VARIABLE
 from w4a16gen.arrays import _is_contiguous
-from w4a16gen.build import Build
+from w4a16gen.built import Build
 from w4a16gen.errors import NotBuiltError
 from w4a16gen.verify.bounds import Expectation
 from w4a16gen.verify.numeric import random_weight

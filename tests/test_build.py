@@ -15,7 +15,8 @@ import pytest
 from click.testing import CliRunner
 
 from w4a16gen import KernelConfig
-from w4a16gen.build import Build, build, load_build
+from w4a16gen.build import build
+from w4a16gen.built import Build, load_build
 from w4a16gen.cli import main
 from w4a16gen.compile import KERNEL_BYTES, MAX_UNIT_KERNELS, UNIT_BYTES, plan_jobs, split_evenly
 from w4a16gen.errors import BuildLockedError

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from w4a16gen.api import BUILD_FOLDER_VARIABLE
-from w4a16gen.build import Build
+from w4a16gen.built import Build
 from w4a16gen.cli import builds, main
 from w4a16gen.space import enumerate_space
 

@@ -13,7 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from w4a16gen import Library, toolchain
-from w4a16gen.build import Build, build
+from w4a16gen.build import build
+from w4a16gen.built import Build
 from w4a16gen.cli import main
 from w4a16gen.config import CtaShape
 from w4a16gen.errors import InvalidValueError, NoHopperGpuError, UnsupportedProblemError

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import w4a16gen
@@ -11,7 +13,7 @@ PACKAGE = Path(w4a16gen.__file__).parent
 ORDER = [
     {"errors", "files", "driver", "contender"},
     {"config"},
-    {"legality", "problem", "toolchain"},
+    {"built", "legality", "problem", "toolchain"},
     {"space", "quantize", "dispatch", "arrays", "models"},
     {"render", "packing", "tuning", "rivals"},
     {"shipped", "comparison"},
@@ -68,3 +70,10 @@ def test_one_module_owns_each_foreign_library() -> None:
 def test_importing_the_package_needs_neither_torch_nor_a_gpu() -> None:
     for path in PACKAGE.rglob("*.py"):
         assert "import torch" not in path.read_text()
+
+
+def test_importing_the_package_loads_nothing_that_only_building_needs() -> None:
+    needed_to_build = ["jinja2", "pybind11", "click", "rich", "w4a16gen.compile", "w4a16gen.toolchain"]
+    listed = f"import sys, w4a16gen; print([name for name in {needed_to_build} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", listed], capture_output=True, text=True, check=True)  # noqa: S603
+    assert found.stdout == "[]\n"

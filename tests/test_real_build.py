@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from w4a16gen import KernelConfig, Library, Problem, QuantMode
-from w4a16gen.build import Build, build, load_build
+from w4a16gen.build import build
+from w4a16gen.built import Build, load_build
 from w4a16gen.cli import main
 from w4a16gen.config import Scheduler
 from w4a16gen.legality import native_arrangement

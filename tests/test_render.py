@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from w4a16gen import KernelConfig
-from w4a16gen.render import MANIFEST, emit, render_kernel, render_registry, render_unit, source_name
+from w4a16gen.built import MANIFEST
+from w4a16gen.render import emit, render_kernel, render_registry, render_unit, source_name
 from w4a16gen.space import enumerate_space
 from w4a16gen.verify.static import FOREIGN
 

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from w4a16gen import KernelConfig, Library, Problem, QuantMode, sweep
-from w4a16gen.build import Build
+from w4a16gen.built import Build
 from w4a16gen.cli import main, timing, tuning
 from w4a16gen.dispatch import choose
 from w4a16gen.errors import InvalidValueError

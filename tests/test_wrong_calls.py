@@ -15,7 +15,7 @@ from click.testing import CliRunner
 import w4a16gen
 from w4a16gen import KernelConfig, Library, Problem, QuantMode, Target, pack, quantize
 from w4a16gen.api import BUILD_FOLDER_VARIABLE
-from w4a16gen.build import Build
+from w4a16gen.built import Build
 from w4a16gen.cli import main
 from w4a16gen.errors import InvalidValueError, NoHopperGpuError, NotBuiltError, UnsupportedProblemError, W4A16Error
 from w4a16gen.packing import PackedWeight

@@ -12,15 +12,13 @@ import numpy as np
 
 from w4a16gen import packing
 from w4a16gen.arrays import is_on_gpu
-from w4a16gen.build import load_build
+from w4a16gen.built import MANIFEST, WHEEL_PACKAGE, load_build
 from w4a16gen.config import KernelConfig, Target
 from w4a16gen.errors import InvalidValueError, UnsupportedProblemError
-from w4a16gen.export import WHEEL_PACKAGE
 from w4a16gen.module import Library, check_weight
 from w4a16gen.packing import LAYOUTS, PackedWeight
 from w4a16gen.problem import Problem, why_cannot_run
 from w4a16gen.quantize import gemm_reference
-from w4a16gen.render import MANIFEST
 
 BUILD_FOLDER_VARIABLE = "W4A16GEN_BUILD_DIR"
 

@@ -3,53 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import filelock
 import pybind11
 
+from w4a16gen.built import LIBRARY, MANIFEST, MODULE, SCHEMA_VERSION, Build, load_build
 from w4a16gen.compile import CUDA_FOLDER, CompiledUnit, Failure, Progress, compile_kernels
 from w4a16gen.config import KernelConfig
 from w4a16gen.errors import BuildError, BuildLockedError, NotBuiltError
 from w4a16gen.files import file_digest, write_if_changed, write_json
-from w4a16gen.render import MANIFEST, SCHEMA_VERSION, emit, render_registry
+from w4a16gen.render import emit, render_registry
 from w4a16gen.toolchain import Toolchain, cutlass_version, describe_compiler, find_toolchain
 
-LIBRARY = "libw4a16_kernels.so"
-MODULE = "_w4a16" + str(sysconfig.get_config_var("EXT_SUFFIX"))
 _LINK_SOURCES = ("CMakeLists.txt", "exports.map", "library.cpp", "module.cpp", "module/*.h")
 _LINK_HEADERS = ("w4a16.h", "problem.h", "kernel.h", "registry.h")
-
-
-@dataclass(frozen=True)
-class Build:
-    """A finished build: the library, the module for this Python, and the manifest's content."""
-
-    folder: Path
-    manifest: dict[str, Any]
-
-    @property
-    def library(self) -> Path:
-        """The shared library of kernels, C interface only."""
-        return self.folder / "lib" / LIBRARY
-
-    @property
-    def module(self) -> Path:
-        """The pybind11 module for the running Python."""
-        return self.folder / "lib" / MODULE
-
-    @property
-    def configs(self) -> list[KernelConfig]:
-        """The kernels in the library, sorted."""
-        return sorted(KernelConfig.parse(kernel["name"]) for kernel in self.manifest["kernels"])
 
 
 @dataclass(frozen=True)
@@ -59,33 +32,6 @@ class BuildReport:
     build: Build
     compiled: int
     failures: Sequence[Failure]
-
-
-def load_build(folder: Path) -> Build:
-    """Read a finished build from its folder.
-
-    Raises:
-        NotBuiltError: if there is none, or its library is not the one the manifest describes, or the module is for
-            another Python.
-    """
-    again = "run `w4a16gen build`"
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise NotBuiltError(f"no build in {folder}: {again}, or name its folder") from None
-    except ValueError as error:
-        raise NotBuiltError(f"{path} is damaged ({error}): {again}") from None
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA_VERSION:
-        raise NotBuiltError(f"{path} is not of schema {SCHEMA_VERSION}: {again}")
-    build = Build(folder, manifest)
-    for file in (build.library, build.module):
-        if not file.is_file():
-            version = ".".join(map(str, sys.version_info[:2]))
-            raise NotBuiltError(f"{file} is missing (this is Python {version}): {again}")
-    if file_digest(build.library) != manifest["library_sha256"]:
-        raise NotBuiltError(f"{build.library} is not the library that {path} describes: {again}")
-    return build
 
 
 def build(

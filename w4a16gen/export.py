@@ -11,12 +11,11 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from w4a16gen.build import LIBRARY, Build
+from w4a16gen.built import LIBRARY, MANIFEST, WHEEL_PACKAGE, Build
 from w4a16gen.compile import CUDA_FOLDER
 from w4a16gen.files import write_if_changed
-from w4a16gen.render import MANIFEST, render_text
+from w4a16gen.render import render_text
 
-WHEEL_PACKAGE = "w4a16gen_kernels"
 """What the wheel installs; `load` looks for it where no build is in the current folder."""
 _WHEEL_TIME = (1980, 1, 1, 0, 0, 0)
 """The same wheel for the same build: zip files hold times."""

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from w4a16gen.arrays import stream_pointer, view
-from w4a16gen.build import Build
+from w4a16gen.built import Build
 from w4a16gen.config import KernelConfig
 from w4a16gen.errors import (
     CudaError,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from w4a16gen.arrays import ArrayView, DeviceArray, check, empty_like_library, stream_pointer, view
-from w4a16gen.build import Build
+from w4a16gen.built import Build
 from w4a16gen.chooser import Choice, Chooser
 from w4a16gen.config import KernelConfig, QuantMode, Target
 from w4a16gen.dispatch import is_in_block, kernels_in_use

@@ -9,12 +9,10 @@ from pathlib import Path
 
 import jinja2
 
+from w4a16gen.built import MANIFEST, SCHEMA_VERSION
 from w4a16gen.config import KernelConfig, QuantMode, Schedule, Scheduler, Target
 from w4a16gen.files import write_if_changed, write_json
 from w4a16gen.legality import NATIVE_WARPGROUPS
-
-MANIFEST = "manifest.json"
-SCHEMA_VERSION = 1
 
 _MODE_NAMES = {mode: f"W4A16_{mode.name}" for mode in QuantMode}
 _CUTLASS_SCHEDULES = {Schedule.PINGPONG: "Pingpong", Schedule.COOPERATIVE: "Cooperative"}

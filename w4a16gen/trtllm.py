@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from w4a16gen.built import MANIFEST
 from w4a16gen.config import KernelConfig
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.files import write_if_changed, write_json
-from w4a16gen.render import MANIFEST, render_trtllm_unit
+from w4a16gen.render import render_trtllm_unit
 from w4a16gen.space import enumerate_space
 
 KERNELS_PER_FILE = 8

@@ -12,8 +12,9 @@ from rich.markup import escape
 
 from w4a16gen import __version__, bench, space, toolchain, verify
 from w4a16gen.api import default_build_folder, load
-from w4a16gen.build import BuildReport, describe_failures, load_build
+from w4a16gen.build import BuildReport, describe_failures
 from w4a16gen.build import build as build_kernels
+from w4a16gen.built import load_build
 from w4a16gen.cli.app import (
     EXIT_MISSING,
     build_option,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from w4a16gen.build import Build
+from w4a16gen.built import Build
 from w4a16gen.errors import NotBuiltError
 from w4a16gen.module import Library
 from w4a16gen.packing import LAYOUTS, TARGET_LAYOUTS, PackedWeight
