@@ -37,14 +37,16 @@ const char* what_is_wrong(int64_t m, int channel_blocks, int k_blocks, int clust
   // these are fewer than a tile's. A cluster that shares weights may have one token tile too many: then it repeats the
   // last, or is beyond the tokens.
   const int64_t tokens = (m + S::Tokens - 1) / S::Tokens;
+  const int channel_tiles = (channel_blocks + S::Blocks - 1) / S::Blocks;
+  const bool overlaps = S::OverlapsTokens && (S::Channels == 64 || tokens * channel_tiles <= clusters_at_once);
   for (int channel = 0; channel < channel_blocks; channel += S::Blocks) {
     for (int64_t tile = 0; tile < tokens; ++tile) {
       const bool last = tile == tokens - 1;
-      const int64_t token = last && tile > 0 && S::OverlapsTokens ? m - S::Tokens : tile * S::Tokens;
+      const int64_t token = last && tile > 0 && overlaps ? m - S::Tokens : tile * S::Tokens;
       for (int block = 0; block < k_blocks; ++block) {
         const auto found = sums.find({channel, static_cast<int>(token), block});
         if (found == sums.end()) return "left out";
-        const bool repeats = S::OverlapsTokens && last && tokens % S::ClusterTokens != 0;
+        const bool repeats = overlaps && last && tokens % S::ClusterTokens != 0;
         if (found->second != (repeats ? 2 : 1)) return "summed twice";
         sums.erase(found);
       }
@@ -81,4 +83,5 @@ int main() {
   check<native::Shape<64, 64, 64, 2, 1, 2, 1, false, 1>>("cluster 1x2x1, narrow");
   check<native::Shape<64, 16, 128, 4, 1, 1, 2, false, 1>>("cluster 1x1x2");
   check<native::Shape<64, 64, 128, 2, 1, 1, 4, false, 1>>("cluster 1x1x4");
+  check<native::Shape<128, 128, 64, 2, 1, 1, 2, false, 1>>("cluster 1x1x2, wide");
 }

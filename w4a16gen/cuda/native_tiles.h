@@ -13,7 +13,7 @@ struct Tiling {
   int k_blocks;
   int channel_tiles;  // of a whole cluster
   int token_tiles;
-  int last_token;  // where the last token tile starts, if it overlaps the one before
+  int last_token;  // where the last token tile starts: if it overlaps the one before, where the tokens end with it
   int share;       // of stream-K: k blocks of a CTA, and one more of the first few
   int longer_shares;
 };
@@ -104,10 +104,11 @@ int divide(Tiling* tiling, int64_t m, int channel_blocks, int k_blocks, int clus
   tiling->k_blocks = k_blocks;
   tiling->channel_tiles = tiles_of(channel_blocks, S::Blocks * S::ClusterChannels);
   tiling->token_tiles = tiles_of(m, int64_t{S::Tokens} * S::ClusterTokens);
-  tiling->last_token = static_cast<int>(m > S::Tokens ? m - S::Tokens : 0);
   int64_t parts = int64_t{tiling->channel_tiles} * tiling->token_tiles;
   if (S::StreamK) parts *= k_blocks;
   if (parts > INT32_MAX) return 0;
+  const bool overlaps = m > S::Tokens && (S::AvoidsAbsentTokens || parts <= clusters_at_once);
+  tiling->last_token = overlaps ? static_cast<int>(m - S::Tokens) : (tiling->token_tiles - 1) * S::Tokens;
   const int clusters = parts < clusters_at_once ? static_cast<int>(parts) : clusters_at_once;
   tiling->share = static_cast<int>(parts) / clusters;
   tiling->longer_shares = static_cast<int>(parts) % clusters;
