@@ -7,16 +7,17 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from click.testing import CliRunner
 
-from w4a16gen import KernelConfig, Problem, QuantMode, contender
+from w4a16gen import KernelConfig, Library, Problem, QuantMode, Target, contender, sweep
 from w4a16gen.chooser import Chooser
 from w4a16gen.cli import main, timing
 from w4a16gen.cli.problems import parse_problem
 from w4a16gen.comparison import Comparison, Timing, smallest_set
-from w4a16gen.dispatch import choose, kernels_of_environment
+from w4a16gen.dispatch import LONG_FLOPS, choose, kernels_of_environment
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.rivals import CUBLAS
 from w4a16gen.space import enumerate_space
@@ -148,3 +149,16 @@ def test_of_a_block_the_second_half_counts(monkeypatch: pytest.MonkeyPatch) -> N
     assert contender.settled(lambda: next(unsettled), 7) == 8.0
     few = iter([1.0, 1.0, 5.0, 7.0])
     assert contender.settled(lambda: next(few), 0) == 6.0, "four replays at least"
+
+
+@pytest.mark.parametrize("m", [1, 8192], ids=["short", "long"])
+def test_launches_take_more_than_200_mb_of_weights_in_turn(m: int) -> None:
+    library = cast("Library", SimpleNamespace(to_device=lambda value, _device: value))
+    stage = sweep.Stage(library, 0, Problem(m, 4096, 2048, 128), QuantMode.FINEGRAINED_SCALE_ONLY, 0)
+    assert m == 1 or stage.problem.flops > LONG_FLOPS
+    briefly = stage.copies(Target.NATIVE, brief=True)
+    copies = stage.copies(Target.NATIVE)
+    assert sum(copy.nbytes for copy in copies) > 200e6
+    assert stage.launches(len(copies)) == len(copies)
+    assert stage.launches(1) == 20
+    assert len(briefly) == stage.launches(len(briefly), brief=True) == (len(copies) if m == 1 else 6)

@@ -10,8 +10,8 @@ from typing import Any
 
 LAUNCHES = 20
 """Launches per graph, at least; enough that the graph's own start does not show."""
-LONG_LAUNCHES = 6
-"""The same for problems of more than `dispatch.LONG_FLOPS`, 130 us and more."""
+BRIEF_LAUNCHES = 6
+"""The same where problems of more than `dispatch.LONG_FLOPS`, 130 us and more, are timed briefly."""
 BLOCK_SECONDS = 0.15
 """How long a contender runs by itself on a long problem before the next one's turn; its second half counts. An H100 at
 its power limit takes some 50 ms to settle on a clock. Where contenders took turns replay by replay, all ran at the

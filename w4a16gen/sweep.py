@@ -18,8 +18,8 @@ from w4a16gen.config import KernelConfig, QuantMode, Target
 from w4a16gen.contender import (
     BLOCK_REPLAYS,
     BLOCK_SECONDS,
+    BRIEF_LAUNCHES,
     LAUNCHES,
-    LONG_LAUNCHES,
     PAUSE_SECONDS,
     Contender,
     settled,
@@ -65,10 +65,11 @@ def _packed(n: int, k: int, group_size: int, mode: QuantMode, seed: int, target:
     return pack_weight(_weight(n, k, group_size, mode, seed), target=target)
 
 
-class _Stage:
+class Stage:
     """One problem's data on a GPU: activations, an output, and copies of the weight for each target."""
 
     def __init__(self, library: Library, device: int, problem: Problem, mode: QuantMode, seed: int) -> None:
+        """Draw the data, and put activations and output on the GPU."""
         self.library, self.device, self.problem = library, device, problem
         self._drawn = (problem.n, problem.k, problem.group_size, mode, seed)
         rng = np.random.default_rng(seed)
@@ -78,20 +79,22 @@ class _Stage:
         self.host_a = a
         self._copies: dict[Target, list[PackedWeight]] = {}
 
-    def launches(self, copies: int) -> int:
-        return LONG_LAUNCHES if self.problem.flops > LONG_FLOPS else max(LAUNCHES, copies)
+    def copies(self, target: Target, *, brief: bool = False) -> list[PackedWeight]:
+        """Give the weight often enough that launches in turn find L2 cold, or a few times if that is too long."""
+        packed = _packed(*self._drawn, target)
+        wanted = int(COLD_BYTES / packed.nbytes) + 1
+        if brief and self.problem.flops > LONG_FLOPS:
+            wanted = min(wanted, BRIEF_LAUNCHES)
+        copies = self._copies.setdefault(target, [])
+        copies += [self.library.to_device(packed, self.device) for _ in range(wanted - len(copies))]
+        return copies[:wanted]
 
-    def copies(self, target: Target) -> list[PackedWeight]:
-        """Give the weight often enough that launches in turn find L2 cold."""
-        if target not in self._copies:
-            packed = _packed(*self._drawn, target)
-            wanted = int(COLD_BYTES / packed.nbytes) + 1
-            count = min(wanted, self.launches(wanted))
-            self._copies[target] = [self.library.to_device(packed, self.device) for _ in range(count)]
-        return self._copies[target]
+    def launches(self, copies: int, *, brief: bool = False) -> int:
+        """Give how many a graph has: every copy of the weight gets its turn, unless a long problem is timed briefly."""
+        return BRIEF_LAUNCHES if brief and self.problem.flops > LONG_FLOPS else max(LAUNCHES, copies)
 
-    def record(self, config: KernelConfig, *, dependent: bool) -> Contender:
-        """Record a graph of a kernel's launches."""
+    def record(self, config: KernelConfig, *, dependent: bool, brief: bool = False) -> Contender:
+        """Record a graph of a kernel's launches; a short one of a long problem, if it is to be timed briefly."""
         needed = self.library.workspace_bytes(config, self.problem, device=self.device)
         workspace = self.library.to_device(np.zeros(needed, np.uint8), self.device)
 
@@ -106,7 +109,7 @@ class _Stage:
                 dependent_launch=dependent,
             )
 
-        return self._record(launch, config.target, workspace)
+        return self._record(launch, config.target, workspace, brief=brief)
 
     def record_floor(self, *, dependent: bool) -> Contender:
         """Record a graph of launches that only read the packed weight."""
@@ -122,7 +125,7 @@ class _Stage:
         m, n = self.problem.m, self.problem.n
         rows = np.unique(np.linspace(0, m - 1, min(m, CHECKED_ROWS)).astype(int))
         channels = np.unique(np.linspace(0, n - 1, min(n, CHECKED_CHANNELS)).astype(int))
-        contender = self.record(config, dependent=False)
+        contender = self.record(config, dependent=False, brief=True)
         got = np.full((len(rows), n), np.nan, np.float16)
         places = [(got[place], int(row) * n * got.itemsize) for place, row in enumerate(rows)]
         for values, offset in places:
@@ -135,11 +138,18 @@ class _Stage:
         ratio = error / expected.bound(1.0, None)
         return float("inf") if np.isnan(ratio).any() else float(ratio.max())
 
-    def _record(self, launch_on: Callable[[PackedWeight, Any], None], target: Target, workspace: Any) -> Contender:
+    def _record(
+        self,
+        launch_on: Callable[[PackedWeight, Any], None],
+        target: Target,
+        workspace: Any,
+        *,
+        brief: bool = False,
+    ) -> Contender:
         """Record a graph of launches that take the copies in turn."""
-        copies = self.copies(target)
+        copies = self.copies(target, brief=brief)
         stream = self.library.module.Stream(self.device)
-        launches = self.launches(len(copies))
+        launches = self.launches(len(copies), brief=brief)
 
         def launch(turn: int) -> None:
             launch_on(copies[turn % len(copies)], stream)
@@ -161,7 +171,7 @@ class _Stage:
         """Record the dense product of the dequantised weight (less its zeros), through torch."""
         a, weight = self._on_torch(torch, "float16"), _weight(*self._drawn)
         wanted = int(COLD_BYTES / (2 * weight.q.size)) + 1
-        products = cublas_products(torch, a, weight, max(2, min(wanted, self.launches(wanted))))
+        products = cublas_products(torch, a, weight, max(2, wanted))
         return record_torch(torch, self.device, products, self.launches(wanted))
 
     def record_rival(self, torch: Any, rival: Rival) -> tuple[Contender, float]:
@@ -174,7 +184,7 @@ class _Stage:
         a, weight = self._on_torch(torch, rival.dtype), _weight(*self._drawn)
         wanted = int(COLD_BYTES / (weight.q.size / 2)) + 1
         with torch.cuda.device(self.device):
-            products = rival.prepare(torch, a, weight, min(wanted, self.launches(wanted)))
+            products = rival.prepare(torch, a, weight, wanted)
             rows = a[:CHECKED_ROWS]
             channels = np.unique(np.linspace(0, weight.n - 1, CHECKED_CHANNELS).astype(int))
             error = relative_error(torch, rows, weight, lambda: products[0]()[:CHECKED_ROWS], channels)
@@ -184,19 +194,19 @@ class _Stage:
         return torch.from_numpy(self.host_a).to(torch.device("cuda", self.device)).to(getattr(torch, dtype))
 
 
-def screen(stage: _Stage, config: KernelConfig) -> float:
+def screen(stage: Stage, config: KernelConfig) -> float:
     """Time one kernel briefly, in microseconds: the least of a few replays, or a block of them for a long problem."""
-    contender = stage.record(config, dependent=False)
+    contender = stage.record(config, dependent=False, brief=True)
     contender.replay()
     if stage.problem.flops > LONG_FLOPS:
         return settled(contender.timed_replay, SCREENING_BLOCK_SECONDS) * 1000 / contender.launches
     return min(contender.timed_replay() * 1000 / contender.launches for _ in range(SCREENING_REPLAYS))
 
 
-def _warm_up(stage: _Stage, config: KernelConfig) -> None:
+def _warm_up(stage: Stage, config: KernelConfig) -> None:
     """Bring the GPU to the clock that a long problem leaves it."""
     if stage.problem.flops > LONG_FLOPS:
-        settled(stage.record(config, dependent=False).timed_replay, WARM_UP_SECONDS)
+        settled(stage.record(config, dependent=False, brief=True).timed_replay, WARM_UP_SECONDS)
 
 
 def measure(
@@ -209,7 +219,7 @@ def measure(
     seed: int = 0,
 ) -> Iterator[tuple[KernelConfig, float]]:
     """Time kernels on one problem with cold L2 on a GPU, one after the other; give each one's microseconds at once."""
-    stage = _Stage(library, device, problem, mode, seed)
+    stage = Stage(library, device, problem, mode, seed)
     if configs:
         _warm_up(stage, configs[-1])
     for config in configs:
@@ -226,7 +236,7 @@ def tiles_suit(config: KernelConfig, problem: Problem) -> bool:
 
 
 def record_others(
-    stage: _Stage,
+    stage: Stage,
     rivals: Sequence[Rival],
     contenders: dict[tuple[str, bool], Contender],
     errors: dict[str, float],
@@ -300,7 +310,7 @@ def compare(
         NoHopperGpuError: if there is no Hopper GPU.
     """
     device = hopper_gpu(library)["index"]
-    stage = _Stage(library, device, problem, mode, seed)
+    stage = Stage(library, device, problem, mode, seed)
     able = runnable(library.configs() if configs is None else configs, mode, problem)
     candidates = [config for config in able if tiles_suit(config, problem)]
     if candidates:
