@@ -17,7 +17,14 @@ from w4a16gen import KernelConfig, Library, Problem, QuantMode, Target, pack, qu
 from w4a16gen.api import BUILD_FOLDER_VARIABLE
 from w4a16gen.built import Build
 from w4a16gen.cli import main
-from w4a16gen.errors import InvalidValueError, NoHopperGpuError, NotBuiltError, UnsupportedProblemError, W4A16Error
+from w4a16gen.errors import (
+    CudaError,
+    InvalidValueError,
+    NoHopperGpuError,
+    NotBuiltError,
+    UnsupportedProblemError,
+    W4A16Error,
+)
 from w4a16gen.packing import PackedWeight
 
 FGS = "w4a16_sm90_cutlass_fgs_cta128x64x64_cluster1x1x1_cooperative_streamk"
@@ -231,6 +238,27 @@ def test_a_problem_that_a_kernel_cannot_run_is_refused_on_the_host_as_on_the_gpu
     on_gpu = dataclasses.replace(packed, data=OnGpu((packed.nbytes,), "|u1"))
     with pytest.raises(UnsupportedProblemError, match=sentence):
         fake_library.gemm(OnGpu((1, 96)), on_gpu)
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [(1, InvalidValueError), (2, UnsupportedProblemError), (3, NoHopperGpuError), (4, CudaError)],
+)
+def test_what_the_library_refuses_is_raised_with_its_sentence(
+    fake_library: Library, status: int, error: type[W4A16Error]
+) -> None:
+    with pytest.raises(error, match=r"^what is wrong$"):
+        fake_library.result_of((status, "what is wrong"))
+    assert fake_library.result_of((0, "", 7)) == 7
+    assert fake_library.result_of((0, "")) is None
+
+
+def test_sizes_of_a_problem_that_a_kernel_cannot_run_are_refused(fake_library: Library) -> None:
+    config, problem = KernelConfig.parse(FGS), Problem(4, 16, 96, 48)
+    with pytest.raises(UnsupportedProblemError, match="group size 48 must be 96"):
+        fake_library.packed_bytes(config, problem)
+    with pytest.raises(UnsupportedProblemError, match="group size 48 must be 96"):
+        fake_library.workspace_bytes(config, problem, sm_count=132)
 
 
 class _Problem(ctypes.Structure):
