@@ -12,12 +12,17 @@ LAUNCHES = 20
 """Launches per graph, at least; enough that the graph's own start does not show."""
 BRIEF_LAUNCHES = 6
 """The same where problems of more than `dispatch.LONG_FLOPS`, 130 us and more, are timed briefly."""
-BLOCK_SECONDS = 0.15
-"""How long a contender runs by itself on a long problem before the next one's turn; its second half counts. An H100 at
-its power limit takes some 50 ms to settle on a clock. Where contenders took turns replay by replay, all ran at the
-clock that their mean power left them: weights of nothing but zeros took as long as any, though by themselves they are
-20 % faster, and of two kernels the one that needs more power gained 2 to 7 % on the other (H100 80GB HBM3, 2026-11)."""
-BLOCK_REPLAYS = 4
+SETTLING_SECONDS = 0.1
+"""How long a contender runs by itself on a long problem before its times count: an H100 at its power limit takes some
+50 ms to settle on a clock. Where contenders took turns replay by replay, all ran at the clock that their mean power
+left them: weights of nothing but zeros took as long as any, though by themselves they are 20 % faster, and of two
+kernels the one that needs more power gained 2 to 7 % on the other (H100 80GB HBM3, 2026-11)."""
+BLOCK_SECONDS = 1.0
+"""How long its times then count before the next one's turn. About once a second, for 0.2 to 0.3 s, a GPU at its power
+limit is 8 to 20 % slower, whatever runs (1024x8192x8192: 191 us, then 228, 233, 215 and 201 in tenths of a second, then
+191 again; H100 80GB HBM3, 2026-11-25). Blocks of 0.15 s now caught that and now did not, so that medians of five were
+off by up to 7 %; the median of a whole second is that of the time between."""
+BLOCK_REPLAYS = 3
 PAUSE_SECONDS = 0.01
 """Rest before each timed replay of a short problem. Without rest an H100 lowers its clock to stay in its power limit:
 problems of 64 tokens and more then take up to 15 % longer (H100 80GB HBM3, 2026-11)."""
@@ -41,15 +46,19 @@ class Contender:
         self.replay()
         self.microseconds.append(self.timed_replay() * 1000 / self.launches)
 
-    def time_block(self, seconds: float = BLOCK_SECONDS) -> None:
-        """Replay for some time, and keep the median of the second half."""
-        self.microseconds.append(settled(self.timed_replay, seconds) * 1000 / self.launches)
+    def time_block(self) -> None:
+        """Replay for some time without rest, and keep the median of what counts."""
+        milliseconds = settled(self.timed_replay, SETTLING_SECONDS, BLOCK_SECONDS)
+        self.microseconds.append(milliseconds * 1000 / self.launches)
 
 
-def settled(timed_replay: Callable[[], float], seconds: float) -> float:
-    """Give the median of what was timed in the second half of some time."""
+def settled(timed_replay: Callable[[], float], settling: float, seconds: float) -> float:
+    """Give the median of some seconds of replays, of three at least, in milliseconds; before them, some to settle."""
+    begin = time.monotonic()
+    while time.monotonic() - begin < settling:
+        timed_replay()
     begin = time.monotonic()
     milliseconds: list[float] = []
     while len(milliseconds) < BLOCK_REPLAYS or time.monotonic() - begin < seconds:
         milliseconds.append(timed_replay())
-    return statistics.median(milliseconds[len(milliseconds) // 2 :])
+    return statistics.median(milliseconds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,6 +21,7 @@ from w4a16gen.contender import (
     BRIEF_LAUNCHES,
     LAUNCHES,
     PAUSE_SECONDS,
+    SETTLING_SECONDS,
     Contender,
     settled,
 )
@@ -43,8 +44,15 @@ from w4a16gen.verify.numeric import random_weight
 
 SCREENING_REPLAYS = 2
 SCREENING_BLOCK_SECONDS = 0.06
+"""On a long problem; half of it to settle. The GPU has no rest between them."""
+LOOKS = 3
+NEAR = 1.25
+"""On a long problem a kernel that takes so many times the least, or less, is timed so often, after the others each
+time: blocks this short are up to 20 % too long where they meet the GPU's slow moment of a second (`BLOCK_SECONDS`)."""
 WARM_UP_SECONDS = 0.4
 """What comes before them: a GPU that has rested starts cold, and above the clock that it can keep."""
+BLOCKS_OF_ROUNDS = 3
+"""Rounds of which a block counts for as many: it takes a second, a timed replay some milliseconds."""
 CHECKED_ROWS = 8
 CHECKED_CHANNELS = 64
 """Rows and channels of the result of each finalist that are compared with float64 before it is timed."""
@@ -194,19 +202,33 @@ class Stage:
         return torch.from_numpy(self.host_a).to(torch.device("cuda", self.device)).to(getattr(torch, dtype))
 
 
-def screen(stage: Stage, config: KernelConfig) -> float:
-    """Time one kernel briefly, in microseconds: the least of a few replays, or a block of them for a long problem."""
+def _time_briefly(stage: Stage, config: KernelConfig) -> float:
+    """Time one kernel, in microseconds: the least of a few replays, or a block of them for a long problem."""
     contender = stage.record(config, dependent=False, brief=True)
     contender.replay()
     if stage.problem.flops > LONG_FLOPS:
-        return settled(contender.timed_replay, SCREENING_BLOCK_SECONDS) * 1000 / contender.launches
+        half = SCREENING_BLOCK_SECONDS / 2
+        return settled(contender.timed_replay, half, half) * 1000 / contender.launches
     return min(contender.timed_replay() * 1000 / contender.launches for _ in range(SCREENING_REPLAYS))
 
 
-def _warm_up(stage: Stage, config: KernelConfig) -> None:
-    """Bring the GPU to the clock that a long problem leaves it."""
-    if stage.problem.flops > LONG_FLOPS:
-        settled(stage.record(config, dependent=False, brief=True).timed_replay, WARM_UP_SECONDS)
+def screen(stage: Stage, configs: Sequence[KernelConfig]) -> Iterator[tuple[KernelConfig, float]]:
+    """Time kernels briefly, one after the other; give microseconds at once, and again where another look took less."""
+    long = stage.problem.flops > LONG_FLOPS
+    if configs and long:
+        warm_up = stage.record(configs[-1], dependent=False, brief=True)
+        settled(warm_up.timed_replay, WARM_UP_SECONDS, 0)
+    least: dict[KernelConfig, float] = {}
+    for config in configs:
+        least[config] = _time_briefly(stage, config)
+        yield config, least[config]
+    for _ in range(LOOKS - 1 if long else 0):
+        limit = NEAR * min(least.values(), default=0.0)
+        for config in [config for config in configs if least[config] <= limit]:
+            microseconds = _time_briefly(stage, config)
+            if microseconds < least[config]:
+                least[config] = microseconds
+                yield config, microseconds
 
 
 def measure(
@@ -218,12 +240,8 @@ def measure(
     device: int,
     seed: int = 0,
 ) -> Iterator[tuple[KernelConfig, float]]:
-    """Time kernels on one problem with cold L2 on a GPU, one after the other; give each one's microseconds at once."""
-    stage = Stage(library, device, problem, mode, seed)
-    if configs:
-        _warm_up(stage, configs[-1])
-    for config in configs:
-        yield config, screen(stage, config)
+    """Time kernels on one problem with cold L2 on a GPU, as `screen` does: the last time of a kernel counts."""
+    yield from screen(Stage(library, device, problem, mode, seed), configs)
 
 
 def tiles_suit(config: KernelConfig, problem: Problem) -> bool:
@@ -262,16 +280,24 @@ def record_others(
     return left_out
 
 
-def _take_turns(contenders: list[Contender], rounds: int, seed: int, *, short: bool) -> None:
+def _take_turns(
+    contenders: Mapping[tuple[str, bool], Contender],
+    rounds: int,
+    order: random.Random,
+    progress: Progress,
+    *,
+    short: bool,
+) -> None:
     """Time contenders in turn, in a new order each round."""
-    order = random.Random(seed)  # noqa: S311  (nothing secret)
-    for _ in range(rounds):
-        order.shuffle(contenders)
-        for contender in contenders:
+    names = list(contenders)
+    for turn in range(rounds):
+        order.shuffle(names)
+        for place, name in enumerate(names, 1):
             if short:
-                contender.time()
+                contenders[name].time()
             else:
-                contender.time_block()
+                contenders[name].time_block()
+            progress(turn * len(names) + place, rounds * len(names), f"in turn: {name[0]}")
 
 
 def compare(
@@ -292,7 +318,8 @@ def compare(
 
     Graphs of 20 launches and more take copies of the weight in turn, more than 200 MB of them. The finalists take
     turns, in a new order each round: on short problems with single replays and a rest before each, on long ones, of
-    130 us and more, with blocks of replays without rest, as in prefill.
+    130 us and more, with blocks of a second without rest, as in prefill. What only reads draws less power, so on these
+    the streaming floor is timed before them, as on short ones.
 
     Args:
         library: the loaded build.
@@ -301,10 +328,10 @@ def compare(
         configs: the kernels; None takes all that the build holds. Those that cannot run the problem, or whose tiles do
             not suit it, are left out.
         finalists: how many kernels are timed against each other.
-        rounds: timed replays, or blocks, of each.
+        rounds: timed replays of each, or three times the blocks (rounded up).
         seed: of the random data, and of the order.
         rivals: other 4-bit kernels to time with the finalists, where they are installed and can run the problem.
-        progress: told after each screened kernel.
+        progress: told after each screened kernel, and then after each turn.
 
     Raises:
         NoHopperGpuError: if there is no Hopper GPU.
@@ -313,12 +340,10 @@ def compare(
     stage = Stage(library, device, problem, mode, seed)
     able = runnable(library.configs() if configs is None else configs, mode, problem)
     candidates = [config for config in able if tiles_suit(config, problem)]
-    if candidates:
-        _warm_up(stage, candidates[-1])
     screened: dict[str, float] = {}
-    for done, config in enumerate(candidates, 1):
-        screened[config.name] = screen(stage, config)
-        progress(done, len(candidates), config.name)
+    for config, microseconds in screen(stage, candidates):
+        screened[config.name] = microseconds
+        progress(len(screened), len(candidates), config.name)
     fastest = sorted(candidates, key=lambda config: (screened[config.name], config))[:finalists]
     chosen = library.choice(mode, problem).kernel if candidates else None
     if chosen in candidates and chosen not in fastest:
@@ -329,10 +354,16 @@ def compare(
     if short:
         contenders |= {(config.name, True): stage.record(config, dependent=True) for config in fastest}
     left_out = record_others(stage, rivals, contenders, errors)
+    floors = {}
     if any(config.target is Target.NATIVE for config in fastest):
-        contenders[FLOOR, False] = stage.record_floor(dependent=False)
-        contenders[FLOOR, True] = stage.record_floor(dependent=True)
-    _take_turns(list(contenders.values()), rounds, seed, short=short)
+        floors = {(FLOOR, dependent): stage.record_floor(dependent=dependent) for dependent in (False, True)}
+    order = random.Random(f"{problem} {seed}")  # noqa: S311  (nothing secret)
+    if short:
+        _take_turns(contenders | floors, rounds, order, progress, short=True)
+    else:
+        _take_turns(floors, rounds, order, progress, short=True)
+        _take_turns(contenders, -(-rounds // BLOCKS_OF_ROUNDS), order, progress, short=False)
+    contenders |= floors
     timings = [
         Timing(name, contender.microseconds, contenders[name, True].microseconds if (name, True) in contenders else ())
         for (name, dependent), contender in contenders.items()
@@ -370,5 +401,5 @@ def tensor_peak(library: Library, device: int) -> TensorPeak | None:
         time.sleep(PAUSE_SECONDS)
         library.probe_multiply(BURST_ROUNDS, stream=stream, device=device)
         bursts.append(timed())
-    settled(timed, WARM_UP_SECONDS)
-    return TensorPeak(flops / statistics.median(bursts) / 1e9, flops / settled(timed, BLOCK_SECONDS) / 1e9)
+    sustained = settled(timed, WARM_UP_SECONDS + SETTLING_SECONDS, BLOCK_SECONDS)
+    return TensorPeak(flops / statistics.median(bursts) / 1e9, flops / sustained / 1e9)

@@ -149,11 +149,11 @@ class Job:
         times = {config: us for config, us in have.items() if config in suitable}
         with show_progress(str(problem)) as progress:
             measured = sweep.measure(self.library, problem, self.mode, missing, device=device)
-            for done, (config, us) in enumerate(measured, 1):
+            for config, us in measured:
                 measured_once = Measured(us, hashes[config])
                 add_times(self.path, one_time(self.gpu, problem, config, measured_once, self.versions))
                 times[config] = us
-                progress(done, len(missing), config.name)
+                progress(len(times.keys() & set(missing)), len(missing), config.name)
                 if stop.is_set():
                     break
         return Tuned(name, problem, times, len(missing), len(able) - len(suitable))

@@ -99,7 +99,13 @@ def explain(problem: Problem, mode: QuantMode, top: int, folder: Path | None, as
 @main.command()
 @problems_options
 @click.option("--finalists", type=click.IntRange(min=1), default=4, show_default=True, help="Kernels timed in turn.")
-@click.option("--rounds", type=click.IntRange(min=1), default=9, show_default=True, help="Timed replays of each.")
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=9,
+    show_default=True,
+    help="Timed replays of each; of long problems a third as many blocks of a second.",
+)
 @click.option(
     "--rivals/--no-rivals",
     default=False,
