@@ -25,6 +25,7 @@ ORDER = [
     {"api"},
     {"verify"},
     {"bench"},
+    {"stage"},
     {"sweep"},
     {"bench_report", "tune"},
     {"cli", "__init__"},

@@ -21,6 +21,7 @@ from w4a16gen.dispatch import LONG_FLOPS, choose, kernels_of_environment
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.rivals import CUBLAS
 from w4a16gen.space import enumerate_space
+from w4a16gen.stage import Stage
 from w4a16gen.sweep import tiles_suit
 
 
@@ -174,10 +175,10 @@ def test_kernels_near_the_fastest_get_another_look_at_long_problems(m: int, monk
     # The second one's first look fell into the slow moment of a second, and in truth it is the fastest.
     stage = Bench(m, {first: [10.0, 10.1, 11.0], slowed: [12.0, 9.0, 9.5], slow: [13.0]})
     monkeypatch.setattr(sweep, "_time_briefly", stage.time_briefly)
-    given = list(sweep.screen(cast("sweep.Stage", stage), [first, slowed, slow]))
+    given = list(sweep.screen(cast("Stage", stage), [first, slowed, slow]))
     assert given[:3] == [(first, 10.0), (slowed, 12.0), (slow, 13.0)]
     assert given[3:] == ([] if m == 1 else [(slowed, 9.0)])
-    assert list(sweep.screen(cast("sweep.Stage", stage), [])) == []
+    assert list(sweep.screen(cast("Stage", stage), [])) == []
 
 
 def test_long_problems_take_turns_in_blocks_and_without_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +238,7 @@ def test_long_problems_take_turns_in_blocks_and_without_the_floor(monkeypatch: p
 @pytest.mark.parametrize("m", [1, 8192], ids=["short", "long"])
 def test_launches_take_more_than_200_mb_of_weights_in_turn(m: int) -> None:
     library = cast("Library", SimpleNamespace(to_device=lambda value, _device: value))
-    stage = sweep.Stage(library, 0, Problem(m, 4096, 2048, 128), QuantMode.FINEGRAINED_SCALE_ONLY, 0)
+    stage = Stage(library, 0, Problem(m, 4096, 2048, 128), QuantMode.FINEGRAINED_SCALE_ONLY, 0)
     assert m == 1 or stage.problem.flops > LONG_FLOPS
     briefly = stage.copies(Target.NATIVE, brief=True)
     copies = stage.copies(Target.NATIVE)
