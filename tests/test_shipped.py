@@ -75,9 +75,9 @@ def test_the_choice_for_a_layer_that_was_not_measured_is_near_the_fastest() -> N
             if (problem.n, problem.k) == layer:
                 chosen = neighbours.estimate(times, mode, problem)[0][0]
                 losses[problem] = times[chosen].microseconds / min(time.microseconds for time in times.values())
-    assert len(losses) > 500
+    assert len(losses) > 600
     assert math.prod(losses.values()) ** (1 / len(losses)) < 1.01
-    assert sorted(losses.values())[-3] < 1.1
+    assert sorted(losses.values())[int(0.995 * len(losses))] < 1.1
     assert max(losses.values()) < 1.15
 
 

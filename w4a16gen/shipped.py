@@ -96,8 +96,8 @@ class Neighbours:
 
         What `dispatch.estimate` gives, corrected by how far it is off for the same kernel in problems like this one: by
         the weighted mean of the logarithms. How far "like" reaches is what it takes to choose well in a layer that is
-        left out of the table: of 49, one after the other, the loss is 0.3 % in geometric mean, above 10 % in two of 521
-        problems, and 11 % at most. In ten layers that are not in the table, and had no part in any constant, it is
+        left out of the table: of 57, one after the other, the loss is 0.3 % in geometric mean, above 10 % in three of
+        601 problems, and 11 % at most. In ten layers that are not in the table, and had no part in any constant, it is
         0.2 % and at most 6 % (100 problems).
         """
         estimated = dispatch.estimate(configs, mode, problem)
