@@ -173,11 +173,11 @@ class Bench:
 def test_kernels_near_the_fastest_get_another_look_at_long_problems(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
     first, slowed, slow = enumerate_space("default")[:3]
     # The second one's first look fell into the slow moment of a second, and in truth it is the fastest.
-    stage = Bench(m, {first: [10.0, 10.1, 11.0], slowed: [12.0, 9.0, 9.5], slow: [13.0]})
+    stage = Bench(m, {first: [10.0, 10.1, 11.0], slowed: [14.0, 9.0, 8.5], slow: [17.0]})
     monkeypatch.setattr(sweep, "_time_briefly", stage.time_briefly)
     given = list(sweep.screen(cast("Stage", stage), [first, slowed, slow]))
-    assert given[:3] == [(first, 10.0), (slowed, 12.0), (slow, 13.0)]
-    assert given[3:] == ([] if m == 1 else [(slowed, 9.0)])
+    assert given[:3] == [(first, 10.0), (slowed, 14.0), (slow, 17.0)]
+    assert given[3:] == ([] if m == 1 else [(slowed, 9.0), (slowed, 8.5)])
     assert list(sweep.screen(cast("Stage", stage), [])) == []
 
 

@@ -30,9 +30,10 @@ SCREENING_REPLAYS = 2
 SCREENING_BLOCK_SECONDS = 0.06
 """On a long problem; half of it to settle. The GPU has no rest between them."""
 LOOKS = 3
-NEAR = 1.25
+NEAR = 1.6
 """On a long problem a kernel that takes so many times the least, or less, is timed so often, after the others each
-time: blocks this short are up to 20 % too long where they meet the GPU's slow moment of a second (`BLOCK_SECONDS`)."""
+time: blocks this short are 20 % too long, and rarely 50 %, where they meet the GPU's slow moment of a second
+(`contender.BLOCK_SECONDS`)."""
 WARM_UP_SECONDS = 0.4
 """What comes before them: a GPU that has rested starts cold, and above the clock that it can keep."""
 BLOCKS_OF_ROUNDS = 3
@@ -63,9 +64,11 @@ def screen(stage: Stage, configs: Sequence[KernelConfig]) -> Iterator[tuple[Kern
     for config in configs:
         least[config] = _time_briefly(stage, config)
         yield config, least[config]
+    order = list(configs)
     for _ in range(LOOKS - 1 if long else 0):
+        order.reverse()  # so that other kernels come before
         limit = NEAR * min(least.values(), default=0.0)
-        for config in [config for config in configs if least[config] <= limit]:
+        for config in [config for config in order if least[config] <= limit]:
             microseconds = _time_briefly(stage, config)
             if microseconds < least[config]:
                 least[config] = microseconds
