@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from w4a16gen import KernelConfig, Library, Problem, QuantMode
-from w4a16gen.dispatch import choose, runnable
+from w4a16gen.dispatch import choose, dense_microseconds, runnable
 from w4a16gen.errors import UnsupportedProblemError
 from w4a16gen.packing import LAYOUTS, TARGET_LAYOUTS, PackedWeight
 from w4a16gen.problem import MAX_DIMENSION, why_cannot_run
@@ -95,3 +95,14 @@ def test_the_choice_is_near_the_fastest_kernel_that_was_measured() -> None:
     assert len(losses) == 60
     assert max(losses.values()) < 1.05, losses
     assert math.prod(losses.values()) ** (1 / len(losses)) < 1.01
+
+
+def test_the_estimate_of_dense_fp16_is_near_what_the_bench_in_docs_measured() -> None:
+    lines = (Path(__file__).parent.parent / "docs" / "bench" / "bench.jsonl").read_text().splitlines()[1:]
+    off = []
+    for row in map(json.loads, lines):
+        estimated = dense_microseconds(Problem(row["m"], row["n"], row["k"], row["group_size"]))
+        off.append(math.log(estimated / row["cublas_microseconds"]))
+    assert len(off) == 105
+    assert math.sqrt(sum(value**2 for value in off) / len(off)) < 0.05
+    assert max(map(abs, off)) < 0.12

@@ -157,15 +157,17 @@ class Bench:
 
     def __init__(self, m: int, looks: dict[KernelConfig, list[float]]) -> None:
         self.problem, self.looks = Problem(m, 4096, 4096, 128), {config: iter(times) for config, times in looks.items()}
-        self.asked: list[KernelConfig] = []
+        self.warmed_up_by: list[KernelConfig] = []
+        self.timed: list[KernelConfig] = []
 
     def record(self, config: KernelConfig, *, dependent: bool, brief: bool) -> contender.Contender:
         assert brief
         assert not dependent
-        self.asked.append(config)
+        self.warmed_up_by.append(config)
         return contender.Contender(lambda: None, lambda: 0.0, 1)
 
     def time_briefly(self, _stage: object, config: KernelConfig) -> float:
+        self.timed.append(config)
         return next(self.looks[config])
 
 
@@ -178,6 +180,9 @@ def test_kernels_near_the_fastest_get_another_look_at_long_problems(m: int, monk
     given = list(sweep.screen(cast("Stage", stage), [first, slowed, slow]))
     assert given[:3] == [(first, 10.0), (slowed, 14.0), (slow, 17.0)]
     assert given[3:] == ([] if m == 1 else [(slowed, 9.0), (slowed, 8.5)])
+    again = [] if m == 1 else [slowed, first, first, slowed]
+    assert stage.timed == [first, slowed, slow, *again], "there and back"
+    assert stage.warmed_up_by == ([] if m == 1 else [slow])
     assert list(sweep.screen(cast("Stage", stage), [])) == []
 
 
