@@ -146,8 +146,8 @@ def test_explain_says_where_dense_fp16_is_faster(
 def test_what_settles_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count()
     monkeypatch.setattr(contender, "time", SimpleNamespace(monotonic=lambda: next(clock)))  # a second a look
-    unsettled = iter([1.0, 1.0, 7.0, 8.0, 9.0, 8.0, 8.0, 8.0, 9.0, 7.0])
-    assert contender.settled(lambda: next(unsettled), 3, 6) == 8.0
+    unsettled = iter([1.0, 1.0, 1.0, 1.0, 7.0, 8.0, 9.0, 8.0, 8.0, 8.0, 9.0, 7.0])
+    assert contender.settled(lambda: next(unsettled), 5, 6) == 8.0
     few = iter([5.0, 9.0, 7.0])
     assert contender.settled(lambda: next(few), 0, 0) == 7.0, "three replays at least"
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -231,6 +233,31 @@ def test_tuning_goes_on_where_it_was_interrupted(cli: CliRunner, own_library: Li
     assert f"{len(stopwatch.measured) - 3} measured, 3 known" in " ".join(done.stderr.split())
     fastest = min(stopwatch.measured, key=KERNELS.index)
     assert own_library.choice(MODE, problem)[:2] == (fastest, 65.0 + KERNELS.index(fastest))
+
+
+def test_the_last_of_several_looks_at_a_kernel_counts(
+    cli: CliRunner, own_library: Library, stopwatch: Stopwatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopwatch.interrupt_after = 3
+    cli.invoke(main, TUNE)
+    stopwatch.interrupt_after = None
+    steps: list[tuple[int, int]] = []
+
+    @contextmanager
+    def show_progress(_title: str) -> Iterator[Callable[[int, int, str], None]]:
+        yield lambda done, total, _name: steps.append((done, total))
+
+    def measure(*which: Any, device: int) -> Iterator[tuple[KernelConfig, float]]:
+        yield from stopwatch.measure(*which, device=device)
+        yield which[-1][-1], 0.5
+
+    monkeypatch.setattr(sweep, "measure", measure)
+    monkeypatch.setattr(tuning, "show_progress", show_progress)
+    assert cli.invoke(main, TUNE).exit_code == 0
+    problem = Problem(64, 512, 1024, 128)
+    assert own_library.choice(MODE, problem)[:2] == (stopwatch.measured[-1], 0.5)
+    count = len(stopwatch.measured) - 3
+    assert steps == [*((done, count) for done in range(1, count + 1)), (count, count)]
 
 
 def test_tuning_measures_again_what_is_asked_for_or_built_anew(
