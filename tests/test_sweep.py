@@ -17,7 +17,7 @@ from w4a16gen.chooser import Chooser
 from w4a16gen.cli import main, timing
 from w4a16gen.cli.problems import parse_problem
 from w4a16gen.comparison import Comparison, Timing, smallest_set
-from w4a16gen.dispatch import LONG_FLOPS, choose, kernels_of_environment
+from w4a16gen.dispatch import choose, is_long, kernels_of_environment
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.rivals import CUBLAS
 from w4a16gen.space import enumerate_space
@@ -244,7 +244,7 @@ def test_long_problems_take_turns_in_blocks_and_without_the_floor(monkeypatch: p
 def test_launches_take_more_than_200_mb_of_weights_in_turn(m: int) -> None:
     library = cast("Library", SimpleNamespace(to_device=lambda value, _device: value))
     stage = Stage(library, 0, Problem(m, 4096, 2048, 128), QuantMode.FINEGRAINED_SCALE_ONLY, 0)
-    assert m == 1 or stage.problem.flops > LONG_FLOPS
+    assert is_long(stage.problem) == (m > 1)
     briefly = stage.copies(Target.NATIVE, brief=True)
     copies = stage.copies(Target.NATIVE)
     assert sum(copy.nbytes for copy in copies) > 200e6

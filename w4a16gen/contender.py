@@ -11,7 +11,7 @@ from typing import Any
 LAUNCHES = 20
 """Launches per graph, at least; enough that the graph's own start does not show."""
 BRIEF_LAUNCHES = 6
-"""The same where problems of more than `dispatch.LONG_FLOPS`, 130 us and more, are timed briefly."""
+"""The same where long problems (`dispatch.is_long`) are timed briefly."""
 SETTLING_SECONDS = 0.1
 """How long a contender runs by itself on a long problem before its times count: an H100 at its power limit takes some
 50 ms to settle on a clock. Where contenders took turns replay by replay, all ran at the clock that their mean power

@@ -72,6 +72,11 @@ DENSE_LONG_FLOPS_PER_MICROSECOND = 680e6
 DENSE_OVERLAP_LOSS = 0.15
 
 
+def is_long(problem: Problem) -> bool:
+    """Whether a problem takes so long, 130 us and more, that power limits it."""
+    return problem.flops > LONG_FLOPS
+
+
 @contextmanager
 def use_kernels(*kernels: KernelConfig | str) -> Iterator[None]:
     """Make calls of `gemm` use these kernels unless they name one, each for weights of its mode and target.
@@ -168,7 +173,7 @@ def native_cycles(config: KernelConfig, problem: Problem) -> float:
     waves = 1 if stream_k else max(1, -(-tiles // at_once))
     rows = -(-tiles * k_blocks // SM_COUNT) if stream_k else -(-k_blocks // cluster.k)
     activation_bytes, weight_bytes = 128 * 2 * cta.tokens * 64 / cta.channels, 128 * 64 / 2 + 2 * 64
-    long = problem.flops > LONG_FLOPS
+    long = is_long(problem)
     moved = activation_bytes / cluster.channels + weight_bytes / cluster.tokens
     block = max(
         BLOCK_CYCLES,
@@ -195,7 +200,7 @@ def dense_microseconds(problem: Problem) -> float:
     """Estimate what cuBLAS takes for the same product of fp16 weights."""
     m, n, k = problem.m, problem.n, problem.k
     reading = 2 * (n * k + m * k + m * n) / DENSE_BYTES_PER_MICROSECOND
-    rate = DENSE_LONG_FLOPS_PER_MICROSECOND if problem.flops > LONG_FLOPS else DENSE_FLOPS_PER_MICROSECOND
+    rate = DENSE_LONG_FLOPS_PER_MICROSECOND if is_long(problem) else DENSE_FLOPS_PER_MICROSECOND
     working = problem.flops / rate
     return DENSE_LAUNCH_MICROSECONDS + max(reading, working) + DENSE_OVERLAP_LOSS * min(reading, working)
 

@@ -11,7 +11,7 @@ import numpy as np
 from w4a16gen.bench import COLD_BYTES
 from w4a16gen.config import KernelConfig, QuantMode, Target
 from w4a16gen.contender import BRIEF_LAUNCHES, LAUNCHES, Contender
-from w4a16gen.dispatch import LONG_FLOPS
+from w4a16gen.dispatch import is_long
 from w4a16gen.module import Library
 from w4a16gen.packing import PackedWeight, pack_weight
 from w4a16gen.problem import Problem
@@ -54,7 +54,7 @@ class Stage:
         """Give the weight often enough that launches in turn find L2 cold, or a few times if that is too long."""
         packed = _packed(*self._drawn, target)
         wanted = int(COLD_BYTES / packed.nbytes) + 1
-        if brief and self.problem.flops > LONG_FLOPS:
+        if brief and is_long(self.problem):
             wanted = min(wanted, BRIEF_LAUNCHES)
         copies = self._copies.setdefault(target, [])
         copies += [self.library.to_device(packed, self.device) for _ in range(wanted - len(copies))]
@@ -62,7 +62,7 @@ class Stage:
 
     def launches(self, copies: int, *, brief: bool = False) -> int:
         """Give how many a graph has: every copy of the weight gets its turn, unless a long problem is timed briefly."""
-        return BRIEF_LAUNCHES if brief and self.problem.flops > LONG_FLOPS else max(LAUNCHES, copies)
+        return BRIEF_LAUNCHES if brief and is_long(self.problem) else max(LAUNCHES, copies)
 
     def record(self, config: KernelConfig, *, dependent: bool, brief: bool = False) -> Contender:
         """Record a graph of a kernel's launches; a short one of a long problem, if it is to be timed briefly."""

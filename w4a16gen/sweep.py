@@ -19,7 +19,7 @@ from w4a16gen.contender import (
     Contender,
     settled,
 )
-from w4a16gen.dispatch import LONG_FLOPS, runnable
+from w4a16gen.dispatch import is_long, runnable
 from w4a16gen.legality import CTA_TOKENS
 from w4a16gen.module import Library
 from w4a16gen.problem import Problem
@@ -30,14 +30,15 @@ SCREENING_REPLAYS = 2
 SCREENING_BLOCK_SECONDS = 0.06
 """On a long problem; half of it to settle. The GPU has no rest between them."""
 LOOKS = 3
-NEAR = 1.6
-"""On a long problem a kernel that takes so many times the least, or less, is timed so often, after the others each
-time: blocks this short are 20 % too long, and rarely 50 %, where they meet the GPU's slow moment of a second
+"""How often a kernel that may be among the fastest is timed on a long problem, after the others each time: blocks this
+short are 20 % too long, and rarely 50 %, where they meet the GPU's slow moment of a second
 (`contender.BLOCK_SECONDS`)."""
+LOOK_AGAIN_WITHIN = 1.6
+"""Times the least: kernels that took no longer may be among the fastest."""
 WARM_UP_SECONDS = 0.4
 """What comes before them: a GPU that has rested starts cold, and above the clock that it can keep."""
-BLOCKS_OF_ROUNDS = 3
-"""Rounds of which a block counts for as many: it takes a second, a timed replay some milliseconds."""
+ROUNDS_PER_BLOCK = 3
+"""On long problems, where a block takes a second, a timed replay of a short one some milliseconds."""
 BURST_ROUNDS = 150
 """Of the probe of the tensor cores: 0.1 ms, in which power does not limit."""
 
@@ -48,7 +49,7 @@ def _time_briefly(stage: Stage, config: KernelConfig) -> float:
     """Time one kernel, in microseconds: the least of a few replays, or a block of them for a long problem."""
     contender = stage.record(config, dependent=False, brief=True)
     contender.replay()
-    if stage.problem.flops > LONG_FLOPS:
+    if is_long(stage.problem):
         half = SCREENING_BLOCK_SECONDS / 2
         return settled(contender.timed_replay, half, half) * 1000 / contender.launches
     return min(contender.timed_replay() * 1000 / contender.launches for _ in range(SCREENING_REPLAYS))
@@ -56,7 +57,7 @@ def _time_briefly(stage: Stage, config: KernelConfig) -> float:
 
 def screen(stage: Stage, configs: Sequence[KernelConfig]) -> Iterator[tuple[KernelConfig, float]]:
     """Time kernels briefly, one after the other; give microseconds at once, and again where another look took less."""
-    long = stage.problem.flops > LONG_FLOPS
+    long = is_long(stage.problem)
     if configs and long:
         warm_up = stage.record(configs[-1], dependent=False, brief=True)
         settled(warm_up.timed_replay, WARM_UP_SECONDS, 0)
@@ -67,7 +68,7 @@ def screen(stage: Stage, configs: Sequence[KernelConfig]) -> Iterator[tuple[Kern
     order = list(configs)
     for _ in range(LOOKS - 1 if long else 0):
         order.reverse()  # so that other kernels come before
-        limit = NEAR * min(least.values(), default=0.0)
+        limit = LOOK_AGAIN_WITHIN * min(least.values(), default=0.0)
         for config in [config for config in order if least[config] <= limit]:
             microseconds = _time_briefly(stage, config)
             if microseconds < least[config]:
@@ -172,7 +173,7 @@ def compare(
         configs: the kernels; None takes all that the build holds. Those that cannot run the problem, or whose tiles do
             not suit it, are left out.
         finalists: how many kernels are timed against each other.
-        rounds: timed replays of each, or three times the blocks (rounded up).
+        rounds: timed replays of each; of a long problem a third as many blocks, rounded up.
         seed: of the random data, and of the order.
         rivals: other 4-bit kernels to time with the finalists, where they are installed and can run the problem.
         progress: told after each screened kernel, and then after each turn.
@@ -193,7 +194,7 @@ def compare(
     if chosen in candidates and chosen not in fastest:
         fastest.append(chosen)
     errors = {config.name: stage.check(config) for config in fastest}
-    short = problem.flops <= LONG_FLOPS
+    short = not is_long(problem)
     contenders = {(config.name, False): stage.record(config, dependent=False) for config in fastest}
     if short:
         contenders |= {(config.name, True): stage.record(config, dependent=True) for config in fastest}
@@ -206,7 +207,7 @@ def compare(
         _take_turns(contenders | floors, rounds, order, progress, short=True)
     else:
         _take_turns(floors, rounds, order, progress, short=True)
-        _take_turns(contenders, -(-rounds // BLOCKS_OF_ROUNDS), order, progress, short=False)
+        _take_turns(contenders, -(-rounds // ROUNDS_PER_BLOCK), order, progress, short=False)
     contenders |= floors
     timings = [
         Timing(name, contender.microseconds, contenders[name, True].microseconds if (name, True) in contenders else ())
