@@ -111,8 +111,9 @@ W4A16_API w4a16_status w4a16_gemm(int kernel, const w4a16_problem* problem, cons
 W4A16_API w4a16_status w4a16_pack(int kernel, const w4a16_problem* problem, const w4a16_pack_arguments* arguments,
                                   char* message, size_t message_bytes);
 
-/* Reads bytes on the given stream of the current device and does nothing with them: no kernel that needs these bytes
- * takes less time. data is 16-byte aligned, bytes a positive multiple of 16. In libraries with native kernels only. */
+/* Reads bytes on the given stream of the current device and does nothing with them: a floor for kernels that need these
+ * bytes. Of dependent launches two read at a time, and each ends after the one before. data is 16-byte aligned, bytes a
+ * positive multiple of 16. In libraries with native kernels only. */
 W4A16_API w4a16_status w4a16_probe_read(const void* data, size_t bytes, int32_t dependent_launch, void* stream,
                                         char* message, size_t message_bytes);
 
