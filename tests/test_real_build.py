@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
 import shutil
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -13,10 +15,11 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from w4a16gen import KernelConfig, Library, Problem, QuantMode
+from w4a16gen import KernelConfig, Library, Problem, QuantMode, toolchain
 from w4a16gen.build import build
 from w4a16gen.built import Build, load_build
 from w4a16gen.cli import main
+from w4a16gen.compile import FLAGS
 from w4a16gen.config import Scheduler
 from w4a16gen.legality import native_arrangement
 from w4a16gen.render import source_name
@@ -45,7 +48,28 @@ def test_every_static_proof_holds(real_library: Library) -> None:
         assert kernel["instructions"]["HGMMA"] > 0
 
 
+def cpu_seconds_of_a_small_file(folder: Path) -> float:
+    """Compile a kernel of one line: what nvcc costs on this machine, which may be three times as slow as another."""
+    tools = toolchain.find_toolchain()
+    source = folder / "small.cu"
+    source.write_text("#include <cuda_fp16.h>\n__global__ void scale(half* a, half by) { a[threadIdx.x] *= by; }\n")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [
+        str(tools.nvcc),
+        *FLAGS,
+        f"-ccbin={tools.host_compiler}",
+        "-c",
+        str(source),
+        "-o",
+        str(folder / "small.o"),
+    ]
+    subprocess.run(command, check=True)  # noqa: S603
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 def test_native_kernels_compile_in_seconds_and_are_proven(tmp_path: Path) -> None:
+    small = cpu_seconds_of_a_small_file(tmp_path)
     configs = sorted({*enumerate_space("trtllm-native"), *enumerate_space("default")})
     built = build(configs, generated=tmp_path / "generated", folder=tmp_path / "build")
     assert built.failures == []
@@ -55,7 +79,7 @@ def test_native_kernels_compile_in_seconds_and_are_proven(tmp_path: Path) -> Non
     for config, kernel in zip(configs, proof.kernels, strict=True):
         assert kernel["name"] == config.name
         assert kernel["stages"] == native_arrangement(config).stages
-        assert kernel["compile_cpu_seconds"] < 4
+        assert kernel["compile_cpu_seconds"] < 4 * small
         assert kernel["compile_peak_bytes"] < 1e9
         assert kernel["instructions"]["UBLKCP"] > 0
     check_that_more_tokens_need_no_less_workspace(Library(built.build))
