@@ -49,7 +49,7 @@ def test_every_static_proof_holds(real_library: Library) -> None:
 
 
 def cpu_seconds_of_a_small_file(folder: Path) -> float:
-    """Compile a kernel of one line: what nvcc costs on this machine, which may be three times as slow as another."""
+    """Compile a kernel of one line: what nvcc costs on this machine, which may be twice as slow as another."""
     tools = toolchain.find_toolchain()
     source = folder / "small.cu"
     source.write_text("#include <cuda_fp16.h>\n__global__ void scale(half* a, half by) { a[threadIdx.x] *= by; }\n")
