@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
+from statistics import mean
 
 import pytest
 from click.testing import CliRunner
@@ -69,17 +70,20 @@ def cpu_seconds_of_a_small_file(folder: Path) -> float:
 
 
 def test_native_kernels_compile_in_seconds_and_are_proven(tmp_path: Path) -> None:
-    small = cpu_seconds_of_a_small_file(tmp_path)
+    before = cpu_seconds_of_a_small_file(tmp_path)
     configs = sorted({*enumerate_space("trtllm-native"), *enumerate_space("default")})
     built = build(configs, generated=tmp_path / "generated", folder=tmp_path / "build")
     assert built.failures == []
+    small = (before + cpu_seconds_of_a_small_file(tmp_path)) / 2
     proof = static.prove(Library(built.build), tmp_path / "generated")
     assert proof.violations == []
     assert len(proof.kernels) == len(configs) > 100
+    # 1.2 times as long as the small file; with CUTLASS's collectives included, though unused, 2.2 times.
+    assert mean(kernel["compile_cpu_seconds"] for kernel in proof.kernels) < 1.75 * small
     for config, kernel in zip(configs, proof.kernels, strict=True):
         assert kernel["name"] == config.name
         assert kernel["stages"] == native_arrangement(config).stages
-        assert kernel["compile_cpu_seconds"] < 4 * small
+        assert kernel["compile_cpu_seconds"] < 3 * small
         assert kernel["compile_peak_bytes"] < 1e9
         assert kernel["instructions"]["UBLKCP"] > 0
     check_that_more_tokens_need_no_less_workspace(Library(built.build))
