@@ -155,35 +155,43 @@ def test_what_settles_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
 class Bench:
     """Stands in for a stage on which kernels take what a script says, look by look."""
 
-    def __init__(self, m: int, looks: dict[KernelConfig, list[float]]) -> None:
+    def __init__(self, m: int, looks: dict[KernelConfig, list[float]], *, dependent: bool) -> None:
         self.problem, self.looks = Problem(m, 4096, 4096, 128), {config: iter(times) for config, times in looks.items()}
+        self.dependent = dependent
         self.warmed_up_by: list[KernelConfig] = []
         self.timed: list[KernelConfig] = []
 
     def record(self, config: KernelConfig, *, dependent: bool, brief: bool) -> contender.Contender:
         assert brief
-        assert not dependent
+        assert dependent is self.dependent
         self.warmed_up_by.append(config)
         return contender.Contender(lambda: None, lambda: 0.0, 1)
 
-    def time_briefly(self, _stage: object, config: KernelConfig) -> float:
+    def time_briefly(self, _stage: object, config: KernelConfig, *, dependent: bool) -> float:
+        assert dependent is self.dependent
         self.timed.append(config)
         return next(self.looks[config])
 
 
+@pytest.mark.parametrize("dependent", [False, True], ids=["ordinary", "dependent"])
 @pytest.mark.parametrize("m", [1, 8192], ids=["short", "long"])
-def test_kernels_near_the_fastest_get_another_look_at_long_problems(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_near_the_fastest_get_another_look_at_long_problems(
+    m: int, dependent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, slowed, slow = enumerate_space("default")[:3]
     # The second one's first look fell into the slow moment of a second, and in truth it is the fastest.
-    stage = Bench(m, {first: [10.0, 10.1, 11.0], slowed: [14.0, 9.0, 8.5], slow: [17.0]})
+    looks = {first: [10.0, 10.1, 11.0], slowed: [14.0, 9.0, 8.5], slow: [17.0]}
+    stage = Bench(m, looks, dependent=dependent)
     monkeypatch.setattr(sweep, "_time_briefly", stage.time_briefly)
-    given = list(sweep.screen(cast("Stage", stage), [first, slowed, slow]))
+    given = list(sweep.screen(cast("Stage", stage), [first, slowed, slow], dependent=dependent))
     assert given[:3] == [(first, 10.0), (slowed, 14.0), (slow, 17.0)]
     assert given[3:] == ([] if m == 1 else [(slowed, 9.0), (slowed, 8.5)])
     again = [] if m == 1 else [slowed, first, first, slowed]
     assert stage.timed == [first, slowed, slow, *again], "there and back"
     assert stage.warmed_up_by == ([] if m == 1 else [slow])
     assert list(sweep.screen(cast("Stage", stage), [])) == []
+    monkeypatch.undo()
+    assert list(sweep.screen(cast("Stage", stage), [first], dependent=dependent)) == [(first, 0.0)]
 
 
 def test_long_problems_take_turns_in_blocks_and_without_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,22 @@ def test_times_of_another_gpu_are_not_mixed_in(tmp_path: Path) -> None:
     assert path.read_text() == before
 
 
+@pytest.mark.parametrize("dependent", [False, True])
+def test_times_of_dependent_launches_stay_among_themselves(tmp_path: Path, dependent: bool) -> None:
+    path = tmp_path / TABLE
+    add_times(path, one_time(GPU, PROBLEM, KERNELS[0], Measured(1.0, "hash"), dependent=dependent))
+    add_times(path, one_time(GPU, PROBLEM, KERNELS[1], Measured(2.0, "hash"), dependent=dependent))
+    before = path.read_text()
+    table = TuningTable.read(path)
+    assert table.dependent is dependent
+    assert len(table.times[MODE, PROBLEM]) == 2
+    kinds = ["ordinary", "dependent"]
+    message = f"times of {kinds[not dependent]} launches do not go into a table of {kinds[dependent]} launches"
+    with pytest.raises(InvalidValueError, match=message):
+        add_times(path, one_time(GPU, PROBLEM, KERNELS[0], Measured(1.0, "hash"), dependent=not dependent))
+    assert path.read_text() == before
+
+
 def row(**changes: object) -> dict[str, object]:
     """Give a row of a table's file, with changes."""
     fine = {"m": 16, "n": 512, "k": 1024, "group_size": 128, "kernel": KERNELS[0].name}
@@ -90,6 +106,7 @@ DAMAGED = {
     "SMs": file_of(row(), sm_count="132"),
     "no rows": file_of(times=None),
     "versions": file_of(versions=[1]),
+    "launches": file_of(dependent="yes"),
     "a row": file_of("row"),
     "unknown kernel": file_of(row(kernel="w4a16_sm90_native_fgs_cta64")),
     "no time": file_of(row(microseconds=None)),
@@ -192,11 +209,20 @@ class Stopwatch:
     def __init__(self) -> None:
         self.measured: list[KernelConfig] = []
         self.devices: set[int] = set()
+        self.dependent: set[bool] = set()
         self.interrupt_after: int | None = None
 
     def measure(
-        self, _library: Library, problem: Problem, _mode: QuantMode, configs: Sequence[KernelConfig], *, device: int
+        self,
+        _library: Library,
+        problem: Problem,
+        _mode: QuantMode,
+        configs: Sequence[KernelConfig],
+        *,
+        device: int,
+        dependent: bool,
     ) -> Iterator[tuple[KernelConfig, float]]:
+        self.dependent.add(dependent)
         for config in configs:
             if len(self.measured) == self.interrupt_after:
                 raise KeyboardInterrupt
@@ -230,6 +256,7 @@ def test_tuning_goes_on_where_it_was_interrupted(cli: CliRunner, own_library: Li
     assert done.exit_code == 0, done.output
     assert set(TuningTable.read(path).versions) == {"w4a16gen", "compiler", "driver"}
     assert len(stopwatch.measured) == len(set(stopwatch.measured)), "nothing is measured twice"
+    assert stopwatch.dependent == {False}
     assert f"{len(stopwatch.measured) - 3} measured, 3 known" in " ".join(done.stderr.split())
     fastest = min(stopwatch.measured, key=KERNELS.index)
     assert own_library.choice(MODE, problem)[:2] == (fastest, 65.0 + KERNELS.index(fastest))
@@ -247,8 +274,8 @@ def test_the_last_of_several_looks_at_a_kernel_counts(
     def show_progress(_title: str) -> Iterator[Callable[[int, int, str], None]]:
         yield lambda done, total, _name: steps.append((done, total))
 
-    def measure(*which: Any, device: int) -> Iterator[tuple[KernelConfig, float]]:
-        yield from stopwatch.measure(*which, device=device)
+    def measure(*which: Any, device: int, dependent: bool) -> Iterator[tuple[KernelConfig, float]]:
+        yield from stopwatch.measure(*which, device=device, dependent=dependent)
         yield which[-1][-1], 0.5
 
     monkeypatch.setattr(sweep, "measure", measure)
@@ -297,6 +324,22 @@ def test_tuning_refuses_another_gpus_table_and_nothing_to_do(
     assert stopwatch.measured == []
 
 
+def test_tuning_for_chains_measures_dependent_launches_and_calls_choose_by_them(
+    cli: CliRunner, own_library: Library, stopwatch: Stopwatch
+) -> None:
+    assert cli.invoke(main, [*TUNE, "--dependent"]).exit_code == 0
+    assert stopwatch.dependent == {True}
+    assert TuningTable.read(own_library.build.folder / TABLE).dependent
+    explained = json.loads(cli.invoke(main, ["explain", "50", "512", "1024", "--json"]).stdout)
+    assert explained["chosen"] == min(stopwatch.measured, key=KERNELS.index).name
+    assert explained["source"] == "the build's tuning table, which is of dependent launches"
+    count = len(stopwatch.measured)
+    refused = cli.invoke(main, TUNE)
+    assert refused.exit_code == 2
+    assert "do not go into a table of dependent launches" in " ".join(refused.stderr.split())
+    assert len(stopwatch.measured) == count
+
+
 def test_explain_shows_what_was_measured(cli: CliRunner, own_library: Library, stopwatch: Stopwatch) -> None:
     assert cli.invoke(main, TUNE).exit_code == 0
     fastest = min(stopwatch.measured, key=KERNELS.index)
@@ -331,7 +374,13 @@ def test_tuning_on_several_gpus_stops_where_it_is_interrupted(
     other_began, interrupted = threading.Event(), threading.Event()
 
     def measure(
-        _library: Library, problem: Problem, _mode: QuantMode, configs: Sequence[KernelConfig], *, device: int
+        _library: Library,
+        problem: Problem,
+        _mode: QuantMode,
+        configs: Sequence[KernelConfig],
+        *,
+        device: int,
+        **_: bool,
     ) -> Iterator[tuple[KernelConfig, float]]:
         for config in configs:
             stopwatch.measured.append(config)

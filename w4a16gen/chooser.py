@@ -47,7 +47,7 @@ class Chooser:
         configs = list(configs)
         able = runnable(configs, mode, problem)
         if tuned := self.tuned(able, mode, problem, gpu):
-            return Choice(*tuned, "the build's tuning table")
+            return Choice(*tuned)
         if known := shipped.fastest(able, mode, problem, gpu):
             return Choice(*known, "times of an H100 that come with the package")
         if estimated := shipped.neighbours().estimate(able, mode, problem):
@@ -56,8 +56,8 @@ class Chooser:
 
     def tuned(
         self, configs: Iterable[KernelConfig], mode: QuantMode, problem: Problem, gpu: Mapping[str, Any] | None
-    ) -> tuple[KernelConfig, float] | None:
-        """Give the fastest kernel of the build's tuning table and its microseconds, or None if that has none.
+    ) -> tuple[KernelConfig, float, str] | None:
+        """Give the fastest kernel of the build's tuning table, its microseconds and what they are, or None without any.
 
         A table that is damaged, or of another kind of GPU, is told of once, as a warning, and counts for nothing. On a
         machine without a GPU any table counts.
@@ -66,4 +66,7 @@ class Chooser:
         if name not in self._tables:
             self._tables[name] = table_for(self._path, gpu)
         table = self._tables[name]
-        return None if table is None else table.best(mode, problem, content_hashes(self._manifest, configs))
+        found = None if table is None else table.best(mode, problem, content_hashes(self._manifest, configs))
+        if table is None or found is None:
+            return None
+        return *found, "the build's tuning table" + (", which is of dependent launches" if table.dependent else "")

@@ -45,9 +45,9 @@ BURST_ROUNDS = 150
 Progress = Callable[[int, int, str], None]
 
 
-def _time_briefly(stage: Stage, config: KernelConfig) -> float:
+def _time_briefly(stage: Stage, config: KernelConfig, *, dependent: bool) -> float:
     """Time one kernel, in microseconds: the least of a few replays, or a block of them for a long problem."""
-    contender = stage.record(config, dependent=False, brief=True)
+    contender = stage.record(config, dependent=dependent, brief=True)
     contender.replay()
     if is_long(stage.problem):
         half = SCREENING_BLOCK_SECONDS / 2
@@ -55,22 +55,24 @@ def _time_briefly(stage: Stage, config: KernelConfig) -> float:
     return min(contender.timed_replay() * 1000 / contender.launches for _ in range(SCREENING_REPLAYS))
 
 
-def screen(stage: Stage, configs: Sequence[KernelConfig]) -> Iterator[tuple[KernelConfig, float]]:
+def screen(
+    stage: Stage, configs: Sequence[KernelConfig], *, dependent: bool = False
+) -> Iterator[tuple[KernelConfig, float]]:
     """Time kernels briefly, one after the other; give microseconds at once, and again where another look took less."""
     long = is_long(stage.problem)
     if configs and long:
-        warm_up = stage.record(configs[-1], dependent=False, brief=True)
+        warm_up = stage.record(configs[-1], dependent=dependent, brief=True)
         settled(warm_up.timed_replay, WARM_UP_SECONDS, 0)
     least: dict[KernelConfig, float] = {}
     for config in configs:
-        least[config] = _time_briefly(stage, config)
+        least[config] = _time_briefly(stage, config, dependent=dependent)
         yield config, least[config]
     order = list(configs)
     for _ in range(LOOKS - 1 if long else 0):
         order.reverse()  # so that other kernels come before
         limit = LOOK_AGAIN_WITHIN * min(least.values(), default=0.0)
         for config in [config for config in order if least[config] <= limit]:
-            microseconds = _time_briefly(stage, config)
+            microseconds = _time_briefly(stage, config, dependent=dependent)
             if microseconds < least[config]:
                 least[config] = microseconds
                 yield config, microseconds
@@ -83,10 +85,11 @@ def measure(
     configs: Sequence[KernelConfig],
     *,
     device: int,
+    dependent: bool = False,
     seed: int = 0,
 ) -> Iterator[tuple[KernelConfig, float]]:
     """Time kernels on one problem with cold L2 on a GPU, as `screen` does: the last time of a kernel counts."""
-    yield from screen(Stage(library, device, problem, mode, seed), configs)
+    yield from screen(Stage(library, device, problem, mode, seed), configs, dependent=dependent)
 
 
 def tiles_suit(config: KernelConfig, problem: Problem) -> bool:

@@ -74,6 +74,7 @@ class Job:
     path: Path
     known: TuningTable
     again: bool
+    dependent: bool
     versions: Mapping[str, str]
 
     def run(
@@ -148,10 +149,11 @@ class Job:
         missing = [config for config in suitable if config not in have]
         times = {config: us for config, us in have.items() if config in suitable}
         with show_progress(str(problem)) as progress:
-            measured = sweep.measure(self.library, problem, self.mode, missing, device=device)
+            measured = sweep.measure(self.library, problem, self.mode, missing, device=device, dependent=self.dependent)
             for config, us in measured:
                 measured_once = Measured(us, hashes[config])
-                add_times(self.path, one_time(self.gpu, problem, config, measured_once, self.versions))
+                newer = one_time(self.gpu, problem, config, measured_once, self.versions, dependent=self.dependent)
+                add_times(self.path, newer)
                 times[config] = us
                 progress(len(times.keys() & set(missing)), len(missing), config.name)
                 if stop.is_set():

@@ -36,6 +36,8 @@ class TuningTable:
     gpu: str
     sm_count: int
     times: Mapping[tuple[QuantMode, Problem], Mapping[KernelConfig, Measured]] = field(default_factory=dict)
+    dependent: bool = False
+    """Whether the times are those of dependent launches, each behind another of the same kernel."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """What the last times were measured with: this package, the compiler, the driver's CUDA. For the reader; whether a
     time counts is decided by the kernel's content hash, in which the compiler is."""
@@ -62,7 +64,10 @@ class TuningTable:
                 measured = Measured(microseconds, str(row["content_hash"]))
                 times.setdefault((config.mode, problem), {})[config] = measured
             versions = {str(name): str(version) for name, version in value.get("versions", {}).items()}
-            return cls(str(value["gpu"]), _count(value["sm_count"]), times, versions)
+            dependent = value.get("dependent", False)
+            if not isinstance(dependent, bool):
+                raise InvalidValueError(f"dependent of {dependent!r} is neither true nor false")
+            return cls(str(value["gpu"]), _count(value["sm_count"]), times, dependent, versions)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidValueError(
                 f"{path} is no tuning table ({type(error).__name__}: {error}): remove it, or name another"
@@ -76,24 +81,32 @@ class TuningTable:
             for config, measured in of_problem.items()
         ]
         rows.sort(key=lambda row: (row["n"], row["k"], row["group_size"], row["m"], row["kernel"]))
-        versions = {"versions": dict(sorted(self.versions.items()))} if self.versions else {}
-        head = json.dumps({"schema": SCHEMA_VERSION, "gpu": self.gpu, "sm_count": self.sm_count, **versions})
+        more: dict[str, object] = {"dependent": True} if self.dependent else {}
+        if self.versions:
+            more["versions"] = dict(sorted(self.versions.items()))
+        head = json.dumps({"schema": SCHEMA_VERSION, "gpu": self.gpu, "sm_count": self.sm_count, **more})
         return f'{head[:-1]}, "times": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]}\n"
 
     def updated(self, newer: TuningTable) -> TuningTable:
         """Give this table with another's times, which replace those of the same kernels and problems.
 
         Raises:
-            InvalidValueError: if the other is of another kind of GPU.
+            InvalidValueError: if the other is of another kind of GPU, or of launches.
         """
         if (self.gpu, self.sm_count) != (newer.gpu, newer.sm_count):
             raise InvalidValueError(
                 f"times of {newer.gpu} with {newer.sm_count} SMs do not go into a table of {self.gpu} with "
                 f"{self.sm_count}: name another table"
             )
+        if self.dependent is not newer.dependent:
+            kinds = {True: "dependent launches", False: "ordinary launches"}
+            raise InvalidValueError(
+                f"times of {kinds[newer.dependent]} do not go into a table of {kinds[self.dependent]}: remove it, or "
+                "name another"
+            )
         keys = [*self.times, *(key for key in newer.times if key not in self.times)]
         times = {key: {**self.times.get(key, {}), **newer.times.get(key, {})} for key in keys}
-        return TuningTable(self.gpu, self.sm_count, times, {**self.versions, **newer.versions})
+        return TuningTable(self.gpu, self.sm_count, times, self.dependent, {**self.versions, **newer.versions})
 
     def valid(self, mode: QuantMode, problem: Problem, hashes: Mapping[KernelConfig, str]) -> dict[KernelConfig, float]:
         """Give the microseconds of exactly this problem, of kernels that are built as they were measured."""
@@ -167,12 +180,14 @@ def add_times(path: Path, table: TuningTable) -> None:
     """Merge times into a file under a lock: what another process adds meanwhile is kept, and a reader never sees half.
 
     Raises:
-        InvalidValueError: if the file is no tuning table, or one of another kind of GPU; it is left as it is.
+        InvalidValueError: if the file is no tuning table, or one of another kind of GPU or of launches; it is left as
+            it is.
         OSError: if it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(path.with_name(f".{path.name}.lock")):
-        known = TuningTable.read(path) if path.exists() else TuningTable(table.gpu, table.sm_count)
+        empty = TuningTable(table.gpu, table.sm_count, dependent=table.dependent)
+        known = TuningTable.read(path) if path.exists() else empty
         write_if_changed(path, known.updated(table).as_text())
 
 
@@ -182,9 +197,12 @@ def one_time(
     config: KernelConfig,
     measured: Measured,
     versions: Mapping[str, str] | None = None,
+    *,
+    dependent: bool = False,
 ) -> TuningTable:
     """Give a table of a single measurement on a GPU as `Library.devices` describes it."""
-    return TuningTable(gpu["name"], gpu["sm_count"], {(config.mode, problem): {config: measured}}, versions or {})
+    times = {(config.mode, problem): {config: measured}}
+    return TuningTable(gpu["name"], gpu["sm_count"], times, dependent, versions or {})
 
 
 def content_hashes(manifest: Mapping[str, Any], configs: Iterable[KernelConfig]) -> dict[KernelConfig, str]:

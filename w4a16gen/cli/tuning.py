@@ -34,6 +34,11 @@ from w4a16gen.tuning import TABLE, TuningTable
     help="GPUs of this machine to measure on, each problem on one of them.",
 )
 @click.option("--again", is_flag=True, help="Also measure what the table holds already.")
+@click.option(
+    "--dependent",
+    is_flag=True,
+    help="Measure chains of dependent launches, so that calls choose what is fastest in these.",
+)
 @build_option
 @json_option
 def tune(
@@ -42,6 +47,7 @@ def tune(
     table: Path | None,
     gpus: int,
     again: bool,
+    dependent: bool,
     folder: Path | None,
     as_json: bool,
 ) -> None:
@@ -55,16 +61,16 @@ def tune(
     if gpus > len(same):
         raise click.UsageError(f"--gpus {gpus} is more than the {len(same)} {gpu['name']} of this machine")
     path = table or library.build.folder / TABLE
-    known = TuningTable(gpu["name"], gpu["sm_count"])
+    known = TuningTable(gpu["name"], gpu["sm_count"], dependent=dependent)
     if path.exists():
-        known = TuningTable.read(path).updated(known)  # which another kind of GPU's refuses
+        known = TuningTable.read(path).updated(known)  # which one of another kind of GPU, or of launches, refuses
     driver = find_driver()
     versions = {
         "w4a16gen": __version__,
         "compiler": str(library.build.manifest["compiler"]),
         "driver": "none" if driver is None else f"CUDA {driver.cuda_version[0]}.{driver.cuda_version[1]}",
     }
-    job = Job(library, gpu, mode, path, known, again, versions)
+    job = Job(library, gpu, mode, path, known, again, dependent, versions)
     devices = [int(found["index"]) for found in same[:gpus]]
     outcomes = job.run(named, devices, tell=notes.print, show_progress=show_progress)
     if as_json:
