@@ -87,6 +87,12 @@ void check(const char* name) {
   }
 }
 
+template <class S>
+void check_filled(const char* name, int ctas, int clusters_at_once, int expected) {
+  const bool fits = native::filled<S>(ctas, clusters_at_once) == expected;
+  std::printf("%s, %d CTAs where %d clusters fit, filled: %s\n", name, ctas, clusters_at_once, fits ? "ok" : "wrong");
+}
+
 int main() {
   check<native::Shape<64, 64, 128, 2, 1, 1, 1, false, 1>>("persistent");
   check<native::Shape<64, 64, 128, 2, 1, 1, 1, true, 1>>("stream-K");
@@ -102,4 +108,12 @@ int main() {
   check<native::Shape<64, 16, 128, 2, 1, 1, 2, false, 1>>("two CTAs to an SM, cluster 1x1x2");
   check<native::Shape<64, 8, 128, 2, 2, 1, 1, false, 1>>("two CTAs to an SM, cluster 2x1x1");
   check<native::Shape<64, 16, 128, 2, 1, 1, 1, true, 1>>("two CTAs to an SM, stream-K");
+  using Two = native::Shape<64, 8, 128, 2, 1, 1, 1, false, 1>;
+  check_filled<Two>("two CTAs to an SM", 128, 264, 132);
+  check_filled<Two>("two CTAs to an SM", 67, 264, 132);
+  check_filled<Two>("two CTAs to an SM", 66, 264, 66);
+  check_filled<Two>("two CTAs to an SM", 200, 264, 200);
+  check_filled<native::Shape<64, 16, 128, 2, 1, 1, 2, false, 1>>("cluster 1x1x2", 128, 132, 132);
+  check_filled<native::Shape<64, 8, 128, 2, 1, 1, 1, true, 1>>("stream-K", 128, 264, 128);
+  check_filled<native::Shape<64, 64, 128, 2, 1, 1, 1, false, 1>>("one CTA to an SM", 128, 132, 128);
 }
