@@ -111,7 +111,11 @@ def _verify(
 @build_option
 @gpu_option
 @report_option
-@click.option("--sample", is_flag=True, help="Numerics of one kernel per CTA shape and mode, small problems only.")
+@click.option(
+    "--sample",
+    is_flag=True,
+    help="Numerics, --random's too, of one kernel per CTA shape, schedule and mode, on small problems.",
+)
 @click.option(
     "--random", "drawn_problems", type=click.IntRange(min=0), default=0, help="Also run so many random problems."
 )

@@ -140,10 +140,14 @@ _SAMPLE_KINDS = ("smallest", "ragged_k", "scales")
 
 
 def sample(configs: Iterable[KernelConfig]) -> list[KernelConfig]:
-    """Give one kernel per target, mode and CTA shape: the one with the largest cluster."""
+    """Give one kernel per target, mode, CTA shape, schedule and scheduler: the one with the largest cluster.
+
+    How many CTAs an SM holds, and who divides K, follow from the schedule: one schedule's kernel says nothing of
+    another's.
+    """
     chosen: dict[tuple[object, ...], KernelConfig] = {}
     for config in sorted(configs, key=lambda config: config.cluster):
-        chosen[config.target, config.mode, config.cta] = config
+        chosen[config.target, config.mode, config.cta, config.schedule, config.scheduler] = config
     return sorted(chosen.values())
 
 
@@ -161,7 +165,7 @@ def prove(
         library: the loaded build.
         device: the GPU.
         seed: of the random data.
-        sampled: only one kernel per CTA shape and mode, on small problems: for slow tools such as compute-sanitizer.
+        sampled: only the kernels of `sample`, on small problems: for slow tools such as compute-sanitizer.
         progress: told after every case of every mode.
     """
     gpu = GuardedGpu(library, device)

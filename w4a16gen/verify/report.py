@@ -50,7 +50,8 @@ class Report:
         else:
             checks = sum(sum(kernel["passed"].values()) for kernel in numerics["kernels"])
             failures = sum(len(kernel["failures"]) for kernel in numerics["kernels"])
-            proven = f"Numerics on {numerics['gpu']}: {checks} checks passed, {failures} failed."
+            ran = sum(bool(kernel["passed"] or kernel["failures"]) for kernel in numerics["kernels"])
+            proven = f"Numerics of {ran} of them on {numerics['gpu']}: {checks} checks passed, {failures} failed."
         return f"Static proofs {held} for {count} kernels. {proven}"
 
     def rows(self) -> Iterator[tuple[str, ...]]:
