@@ -69,5 +69,5 @@ def test_the_kernels_and_packing_agree_on_units_and_ranges(walker: Path) -> None
 def test_the_ctas_of_every_kind_of_kernel_sum_everything_once(tmp_path: Path) -> None:
     counted = subprocess.run([compile_for_host("host_tiles", tmp_path)], capture_output=True, check=True, text=True)  # noqa: S603
     lines = counted.stdout.splitlines()
-    assert len(lines) == 10 * 192
+    assert len(lines) == 14 * 192 * 2 + 7
     assert [line for line in lines if not line.endswith(": ok")] == []

@@ -148,6 +148,9 @@ class DeviceBuffer {
     if (offset > bytes_ || size > bytes_ - offset) throw std::out_of_range("upload beyond the device buffer");
     const DeviceGuard guard(device_);
     check(cudaMemcpy(static_cast<char*>(pointer_) + offset, info.ptr, size, cudaMemcpyHostToDevice), "upload");
+    // From pageable memory it returns when its last 64 KB are staged, not yet copied: streams that do not wait for the
+    // default one would read what was there before.
+    check(cudaStreamSynchronize(cudaStreamLegacy), "upload");
   }
   void download(const py::buffer& destination, size_t offset) const {
     const py::buffer_info info = destination.request(true);

@@ -148,9 +148,8 @@ size_t workspace_bytes(const Problem& problem, int sm_count) {
 }
 
 // Whether the next kernel's CTAs may take their places as this one's leave, and fetch weights, or only when this one
-// has fetched all of its own. Early, chains of 1 to 16 tokens take up to 8 % less time (28672x4096), but not where SMs
-// hold two CTAs and two grids fit at once: the second's then pile up in pairs on SMs that the first left empty, which
-// takes up to 28 % more (4096x4096; H100, 2026-11).
+// has few of its own left to fetch (`LeftStages`): where SMs hold two CTAs and two grids fit at once. Early, chains of
+// 1 to 16 tokens take up to 8 % less time (28672x4096; H100, 2026-11).
 template <class S>
 constexpr bool dependents_start_early(int ctas, int clusters_at_once) {
   return S::CtasPerSm == 1 || 2 * ctas > clusters_at_once * S::ClusterSize;
@@ -185,6 +184,7 @@ cudaError_t launch(const Launch& launch) {
   parameters.alpha = given.alpha;
   const int ctas = divide<S>(&parameters.tiling, m, layout.channel_blocks, layout.k_blocks, clusters_at_once);
   if (ctas == 0) return cudaErrorInvalidValue;
+  parameters.is_dependent = given.dependent_launch != 0;
   parameters.dependents_start_early = dependents_start_early<S>(ctas, clusters_at_once);
   if constexpr (S::StreamK) {
     parameters.workspace = static_cast<uint8_t*>(given.workspace);
@@ -193,7 +193,7 @@ cudaError_t launch(const Launch& launch) {
 
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t configuration = configuration_of<S>(attributes);
-  configuration.gridDim = static_cast<unsigned>(ctas);
+  configuration.gridDim = static_cast<unsigned>(parameters.is_dependent ? filled<S>(ctas, clusters_at_once) : ctas);
   configuration.stream = static_cast<cudaStream_t>(given.stream);
   if (given.dependent_launch != 0) {
     attributes[configuration.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -23,6 +23,7 @@ struct Parameters {
   float alpha;
   Tiling tiling;
   int activation_bytes;  // of a stage, where absent tokens are not fetched
+  bool is_dependent;
   bool dependents_start_early;
   uint8_t* workspace;  // of stream-K: what every CTA hands over
   uint64_t ticket;     // what a flag holds when its sums are there: no other launch's
@@ -132,18 +133,22 @@ __device__ inline void fetch_weights(const Parameters& p, const Shared<S>& share
   }
 }
 
-// The same for activations.
+// The same for activations, in two steps.
 template <class S>
-__device__ inline void fetch_activations(const Parameters& p, const Shared<S>& shared, const Tile& tile, int stage,
-                                         int slot, bool is_turn, uint16_t receivers) {
+__device__ inline void expect_activations(const Parameters& p, const Shared<S>& shared, int slot) {
+  barrier_arrive_expecting(shared.full(slot), S::AvoidsAbsentTokens ? p.activation_bytes : S::ActivationBytes);
+}
+
+template <class S>
+__device__ inline void copy_activations(const Parameters& p, const Shared<S>& shared, const Tile& tile, int stage,
+                                        int slot, const Sharers& sharers) {
+  if (!sharers.is_turn(stage)) return;
   const uint32_t full = shared.full(slot);
-  barrier_arrive_expecting(full, S::AvoidsAbsentTokens ? p.activation_bytes : S::ActivationBytes);
-  if (!is_turn) return;
   const int k = tile.first_block * kBlockK + stage * S::K;
 #pragma unroll
   for (int half = 0; half < S::Halves; ++half) {
     tensor_copy<S::ClusterChannels>(shared.activations(slot) + half * S::HalfActivationBytes, &p.activations,
-                                    k + half * 64, tile.token, full, receivers);
+                                    k + half * 64, tile.token, full, sharers.receivers);
   }
 }
 

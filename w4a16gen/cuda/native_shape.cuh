@@ -52,6 +52,8 @@ struct Shape {
   static constexpr int Sums = Fragments * Tokens / 2;
   static constexpr int CtasPerSm = Warpgroups == 2 && Sums <= (ClusterK == 4 ? 4 : 8) && K == kBlockK ? 2 : 1;
   static_assert(Sums <= (Warpgroups == 4 ? 32 : 128), "the sums must fit registers");
+  // Whether CTAs beyond the work repeat others' (native_tiles.h, `filled`).
+  static constexpr bool Repeats = CtasPerSm == 2 && !StreamK;
 
   // Whether there are registers to fetch ahead into: ptxas has 168 for each of 384 threads, 96 for each of 640.
   // Compiled: with more sums than these it spills.
@@ -119,6 +121,12 @@ struct Shape {
   // arrive late, the first one too (4096x4096, m = 1: 34 KiB cost 9 %).
   static constexpr int MaxEarlyWeights = 20 * 1024;
   static constexpr int EarlyStages = Multicasts ? 0 : min_of(Stages, max_of(MaxEarlyWeights / WeightBytes, 1));
+  // Stages that are left to fetch when the next launch's CTAs may take their places, where both grids fit at once. Its
+  // own weights then come while this one works on its last: with more left they are in the way of this one's, with
+  // fewer nothing is fetched meanwhile (4096x14336, m = 1: 11.1 us, with 74 or 37 KiB left 11.2 and 11.4, at
+  // once 11.7).
+  static constexpr int MaxLeftWeights = 56 * 1024;
+  static constexpr int LeftStages = max_of(MaxLeftWeights / WeightBytes, 1);
   static constexpr int SharedBytes = BesideRing + Stages * StageBytes;
 
   W4A16_HOST_DEVICE static constexpr int header_bytes(int rows) { return rows * kRowBytes * (Zeros ? 2 : 1); }

@@ -43,6 +43,20 @@ W4A16_HOST_DEVICE inline int share_begin(const Tiling& tiling, int share) {
   return share * tiling.share + min_of(share, tiling.longer_shares);
 }
 
+// How many CTAs a dependent launch has. Where SMs hold two and two grids fit at once, every SM gets one: those without
+// work of their own repeat others' and store nothing. Otherwise two CTAs of the next launch meet on an SM that this one
+// left empty, and take twice as long. What they read of the weights is in L2, or on its way there.
+template <class S>
+int filled(int ctas, int clusters_at_once) {
+  const int one_each = clusters_at_once / S::CtasPerSm * S::ClusterSize;
+  return S::Repeats && ctas < one_each && one_each < 2 * ctas ? one_each : ctas;
+}
+
+template <class S>
+W4A16_HOST_DEVICE inline bool is_repeat(const Tiling& tiling, int cta) {
+  return S::Repeats && cta / S::ClusterSize >= tiling.channel_tiles * tiling.token_tiles;
+}
+
 template <class S>
 W4A16_HOST_DEVICE inline Work work_of(const Tiling& tiling, int cta, int ctas, int rank) {
   if constexpr (S::StreamK) {
@@ -54,7 +68,9 @@ W4A16_HOST_DEVICE inline Work work_of(const Tiling& tiling, int cta, int ctas, i
     const int last = (end - 1) / tiling.k_blocks;
     return {first, 1, last + 1, 0, share, begin - first * tiling.k_blocks, end - last * tiling.k_blocks};
   } else {
-    return {cta / S::ClusterSize, ctas / S::ClusterSize, tiling.channel_tiles * tiling.token_tiles, rank, 0, 0, 0};
+    const int tiles = tiling.channel_tiles * tiling.token_tiles;
+    const int cluster = cta / S::ClusterSize;
+    return {is_repeat<S>(tiling, cta) ? cluster - tiles : cluster, ctas / S::ClusterSize, tiles, rank, 0, 0, 0};
   }
 }
 

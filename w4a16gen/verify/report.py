@@ -10,9 +10,12 @@ from typing import Any
 
 from w4a16gen.config import KernelConfig
 from w4a16gen.module import Library
-from w4a16gen.verify import drawn, numeric, static
+from w4a16gen.verify import chained, drawn, numeric, static
 
 NOT_RUN = "not run"
+CHAIN_K = 512
+SAMPLED_CHAIN_K = 128
+"""Input channels of the chains of dependent launches."""
 
 
 @dataclass(frozen=True)
@@ -127,15 +130,18 @@ def verify(
     proof = static.prove(library, generated)
     hopper = library.hopper_devices()
     if hopper:
-        kernels = numeric.prove(library, device=hopper[0]["index"], sampled=sampled, progress=progress)
+        gpu = hopper[0]
+        kernels = numeric.prove(library, device=gpu["index"], sampled=sampled, progress=progress)
+        proofs = {KernelConfig.parse(kernel.name): kernel for kernel in kernels}
+        k = SAMPLED_CHAIN_K if sampled else CHAIN_K
+        chained.prove_chains(library, proofs, sm_count=gpu["sm_count"], device=gpu["index"], k=k, progress=progress)
         if drawn_problems:
-            proofs = {KernelConfig.parse(kernel.name): kernel for kernel in kernels}
-            drawn.prove_drawn(library, proofs, drawn_problems, device=hopper[0]["index"], progress=progress)
+            drawn.prove_drawn(library, proofs, drawn_problems, device=gpu["index"], progress=progress)
         failed = any(kernel.failures for kernel in kernels)
         numerics: dict[str, Any] = {
             "status": "failed" if failed else "passed",
-            "gpu": hopper[0]["name"],
-            "sm_count": hopper[0]["sm_count"],
+            "gpu": gpu["name"],
+            "sm_count": gpu["sm_count"],
             "sampled": sampled,
             "drawn_problems": drawn_problems,
             "kernels": [kernel.as_json() for kernel in kernels],
