@@ -197,6 +197,20 @@ def test_wrong_machine_code_is_a_violation(code: KernelCode, text: str) -> None:
     assert violation.startswith(f"kernel {text}")
 
 
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        (KernelCode(80, 0, Counter(UTMALDG=3, UBLKCP=2)), "has no HMMA"),
+        (KernelCode(80, 0, Counter(HMMA=8, UTMALDG=3, UBLKCP=2, HGMMA=12), 12), "has 12 HGMMA"),
+        (KernelCode(80, 0, Counter(HMMA=8, UTMALDG=3)), "has no UBLKCP"),
+    ],
+)
+def test_wrong_machine_code_of_warps_that_multiply_each_by_itself_is_a_violation(code: KernelCode, text: str) -> None:
+    (violation,) = static.code_violations(BY_WARPS, code)
+    assert violation.startswith(f"{BY_WARPS} {text}")
+    assert static.code_violations(BY_WARPS, KernelCode(80, 0, Counter(HMMA=8, UTMALDG=3, UBLKCP=2))) == []
+
+
 def test_a_build_without_kernels_fails_the_static_proof(fake_library: Library) -> None:
     violations = static.prove(fake_library, generated(fake_library.build)).violations
     assert len([violation for violation in violations if "not in the machine code" in violation]) == 63

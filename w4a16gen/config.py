@@ -101,6 +101,8 @@ class Schedule(_OrderedEnum):
     """Two that divide the channels of one output tile, 64 or more each; 64 channels they share, dividing K."""
     FOUR_WARPGROUPS = "warpgroups4"
     """The same with four."""
+    EIGHT_WARPS = "warps8"
+    """The same with two whose warps multiply each by itself (mma.sync), few tokens: two CTAs share an SM."""
 
 
 class Scheduler(_OrderedEnum):

@@ -22,11 +22,16 @@ MAX_ACCUMULATORS = 128
 compiles 256x256 and pingpong 128x256 with more than 9 KB of spills a thread (nvcc 13.0)."""
 NATIVE_K = (64, 128)
 """k of a native kernel's stage: a packed block, or half of it."""
-NATIVE_WARPGROUPS = {Schedule.TWO_WARPGROUPS: 2, Schedule.FOUR_WARPGROUPS: 4}
+NATIVE_WARPGROUPS = {Schedule.TWO_WARPGROUPS: 2, Schedule.FOUR_WARPGROUPS: 4, Schedule.EIGHT_WARPS: 2}
 """Consumer warpgroups of a native kernel's CTA."""
-MAX_NATIVE_ACCUMULATORS = {Schedule.TWO_WARPGROUPS: MAX_ACCUMULATORS, Schedule.FOUR_WARPGROUPS: 32}
+MAX_NATIVE_ACCUMULATORS = {
+    Schedule.TWO_WARPGROUPS: MAX_ACCUMULATORS,
+    Schedule.FOUR_WARPGROUPS: 32,
+    Schedule.EIGHT_WARPS: 8,
+}
 """fp32 accumulators per thread. Four consumer warpgroups and a producer leave a thread 104 registers, of which the
-fragments of weights take 32 (compiled: with 64 accumulators ptxas serialises WGMMAs, C7512)."""
+fragments of weights take 32 (compiled: with 64 accumulators ptxas serialises WGMMAs, C7512). Eight warps that multiply
+by themselves have four of each, and half of an SM's registers."""
 MAX_NATIVE_SHARERS = 2
 """CTAs of a cluster that share one operand of a native kernel."""
 MAX_PORTABLE_CLUSTER = 8
@@ -79,11 +84,11 @@ def _forbidden_native(config: KernelConfig) -> str | None:
     """Say why the native kernel cannot be this kernel, or None."""
     cta, cluster = config.cta, config.cluster
     if config.schedule not in NATIVE_WARPGROUPS:
-        return "native kernels have the schedules warpgroups2 and warpgroups4"
+        return "native kernels have the schedules warpgroups2, warpgroups4 and warps8"
     if config.scheduler is Scheduler.STREAM_K and (cluster.channels, cluster.tokens, cluster.k) != (1, 1, 1):
         return f"cluster {cluster}: stream-K, which divides K among CTAs, has no clusters in native kernels"
-    if cta.k not in NATIVE_K:
-        return f"CTA k of {cta.k}: a native kernel's stage is a packed block's 128 k or half of it"
+    if cta.k not in (NATIVE_K[-1:] if config.schedule is Schedule.EIGHT_WARPS else NATIVE_K):
+        return f"CTA k of {cta.k}: a native kernel's stage is a packed block's 128 k, or half but of eight warps"
     if max(cluster.channels, cluster.tokens) > MAX_NATIVE_SHARERS:
         return f"cluster {cluster}: native kernels share an operand between {MAX_NATIVE_SHARERS} CTAs at most"
     if cluster.k > 1 and cluster.channels * cluster.tokens > 1:
@@ -104,6 +109,8 @@ def _forbidden_native(config: KernelConfig) -> str | None:
 def _lacks_registers(config: KernelConfig, arrangement: NativeArrangement) -> str | None:
     """Say why a native kernel's registers do not suffice beside its accumulators, as compiling showed (nvcc 13.0)."""
     cta = config.cta
+    if config.schedule is Schedule.EIGHT_WARPS and cta.channels == 256 and config.cluster.k == 4:  # noqa: PLR2004
+        return f"CTA {cta}: eight warps lack registers to exchange sums of 256 channels among 4 CTAs (compiled: spills)"
     four = config.schedule is Schedule.FOUR_WARPGROUPS
     if four and cta.k == 64 and cta.tokens == 64:  # noqa: PLR2004
         if arrangement.along_k > 1:
@@ -152,7 +159,8 @@ def native_arrangement(config: KernelConfig) -> NativeArrangement:
     along_channels = min(blocks, warpgroups)
     along_k = warpgroups // along_channels
     sums = blocks // along_channels * cta.tokens // 2
-    ctas_per_sm = 2 if warpgroups == 2 and sums <= (4 if cluster.k == 4 else 8) and cta.k == 128 else 1  # noqa: PLR2004
+    most_sharing = 4 if cluster.k == 4 and config.schedule is not Schedule.EIGHT_WARPS else 8  # noqa: PLR2004
+    ctas_per_sm = 2 if warpgroups == 2 and sums <= most_sharing and cta.k == 128 else 1  # noqa: PLR2004
     header = 512 * (2 if config.mode.has_zeros else 1) if config.mode.is_grouped else 0
     weights = blocks * (header + cta.k * 32)
     phase = 64 if along_k == 2 and cta.tokens == 64 else min(cta.tokens, 32)  # noqa: PLR2004

@@ -69,6 +69,7 @@ def _native_parts(config: KernelConfig) -> dict[str, object]:
         "warpgroups": NATIVE_WARPGROUPS[config.schedule],
         "cluster": ", ".join(map(str, config.cluster.as_list())),
         "stream_k": str(config.scheduler is Scheduler.STREAM_K).lower(),
+        "by_warps": config.schedule is Schedule.EIGHT_WARPS,
     }
 
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "native_exchange.cuh"
+#include "native_warp_mainloop.cuh"
 
 namespace w4a16::native {
 
@@ -141,7 +142,11 @@ __device__ inline void consume(const Parameters& p, const Shared<S>& shared, con
 #pragma unroll
       for (int i = 0; i < S::Tokens / 2; ++i) sum[f][i] = 0;
     }
-    consume_stages<S, Rows>(shared, mine, me, at, sum);
+    if constexpr (S::ByWarps) {
+      consume_stages_by_warps<S, Rows>(shared, mine, me, at, sum);
+    } else {
+      consume_stages<S, Rows>(shared, mine, me, at, sum);
+    }
     wait_for_prerequisites();  // the kernel before may read what is written now, or have written the bias
     // With four warpgroups and no spare registers, asked anew: what follows from it would otherwise occupy registers
     // during the main loop. (With two it is the other way round: compiled.)

@@ -41,11 +41,11 @@ struct Packed {
   uint32_t scales[kGroups + 1];  // one more than needed: there are no arrays of none
   uint32_t zeros[kGroups + 1];
 
-  // From the shared memory that holds a block, or half of one; `half` is which 64 of the block's k. A warpgroup with
-  // one fragment has the scales of the second half already where one row is all of the block's.
+  // From the shared memory that holds a block, or half of one; `half` is which 64 of the block's k. Where one row is
+  // all of the block's, the scales of the second half are here already, unless another fragment's came between.
   __device__ void load(uint32_t block, const Consumer& me, int half) {
     words = load_shared(block + S::header_bytes(Rows) + words_offset(S::K == 64 ? 0 : half, me.warp, me.lane));
-    if (S::Fragments == 1 && S::K == kBlockK && Rows == 1 && half == 1) return;
+    if ((S::Fragments == 1 || S::ByWarps) && S::K == kBlockK && Rows == 1 && half == 1) return;
     const uint32_t scales_at = block + (me.warp * 8 + me.lane / 4) * 4;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {

@@ -14,7 +14,7 @@ W4A16_HOST_DEVICE constexpr int min_of(int a, int b) { return a < b ? a : b; }
 W4A16_HOST_DEVICE constexpr int max_of(int a, int b) { return a < b ? b : a; }
 
 template <int Channels_, int Tokens_, int K_, int Warpgroups_, int ClusterChannels_, int ClusterTokens_, int ClusterK_,
-          bool StreamK_, int Mode_>
+          bool StreamK_, int Mode_, bool ByWarps_ = false>
 struct Shape {
   static constexpr int Channels = Channels_;
   static constexpr int Tokens = Tokens_;
@@ -25,6 +25,7 @@ struct Shape {
   static constexpr int ClusterK = ClusterK_;
   static constexpr bool StreamK = StreamK_;  // every CTA gets an equal share of all k blocks, which may split tiles
   static constexpr int Mode = Mode_;
+  static constexpr bool ByWarps = ByWarps_;  // each warp multiplies by itself, instead of warpgroups together
   static constexpr bool Scales = Mode != W4A16_PER_COLUMN_SCALE_ONLY;
   static constexpr bool Zeros = Mode == W4A16_FINEGRAINED_SCALE_AND_ZEROS;
   static constexpr int ClusterSize = ClusterChannels * ClusterTokens * ClusterK;
@@ -50,8 +51,10 @@ struct Shape {
   // fp32 sums of one thread. Two CTAs with few of them share an SM: one fetches while the other finishes, also across
   // dependent launches.
   static constexpr int Sums = Fragments * Tokens / 2;
-  static constexpr int CtasPerSm = Warpgroups == 2 && Sums <= (ClusterK == 4 ? 4 : 8) && K == kBlockK ? 2 : 1;
+  static constexpr int MostSharingSums = ClusterK == 4 && !ByWarps ? 4 : 8;
+  static constexpr int CtasPerSm = Warpgroups == 2 && Sums <= MostSharingSums && K == kBlockK ? 2 : 1;
   static_assert(Sums <= (Warpgroups == 4 ? 32 : 128), "the sums must fit registers");
+  static_assert(!ByWarps || CtasPerSm == 2, "warps multiply by themselves where two CTAs share an SM");
   // Whether CTAs beyond the work repeat others' (native_tiles.h, `filled`).
   static constexpr bool Repeats = CtasPerSm == 2 && !StreamK;
 

@@ -1,0 +1,109 @@
+// The main loop of kernels for few tokens whose warps multiply each by itself, with mma.sync.
+//
+// A WGMMA of 8 tokens keeps the tensor cores busy for a moment, and a warpgroup's four warps waiting for each other.
+// Here no warp waits for another. What it computes is the same: an A fragment of mma.m16n8k16 is a warp's part of
+// WGMMA's, and so are its sums (PTX ISA, "Matrix Fragments for mma.m16n8k16").
+#pragma once
+
+#include "native_mainloop.cuh"
+
+namespace w4a16::native {
+
+// Four 8x8 matrices; a lane's address is that of a row, of matrix lane / 8.
+__device__ inline void load_matrices(uint32_t row, uint32_t (&matrices)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+               : "r"(row)
+               : "memory");
+}
+
+// Adds 16 channels x 16 k times 16 k x 8 tokens.
+__device__ inline void multiply_by_warp(float (&sum)[4], const uint32_t (&weights)[4], uint32_t lower_k,
+                                        uint32_t upper_k) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "r"(lower_k), "r"(upper_k));
+}
+
+// The B fragments of a stage's activations: of 64 k, 8 tokens and 32 k each.
+template <class S>
+struct Activations {
+  static constexpr int kGroups = S::Tokens / 8;
+  uint32_t matrices[2][kGroups][2][4];
+
+  // `row` is the lane's of the first four matrices. What is 32 k further on lies 64 bytes further on, before the
+  // swizzle, which only turns bits over.
+  __device__ void load(uint32_t row) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+          load_matrices((row ^ pair * 64) + half * S::HalfActivationBytes + group * 8 * 128,
+                        matrices[half][group][pair]);
+        }
+      }
+    }
+  }
+};
+
+// Sums the stages of one tile that fall to this warp's share of K. Two or four k16 steps one after the other have sums
+// of their own, which meet in the end: no mma waits for the one before.
+template <class S, int Rows>
+__device__ inline void consume_stages_by_warps(const Shared<S>& shared, int stages, const Consumer& me,
+                                               Position<S::Stages>& at, Sums<S>& sum) {
+  constexpr int kGroups = S::Tokens / 8;
+  constexpr int kSteps = 4;
+  constexpr int kParts = kGroups > 1 ? 2 : 4;  // as many sums with 16 tokens as with 8
+  float parts[kParts][S::Fragments][kGroups][4] = {};
+  const uint32_t lane_row = me.lane % 8 * 128 + (me.lane / 8 ^ me.lane % 8) * 16;  // 128-byte swizzle
+#pragma unroll 1
+  for (; stages > 0; --stages) {
+    const int slot = at.slot;
+    barrier_wait(shared.full(slot), at.phase);
+    const uint32_t weights = shared.weights(slot) + me.warpgroup_m * S::Fragments * S::BlockBytes;
+    Packed<S, Rows> packed[S::Fragments][2];
+#pragma unroll
+    for (int f = 0; f < S::Fragments; ++f) {
+      packed[f][0].load(weights + f * S::BlockBytes, me, 0);
+      packed[f][1] = packed[f][0];
+      packed[f][1].load(weights + f * S::BlockBytes, me, 1);
+    }
+    Activations<S> activations;
+    activations.load(shared.activations(slot) + lane_row);
+    __syncwarp();
+    release<S>(shared, slot, me.lane);
+    at.advance(S::WarpgroupsK);
+#pragma unroll
+    for (int f = 0; f < S::Fragments; ++f) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        Fragments fragments;
+        packed[f][half].dequantize_into(fragments);
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+          for (int group = 0; group < kGroups; ++group) {
+            const auto& pair = activations.matrices[half][group][step / 2];
+            multiply_by_warp(parts[step % kParts][f][group], fragments[step], pair[step % 2 * 2],
+                             pair[step % 2 * 2 + 1]);
+          }
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int f = 0; f < S::Fragments; ++f) {
+#pragma unroll
+    for (int i = 0; i < S::Tokens / 2; ++i) {
+      const auto part = [&](int step) { return parts[step][f][i / 4][i % 4]; };
+      sum[f][i] = part(0) + part(1);
+      if constexpr (kParts == 4) sum[f][i] += part(2) + part(3);
+    }
+  }
+}
+
+}  // namespace w4a16::native
