@@ -47,6 +47,8 @@ EXCHANGE_TOKEN_CYCLES = 12.1
 HANDOVER_CYCLES = 2810.0
 HANDOVER_TOKEN_CYCLES = 12.9
 """The same through the workspace, once in a launch, and the latter as often as CTAs share a tile: one adds for all."""
+PAIRED_SHARE = 0.75
+"""Where two CTAs share an SM: how far tiles come in pairs, of which an SM has two or none."""
 STREAM_K_LOSS = 0.03
 """How much longer stream-K reads and works, for being at many places of K at once."""
 PACKED_BYTES_PER_CYCLE = 2630.0
@@ -170,7 +172,11 @@ def native_cycles(config: KernelConfig, problem: Problem) -> float:
     area = cta.tokens * cta.channels / 64
     stream_k = config.scheduler is Scheduler.STREAM_K
     at_once = CLUSTERS_OF_4 if size == 4 else SM_COUNT // size  # noqa: PLR2004
-    waves = 1 if stream_k else max(1, -(-tiles // at_once))
+    arrangement = native_arrangement(config)
+    waves: float = 1 if stream_k else max(1, -(-tiles // at_once))
+    pairs = arrangement.ctas_per_sm == 2 and waves > 1  # noqa: PLR2004
+    if pairs:
+        waves += PAIRED_SHARE * (2 * -(-tiles // (2 * at_once)) - waves)
     rows = -(-tiles * k_blocks // SM_COUNT) if stream_k else -(-k_blocks // cluster.k)
     activation_bytes, weight_bytes = 128 * 2 * cta.tokens * 64 / cta.channels, 128 * 64 / 2 + 2 * 64
     long = is_long(problem)
@@ -182,14 +188,13 @@ def native_cycles(config: KernelConfig, problem: Problem) -> float:
         (activation_bytes + weight_bytes) / SM_BYTES_PER_CYCLE,
     )
     slower = 1 + STREAM_K_LOSS if stream_k else 1.0
-    work = slower * rows * cta.channels / 64 * block
-    if native_arrangement(config).along_k > 1:
-        work += SUM_CYCLES
+    meeting = SUM_CYCLES if arrangement.along_k > 1 else 0.0
     if cluster.k > 1:
-        work += EXCHANGE_CYCLES + EXCHANGE_TOKEN_CYCLES * area
+        meeting += EXCHANGE_CYCLES + EXCHANGE_TOKEN_CYCLES * area
     if stream_k:
-        work += HANDOVER_CYCLES + HANDOVER_TOKEN_CYCLES * area * max(1.0, k_blocks / max(rows, 1))
-    work *= waves
+        meeting += HANDOVER_CYCLES + HANDOVER_TOKEN_CYCLES * area * max(1.0, k_blocks / max(rows, 1))
+    work = waves * slower * rows * cta.channels / 64 * block
+    work += meeting if pairs else waves * meeting  # one CTA's sums meet while the other works
     reading = slower * (problem.n * problem.k / 2 + 2 * problem.groups * problem.n) / PACKED_BYTES_PER_CYCLE
     longer, shorter = max(work, reading), min(work, reading)
     cycles = LAUNCH_CYCLES + longer + OVERLAP_LOSS * shorter + (MULTICAST_CYCLES if size > cluster.k else 0.0)

@@ -83,10 +83,11 @@ def _not_in_trtllm_native(config: KernelConfig) -> str | None:
     return why_forbidden(counterpart) or _not_in_trtllm(counterpart)
 
 
-_FOUR, _TWO = Schedule.FOUR_WARPGROUPS, Schedule.TWO_WARPGROUPS
+_FOUR, _TWO, _EIGHT_WARPS = Schedule.FOUR_WARPGROUPS, Schedule.TWO_WARPGROUPS, Schedule.EIGHT_WARPS
 _DEFAULT_SHAPES = frozenset(
     {
-        *((f"64x{tokens}x128", cluster, _FOUR) for tokens in (8, 16) for cluster in ("1x1x1", "1x1x2")),
+        *((f"64x{tokens}x128", cluster, _EIGHT_WARPS) for tokens in (8, 16) for cluster in ("1x1x1", "1x1x2")),
+        *(("64x16x128", cluster, _FOUR) for cluster in ("1x1x1", "1x1x2")),
         *((f"64x{tokens}x128", cluster, _TWO) for tokens in (32, 64) for cluster in ("1x1x1", "1x1x2")),
         ("64x128x64", "1x1x2", _TWO),
         *(("128x128x64", cluster, _TWO) for cluster in ("1x1x2", "1x2x1")),
