@@ -30,6 +30,8 @@ from w4a16gen.verify.static import KernelCode, read_code
 
 pytestmark = pytest.mark.compile
 
+BY_WARPS = "w4a16_sm90_native_fgs_cta64x8x128_cluster1x1x2_warps8_persistent"
+
 
 def generated(build: Build) -> Path:
     """Give the folder that a build's sources were emitted to."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import pytest
 
-from w4a16gen import ClusterShape, CtaShape, QuantMode, Schedule, Scheduler, Target
+from w4a16gen import ClusterShape, CtaShape, KernelConfig, QuantMode, Schedule, Scheduler, Target
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.legality import native_arrangement
 from w4a16gen.space import (
@@ -100,6 +101,28 @@ def test_a_shape_off_the_grid_has_a_reason() -> None:
         config.target, config.mode, CtaShape(96, 16, 64), config.cluster, config.schedule, config.scheduler
     )
     assert str(why_not(odd)) == "forbidden: CTA channels of 96 is not one of 64, 128, 256"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("cta64x32x128_cluster1x1x1_warps8_persistent", "CTA 64x32 needs 16 accumulators per thread"),
+        ("cta64x8x64_cluster1x1x1_warps8_persistent", "CTA k of 64: .* but of eight warps"),
+        ("cta256x8x128_cluster1x1x4_warps8_persistent", "eight warps lack registers to exchange sums"),
+        ("cta64x8x128_cluster1x1x2_warps8_streamk", "stream-K, which divides K among CTAs, has no clusters"),
+    ],
+)
+def test_what_eight_warps_cannot_be_has_a_reason(name: str, reason: str) -> None:
+    for mode in QuantMode:
+        why = why_not(KernelConfig.parse(f"w4a16_sm90_native_{mode}_{name}"), "native")
+        assert why is not None
+        assert re.search(reason, str(why))
+
+
+def test_two_ctas_of_eight_warps_share_an_sm() -> None:
+    of_eight = [config for config in enumerate_space("native") if config.schedule is Schedule.EIGHT_WARPS]
+    assert len(of_eight) == 102
+    assert {native_arrangement(config).ctas_per_sm for config in of_eight} == {2}
 
 
 def test_filters_combine_over_axes_and_repeat_within_one() -> None:
