@@ -93,11 +93,11 @@ def quantized(integers: Integers, mode: QuantMode, group_size: int) -> Quantized
 def draw_chain(rng: np.random.Generator, n: int, k: int, mode: QuantMode) -> Chain:
     """Draw the weights and activations of a chain, and follow it on the host."""
     weights: dict[str, Integers] = {}
-    for name, (channels, terms) in {"up": (n, k), "up too": (n, k), "down": (k, n)}.items():
-        weight = weights[name] = np.zeros((channels, terms))
-        share = terms // TERMS
-        places = rng.integers(0, share, (channels, TERMS)) + share * np.arange(TERMS)
-        np.put_along_axis(weight, places, rng.choice((-1.0, 1.0), (channels, TERMS)), axis=1)
+    for name, shape in {"up": (n, k), "up too": (n, k), "down": (k, n)}.items():
+        weight = weights[name] = np.zeros(shape)
+        share = shape[1] // TERMS
+        places = rng.integers(0, share, (shape[0], TERMS)) + share * np.arange(TERMS)
+        np.put_along_axis(weight, places, rng.choice((-1.0, 1.0), places.shape), axis=1)
     x = rng.integers(-LARGEST_ACTIVATION, LARGEST_ACTIVATION + 1, (MOST_TOKENS, k)).astype(np.float64)
     left = {"x": x}
     for source, name, target in _LINKS:

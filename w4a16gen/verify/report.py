@@ -14,8 +14,9 @@ from w4a16gen.verify import chained, drawn, numeric, static
 
 NOT_RUN = "not run"
 CHAIN_K = 512
-SAMPLED_CHAIN_K = 128
 """Input channels of the chains of dependent launches."""
+SAMPLED_CHAIN_K = 128
+"""The same in a sample, for slow tools."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def verify(
     Args:
         library: the loaded build.
         generated: the folder that its sources were emitted to.
-        sampled: numerics of one kernel per CTA shape and mode on small problems only.
+        sampled: those of `numeric.sample` on small problems only, and short chains.
         drawn_problems: random problems to run beside the fixed cases.
         progress: told how far the numerical proofs are.
     """
