@@ -134,6 +134,13 @@ def test_overwriting_what_the_launch_before_still_reads_is_found(monkeypatch: py
     assert all("values in v are wrong" in failure for failure in failures)
 
 
+def test_what_no_launch_has_written_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StandIn, "order", staticmethod(lambda launches: launches[:-1]))
+    failures = run(NAMES[:1])[NAMES[0]].failures
+    assert len(failures) == 18
+    assert all("values in w are wrong" in failure for failure in failures)
+
+
 def test_a_launch_that_fails_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StandIn, "error", CudaError("no such luck"))
     failures = run(NAMES[:1])[NAMES[0]].failures

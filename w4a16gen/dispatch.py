@@ -49,7 +49,8 @@ HANDOVER_TOKEN_CYCLES = 12.9
 """The same through the workspace, once in a launch, and the latter as often as CTAs share a tile: one adds for all."""
 PAIRED_SHARE = 0.75
 """Where two CTAs share an SM: how far tiles come in pairs, of which an SM has two or none. Chosen by what the choice
-loses in each of the shipped table's 57 layers without that layer's times: 0.41 % in geometric mean, with 0 instead 0.60."""
+loses in each of the shipped table's 57 layers without that layer's times: 0.41 % in geometric mean, with 0 in its place
+0.60 %."""
 STREAM_K_LOSS = 0.03
 """How much longer stream-K reads and works, for being at many places of K at once."""
 PACKED_BYTES_PER_CYCLE = 2630.0
