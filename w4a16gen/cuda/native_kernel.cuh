@@ -85,14 +85,28 @@ __device__ inline void produce(const Parameters& p, const Shared<S>& shared, con
 template <class S>
 __device__ inline void produce_weights(const Parameters& p, const Shared<S>& shared, const Work& work) {
   const Sharers sharers = weight_sharers<S>(work.rank);
-  produce<S>(p, shared, work, S::EarlyStages, [&](const Tile& tile) {
+  const auto fetch_tile = [&](const Tile& tile) {
     const int trigger = tile.blocks * S::StagesPerBlock - S::LeftStages;
     if (S::CtasPerSm == 2 && trigger <= S::EarlyStages) launch_dependents();
     return [&, trigger, rows = WeightRows<S>(p, tile)](int stage, int slot) {
       if (S::CtasPerSm == 2 && stage == trigger) launch_dependents();
       fetch_weights<S>(p, shared, rows, stage, slot, sharers.is_turn(stage), sharers.receivers);
     };
-  });
+  };
+  int filled = S::EarlyStages;
+  if (S::CtasPerSm == 2 && p.is_dependent) {
+    const Tile tile = tile_at<S>(p.tiling, work, work.first_tile);
+    const auto fetch = fetch_tile(tile);
+    const int stages = tile.blocks * S::StagesPerBlock;
+    filled = min(S::Stages, stages);
+#pragma unroll 1
+    for (int stage = S::EarlyStages; stage < filled; ++stage) {
+      pause(S::FillPause);
+      fetch(stage, stage);
+    }
+    if (!p.dependents_start_early && stages <= S::Stages + S::PrefetchedStages) prefetch_weights<S>(p, tile, S::Stages);
+  }
+  produce<S>(p, shared, work, filled, fetch_tile);
 }
 
 template <class S>

@@ -133,6 +133,18 @@ __device__ inline void fetch_weights(const Parameters& p, const Shared<S>& share
   }
 }
 
+// Has L2 fetch the weights of a tile's stages from `begin` on.
+template <class S>
+__device__ inline void prefetch_weights(const Parameters& p, const Tile& tile, int begin) {
+  const WeightRows<S> rows(p, tile);
+#pragma unroll 1
+  for (int block = begin / S::StagesPerBlock; block < tile.blocks; ++block) {
+#pragma unroll
+    for (int b = 0; b < S::Blocks; ++b)
+      bulk_prefetch(rows.block[b] + static_cast<int64_t>(block) * p.block_bytes, p.block_bytes);
+  }
+}
+
 // The same for activations, in two steps.
 template <class S>
 __device__ inline void expect_activations(const Parameters& p, const Shared<S>& shared, int slot) {

@@ -53,6 +53,12 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
+__device__ inline void pause(uint32_t cycles) {
+  const uint32_t begin = clock();
+  while (static_cast<uint32_t>(clock()) - begin < cycles) {
+  }
+}
+
 // Bulk copies of the async proxy, which complete on a barrier. With more than one receiver the same offsets of shared
 // memory, data and barrier, are filled in every CTA of the cluster whose bit `receivers` has.
 template <int Receivers>
@@ -70,6 +76,11 @@ __device__ inline void bulk_copy(uint32_t destination, const void* source, uint3
         "l"(source), "r"(bytes), "r"(barrier), "h"(receivers)
         : "memory");
   }
+}
+
+// Into L2 alone.
+__device__ inline void bulk_prefetch(const void* source, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
 }
 
 template <int Receivers>
