@@ -94,7 +94,7 @@ __device__ inline void produce_weights(const Parameters& p, const Shared<S>& sha
     };
   };
   int filled = S::EarlyStages;
-  if (S::CtasPerSm == 2 && p.is_dependent) {
+  if (S::CtasPerSm == 2 && p.is_dependent) {  // the launch before comes first (`FillPause`)
     const Tile tile = tile_at<S>(p.tiling, work, work.first_tile);
     const auto fetch = fetch_tile(tile);
     const int stages = tile.blocks * S::StagesPerBlock;
