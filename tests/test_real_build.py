@@ -22,7 +22,7 @@ from w4a16gen.built import Build, load_build
 from w4a16gen.cli import main
 from w4a16gen.compile import FLAGS
 from w4a16gen.config import Scheduler
-from w4a16gen.legality import native_arrangement
+from w4a16gen.legality import MAX_ACCUMULATORS, native_arrangement
 from w4a16gen.render import source_name
 from w4a16gen.space import enumerate_space
 from w4a16gen.verify import static, verify
@@ -89,6 +89,21 @@ def test_native_kernels_compile_in_seconds_and_are_proven(tmp_path: Path) -> Non
         assert kernel["compile_peak_bytes"] < 1e9
         assert kernel["instructions"]["UBLKCP"] > 0
     check_that_more_tokens_need_no_less_workspace(Library(built.build))
+
+
+def test_kernels_at_the_edge_of_their_registers_do_not_spill(tmp_path: Path) -> None:
+    """Of all of space native, those that exchange as many sums as a thread can have: what ptxas lets spill first."""
+
+    def is_at_the_edge(config: KernelConfig) -> bool:
+        arrangement = native_arrangement(config)
+        exchanges = arrangement.along_k * config.cluster.k > 1 or config.scheduler is Scheduler.STREAM_K
+        return arrangement.sums == MAX_ACCUMULATORS and exchanges and config.mode.is_grouped
+
+    configs = list(filter(is_at_the_edge, enumerate_space("native")))
+    assert len(configs) == 22
+    built = build(configs, generated=tmp_path / "generated", folder=tmp_path / "build")
+    assert built.failures == []
+    assert static.prove(Library(built.build), tmp_path / "generated").violations == []
 
 
 def check_that_more_tokens_need_no_less_workspace(library: Library) -> None:
