@@ -131,12 +131,14 @@ struct Shape {
   static constexpr int MaxLeftWeights = 56 * 1024;
   static constexpr int LeftStages = max_of(MaxLeftWeights / WeightBytes, 1);
   // Cycles that a dependent launch's CTA waits before each other stage of its first ring. The CTA of the launch before,
-  // on the same SM, is about to fetch its activations and the last of its weights, and the copies of both take turns:
-  // at once the ring fills 0.2 us sooner, and that CTA ends 0.1 to 0.5 us later (25 to 130 cycles make no difference).
+  // on the same SM, is about to fetch its activations and its last weights, and all wait for it: where the copies of
+  // both came at once, chains took 3 to 5 % more time (eight layers; 25 to 130 cycles make no difference, 450 cost 3 to
+  // 6 %).
   static constexpr int FillPause = 100;
   // Weights that the first ring has no place for, where they are the last: L2 can have them when the launch before
-  // ends. (With 4096 channels, k of 4096 to 6144, 16 tokens 2 to 5 % less time. Of 72 KB, or where each SM has two CTAs
-  // of one launch, they are in the way of that launch's: up to 16 % more.)
+  // ends. (4096x4096 and 4096x5120, 16 tokens: 2 and 5 % less time; 4096x6144 and 4096x5120, one token: 3 % less, 4 %
+  // more. Of 72 KB, or where each SM has two CTAs of one launch, they are in the way of that launch's: up to 16 %
+  // more.)
   static constexpr int MaxPrefetchedWeights = 36 * 1024;
   static constexpr int PrefetchedStages = MaxPrefetchedWeights / WeightBytes;
   static constexpr int SharedBytes = BesideRing + Stages * StageBytes;
