@@ -164,8 +164,9 @@ __device__ inline void consume(const Parameters& p, const Shared<S>& shared, con
     wait_for_prerequisites();  // the kernel before may read what is written now, or have written the bias
     // With four warpgroups and no spare registers, asked anew: what follows from it would otherwise occupy registers
     // during the main loop. (With two it is the other way round, unless two exchanges follow: compiled.)
-    constexpr bool kTwice = S::WarpgroupsK > 1 && S::ClusterK > 1;
-    constexpr bool kAsks = S::Exchanges && !S::SpareRegisters && (S::Warpgroups == 4 || (S::Sums == 128 && kTwice));
+    constexpr bool kExchangesTwice = S::WarpgroupsK > 1 && S::ClusterK > 1;
+    constexpr bool kIsShort = S::Warpgroups == 4 || (S::Sums == 128 && kExchangesTwice);
+    constexpr bool kAsks = S::Exchanges && !S::SpareRegisters && kIsShort;
     const Consumer here = kAsks ? consumer_at<S>(thread_index()) : me;
     if constexpr (S::Exchanges) {
       if (!exchange<S>(p, shared, tile, index, work, here, turn, sum)) continue;

@@ -131,9 +131,9 @@ struct Shape {
   static constexpr int MaxLeftWeights = 56 * 1024;
   static constexpr int LeftStages = max_of(MaxLeftWeights / WeightBytes, 1);
   // Cycles that a dependent launch's CTA waits before each other stage of its first ring. The CTA of the launch before,
-  // on the same SM, is about to fetch its activations and its last weights, and all wait for it: where the copies of
-  // both came at once, chains took 3 to 5 % more time (eight layers; 25 to 130 cycles make no difference, 450 cost 3 to
-  // 6 %).
+  // on the same SM, is about to fetch its activations and its last weights, and all wait for it; presumably both queue
+  // at one copy engine. Without pauses chains took 3 to 5 % more time (eight layers; 25 to 130 cycles make no
+  // difference, 450 cost 3 to 6 %).
   static constexpr int FillPause = 100;
   // Weights that the first ring has no place for, where they are the last: L2 can have them when the launch before
   // ends. (4096x4096 and 4096x5120, 16 tokens: 2 and 5 % less time; 4096x6144 and 4096x5120, one token: 3 % less, 4 %
