@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 import w4a16gen
 from w4a16gen.errors import NotBuiltError
-from w4a16gen.quantize import gemm_reference
+from w4a16gen.weights.reference import gemm_reference
 
 LINEAR = re.compile(r"encoder\.layer\.\d+\..*\.dense\.weight|encoder\.layer\.\d+\..*\.(query|key|value)\.weight")
 

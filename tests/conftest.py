@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from w4a16gen import QuantMode, toolchain
-from w4a16gen.api import BUILD_FOLDER_VARIABLE
-from w4a16gen.build import build
-from w4a16gen.built import Build
-from w4a16gen.config import ClusterShape, CtaShape, KernelConfig
-from w4a16gen.dispatch import kernels_of_environment
-from w4a16gen.module import Library
-from w4a16gen.space import Filter, select
+import w4a16gen
+from w4a16gen import QuantMode
+from w4a16gen.build import toolchain
+from w4a16gen.build.pipeline import build
+from w4a16gen.choose.overrides import kernels_of_environment
+from w4a16gen.kernels.config import ClusterShape, CtaShape, KernelConfig
+from w4a16gen.kernels.spaces import Filter, select
+from w4a16gen.runtime.artifact import Build
+from w4a16gen.runtime.default import BUILD_FOLDER_VARIABLE
+from w4a16gen.runtime.library import Library
 
 hypothesis.settings.register_profile("w4a16gen", deadline=None)  # no test judges time
 hypothesis.settings.load_profile("w4a16gen")
@@ -68,11 +70,11 @@ def install_fake_nvcc(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     include = toolchain.find_cuda_include(nvcc) if nvcc else None
     assert include is not None, "the tests need the CUDA runtime headers: pip install 'w4a16gen[test]'"
     script = folder / "nvcc"
-    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{Path(__file__).with_name("fake_nvcc.py")}" "$@"\n')
+    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{Path(__file__).parent / "fakes" / "nvcc.py"}" "$@"\n')
     script.chmod(0o755)
     monkeypatch.setenv("W4A16GEN_NVCC", str(script))
     monkeypatch.setenv("FAKE_NVCC_INCLUDE", str(include))
-    monkeypatch.setenv("PYTHONPATH", str(Path(toolchain.__file__).resolve().parent.parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(w4a16gen.__file__).resolve().parents[1]))
     toolchain.program_version.cache_clear()
 
 

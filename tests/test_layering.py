@@ -1,80 +1,121 @@
-"""The layers of the package: imports point one way, and single responsibilities stay single."""
+"""The rooms of the package: who may import whom, that no room holds a cycle, and who owns each foreign library."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 import w4a16gen
 
 PACKAGE = Path(w4a16gen.__file__).parent
-ORDER = [
-    {"errors", "files", "driver", "contender"},
-    {"config"},
-    {"built", "legality", "problem", "toolchain"},
-    {"space", "quantize", "dispatch", "arrays", "models"},
-    {"render", "packing", "tuning", "rivals"},
-    {"shipped", "comparison"},
-    {"chooser"},
-    {"compile", "trtllm", "audit"},
-    {"build"},
-    {"loaded"},
-    {"module", "export"},
-    {"api"},
-    {"verify"},
-    {"bench"},
-    {"stage"},
-    {"sweep"},
-    {"bench_report", "tune"},
-    {"cli", "__init__"},
-    {"__main__"},
-]
-LAYER = {module: level for level, modules in enumerate(ORDER) for module in modules}
+EVERYBODYS = {"errors", "files"}
+ALLOWED = {
+    "kernels": set(),
+    "weights": {"kernels"},
+    "choose": {"kernels"},
+    "runtime": {"kernels", "weights", "choose"},
+    "build": {"kernels", "runtime.artifact"},
+    "measure": {"kernels", "weights", "choose", "runtime"},
+    "verify": {"kernels", "weights", "runtime", "build.toolchain"},
+    "integrations": {"kernels", "weights", "runtime"},
+}
+"""Who may import whom: a room, or one module of it. `cli` may import everything, and nobody imports `cli`."""
+OWNERS = {
+    "jinja2": {"kernels.render"},
+    "click": {"cli"},
+    "rich": {"cli"},
+    "filelock": {"build", "choose"},
+    "pybind11": {"build"},
+    "psutil": {"build"},
+    "matplotlib": {"measure.report"},
+    "cuda": {"build.toolchain"},
+}
+"""The rooms, or the modules, that may import a foreign library."""
 
 
-def imports() -> list[tuple[str, str]]:
-    """Give every (importing, imported) pair of top-level modules of the package."""
-    found = []
-    for path in PACKAGE.rglob("*.py"):
-        importer = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "w4a16gen":
-                parts = (node.module or "").split(".")
-                imported = [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
-                found += [(importer, name) for name in imported if name != importer]
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(path): path for path in PACKAGE.rglob("*.py")}
+
+
+def imports(path: Path) -> set[str]:
+    """Return every module that a file imports, anywhere in it, by its full name."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports by a relative name"
+            module = node.module or ""
+            submodules = {f"{module}.{alias.name}" for alias in node.names}
+            known = {name for name in submodules if name.removeprefix("w4a16gen.") in MODULES}
+            found |= known or {module}
     return found
 
 
-def test_imports_only_point_down() -> None:
-    wrong = [(a, b) for a, b in imports() if b in LAYER and LAYER[b] >= LAYER[a] and a != "__init__"]
-    assert wrong == []
+def edges() -> list[tuple[str, str]]:
+    """Return (importing, imported) for all modules of the package."""
+    return [
+        (name, imported.removeprefix("w4a16gen."))
+        for name, path in MODULES.items()
+        for imported in imports(path)
+        if imported.startswith("w4a16gen.")
+    ]
 
 
-def test_every_module_has_a_layer() -> None:
-    modules = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")}
-    assert modules == LAYER.keys()
+def room(name: str) -> str:
+    return name.partition(".")[0]
 
 
-def test_one_module_owns_each_foreign_library() -> None:
-    owners = {"jinja2": {"render"}, "click": {"cli"}, "rich": {"cli"}, "filelock": {"build", "tuning"}}
-    for library, allowed in owners.items():
-        users = {
-            path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-            for path in PACKAGE.rglob("*.py")
-            if f"import {library}" in path.read_text() or f"from {library}" in path.read_text()
-        }
-        assert users == allowed
+def is_allowed(importing: str, imported: str) -> bool:
+    here, there = room(importing), room(imported)
+    if here == there or there in EVERYBODYS or here in {"cli", "__init__", "__main__"}:
+        return True
+    return any(imported == allowed or imported.startswith(f"{allowed}.") for allowed in ALLOWED[here])
 
 
-def test_importing_the_package_needs_neither_torch_nor_a_gpu() -> None:
-    for path in PACKAGE.rglob("*.py"):
-        assert "import torch" not in path.read_text()
+def test_imports_follow_the_allowed_edges() -> None:
+    assert [edge for edge in edges() if not is_allowed(*edge)] == []
 
 
-def test_importing_the_package_loads_nothing_that_only_building_needs() -> None:
-    needed_to_build = ["jinja2", "pybind11", "click", "rich", "w4a16gen.compile", "w4a16gen.toolchain"]
-    listed = f"import sys, w4a16gen; print([name for name in {needed_to_build} if name in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", listed], capture_output=True, text=True, check=True)  # noqa: S603
-    assert found.stdout == "[]\n"
+def test_nobody_imports_the_command_line() -> None:
+    assert [edge for edge in edges() if room(edge[1]) == "cli" and room(edge[0]) not in {"cli", "__main__"}] == []
+
+
+def test_every_module_is_in_a_room() -> None:
+    alone = {name for name in MODULES if "." not in name and (PACKAGE / f"{name}.py").is_file()}
+    assert alone == EVERYBODYS | {"__init__", "__main__"}
+    assert {room(name) for name in MODULES} - alone == ALLOWED.keys() | {"cli"}
+
+
+def test_no_imports_go_in_circles() -> None:
+    graph: dict[str, set[str]] = {name: set() for name in MODULES}
+    for importing, imported in edges():
+        graph[importing].add(imported)
+    TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize("library", OWNERS)
+def test_foreign_libraries_have_owners(library: str) -> None:
+    users = {name for name, path in MODULES.items() if any(room(found) == library for found in imports(path))}
+    strangers = {
+        name for name in users if not any(name == owner or name.startswith(f"{owner}.") for owner in OWNERS[library])
+    }
+    assert strangers == set()
+
+
+def test_calling_a_build_imports_nothing_that_makes_one() -> None:
+    command = (
+        "import sys, w4a16gen; "
+        "print([name for name in sys.modules if name.split('.')[0] in ('jinja2', 'click', 'rich', 'pybind11', 'psutil')"
+        " or name.startswith(('w4a16gen.build', 'w4a16gen.measure', 'w4a16gen.verify', 'w4a16gen.integrations'))])"
+    )
+    printed = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)  # noqa: S603
+    assert printed.stdout.strip() == "[]"

@@ -17,11 +17,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from w4a16gen import space
-from w4a16gen.api import BUILD_FOLDER_VARIABLE
-from w4a16gen.config import ClusterShape, CtaShape, QuantMode, Target
 from w4a16gen.errors import InvalidValueError, MissingToolError, NoHopperGpuError, NotBuiltError, W4A16Error
-from w4a16gen.problem import Problem
+from w4a16gen.kernels import spaces as space
+from w4a16gen.kernels.config import ClusterShape, CtaShape, QuantMode, Target
+from w4a16gen.kernels.problem import Problem
+from w4a16gen.runtime.default import BUILD_FOLDER_VARIABLE
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2

@@ -10,11 +10,11 @@ from pathlib import Path
 import click
 from rich.markup import escape
 
-from w4a16gen import __version__, bench, space, toolchain, verify
-from w4a16gen.api import default_build_folder, load
-from w4a16gen.build import BuildReport, describe_failures
-from w4a16gen.build import build as build_kernels
-from w4a16gen.built import load_build
+from w4a16gen import __version__, verify
+from w4a16gen.build import toolchain
+from w4a16gen.build.export import export_prefix, export_wheel
+from w4a16gen.build.pipeline import BuildReport, describe_failures
+from w4a16gen.build.pipeline import build as build_kernels
 from w4a16gen.cli.app import (
     EXIT_MISSING,
     build_option,
@@ -32,13 +32,16 @@ from w4a16gen.cli.app import (
     show_progress,
     termination_interrupts,
 )
-from w4a16gen.config import KernelConfig, QuantMode
-from w4a16gen.driver import HOPPER, find_driver
 from w4a16gen.errors import BuildError, NoHopperGpuError, NotBuiltError
-from w4a16gen.export import export_prefix, export_wheel
 from w4a16gen.files import write_if_changed
-from w4a16gen.module import Library
-from w4a16gen.problem import Problem
+from w4a16gen.kernels import spaces as space
+from w4a16gen.kernels.config import KernelConfig, QuantMode
+from w4a16gen.kernels.problem import Problem
+from w4a16gen.measure import single as bench
+from w4a16gen.runtime.artifact import load_build
+from w4a16gen.runtime.default import default_build_folder, load
+from w4a16gen.runtime.devices import find_driver
+from w4a16gen.runtime.library import Library
 
 
 def _build(configs: Sequence[KernelConfig], generated: Path, folder: Path | None, jobs: int | None) -> BuildReport:
@@ -73,7 +76,7 @@ def build(
     """Emit, compile and link the matching kernels; only what changed is compiled again."""
     report = _build(space.select(space_name, wanted), generated, folder, jobs)
     if as_json:
-        print_json(report.build.manifest)
+        print_json(report.build.manifest.as_json())
     _check_failures(report)
 
 
@@ -167,11 +170,11 @@ def run(problem: Problem, mode: QuantMode, name: str | None, folder: Path | None
     """Run one problem on random data: M tokens, N output channels, K values each; check it and time it."""
     library = load(folder)
     plan = bench.plan(library, problem, mode, name)
-    gpu = bench.hopper_gpu(library)
+    gpu = library.hopper_device()
     outcome = bench.run(library, plan)
     median = outcome.median_microseconds
     value = {
-        "gpu": gpu,
+        "gpu": gpu.as_json(),
         "problem": vars(problem),
         "mode": mode.value,
         "built": plan.built,
@@ -188,8 +191,7 @@ def run(problem: Problem, mode: QuantMode, name: str | None, folder: Path | None
     else:
         spread = f"{min(outcome.microseconds):.2f} to {max(outcome.microseconds):.2f}"
         verdict = "passed" if outcome.ok else "FAILED"
-        capability = ".".join(map(str, gpu["compute_capability"]))
-        click.echo(f"GPU          {gpu['name']}, compute capability {capability}, {gpu['sm_count']} SMs")
+        click.echo(f"GPU          {gpu}, {gpu.sm_count} SMs")
         click.echo(
             f"Problem      m={problem.m} n={problem.n} k={problem.k}, group size {problem.group_size}, mode {mode}"
         )
@@ -227,7 +229,7 @@ def _runtime_findings(folder: Path) -> list[toolchain.Finding]:
     """Look for the driver, a GPU and a build: building needs none of them."""
     driver = find_driver()
     gpus = driver.gpus if driver else ()
-    hopper = [gpu for gpu in gpus if gpu.compute_capability == HOPPER]
+    hopper = [gpu for gpu in gpus if gpu.is_hopper]
     shown = ", ".join(map(str, gpus)) or "none"
     no_gpu = "needs an H100, H800 or H200: only running kernels does, building and static proofs do not"
     version = f"supports CUDA {driver.cuda_version[0]}.{driver.cuda_version[1]}" if driver else "not found"

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import click
 
-from w4a16gen import space
-from w4a16gen.api import load
-from w4a16gen.audit import W4A16, audit, extract
+from w4a16gen.build.emit import emit as emit_kernels
 from w4a16gen.cli.app import (
     EXIT_FAILED,
     build_option,
@@ -22,8 +20,10 @@ from w4a16gen.cli.app import (
     print_table,
 )
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.render import emit as emit_kernels
-from w4a16gen.trtllm import emit_trtllm
+from w4a16gen.integrations.tensorrt_llm.audit import W4A16, audit, extract
+from w4a16gen.integrations.tensorrt_llm.emit import emit_trtllm
+from w4a16gen.kernels import spaces as space
+from w4a16gen.runtime.default import load
 
 
 @main.command("list")

@@ -10,10 +10,10 @@ from typing import Any
 import click
 
 from w4a16gen.cli.app import Parsed, mode_option
-from w4a16gen.config import QuantMode
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.models import MODELS, model_problems
-from w4a16gen.problem import Problem
+from w4a16gen.kernels.config import QuantMode
+from w4a16gen.kernels.problem import Problem
+from w4a16gen.measure.models import MODELS, model_problems
 
 MODEL_TOKENS = (1, 16, 64, 256, 1024)
 

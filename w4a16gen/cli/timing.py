@@ -8,11 +8,8 @@ from pathlib import Path
 
 import click
 
-from w4a16gen import __version__, dispatch, shipped, sweep
-from w4a16gen.api import load
-from w4a16gen.bench import hopper_gpu
-from w4a16gen.bench_report import Recorder, Row, Run, has_plots, read_record, row_of, run_of, write_report
-from w4a16gen.chooser import Choice
+from w4a16gen import __version__
+from w4a16gen.choose import cost_model
 from w4a16gen.cli.app import (
     EXIT_FAILED,
     build_option,
@@ -26,10 +23,14 @@ from w4a16gen.cli.app import (
     show_progress,
 )
 from w4a16gen.cli.problems import problems_options
-from w4a16gen.comparison import Comparison, smallest_set
-from w4a16gen.config import QuantMode
-from w4a16gen.problem import Problem
-from w4a16gen.rivals import RIVALS
+from w4a16gen.kernels.config import QuantMode
+from w4a16gen.kernels.problem import Problem
+from w4a16gen.measure.compare import compare
+from w4a16gen.measure.probes import tensor_peak
+from w4a16gen.measure.report import Recorder, Row, Run, has_plots, read_record, row_of, run_of, write_report
+from w4a16gen.measure.results import Comparison, smallest_set
+from w4a16gen.measure.rivals import RIVALS
+from w4a16gen.runtime.default import load
 
 HEADINGS = (
     "m x n x k",
@@ -54,12 +55,9 @@ HEADINGS = (
 def explain(problem: Problem, mode: QuantMode, top: int, folder: Path | None, as_json: bool) -> None:
     """Show which built kernel a call with M tokens, N output channels and K values gets, and the runners-up."""
     library = load(folder)
-    used = next((config for config in dispatch.kernels_in_use() if config.mode is mode), None)
-    choice = library.choice(mode, problem)
-    if used is not None:
-        choice = Choice(used, None, f"what {dispatch.KERNELS_VARIABLE} names, whatever it takes")
-    estimated = shipped.neighbours().estimate(library.configs(), mode, problem)
-    fp16 = dispatch.dense_microseconds(problem)
+    choice = library.choose(problem, mode)
+    estimated = library.chooser.estimates(problem, mode)
+    fp16 = cost_model.dense_microseconds(problem)
     expected = choice.microseconds or dict(estimated).get(choice.kernel)
     if as_json:
         shown = [{"kernel": config.name, "estimated_microseconds": round(us, 2)} for config, us in estimated[:top]]
@@ -68,7 +66,7 @@ def explain(problem: Problem, mode: QuantMode, top: int, folder: Path | None, as
                 "problem": vars(problem),
                 "mode": mode.value,
                 "chosen": choice.kernel.name,
-                "source": choice.source,
+                "source": choice.source.value,
                 "microseconds": None if expected is None else round(expected, 2),
                 "fp16_microseconds": round(fp16, 2),
                 "estimates": shown,
@@ -77,7 +75,7 @@ def explain(problem: Problem, mode: QuantMode, top: int, folder: Path | None, as
         return
     click.echo(choice.kernel.name)
     time = "" if expected is None else f": {expected:.1f} us"
-    notes.print(f"chosen by {choice.source}{time}")
+    notes.print(f"chosen by {choice.source.sentence}{time}")
     if expected is not None and fp16 < expected:
         notes.print(
             f"dense FP16 would take about {fp16:.1f} us, less than this: with so many tokens the tensor cores decide, "
@@ -138,14 +136,14 @@ def bench(
 ) -> None:
     """Time the kernels of the build on problems, with cold L2, beside cuBLAS FP16 where torch is installed."""
     library = load(folder)
-    gpu = hopper_gpu(library)
-    peak = sweep.tensor_peak(library, gpu["index"])
+    gpu = library.hopper_device()
+    peak = tensor_peak(library, gpu.index)
     run = run_of(gpu, datetime.now(tz=timezone.utc).strftime("%Y-%m-%d"), __version__, peak)
     recorder = Recorder(report_folder, run) if report_folder else None
     comparisons, measured = [], []
     for name, asked in named:
         with show_progress(str(asked)) as progress:
-            found = sweep.compare(
+            found = compare(
                 library,
                 asked,
                 mode,
@@ -173,7 +171,7 @@ def bench(
     if as_json:
         print_json(
             {
-                "gpu": gpu,
+                "gpu": gpu.as_json(),
                 "peak_tflops": None if peak is None else vars(peak),
                 "comparisons": [found.as_json() for found in comparisons],
                 "smallest_set": small,
@@ -184,7 +182,7 @@ def bench(
         notes.print(
             f"the tensor cores reach {peak.burst:.0f} TFLOP/s for 0.1 ms and {peak.sustained:.0f} at the power limit"
         )
-    print_table(f"{gpu['name']}, mode {mode}, cold L2, medians", HEADINGS, map(_cells, measured))
+    print_table(f"{gpu.name}, mode {mode}, cold L2, medians", HEADINGS, map(_cells, measured))
     for name in small:
         click.echo(name)
     if any(not error <= 1 for found in comparisons for error in found.error_over_bound.values()):

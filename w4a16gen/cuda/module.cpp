@@ -8,6 +8,7 @@
 #include "module/dlpack.h"
 #include "module/kernel_library.h"
 #include "module/known_calls.h"
+#include "module/workspaces.h"
 #include "w4a16.h"
 
 namespace w4a16 {
@@ -15,6 +16,10 @@ namespace {
 
 // A status and its sentence; Python turns it into the exception of that status.
 using Outcome = py::tuple;
+
+Outcome cuda_failure(const char* what, cudaError_t error) {
+  return py::make_tuple(static_cast<int>(W4A16_CUDA_ERROR), std::string(what) + ": " + cudaGetErrorString(error));
+}
 
 py::list kernels(const KernelLibrary& library) {
   py::list kernels;
@@ -81,12 +86,23 @@ Outcome gemm(const KernelLibrary& library, int kernel, int64_t m, int64_t n, int
   arguments.alpha = alpha;
   arguments.dependent_launch = dependent_launch ? 1 : 0;
   Message message;
-  w4a16_status status;
+  w4a16_status status = W4A16_OK;
+  cudaError_t error = cudaSuccess;
   {
     const py::gil_scoped_release release;
     const DeviceGuard guard(device);
-    status = library.gemm(kernel, &problem, &arguments, message.data(), message.size());
+    const bool allocates = workspace == 0 && workspace_bytes > 0;
+    bool in_graph = false;
+    auto* const stream_handle = static_cast<cudaStream_t>(arguments.stream);
+    if (allocates) {
+      error = Workspaces::instance().allocate(workspace_bytes, device, stream_handle, &arguments.workspace, &in_graph);
+    }
+    if (error == cudaSuccess) {
+      status = library.gemm(kernel, &problem, &arguments, message.data(), message.size());
+      if (allocates && !in_graph) error = cudaFreeAsync(arguments.workspace, stream_handle);
+    }
   }
+  if (error != cudaSuccess) return cuda_failure("allocating the workspace", error);
   static auto& success = *new py::tuple(py::make_tuple(static_cast<int>(W4A16_OK), ""));  // outlives Python
   return status == W4A16_OK ? success : py::make_tuple(static_cast<int>(status), message.data());
 }
@@ -99,14 +115,14 @@ Outcome pack(const KernelLibrary& library, int kernel, int64_t n, int64_t k, int
                                        packed_bytes, pointer(faults), pointer(stream)};
   Message message;
   w4a16_status status;
+  cudaError_t error = cudaSuccess;
   {
     const py::gil_scoped_release release;
     const DeviceGuard guard(device);
     status = library.pack(kernel, &problem, &arguments, message.data(), message.size());
-    if (status == W4A16_OK && cudaStreamSynchronize(static_cast<cudaStream_t>(arguments.stream)) != cudaSuccess) {
-      throw std::runtime_error("packing failed on the GPU");
-    }
+    if (status == W4A16_OK) error = cudaStreamSynchronize(static_cast<cudaStream_t>(arguments.stream));
   }
+  if (error != cudaSuccess) return cuda_failure("packing on the GPU", error);
   return py::make_tuple(static_cast<int>(status), message.data());
 }
 
@@ -268,6 +284,10 @@ PYBIND11_MODULE(_w4a16, module) {
   namespace py = pybind11;
   using namespace w4a16;  // NOLINT: the bindings' names are the functions'
   module.attr("ABI_VERSION") = W4A16_ABI_VERSION;
+  module.attr("INVALID_ARGUMENT") = static_cast<int>(W4A16_INVALID_ARGUMENT);
+  module.attr("UNSUPPORTED") = static_cast<int>(W4A16_UNSUPPORTED);
+  module.attr("NO_HOPPER_GPU") = static_cast<int>(W4A16_NO_HOPPER_GPU);
+  module.attr("CUDA_ERROR") = static_cast<int>(W4A16_CUDA_ERROR);
   module.attr("FAULT_VALUE") = W4A16_FAULT_VALUE;
   module.attr("FAULT_RANGE") = W4A16_FAULT_RANGE;
   module.def("devices", &devices);

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from w4a16gen.arrays import DeviceArray
-from w4a16gen.config import KernelConfig, QuantMode
 from w4a16gen.errors import W4A16Error
-from w4a16gen.module import Library
-from w4a16gen.packing import PackedWeight, pack_weight
-from w4a16gen.problem import Problem, why_cannot_run
-from w4a16gen.quantize import Half, QuantizedWeight, canonical
-from w4a16gen.verify.bounds import Expectation, dequantized_half
-from w4a16gen.verify.guarded import GuardedGpu, Launch
+from w4a16gen.kernels.config import KernelConfig, QuantMode
+from w4a16gen.kernels.problem import Problem, why_cannot_run
+from w4a16gen.runtime.arrays import DeviceArray
+from w4a16gen.runtime.library import Library
+from w4a16gen.verify.guards import GuardedGpu, Launch
+from w4a16gen.weights.packed import PackedWeight, pack_weight
+from w4a16gen.weights.quantized import Half, QuantizedWeight
+from w4a16gen.weights.reference import Expectation, dequantized_half, error_over_bound, random_weight
 
 
 @dataclass
@@ -61,36 +61,6 @@ class Case:
     def __str__(self) -> str:
         weight = self.weight
         return f"{self.kind} n={weight.n} k={weight.k} group={weight.group_size}"
-
-
-def random_weight(
-    rng: np.random.Generator,
-    n: int,
-    k: int,
-    group_size: int,
-    mode: QuantMode,
-    *,
-    octaves: float = 1,
-    size: float = 0.01,
-) -> QuantizedWeight:
-    """Draw a weight that uses all 16 values.
-
-    Args:
-        rng: source of the numbers.
-        n: output channels.
-        k: values of K.
-        group_size: values of K per scale; ignored in per-column mode.
-        mode: the quantisation mode.
-        octaves: how far scales lie from `size` at most, up or down, as a power of two.
-        size: middle of the scales; zeros are of the size of eight scales at most.
-    """
-    groups = k // group_size
-    q = rng.integers(0, 16, (n, k), dtype=np.uint8)
-    scales = (size * 2.0 ** rng.uniform(-octaves, octaves, (groups, n))).astype(np.float16)
-    zeros = (scales.astype(np.float32) * rng.uniform(-8, 8, (groups, n))).astype(np.float16)
-    if not mode.is_grouped:
-        return canonical(q, scales[0], None, group_size=k)
-    return canonical(q, scales, zeros if mode.has_zeros else None, group_size=group_size)
 
 
 _PLAIN = ((1.0, False),)
@@ -259,11 +229,3 @@ def _compare_exact(got: Half, weight: QuantizedWeight) -> str | None:
         f"{int(wrong.sum())} of {wrong.size} weights are not exact, first at k={row} n={channel}: "
         f"{got[row, channel]} instead of {wanted[row, channel]}"
     )
-
-
-def error_over_bound(got: Half, expected: Expectation, alpha: float, bias: Half | None) -> float:
-    """Give the largest error as a multiple of its bound; infinity where a value was not written or is not finite."""
-    m = got.shape[0]
-    error = np.abs(got.astype(np.float64) - expected.result(alpha, bias)[:m])
-    ratio = error / expected.bound(alpha, bias)[:m]
-    return float("inf") if np.isnan(ratio).any() else float(ratio.max(initial=0.0))

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from w4a16gen.config import KernelConfig
-from w4a16gen.module import Library
-from w4a16gen.verify import chained, drawn, numeric, static
+from w4a16gen.kernels.config import KernelConfig
+from w4a16gen.runtime.library import Library
+from w4a16gen.verify import launch_chains, numeric, random_problems, static
 
 NOT_RUN = "not run"
 CHAIN_K = 512
@@ -132,26 +132,23 @@ def verify(
     hopper = library.hopper_devices()
     if hopper:
         gpu = hopper[0]
-        kernels = numeric.prove(library, device=gpu["index"], sampled=sampled, progress=progress)
+        kernels = numeric.prove(library, device=gpu.index, sampled=sampled, progress=progress)
         proofs = {KernelConfig.parse(kernel.name): kernel for kernel in kernels}
         k = SAMPLED_CHAIN_K if sampled else CHAIN_K
-        chained.prove_chains(library, proofs, sm_count=gpu["sm_count"], device=gpu["index"], k=k, progress=progress)
+        launch_chains.prove_chains(library, proofs, sm_count=gpu.sm_count, device=gpu.index, k=k, progress=progress)
         if drawn_problems:
-            drawn.prove_drawn(library, proofs, drawn_problems, device=gpu["index"], progress=progress)
+            random_problems.prove_drawn(library, proofs, drawn_problems, device=gpu.index, progress=progress)
         failed = any(kernel.failures for kernel in kernels)
         numerics: dict[str, Any] = {
             "status": "failed" if failed else "passed",
-            "gpu": gpu["name"],
-            "sm_count": gpu["sm_count"],
+            "gpu": gpu.name,
+            "sm_count": gpu.sm_count,
             "sampled": sampled,
             "drawn_problems": drawn_problems,
             "kernels": [kernel.as_json() for kernel in kernels],
         }
     else:
-        found = ", ".join(
-            f"{device['name']} of compute capability {'.'.join(map(str, device['compute_capability']))}"
-            for device in library.devices()
-        )
+        found = ", ".join(map(str, library.devices()))
         reason = f"this machine has {found or 'no CUDA GPU'}; they need an NVIDIA Hopper GPU (compute capability 9.0)"
         numerics = {"status": NOT_RUN, "reason": reason, "kernels": []}
     manifest = library.build.manifest
@@ -159,8 +156,8 @@ def verify(
         {
             "schema": 1,
             "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
-            "compiler": manifest["compiler"],
-            "cutlass": manifest["cutlass"],
+            "compiler": manifest.compiler,
+            "cutlass": manifest.cutlass,
             "static": {"ok": proof.ok, "violations": proof.violations, "kernels": proof.kernels},
             "numerics": numerics,
         }

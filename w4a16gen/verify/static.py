@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from w4a16gen.built import Build
-from w4a16gen.config import Schedule
+from w4a16gen.build.toolchain import INSTALL_CUDA, find_cuobjdump, require
 from w4a16gen.errors import NotBuiltError
-from w4a16gen.module import Library
-from w4a16gen.packing import LAYOUTS, TARGET_LAYOUTS, PackedWeight
-from w4a16gen.problem import Problem
-from w4a16gen.render import source_name
-from w4a16gen.toolchain import INSTALL_CUDA, find_cuobjdump, require
+from w4a16gen.kernels.config import Schedule
+from w4a16gen.kernels.problem import Problem
+from w4a16gen.kernels.render import source_name
+from w4a16gen.runtime.artifact import Build
+from w4a16gen.runtime.library import Library
+from w4a16gen.weights.layouts.geometry import WeightGeometry
+from w4a16gen.weights.packed import LAYOUTS, TARGET_LAYOUTS
 
 FOREIGN = re.compile(r"fp8|e4m3|e5m2|bf16|bfloat|(?<![a-z])u?int8|[^a-z]s8[^0-9a-z]|fp4|e2m1", re.IGNORECASE)
 """Type names of other kernels: FP8, BF16, INT8, FP4, in CUDA's, CUTLASS's and TensorRT-LLM's spellings."""
@@ -151,8 +152,10 @@ def _packing_violations(library: Library) -> list[str]:
         group = _PROBED.group_size if config.mode.is_grouped else _PROBED.k
         problem = Problem(_PROBED.m, _PROBED.n, _PROBED.k, group)
         layout = TARGET_LAYOUTS[config.target]
-        weight = PackedWeight(None, layout, problem.n, problem.k, group, config.mode)
-        expected, actual = LAYOUTS[layout].packed_bytes(weight), library.packed_bytes(config, problem)
+        expected, actual = (
+            LAYOUTS[layout].packed_bytes(WeightGeometry(problem.n, problem.k, group, config.mode)),
+            library.packed_bytes(config, problem),
+        )
         if expected != actual:
             violations.append(f"{config.name} reads {actual} packed bytes for {problem}; packing writes {expected}")
     return violations
@@ -170,11 +173,11 @@ def prove(library: Library, generated: Path) -> StaticProof:
         generated: the folder that its sources were emitted to.
     """
     build = library.build
-    asked = set(build.manifest["asked"])
-    exported = {kernel["name"] for kernel in library.kernels}
+    asked = set(build.manifest.asked)
+    exported = {info.config.name for info in library.kernels}
     emitted = {config.name for config in library.configs() if (generated / source_name(config)).is_file()}
     code = read_code(build.library)
-    violations = [f"{name} was asked for but failed to compile" for name in build.manifest["failed"]]
+    violations = [f"{name} was asked for but failed to compile" for name in build.manifest.failed]
     violations += _difference("asked for", asked, "emitted", emitted)
     violations += _difference("asked for", asked, "exported", exported)
     kernels_in_code = {name for name in code if not _BESIDE.search(name)}
@@ -183,13 +186,13 @@ def prove(library: Library, generated: Path) -> StaticProof:
     violations += _packing_violations(library)
     for name in sorted(exported & code.keys()):
         violations += code_violations(name, code[name])
-    described = {kernel["name"]: kernel for kernel in library.kernels}
+    described = {info.config: info for info in library.kernels}
     kernels = []
-    for kernel in build.manifest["kernels"]:
-        seen = code.get(kernel["name"], KernelCode())
+    for kernel in build.manifest.kernels:
+        seen, info = code.get(kernel.config.name, KernelCode()), described.get(kernel.config)
         kernels.append(
-            kernel
-            | {key: described.get(kernel["name"], {}).get(key) for key in ("stages", "threads", "shared_memory_bytes")}
+            kernel.as_json()
+            | {key: getattr(info, key, None) for key in ("stages", "threads", "shared_memory_bytes")}
             | {"registers": seen.registers, "stack_bytes": seen.stack_bytes, "code_bytes": seen.code_bytes}
             | {"instructions": {name: seen.instructions[name] for name in _COUNTED}}
         )

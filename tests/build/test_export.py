@@ -1,0 +1,139 @@
+"""A build for other programs: C++ that finds it with CMake, and a wheel for machines without a compiler."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from w4a16gen import Library
+from w4a16gen.build import toolchain
+from w4a16gen.build.export import export_prefix, export_wheel
+from w4a16gen.build.pipeline import build
+from w4a16gen.cli import main
+from w4a16gen.errors import InvalidValueError, NoHopperGpuError, UnsupportedProblemError
+from w4a16gen.kernels.config import CtaShape
+from w4a16gen.kernels.spaces import Filter, select
+from w4a16gen.runtime.artifact import Build
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "cpp"
+
+
+@pytest.fixture(scope="session")
+def native_build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """Give a real build of three native kernels, one a mode."""
+    folder = tmp_path_factory.mktemp("native")
+    configs = select("default", Filter([CtaShape.parse("128x128x64")]))
+    one = [next(config for config in configs if config.mode is mode) for mode in {config.mode for config in configs}]
+    return build(one, generated=folder / "generated", folder=folder / "build").build
+
+
+@pytest.fixture(scope="session")
+def example(native_build: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the example program against an exported prefix that has been moved, with CMake; give its path."""
+    folder = tmp_path_factory.mktemp("example")
+    export_prefix(native_build, folder / "first", "0.1.0")
+    (folder / "first").rename(folder / "prefix")
+    tools = toolchain.find_toolchain()
+    definitions = {
+        "CMAKE_PREFIX_PATH": folder / "prefix",
+        "CMAKE_MAKE_PROGRAM": tools.ninja,
+        "CMAKE_CXX_COMPILER": tools.host_compiler,
+        "CMAKE_CXX_FLAGS": "-Wall -Wextra -Werror",
+        "CMAKE_BUILD_TYPE": "Release",
+        "w4a16_CUDA_INCLUDE": tools.cuda_include,
+        "w4a16_CUDART": tools.cudart,
+    }
+    configure = [str(tools.cmake), "-S", str(EXAMPLE), "-B", str(folder / "out"), "-G", "Ninja"]
+    configure += [f"-D{name}={value}" for name, value in definitions.items()]
+    for command in (configure, [str(tools.cmake), "--build", str(folder / "out")]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "out" / "minimal_test"
+
+
+@pytest.mark.compile
+def test_a_cpp_program_finds_the_kernels_and_is_refused_what_is_wrong(example: Path) -> None:
+    done = subprocess.run([example, "64", "256", "256"], capture_output=True, text=True, check=False)  # noqa: S603
+    if Path("/dev/nvidiactl").exists():
+        assert done.returncode == 0, done.stdout
+        assert "all right" in done.stdout
+    else:
+        assert done.returncode == 3, done.stdout
+        assert "no GPU: wrong calls are refused" in done.stdout
+
+
+@pytest.mark.compile
+def test_probes_come_with_native_kernels_and_need_a_gpu(native_build: Build, real_library: Library) -> None:
+    library = Library(native_build)
+    with pytest.raises(InvalidValueError, match="rounds of 0 must be positive"):
+        library.probe_multiply(0, stream=0)
+    with pytest.raises(UnsupportedProblemError, match="holds no native kernel, with which the probes come"):
+        real_library.probe_multiply(1, stream=0)
+    if not library.hopper_devices():
+        with pytest.raises(NoHopperGpuError, match="need an NVIDIA Hopper GPU"):
+            library.probe_multiply(1, stream=0)
+
+
+@pytest.mark.compile
+def test_a_wheel_is_found_where_there_is_no_build_and_needs_no_compiler(native_build: Build, tmp_path: Path) -> None:
+    wheel = export_wheel(native_build, tmp_path / "dist", "0.1.0")
+    assert export_wheel(native_build, tmp_path / "again", "0.1.0").read_bytes() == wheel.read_bytes()
+    site = tmp_path / "site"
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(site),
+        str(wheel),
+    ]
+    subprocess.run([*install, str(wheel)], check=True)  # noqa: S603
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.testzip() is None
+        recorded = archive.read("w4a16gen_kernels-0.1.0.dist-info/RECORD").decode().splitlines()
+        assert {line.partition(",")[0] for line in recorded} == set(archive.namelist())
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("W4A16GEN")}
+    program = "import w4a16gen; print(*w4a16gen.configs(), sep='\\n')"
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**environment, "PATH": "/nowhere", "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == [config.name for config in native_build.configs]
+
+
+def test_exporting_from_the_command_line(cli: CliRunner, fake_build: Build) -> None:
+    command = ["export", "--build-dir", str(fake_build.folder)]
+    nothing = cli.invoke(main, command)
+    assert nothing.exit_code == 2
+    assert "say what to write" in nothing.stderr
+    done = cli.invoke(main, [*command, "--prefix", "prefix", "--wheel", "--json"])
+    assert done.exit_code == 0, done.output
+    written = [Path(path) for path in json.loads(done.stdout)]
+    assert all(path.is_file() for path in written)
+    assert written[-1].parent == Path("dist")
+    assert {str(path.relative_to("prefix")) for path in written[:-1]} == {
+        "lib/libw4a16_kernels.so",
+        "include/w4a16.h",
+        "include/w4a16/runner.h",
+        "lib/cmake/w4a16/w4a16-config.cmake",
+        "lib/cmake/w4a16/w4a16-config-version.cmake",
+        "lib/pkgconfig/w4a16.pc",
+        "share/w4a16/manifest.json",
+    }
+    unbuilt = cli.invoke(main, ["export", "--prefix", "prefix"])
+    assert unbuilt.exit_code == 3

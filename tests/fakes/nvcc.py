@@ -1,0 +1,68 @@
+"""A stand-in for nvcc: gives every kernel of a compile unit an entry that can be described but not launched.
+
+It lets the build's own machinery (units, failures, locks, interruption, linking) be tested in seconds. Nothing about
+kernels is proven with it. FAKE_NVCC_FAIL names kernels that fail, FAKE_NVCC_SLEEP delays, FAKE_NVCC_LOG counts calls.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from w4a16gen.kernels.config import KernelConfig
+from w4a16gen.kernels.render import _MODE_NAMES
+from w4a16gen.weights.packed import TARGET_LAYOUTS
+
+RELEASE = "Cuda compilation tools, release {}, V13.0.88\nBuild fake"
+
+
+def entry(config: KernelConfig) -> str:
+    """Give the C++ of one kernel's entry."""
+    zeros = "true" if config.mode.has_zeros else "false"
+    shape = ", ".join(map(str, config.cta.as_list())), ", ".join(map(str, config.cluster.as_list()))
+    return f"""
+namespace w4a16 {{
+extern const Kernel {config.name}_kernel;
+const Kernel {config.name}_kernel = {{
+    {{"{config.name}", "{config.target}", "{TARGET_LAYOUTS[config.target]}", {_MODE_NAMES[config.mode]},
+      {{{shape[0]}}}, {{{shape[1]}}}, 4, 384, {config.cta.k}, 100000}},
+    [](const Problem& problem) {{ return cutlass_target::PackedLayout(problem, {zeros}).bytes; }},
+    [](const Problem& problem, int sm_count) {{ return static_cast<size_t>(problem.m * sm_count); }},
+    [](const Launch&) {{ return cudaErrorNotSupported; }}}};
+}}
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Behave as nvcc does for the calls that a build makes."""
+    if "--version" in arguments:
+        print(RELEASE.format(os.environ.get("FAKE_NVCC_RELEASE", "13.0")))
+        return 0
+    source = Path(arguments[arguments.index("-c") + 1])
+    names = re.findall(r'#include "(w4a16_sm90_\w+)\.cu"', source.read_text())
+    if log := os.environ.get("FAKE_NVCC_LOG"):
+        with Path(log).open("a") as file:
+            file.write(" ".join(names) + "\n")
+    time.sleep(float(os.environ.get("FAKE_NVCC_SLEEP", "0")))
+    failing = os.environ.get("FAKE_NVCC_FAIL")
+    if failing and any(failing in name for name in names):
+        print(f"{source}(1): error: this kernel cannot be compiled")
+        return 2
+    text = '#include "cutlass_layout.h"\n#include "kernel.h"\n' + "".join(
+        entry(KernelConfig.parse(name)) for name in names
+    )
+    generated = source.with_suffix(".cpp")
+    generated.write_text(text)
+    includes = [argument for argument in arguments if argument.startswith("-I")]
+    includes.append(f"-isystem{os.environ['FAKE_NVCC_INCLUDE']}")
+    output = arguments[arguments.index("-o") + 1]
+    command = ["g++", "-std=c++17", "-fPIC", *includes, "-c", str(generated), "-o", output]
+    return subprocess.run(command, check=False).returncode  # noqa: S603
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,188 @@
+"""The files that `bench --report` leaves, from measurements that are made up."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from click.testing import CliRunner
+
+from w4a16gen import Problem, QuantMode
+from w4a16gen.cli import main, timing
+from w4a16gen.errors import InvalidValueError
+from w4a16gen.measure import compare as sweep
+from w4a16gen.measure import report as bench_report
+from w4a16gen.measure.probes import TensorPeak
+from w4a16gen.measure.report import Recorder, Row, Run, read_record, row_of, write_report
+from w4a16gen.measure.results import FLOOR, Comparison, Timing
+from w4a16gen.measure.rivals import CUBLAS, RIVALS
+
+MODE = QuantMode.FINEGRAINED_SCALE_ONLY
+PEAK = TensorPeak(800.0, 650.0)
+RUN = Run("NVIDIA <H100>", 132, "2026-11-25", "0.1.0", 800.0, 650.0)
+KERNEL = "w4a16_sm90_native_fgs_cta64x8x128_cluster1x1x1_warpgroups4_persistent"
+
+
+def compared(problem: Problem, kernel: float, *, floor: float | None = None, cublas: float | None = None) -> Comparison:
+    """Give what `bench` measures of one problem."""
+    timings = [Timing(KERNEL, [kernel - 1, kernel, kernel + 2], [kernel - 0.5])]
+    if floor is not None:
+        timings.append(Timing(FLOOR, [floor], [floor - 1]))
+    if cublas is not None:
+        timings.append(Timing(CUBLAS, [cublas]))
+    return Comparison(problem, MODE, {KERNEL: kernel}, 0, timings, {KERNEL: 0.25})
+
+
+def test_a_row_says_what_follows_from_the_times() -> None:
+    row = row_of("qkv", compared(Problem(16, 4096, 4096, 128), 10.0, floor=5.0, cublas=25.0), PEAK)
+    assert (row.kernel, row.microseconds, row.least_microseconds, row.most_microseconds) == (KERNEL, 10.0, 9.0, 12.0)
+    assert (row.dependent_microseconds, row.floor_microseconds, row.dependent_floor_microseconds) == (9.5, 5.0, 4.0)
+    assert (row.speedup_over_fp16, row.share_of_floor, row.error_over_bound) == (2.5, 0.5, 0.25)
+    packed = 4096 * 4096 / 2 + 2 * 32 * 4096
+    assert row.gigabytes_per_second == pytest.approx(packed / 10.0 / 1e3, rel=1e-3)
+    assert row.tflops == pytest.approx(2 * 16 * 4096 * 4096 / 10.0 / 1e6, rel=1e-3)
+    assert row.bytes_moved == packed + 2 * 16 * (4096 + 4096)
+
+
+def test_a_row_says_what_a_call_gets_and_which_other_kernel_was_fastest() -> None:
+    found = compared(Problem(16, 4096, 4096, 128), 10.0)
+    bare = row_of("", found, None)
+    assert (bare.chosen_kernel, bare.chosen_microseconds, bare.best_rival, bare.best_rival_microseconds) == (None,) * 4
+    first, second = (rival.name for rival in RIVALS)
+    timings = [*found.timings, Timing("as called", [11.0]), Timing(second, [12.0]), Timing(first, [13.0])]
+    row = row_of("", replace(found, timings=timings, chosen="as called"), None)
+    assert (row.chosen_kernel, row.chosen_microseconds) == ("as called", 11.0)
+    assert (row.best_rival, row.best_rival_microseconds) == (second, 12.0)
+    assert row.kernel == KERNEL
+
+
+def test_with_many_tokens_the_floor_is_multiplying() -> None:
+    problem = Problem(4096, 4096, 4096, 128)
+    row = row_of("", compared(problem, 250.0, floor=5.0), PEAK)
+    assert row.share_of_floor == pytest.approx(problem.flops / 800e6 / 250.0, rel=1e-3)
+    assert row_of("", compared(problem, 250.0, floor=5.0), None).share_of_floor is None
+    bare = row_of("", compared(problem, 250.0), PEAK)
+    assert (bare.share_of_floor, bare.speedup_over_fp16, bare.cublas_microseconds) == (None, None, None)
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> tuple[Path, list[Row]]:
+    """Give the folder of a run of four problems, and its rows."""
+    folder = tmp_path / "report"
+    recorder = Recorder(folder, RUN)
+    rows = []
+    for m, (n, k) in ((1, (4096, 4096)), (64, (4096, 4096)), (1, (8192, 8192)), (4096, (8192, 8192))):
+        found = compared(Problem(m, n, k, 128), 10.0 * m**0.5, floor=5.0, cublas=30.0)
+        rows.append(row_of("a & b", found, PEAK))
+        recorder.add(rows[-1], found)
+    return folder, rows
+
+
+def test_a_record_comes_back_as_it_was_written(recorded: tuple[Path, list[Row]]) -> None:
+    folder, rows = recorded
+    assert read_record(folder) == (RUN, rows)
+    last = json.loads((folder / "bench.jsonl").read_text().splitlines()[-1])
+    assert last["measured"]["timings"][0]["isolated"] == [639.0, 640.0, 642.0], "every time that was measured is there"
+
+
+def test_a_report_of_a_run_without_probes_has_no_roofs(tmp_path: Path) -> None:
+    run = Run("a GPU", 132, "2026-11-25", "0.1.0", None, None)
+    row = row_of("", compared(Problem(1, 4096, 4096, 128), 10.0), None)
+    Recorder(tmp_path, run)
+    assert read_record(tmp_path) == (run, [])
+    assert {path.name for path in write_report(tmp_path, run, [row])} == {"bench.csv", "report.html", "roofline.png"}
+    assert {path.name for path in write_report(tmp_path, run, [])} == {"bench.csv", "report.html"}
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"schema": 2}', '{"schema": 1}\n{"m": 1}', "{"])
+def test_what_is_no_record_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "bench.jsonl").write_text(text)
+    with pytest.raises(InvalidValueError, match=r"bench\.jsonl is no record of `w4a16gen bench --report`"):
+        read_record(tmp_path)
+
+
+class Page(HTMLParser):
+    """What a page loads, and its text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, _tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.loaded += [value or "" for name, value in attributes if name in {"src", "href"}]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_a_report_opens_without_a_network(recorded: tuple[Path, list[Row]]) -> None:
+    folder, rows = recorded
+    written = {path.name for path in write_report(folder, RUN, rows)}
+    assert written == {"bench.csv", "report.html", "roofline.png", "speedup.png"}
+    for name in ("roofline.png", "speedup.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    page = Page()
+    page.feed((folder / "report.html").read_text())
+    assert len(page.loaded) == 2
+    assert all(source.startswith("data:image/png;base64,") for source in page.loaded)
+    assert "NVIDIA <H100>" in page.text
+    assert "a & b" in page.text
+    table = list(csv.DictReader((folder / "bench.csv").read_text().splitlines()))
+    assert [row["microseconds"] for row in table] == ["10.0", "80.0", "10.0", "640.0"]
+
+
+def test_without_matplotlib_there_are_no_plots(
+    recorded: tuple[Path, list[Row]], monkeypatch: pytest.MonkeyPatch, cli: CliRunner
+) -> None:
+    folder, _ = recorded
+    monkeypatch.setattr(bench_report, "has_plots", lambda: False)
+    monkeypatch.setattr(timing, "has_plots", lambda: False)
+    done = cli.invoke(main, ["report", str(folder)])
+    assert done.exit_code == 0
+    assert "pip install 'w4a16gen[plot]'" in done.stderr
+    assert {path.name for path in folder.iterdir()} == {"bench.jsonl", "bench.csv", "report.html"}
+
+
+def test_bench_records_as_it_goes(cli: CliRunner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gpu = {"index": 0, "name": "NVIDIA H100 80GB HBM3", "sm_count": 132}
+    monkeypatch.setattr(timing, "load", lambda _folder: SimpleNamespace())
+    monkeypatch.setattr(timing, "hopper_gpu", lambda _library: gpu)
+    monkeypatch.setattr(sweep, "tensor_peak", lambda _library, _device: PEAK)
+    errors = {KERNEL: 0.25}
+
+    def compare(_library: object, problem: Problem, mode: QuantMode, **_: object) -> Comparison:
+        if problem.m == 3:
+            raise KeyboardInterrupt
+        if problem.m == 5:
+            return Comparison(problem, mode, {}, 0, [])
+        found = compared(problem, 10.0, floor=5.0, cublas=8.0)
+        return Comparison(problem, mode, found.screened, 2, found.timings, dict(errors))
+
+    monkeypatch.setattr(sweep, "compare", compare)
+    problems = tmp_path / "problems.txt"
+    problems.write_text("# of a model\n1x4096x4096\n\n2x4096x4096,64  # a comment\n5x64x64,32\n")
+    folder = tmp_path / "report"
+    command = ["bench", "--file", str(problems), "--report", str(folder)]
+    done = cli.invoke(main, command)
+    assert done.exit_code == 0, done.output
+    assert "dense FP16 is faster here: 8.00 us" in done.stderr
+    assert "no built kernel of mode fgs can run it" in done.stderr
+    assert [row.group_size for row in read_record(folder)[1]] == [128, 64]
+    assert (folder / "report.html").is_file()
+    problems.write_text("4x4096x4096\n3x4096x4096\n")
+    assert cli.invoke(main, command).exit_code == 130
+    assert [row.m for row in read_record(folder)[1]] == [4], "what was measured before is kept"
+    problems.write_text("4x4096x4096\n4x4096\n")
+    wrong = cli.invoke(main, command)
+    assert wrong.exit_code == 2
+    assert "line 2: '4x4096' must be MxNxK" in " ".join(wrong.stderr.split())
+    errors[KERNEL] = 1.5
+    off = cli.invoke(main, ["bench", "--problem", "4x4096x4096"])
+    assert off.exit_code == 1
+    assert "is off by 1.5 times its bound" in " ".join(off.stderr.split())

@@ -1,0 +1,87 @@
+"""The error bounds of the proofs: right results pass, small mistakes of every kind do not."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from w4a16gen import QuantMode
+from w4a16gen.verify.numeric import _compare_exact, cases
+from w4a16gen.weights.quantized import Half, Nibbles, QuantizedWeight
+from w4a16gen.weights.reference import Expectation, dequantized_half, error_over_bound, random_weight
+
+ALPHA = 0.75
+
+
+def emulate(a: Half, weight: QuantizedWeight, bias: Half) -> Half:
+    """Compute as a kernel does: fp16 weights, products added one by one in truncated fp32, one rounding to fp16."""
+    per_column = weight.mode is QuantMode.PER_COLUMN_SCALE_ONLY
+    values = weight.q.astype(np.float32) - 8 if per_column else dequantized_half(weight).astype(np.float32)
+    total = np.zeros((len(a), weight.n), np.float32)
+    for position in range(weight.k):
+        exact = total.astype(np.float64) + a[:, position, None].astype(np.float64) * values[:, position]
+        total = truncate(exact)
+    factor = np.float32(ALPHA) * (weight.scales.astype(np.float32) if per_column else np.float32(1))
+    return (total * factor + bias.astype(np.float32)).astype(np.float16)
+
+
+def truncate(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    """Round towards zero to fp32."""
+    rounded = values.astype(np.float32)
+    too_large = np.abs(rounded.astype(np.float64)) > np.abs(values)
+    return np.where(too_large, np.nextafter(rounded, np.float32(0)), rounded)
+
+
+@pytest.fixture(params=list(QuantMode), ids=str)
+def weight(request: pytest.FixtureRequest, rng: np.random.Generator) -> QuantizedWeight:
+    """Give a weight of each mode."""
+    return random_weight(rng, 24, 512, 128, request.param)
+
+
+def test_an_emulated_kernel_lies_within_the_bound(weight: QuantizedWeight, rng: np.random.Generator) -> None:
+    a = rng.standard_normal((9, weight.k)).astype(np.float16)
+    bias = rng.standard_normal(weight.n).astype(np.float16)
+    ratio = error_over_bound(emulate(a, weight, bias), Expectation(a, weight), ALPHA, bias)
+    assert 0 < ratio <= 1
+
+
+@pytest.mark.parametrize("mistake", ["scale of the next group", "no bias", "alpha of 1", "offset 7", "unwritten"])
+def test_a_mistake_exceeds_the_bound(weight: QuantizedWeight, rng: np.random.Generator, mistake: str) -> None:
+    a = rng.standard_normal((9, weight.k)).astype(np.float16)
+    bias = rng.standard_normal(weight.n).astype(np.float16)
+    scales, zeros = weight.scales, weight.zeros
+
+    def changed(q: Nibbles, scales: Half) -> QuantizedWeight:
+        return QuantizedWeight(q, scales, zeros, weight.group_size, weight.mode)
+
+    if mistake == "scale of the next group":
+        wrong = emulate(a, changed(weight.q, np.roll(scales, 1)), bias)
+    elif mistake == "no bias":
+        wrong = emulate(a, weight, np.zeros_like(bias))
+    elif mistake == "alpha of 1":
+        wrong = emulate((a / ALPHA).astype(np.float16), weight, bias)
+    elif mistake == "offset 7":
+        wrong = emulate(a, changed(weight.q + np.uint8(1), scales), bias)
+    else:
+        wrong = np.full((9, weight.n), np.nan, np.float16)
+    assert error_over_bound(wrong, Expectation(a, weight), ALPHA, bias) > 1
+
+
+def test_one_hot_comparison_sees_a_single_bit(weight: QuantizedWeight) -> None:
+    exact = dequantized_half(weight).T.copy()
+    assert _compare_exact(exact, weight) is None
+    exact.view(np.uint16)[5, 3] ^= 1
+    message = _compare_exact(exact, weight)
+    assert message is not None
+    assert "first at k=5 n=3" in message
+
+
+@pytest.mark.parametrize("mode", QuantMode, ids=str)
+def test_no_case_of_the_numerical_proofs_leaves_the_range_of_fp16(mode: QuantMode) -> None:
+    rng = np.random.default_rng(0)
+    for case in cases(mode, rng):
+        a = rng.standard_normal((min(case.rows, 64), case.weight.k)).astype(np.float16)
+        expected = Expectation(a, case.weight)
+        for alpha, _ in case.options:
+            assert np.abs(expected.result(alpha, None)).max() < 30000, str(case)

@@ -1,0 +1,1 @@
+"""From configurations to a build: tools, sources, objects, the linked library, exports."""

@@ -1,0 +1,1 @@
+"""Which kernel a call gets, and why."""

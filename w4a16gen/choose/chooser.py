@@ -1,0 +1,144 @@
+"""The one way to choose a kernel: `gemm`, `run`, `bench`, `tune` and `explain` all ask `Chooser.choose`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from w4a16gen.choose import packaged_times
+from w4a16gen.choose.cost_model import choose_cutlass
+from w4a16gen.choose.overrides import kernels_in_use
+from w4a16gen.choose.timing_table import TuningTable, table_for
+from w4a16gen.errors import NotBuiltError, UnsupportedProblemError
+from w4a16gen.kernels.config import KernelConfig, QuantMode, Target
+from w4a16gen.kernels.device import Device
+from w4a16gen.kernels.problem import Problem, runnable, why_cannot_run
+
+
+class ChoiceSource(Enum):
+    """Where a choice comes from, in order of precedence; the value is what JSON carries."""
+
+    OVERRIDE = "override"
+    TUNING_TABLE = "tuning_table"
+    PACKAGED_TIMES = "packaged_times"
+    ESTIMATE = "estimate"
+    RULE_OF_THUMB = "rule_of_thumb"
+
+    @property
+    def sentence(self) -> str:
+        """The source in words."""
+        return _SENTENCES[self]
+
+
+_SENTENCES = {
+    ChoiceSource.OVERRIDE: "use_kernels or W4A16GEN_KERNELS",
+    ChoiceSource.TUNING_TABLE: "the build's tuning table",
+    ChoiceSource.PACKAGED_TIMES: "times of an H100 that come with the package",
+    ChoiceSource.ESTIMATE: "an estimate",
+    ChoiceSource.RULE_OF_THUMB: "a rule of thumb for CUTLASS kernels",
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kernel, the time it is expected to take, and where both come from."""
+
+    kernel: KernelConfig
+    microseconds: float | None
+    """None where nothing is known: an override, or a rule of thumb."""
+    source: ChoiceSource
+
+
+class Chooser:
+    """Chooses among the kernels of one build."""
+
+    def __init__(self, content_hashes: Mapping[KernelConfig, str], table: Path) -> None:
+        """Choose among built kernels.
+
+        Args:
+            content_hashes: the built kernels, each with the hash of its machine code's sources.
+            table: the build's tuning table; it need not exist.
+        """
+        self._hashes = dict(content_hashes)
+        self._path = table
+        self._tables: dict[Device | None, TuningTable | None] = {}
+
+    def choose(
+        self,
+        problem: Problem,
+        mode: QuantMode,
+        *,
+        device: Device | None,
+        target: Target | None = None,
+        overrides: Sequence[KernelConfig] | None = None,
+    ) -> Choice:
+        """Return the kernel that a call gets if it names none; deterministic.
+
+        The first of these that has an answer decides: overrides, the build's tuning table, the times that come with the
+        package, the estimate, and for CUTLASS kernels a rule of thumb.
+
+        Args:
+            problem: the problem.
+            mode: the weight's quantisation mode.
+            device: the GPU; None on a machine without one, where every table is used.
+            target: the kernel family that reads the weight's layout; None allows all.
+            overrides: kernels that take precedence; None takes those of `use_kernels` or W4A16GEN_KERNELS.
+
+        Raises:
+            NotBuiltError: if an override applies and the build does not hold it.
+            UnsupportedProblemError: if the override, or every built kernel, cannot run the problem.
+        """
+        for kernel in kernels_in_use() if overrides is None else overrides:
+            if kernel.mode is mode and target in (None, kernel.target):
+                return self._override(kernel, problem)
+        able = runnable(self._of_target(target), mode, problem)
+        if tuned := self._tuned(able, mode, problem, device):
+            return Choice(*tuned, ChoiceSource.TUNING_TABLE)
+        if known := packaged_times.fastest(able, mode, problem, device):
+            return Choice(*known, ChoiceSource.PACKAGED_TIMES)
+        if estimated := packaged_times.neighbours().estimate(able, mode, problem):
+            return Choice(*estimated[0], ChoiceSource.ESTIMATE)
+        if able:
+            return Choice(choose_cutlass(able, problem), None, ChoiceSource.RULE_OF_THUMB)
+        raise UnsupportedProblemError(self._why_none(target, mode, problem))
+
+    def estimates(self, problem: Problem, mode: QuantMode) -> list[tuple[KernelConfig, float]]:
+        """Return the native kernels that can run a problem with their estimated microseconds, fastest first."""
+        return packaged_times.neighbours().estimate(self._hashes, mode, problem)
+
+    def _of_target(self, target: Target | None) -> Iterable[KernelConfig]:
+        return [config for config in self._hashes if target in (None, config.target)]
+
+    def _override(self, kernel: KernelConfig, problem: Problem) -> Choice:
+        if kernel not in self._hashes:
+            raise NotBuiltError(
+                f"{kernel.name}, which {ChoiceSource.OVERRIDE.sentence} names, is not in the build: "
+                "`w4a16gen list --built` shows what is"
+            )
+        reason = why_cannot_run(kernel, problem)
+        if reason is not None:
+            raise UnsupportedProblemError(f"{kernel.name} cannot run {problem}: {reason}")
+        return Choice(kernel, None, ChoiceSource.OVERRIDE)
+
+    def _tuned(
+        self, able: Sequence[KernelConfig], mode: QuantMode, problem: Problem, device: Device | None
+    ) -> tuple[KernelConfig, float] | None:
+        """Return the fastest kernel of the build's tuning table and its microseconds, or None without any.
+
+        A damaged table, or one of another GPU model, is ignored with a single warning.
+        """
+        if device not in self._tables:
+            self._tables[device] = table_for(self._path, device)
+        table = self._tables[device]
+        return None if table is None else table.best(mode, problem, {config: self._hashes[config] for config in able})
+
+    def _why_none(self, target: Target | None, mode: QuantMode, problem: Problem) -> str:
+        of_mode = sorted(config for config in self._of_target(target) if config.mode is mode)
+        if not of_mode:
+            return (
+                f"the build holds no kernel of mode {mode} that reads this weight's layout: `w4a16gen list --built` "
+                "shows its kernels"
+            )
+        return f"no built kernel can run {problem}: {why_cannot_run(of_mode[-1], problem)}"

@@ -1,0 +1,189 @@
+"""The kernel as a value: shapes, quantisation mode, schedule, and the canonical name that holds them all."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+from functools import total_ordering
+from typing import TYPE_CHECKING
+
+from w4a16gen.errors import InvalidValueError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+_TRIPLE = re.compile(r"([1-9][0-9]*)x([1-9][0-9]*)x([1-9][0-9]*)")
+
+
+@dataclass(frozen=True, order=True)
+class _Triple:
+    """Three counts along the axes of the transposed problem: output channels, tokens, k."""
+
+    channels: int
+    tokens: int
+    k: int
+
+    def __str__(self) -> str:
+        return f"{self.channels}x{self.tokens}x{self.k}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read `CHANNELSxTOKENSxK`, the exact inverse of `str`.
+
+        Raises:
+            InvalidValueError: if the text is anything else.
+        """
+        match = _TRIPLE.fullmatch(text)
+        if match is None:
+            raise InvalidValueError(f"{text!r} must be CHANNELSxTOKENSxK, three positive integers such as 128x64x64")
+        return cls(*(int(part) for part in match.groups()))
+
+    def as_list(self) -> list[int]:
+        """Give [channels, tokens, k], as JSON carries it."""
+        return [self.channels, self.tokens, self.k]
+
+
+class CtaShape(_Triple):
+    """What one CTA computes per step: output channels (WGMMA's M), tokens (its N) and values of K per stage."""
+
+
+class ClusterShape(_Triple):
+    """CTAs per cluster: along output channels, along tokens, and along K (sharing one output tile)."""
+
+
+@total_ordering
+class _OrderedEnum(Enum):
+    """An enumeration ordered by definition, so that sorted kernel lists do not depend on spelling."""
+
+    # Members are single objects, and Enum's own hash is a Python function, which every call of `gemm` would run.
+    __hash__ = object.__hash__
+
+    def __lt__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        members = list(type(self))
+        return members.index(self) < members.index(other)
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+class QuantMode(_OrderedEnum):
+    """How a 4-bit value q becomes a weight; the value is the short tag that names carry."""
+
+    PER_COLUMN_SCALE_ONLY = "cs"
+    """(q - 8) * scale[n]."""
+    FINEGRAINED_SCALE_ONLY = "fgs"
+    """(q - 8) * scale[g, n]."""
+    FINEGRAINED_SCALE_AND_ZEROS = "fgsz"
+    """(q - 8) * scale[g, n] + zero[g, n], the zero already multiplied: zero = (8 - zero point) * scale."""
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether scales come per group of K instead of once per output channel."""
+        return self is not QuantMode.PER_COLUMN_SCALE_ONLY
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether the mode takes zeros beside the scales."""
+        return self is QuantMode.FINEGRAINED_SCALE_AND_ZEROS
+
+
+class Schedule(_OrderedEnum):
+    """How a CTA's consumer warpgroups share the work."""
+
+    PINGPONG = "pingpong"
+    """Two warpgroups, each with an output tile of its own, taking turns on the tensor cores."""
+    COOPERATIVE = "cooperative"
+    """Warpgroups that divide the channels of one output tile among them."""
+    TWO_WARPGROUPS = "warpgroups2"
+    """Two that divide the channels of one output tile, 64 or more each; 64 channels they share, dividing K."""
+    FOUR_WARPGROUPS = "warpgroups4"
+    """The same with four."""
+    EIGHT_WARPS = "warps8"
+    """The same with two whose warps multiply each by itself (mma.sync), few tokens: two CTAs share an SM."""
+
+
+class Scheduler(_OrderedEnum):
+    """How output tiles are handed to CTAs."""
+
+    PERSISTENT = "persistent"
+    """Whole tiles, one wave of CTAs that take several each."""
+    STREAM_K = "streamk"
+    """Tiles may be split along K so that every SM gets an equal share; partial sums meet in the workspace."""
+
+
+class Target(_OrderedEnum):
+    """The kernel family that a configuration is rendered for."""
+
+    CUTLASS = "cutlass"
+    """CUTLASS's SM90 mixed-input collective."""
+    NATIVE = "native"
+    """This package's own kernel."""
+
+
+@dataclass(frozen=True, order=True)
+class KernelConfig:
+    """One kernel. Equal values are the same kernel; the order is the order in which kernels are listed."""
+
+    target: Target
+    mode: QuantMode
+    cta: CtaShape
+    cluster: ClusterShape
+    schedule: Schedule
+    scheduler: Scheduler
+
+    @property
+    def name(self) -> str:
+        """The canonical name: file stem, C++ symbol, cache key and test id."""
+        return (
+            f"w4a16_sm90_{self.target}_{self.mode}_cta{self.cta}_cluster{self.cluster}_{self.schedule}_{self.scheduler}"
+        )
+
+    def __str__(self) -> str:
+        return self.name
+
+    @classmethod
+    def parse(cls, name: str) -> KernelConfig:
+        """Read a canonical name, the exact inverse of `name`.
+
+        Raises:
+            InvalidValueError: if the name is not one that `name` can give.
+        """
+        match = _NAME.fullmatch(name)
+        if match is None:
+            example = "w4a16_sm90_cutlass_fgs_cta128x64x64_cluster2x1x1_cooperative_streamk"
+            raise InvalidValueError(f"{name!r} is not a kernel name such as {example}")
+        return cls(
+            target=Target(match["target"]),
+            mode=QuantMode(match["mode"]),
+            cta=CtaShape.parse(match["cta"]),
+            cluster=ClusterShape.parse(match["cluster"]),
+            schedule=Schedule(match["schedule"]),
+            scheduler=Scheduler(match["scheduler"]),
+        )
+
+    def as_json(self) -> dict[str, object]:
+        """Give the object that `--json` listings, manifests and reports carry."""
+        return {
+            "name": self.name,
+            "target": self.target.value,
+            "mode": self.mode.value,
+            "cta": self.cta.as_list(),
+            "cluster": self.cluster.as_list(),
+            "schedule": self.schedule.value,
+            "scheduler": self.scheduler.value,
+        }
+
+
+def _alternatives(members: type[_OrderedEnum]) -> str:
+    return "|".join(re.escape(str(member)) for member in members)
+
+
+_NAME = re.compile(
+    rf"w4a16_sm90_(?P<target>{_alternatives(Target)})_(?P<mode>{_alternatives(QuantMode)})"
+    rf"_cta(?P<cta>{_TRIPLE.pattern})_cluster(?P<cluster>{_TRIPLE.pattern})"
+    rf"_(?P<schedule>{_alternatives(Schedule)})_(?P<scheduler>{_alternatives(Scheduler)})"
+)

@@ -1,0 +1,78 @@
+"""One GEMM problem, and the rule that says which kernel can run it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from w4a16gen.kernels.config import KernelConfig, QuantMode, Target
+
+DIMENSION_MULTIPLE = 8
+"""n and k must be multiples of this: TMA moves rows whose stride is a multiple of 16 bytes, so 8 fp16 values."""
+MAX_DIMENSION = 1 << 30
+"""Largest m, n and k: CUTLASS counts in 32-bit signed integers and rounds up to whole tiles."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """C[m, n] = alpha * A[m, k] x W[k, n] + bias[n]: m tokens, n output channels.
+
+    `group_size` values of K share one scale of an output channel; it is k itself in per-column mode.
+    """
+
+    m: int
+    n: int
+    k: int
+    group_size: int
+
+    @property
+    def groups(self) -> int:
+        """Rows of the scale matrix: k / group_size."""
+        return self.k // self.group_size
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions: 2mnk."""
+        return 2 * self.m * self.n * self.k
+
+    def __str__(self) -> str:
+        return f"{self.m}x{self.n}x{self.k}, group size {self.group_size}"
+
+
+NATIVE_GROUP_MULTIPLE = 32
+"""What group sizes of native kernels, and of their packed layout, are multiples of: one scale row per 32 k at most."""
+
+
+def group_multiple(config: KernelConfig) -> int:
+    """Give what a kernel's group sizes are multiples of: CUTLASS reads a scale per CTA k, native kernels one per 32."""
+    return config.cta.k if config.target is Target.CUTLASS else NATIVE_GROUP_MULTIPLE
+
+
+def why_cannot_run(config: KernelConfig, problem: Problem) -> str | None:
+    """Say why a kernel cannot run a problem, or None if it can.
+
+    The built library states the same rule in the same words (`why_not` in cuda/problem.h); a test compares the two over
+    a grid of problems.
+    """
+    for name, value in (("n", problem.n), ("k", problem.k)):
+        if value <= 0 or value % DIMENSION_MULTIPLE != 0:
+            return f"{name} of {value} must be a positive multiple of {DIMENSION_MULTIPLE}: pad the layer with zeros"
+    if problem.m < 0:
+        return f"m of {problem.m} must be 0 or more"
+    for name, value in (("m", problem.m), ("n", problem.n), ("k", problem.k)):
+        if value > MAX_DIMENSION:
+            return f"{name} of {value} must be at most {MAX_DIMENSION}: split the problem"
+    group, k = problem.group_size, problem.k
+    if group == k:
+        return None
+    if not config.mode.is_grouped:
+        return f"group size {group} must be {k} (= k): per-column mode has one scale per channel"
+    multiple = group_multiple(config)
+    if group <= 0 or group % multiple != 0 or k % group != 0:
+        return f"group size {group} must be {k} (= k) or a multiple of {multiple} that divides k"
+    return None
+
+
+def runnable(configs: Iterable[KernelConfig], mode: QuantMode, problem: Problem) -> list[KernelConfig]:
+    """Give the kernels of a mode that can run a problem, sorted."""
+    return sorted(config for config in configs if config.mode is mode and why_cannot_run(config, problem) is None)

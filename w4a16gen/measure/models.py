@@ -1,0 +1,83 @@
+"""The linear layers of known models, as problems: what `bench --model` times."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from w4a16gen.errors import InvalidValueError
+from w4a16gen.kernels.problem import Problem
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a decoder's linear layers follow from, by the names of Hugging Face's config.json."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int = 128
+
+    def layers(self, tensor_parallel: int) -> list[tuple[str, int, int]]:
+        """Give each layer's name, n and k on one of so many GPUs.
+
+        Query, key and value are one layer, and so are gate and up. These two are divided by output channels, the
+        others by K; a key and value head that there are too few of is on several GPUs.
+
+        Raises:
+            InvalidValueError: if the query heads, or the key and value heads, cannot be divided.
+        """
+        heads, shared = self.num_attention_heads, self.num_key_value_heads
+        if heads % tensor_parallel or (shared % tensor_parallel and tensor_parallel % shared):
+            raise InvalidValueError(
+                f"{heads} query heads and {shared} key and value heads cannot be divided among {tensor_parallel} GPUs"
+            )
+        queries = heads // tensor_parallel * self.head_dim
+        keys = max(shared // tensor_parallel, 1) * self.head_dim
+        intermediate = self.intermediate_size // tensor_parallel
+        return [
+            ("qkv", queries + 2 * keys, self.hidden_size),
+            ("o", self.hidden_size, queries),
+            ("gate_up", 2 * intermediate, self.hidden_size),
+            ("down", self.hidden_size, intermediate),
+        ]
+
+
+MODELS = {
+    "llama-3-8b": Model(4096, 14336, 32, 8),
+    "llama-3-70b": Model(8192, 28672, 64, 8),
+    "qwen2.5-7b": Model(3584, 18944, 28, 4),
+    "qwen2.5-32b": Model(5120, 27648, 40, 8),
+    "qwen2.5-72b": Model(8192, 29568, 64, 8),
+    "qwen3-8b": Model(4096, 12288, 32, 8),
+    "qwen3-32b": Model(5120, 25600, 64, 8),
+    "mixtral-8x7b": Model(4096, 14336, 32, 8),
+    "mixtral-8x22b": Model(6144, 16384, 48, 8),
+}
+"""From the models' config.json on Hugging Face. Of mixtures, gate_up and down are one expert's, and m counts the tokens
+that are routed to it."""
+
+
+def model_problems(
+    name: str, tokens: Iterable[int], *, tensor_parallel: int = 1, group_size: int = 128
+) -> list[tuple[str, Problem]]:
+    """Give the problems of a model's layers on one of so many GPUs, with what each is called.
+
+    Raises:
+        InvalidValueError: if there is no such model, or a layer cannot be divided into groups of that size.
+    """
+    if name not in MODELS:
+        raise InvalidValueError(f"model {name!r} is not one of {', '.join(MODELS)}")
+    layers = MODELS[name].layers(tensor_parallel)
+    for layer, _, k in layers:
+        if k % group_size:
+            raise InvalidValueError(
+                f"layer {layer} of {name} on {tensor_parallel} GPUs has k of {k}, which groups of {group_size} do not "
+                "divide: choose another group size or fewer GPUs"
+            )
+    return [
+        (f"{name} {layer}" + (f" / {tensor_parallel}" if tensor_parallel > 1 else ""), Problem(m, n, k, group_size))
+        for layer, n, k in layers
+        for m in tokens
+    ]

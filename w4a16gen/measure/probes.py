@@ -1,0 +1,82 @@
+"""What the GPU can do at most, measured by probes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from w4a16gen.kernels.config import Target
+from w4a16gen.measure.timing import (
+    BLOCK_REPLAYS,
+    BLOCK_SECONDS,
+    PAUSE_SECONDS,
+    SCREENING_REPLAYS,
+    SETTLING_SECONDS,
+    WARM_UP_SECONDS,
+    settled,
+)
+from w4a16gen.runtime.arrays import stream_pointer, view
+from w4a16gen.runtime.library import Library
+from w4a16gen.weights.packed import PackedWeight
+
+BURST_ROUNDS = 150
+"""Of the probe of the tensor cores: 0.1 ms, in which power does not limit."""
+
+
+def probe_read(library: Library, w: PackedWeight, *, stream: Any, dependent_launch: bool = False) -> None:
+    """Launch a kernel that only reads a packed weight on a GPU: the least that any kernel takes.
+
+    Raises:
+        UnsupportedProblemError: if the build holds no native kernel, with which the probes come.
+        NoHopperGpuError: if the weight is on another kind of GPU.
+    """
+    data = view("packed weight", w.data, library.module)
+    address = stream_pointer(stream, w.data)
+    bindings = library.bindings
+    bindings.result_of(
+        bindings.library.probe_read(data.pointer, data.nbytes, dependent_launch, address, data.device or 0)
+    )
+
+
+def probe_multiply(library: Library, rounds: int, *, stream: Any, device: int = 0) -> int:
+    """Launch a kernel that keeps all tensor cores multiplying fp16, and return the operations that it does.
+
+    Raises:
+        UnsupportedProblemError: if the build holds no native kernel, with which the probes come.
+        NoHopperGpuError: if it is another kind of GPU.
+    """
+    bindings = library.bindings
+    return int(bindings.result_of(bindings.library.probe_multiply(rounds, stream_pointer(stream, None), device)))
+
+
+@dataclass(frozen=True)
+class TensorPeak:
+    """What the tensor cores reach with operands that are there already, TFLOP/s of fp16."""
+
+    burst: float
+    """In 0.1 ms after a rest."""
+    sustained: float
+    """At the clock that the power limit leaves."""
+
+
+def tensor_peak(library: Library, device: int) -> TensorPeak | None:
+    """Measure it; None if the build holds no native kernel, with which the probe comes."""
+    if not any(config.target is Target.NATIVE for config in library.configs()):
+        return None
+    stream = library.module.Stream(device)
+    flops = probe_multiply(library, BURST_ROUNDS, stream=stream, device=device)
+
+    def timed() -> float:
+        stream.start_timer()
+        probe_multiply(library, BURST_ROUNDS, stream=stream, device=device)
+        return float(stream.stop_timer())
+
+    bursts = []
+    for _ in range(SCREENING_REPLAYS * BLOCK_REPLAYS):
+        time.sleep(PAUSE_SECONDS)
+        probe_multiply(library, BURST_ROUNDS, stream=stream, device=device)
+        bursts.append(timed())
+    sustained = settled(timed, WARM_UP_SECONDS + SETTLING_SECONDS, BLOCK_SECONDS)
+    return TensorPeak(flops / statistics.median(bursts) / 1e9, flops / sustained / 1e9)

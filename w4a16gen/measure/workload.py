@@ -1,0 +1,168 @@
+"""One problem's data on a GPU, and graphs of launches on it: kernels, what only reads, and what others bring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from w4a16gen.choose.cost_model import is_long
+from w4a16gen.kernels.config import KernelConfig, QuantMode, Target
+from w4a16gen.kernels.problem import Problem
+from w4a16gen.measure.probes import probe_read
+from w4a16gen.measure.rivals import Rival, cublas_products, record_torch, relative_error
+from w4a16gen.measure.timing import BRIEF_LAUNCHES, LAUNCHES, Contender
+from w4a16gen.runtime.library import Library
+from w4a16gen.weights.packed import PackedWeight, pack_weight
+from w4a16gen.weights.quantized import QuantizedWeight
+from w4a16gen.weights.reference import Expectation, random_weight
+
+CHECKED_ROWS = 8
+CHECKED_CHANNELS = 64
+"""Rows and channels of the result of each finalist that are compared with float64 before it is timed."""
+
+
+@lru_cache(maxsize=1)
+def _weight(n: int, k: int, group_size: int, mode: QuantMode, seed: int) -> QuantizedWeight:
+    """Draw a weight; the last one is kept, because problems of one layer tend to follow each other."""
+    return random_weight(np.random.default_rng(seed), n, k, group_size, mode)
+
+
+@lru_cache(maxsize=len(Target))
+def _packed(n: int, k: int, group_size: int, mode: QuantMode, seed: int, target: Target) -> PackedWeight:
+    return pack_weight(_weight(n, k, group_size, mode, seed), target=target)
+
+
+class Stage:
+    """One problem's data on a GPU: activations, an output, and copies of the weight for each target."""
+
+    def __init__(self, library: Library, device: int, problem: Problem, mode: QuantMode, seed: int) -> None:
+        """Draw the data, and put activations and output on the GPU."""
+        self.library, self.device, self.problem = library, device, problem
+        self._drawn = (problem.n, problem.k, problem.group_size, mode, seed)
+        rng = np.random.default_rng(seed)
+        a = rng.standard_normal((problem.m, problem.k), dtype=np.float32).astype(np.float16)
+        self.a = library.to_device(a, device)
+        self.out = library.to_device(np.zeros((problem.m, problem.n), np.float16), device)
+        self.host_a = a
+        self._copies: dict[Target, list[PackedWeight]] = {}
+
+    def copies(self, target: Target, *, brief: bool = False) -> list[PackedWeight]:
+        """Give the weight often enough that launches in turn find L2 cold, or a few times if that is too long."""
+        packed = _packed(*self._drawn, target)
+        wanted = int(COLD_BYTES / packed.nbytes) + 1
+        if brief and is_long(self.problem):
+            wanted = min(wanted, BRIEF_LAUNCHES)
+        copies = self._copies.setdefault(target, [])
+        copies += [self.library.to_device(packed, self.device) for _ in range(wanted - len(copies))]
+        return copies[:wanted]
+
+    def launches(self, copies: int, *, brief: bool = False) -> int:
+        """Give how many a graph has: every copy of the weight gets its turn, unless a long problem is timed briefly."""
+        return BRIEF_LAUNCHES if brief and is_long(self.problem) else max(LAUNCHES, copies)
+
+    def record(self, config: KernelConfig, *, dependent: bool, brief: bool = False) -> Contender:
+        """Record a graph of a kernel's launches; a short one of a long problem, if it is to be timed briefly."""
+        needed = self.library.workspace_bytes(config, self.problem, device=self.device)
+        workspace = self.library.to_device(np.zeros(needed, np.uint8), self.device)
+
+        def launch(weight: PackedWeight, stream: Any) -> None:
+            self.library.gemm(
+                self.a,
+                weight,
+                config=config,
+                out=self.out,
+                workspace=workspace,
+                stream=stream,
+                dependent_launch=dependent,
+            )
+
+        return self._record(launch, config.target, workspace, brief=brief)
+
+    def record_floor(self, *, dependent: bool) -> Contender:
+        """Record a graph of launches that only read the packed weight."""
+
+        def launch(weight: PackedWeight, stream: Any) -> None:
+            probe_read(self.library, weight, stream=stream, dependent_launch=dependent)
+
+        return self._record(launch, Target.NATIVE, None)
+
+    def check(self, config: KernelConfig) -> float:
+        """Run a kernel and give its largest error as a share of the bound, over some rows and channels."""
+        weight = _weight(*self._drawn)
+        m, n = self.problem.m, self.problem.n
+        rows = np.unique(np.linspace(0, m - 1, min(m, CHECKED_ROWS)).astype(int))
+        channels = np.unique(np.linspace(0, n - 1, min(n, CHECKED_CHANNELS)).astype(int))
+        contender = self.record(config, dependent=False, brief=True)
+        got = np.full((len(rows), n), np.nan, np.float16)
+        places = [(got[place], int(row) * n * got.itemsize) for place, row in enumerate(rows)]
+        for values, offset in places:
+            self.out.buffer.upload(values, offset)
+        contender.timed_replay()  # which waits
+        for values, offset in places:
+            self.out.buffer.download(values, offset)
+        expected = Expectation(self.host_a[rows], weight.channels(channels))
+        error = np.abs(got[:, channels].astype(np.float64) - expected.result(1.0, None))
+        ratio = error / expected.bound(1.0, None)
+        return float("inf") if np.isnan(ratio).any() else float(ratio.max())
+
+    def _record(
+        self,
+        launch_on: Callable[[PackedWeight, Any], None],
+        target: Target,
+        workspace: Any,
+        *,
+        brief: bool = False,
+    ) -> Contender:
+        """Record a graph of launches that take the copies in turn."""
+        copies = self.copies(target, brief=brief)
+        stream = self.library.module.Stream(self.device)
+        launches = self.launches(len(copies), brief=brief)
+
+        def launch(turn: int) -> None:
+            launch_on(copies[turn % len(copies)], stream)
+
+        launch(0)
+        stream.begin_capture()
+        for turn in range(launches):
+            launch(turn)
+        stream.end_capture()
+
+        def timed_replay() -> float:
+            stream.start_timer()
+            stream.replay()
+            return float(stream.stop_timer())
+
+        return Contender(stream.replay, timed_replay, launches, workspace)
+
+    def record_cublas(self, torch: Any) -> Contender:
+        """Record the dense product of the dequantised weight (less its zeros), through torch."""
+        a, weight = self._on_torch(torch, "float16"), _weight(*self._drawn)
+        wanted = int(COLD_BYTES / (2 * weight.q.size)) + 1
+        products = cublas_products(torch, a, weight, max(2, wanted))
+        return record_torch(torch, self.device, products, self.launches(wanted))
+
+    def record_rival(self, torch: Any, rival: Rival) -> tuple[Contender, float]:
+        """Check someone else's kernel, and record it; give its largest error as a share of what it may be off.
+
+        Raises:
+            ImportError: if it is not installed.
+            UnsupportedProblemError: if it cannot run the problem.
+        """
+        a, weight = self._on_torch(torch, rival.dtype), _weight(*self._drawn)
+        wanted = int(COLD_BYTES / (weight.q.size / 2)) + 1
+        with torch.cuda.device(self.device):
+            products = rival.prepare(torch, a, weight, wanted)
+            rows = a[:CHECKED_ROWS]
+            channels = np.unique(np.linspace(0, weight.n - 1, CHECKED_CHANNELS).astype(int))
+            error = relative_error(torch, rows, weight, lambda: products[0]()[:CHECKED_ROWS], channels)
+        return record_torch(torch, self.device, products, self.launches(wanted)), error / rival.largest_error
+
+    def _on_torch(self, torch: Any, dtype: str) -> Any:
+        return torch.from_numpy(self.host_a).to(torch.device("cuda", self.device)).to(getattr(torch, dtype))
+
+
+COLD_BYTES = 200e6
+"""Weights are rotated over more than this, over three times an H200's 60 MB L2, so that launches find L2 cold."""

@@ -1,0 +1,1 @@
+"""A finished build: found, opened, called."""

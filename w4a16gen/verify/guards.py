@@ -1,0 +1,117 @@
+"""Launching a kernel so that what it writes beside its output, or fails to write, is seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from w4a16gen.errors import W4A16Error
+from w4a16gen.kernels.config import KernelConfig
+from w4a16gen.kernels.problem import Problem
+from w4a16gen.runtime.arrays import DeviceArray
+from w4a16gen.runtime.library import Library
+from w4a16gen.weights.packed import PackedWeight
+from w4a16gen.weights.quantized import Half
+
+CANARY = 0xA5
+GUARD_BYTES = 4096
+POISON = np.float16(np.nan)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel is asked to run: on the first m rows of the activations."""
+
+    m: int
+    alpha: float
+    bias: Half | None
+    in_graph: bool
+    dependent: bool
+
+    def __str__(self) -> str:
+        return (
+            f"m={self.m} alpha={self.alpha} bias={self.bias is not None} graph={self.in_graph} "
+            f"dependent launch={self.dependent}"
+        )
+
+
+class GuardedGpu:
+    """A Hopper GPU that runs kernels between guards: canaries around what they write, poison where they must write."""
+
+    def __init__(self, library: Library, device: int) -> None:
+        """Take the loaded build and the GPU's index."""
+        self.library = library
+        self.device = device
+        self.stream = library.module.Stream(device)
+
+    def upload(self, array: npt.NDArray[Any]) -> DeviceArray:
+        """Copy an array to the GPU."""
+        return DeviceArray.from_host(self.library.module, array, self.device)
+
+    def guarded(self, nbytes: int, fill: npt.NDArray[np.uint8] | None = None) -> DeviceArray:
+        """Allocate bytes between two guards of canaries."""
+        host = np.full(GUARD_BYTES + nbytes + GUARD_BYTES, CANARY, np.uint8)
+        if fill is not None:
+            host[GUARD_BYTES : GUARD_BYTES + nbytes] = fill
+        return self.upload(host)
+
+    def run(self, config: KernelConfig, a: DeviceArray, weight: PackedWeight, asked: Launch) -> Half:
+        """Launch on a poisoned output between canaries, with a workspace of exactly the size asked for.
+
+        Raises:
+            W4A16Error: if the launch is refused, or a canary died.
+        """
+        m = asked.m
+        problem = Problem(m, weight.n, weight.k, weight.group_size)
+        poison = np.full(m * weight.n, POISON, np.float16).view(np.uint8)
+        output = self.guarded(poison.nbytes, poison)
+        needed = self.library.workspace_bytes(config, problem, device=self.device)
+        workspace = self.guarded(needed)
+        bias = None if asked.bias is None else self.upload(asked.bias)
+
+        def launch() -> None:
+            self.library.gemm(
+                _Window(a, (m, weight.k), "<f2", 0),
+                weight,
+                bias=bias,
+                alpha=asked.alpha,
+                config=config,
+                out=_Window(output, (m, weight.n), "<f2", GUARD_BYTES),
+                workspace=_Window(workspace, (needed,), "|u1", GUARD_BYTES),
+                stream=self.stream,
+                dependent_launch=asked.dependent,
+            )
+
+        if asked.in_graph:
+            self.stream.begin_capture()
+            launch()
+            self.stream.end_capture()
+            self.stream.replay()
+            self.stream.replay()
+        else:
+            launch()
+        self.stream.synchronize()
+        for what, buffer in (("output", output), ("workspace", workspace)):
+            host = buffer.to_host()
+            if (host[:GUARD_BYTES] != CANARY).any() or (host[-GUARD_BYTES:] != CANARY).any():
+                raise W4A16Error(f"wrote beyond the {what}")
+        result: Half = output.to_host()[GUARD_BYTES:-GUARD_BYTES].view(np.float16).reshape(m, weight.n)
+        return result
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Part of a device array, seen as another shape and dtype."""
+
+    base: DeviceArray
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        address = self.base.buffer.pointer + self.offset
+        return {"shape": self.shape, "typestr": self.dtype, "data": (address, False), "strides": None, "version": 3}

@@ -1,0 +1,129 @@
+"""Random problems on random kernels: what the fixed cases of numeric.py did not think of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from w4a16gen.kernels.config import KernelConfig, QuantMode
+from w4a16gen.kernels.problem import Problem, why_cannot_run
+from w4a16gen.runtime.library import Library
+from w4a16gen.verify.guards import GuardedGpu, Launch
+from w4a16gen.verify.numeric import NumericProof, Progress, judge, launched, library_weight
+from w4a16gen.weights.packed import PackedWeight
+from w4a16gen.weights.quantized import QuantizedWeight
+from w4a16gen.weights.reference import Expectation, random_weight
+
+KIND = "drawn"
+LAUNCHES_PER_WEIGHT = 24
+"""Problems that share a weight and activations: drawing and multiplying those in float64 takes longest."""
+GROUP_SIZES = (32, 64, 96, 128, 160, 192, 256, 320, 512)
+MOST_TOKENS = (1, 8, 17, 64, 130, 300, 700)
+ALPHAS = (1.0, 0.75, -2.0)
+
+
+def draw_weight(rng: np.random.Generator, mode: QuantMode) -> QuantizedWeight:
+    """Draw a weight of up to 480 channels and 1,536 of K, one in ten of up to 2,400 and 4,096.
+
+    Half of the grouped ones have one group (any multiple of 8), the others several; one in five has scales of another
+    size, from 2^-8 to 2^9 times the usual.
+    """
+    large = rng.random() < 0.1  # noqa: PLR2004
+    n = 8 * int(rng.integers(1, 301 if large else 61))
+    if mode.is_grouped and rng.random() < 0.9:  # noqa: PLR2004
+        group = int(rng.choice(GROUP_SIZES))
+        k = group * int(rng.integers(1, (4096 if large else 1536) // group + 1))
+    else:
+        group = k = 8 * int(rng.integers(1, 301))
+    size = 0.01 * 2.0 ** int(rng.integers(-8, 10)) if rng.random() < 0.2 else 0.01  # noqa: PLR2004
+    return random_weight(rng, n, k, group, mode, size=size)
+
+
+class _Deck:
+    """Kernels dealt in random order, all of them before one comes again."""
+
+    def __init__(self, rng: np.random.Generator, configs: Iterable[KernelConfig]) -> None:
+        self._rng, self._configs = rng, list(configs)
+        self._left: list[KernelConfig] = []
+
+    def deal(self, weight: QuantizedWeight) -> KernelConfig | None:
+        """Give the next kernel that can run a weight; None if a whole round holds none."""
+        for _ in range(2 * len(self._configs)):
+            if not self._left:
+                self._left = [self._configs[index] for index in self._rng.permutation(len(self._configs))]
+            config = self._left.pop()
+            if why_cannot_run(config, Problem(1, weight.n, weight.k, weight.group_size)) is None:
+                return config
+        return None
+
+
+def prove_drawn(
+    library: Library,
+    proofs: Mapping[KernelConfig, NumericProof],
+    count: int,
+    *,
+    device: int = 0,
+    seed: int = 0,
+    progress: Progress = lambda _done, _total, _name: None,
+) -> None:
+    """Run random problems on a Hopper GPU and add what came of them to the kernels' proofs.
+
+    Shape, group size, m, alpha, bias, scales, kernel, graph and dependent launch are drawn; results are judged as those
+    of the fixed cases: against float64, poisoned before, guarded around.
+
+    Args:
+        library: the loaded build.
+        proofs: the kernels to run, with the proofs to add to.
+        count: how many problems; all run, however many fail.
+        device: the GPU.
+        seed: of everything drawn.
+        progress: told after every weight.
+    """
+    gpu = GuardedGpu(library, device)
+    rng = np.random.default_rng(seed)
+    modes = sorted({config.mode for config in proofs})
+    decks = {mode: _Deck(rng, sorted(config for config in proofs if config.mode is mode)) for mode in modes}
+    done = 0
+    while done < count and modes:
+        mode = modes[int(rng.integers(len(modes)))]
+        weight = draw_weight(rng, mode)
+        launches = min(LAUNCHES_PER_WEIGHT, count - done)
+        done += _run_weight(gpu, rng, weight, decks[mode], proofs, launches)
+        progress(done, count, f"{KIND} {mode} n={weight.n} k={weight.k} group={weight.group_size}")
+
+
+def _run_weight(
+    gpu: GuardedGpu,
+    rng: np.random.Generator,
+    weight: QuantizedWeight,
+    deck: _Deck,
+    proofs: Mapping[KernelConfig, NumericProof],
+    launches: int,
+) -> int:
+    """Run some problems of one weight; give how many ran."""
+    most = int(rng.choice(MOST_TOKENS))
+    a = rng.standard_normal((most, weight.k)).astype(np.float16)
+    bias = rng.standard_normal(weight.n).astype(np.float16)
+    on_gpu = gpu.upload(a)
+    expected = Expectation(a, weight)
+    packed: dict[object, PackedWeight] = {}
+    what = f"{KIND} n={weight.n} k={weight.k} group={weight.group_size}"
+    for turn in range(launches):
+        config = deck.deal(weight)
+        if config is None:
+            return turn
+        if config.target not in packed:
+            packed[config.target] = library_weight(gpu, weight, config)
+        with_bias, in_graph, dependent = (bool(flag) for flag in rng.integers(0, 2, 3))
+        launch = Launch(
+            m=int(rng.integers(1, most + 1)),
+            alpha=float(rng.choice(ALPHAS)),
+            bias=bias if with_bias else None,
+            in_graph=in_graph,
+            dependent=dependent,
+        )
+        got = launched(gpu, proofs[config], config, on_gpu, packed[config.target], launch, what)
+        if got is not None:
+            judge(proofs[config], KIND, f"{what} {launch}", got, expected, launch)
+    return launches

@@ -1,0 +1,66 @@
+"""Rounding a weight to 4 bits."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from w4a16gen.errors import InvalidValueError
+from w4a16gen.weights.quantized import MAX_Q, OFFSET, Double, QuantizedWeight, canonical, check_group_size
+
+_HALF_MAX = float(np.finfo(np.float16).max)
+
+
+def quantize(weight: npt.ArrayLike, *, group_size: int | None = None, zero_points: bool = False) -> QuantizedWeight:
+    """Round a weight to the nearest 4-bit values.
+
+    Symmetric: scale = max |w| / 7 over the group, q = round(w / scale) + 8, so 1 to 15. With zero points: scale =
+    (max - min) / 15 with the range widened to hold 0, zero point = round(-min / scale), q = round(w / scale) + zero
+    point, so 0 to 15. Both divide by the scale as fp16 holds it; a group of zeros gets scale 1.
+
+    Args:
+        weight: floating point [n, k], output channels first (as torch.nn.Linear stores it).
+        group_size: values of K per scale; None for one scale per output channel.
+        zero_points: whether each group gets a zero point; needs a group size.
+
+    Raises:
+        InvalidValueError: if the weight is not finite floating point [n, k], the group size does not divide k, or a
+            group is too large for an fp16 scale.
+    """
+    weight = np.asarray(weight)
+    if weight.ndim != 2 or weight.size == 0 or weight.dtype.kind != "f":  # noqa: PLR2004
+        raise InvalidValueError(
+            f"weight of dtype {weight.dtype} and shape {weight.shape} must be floating point [n, k]"
+        )
+    if not np.isfinite(weight).all():
+        raise InvalidValueError("weight must be finite")
+    if zero_points and group_size is None:
+        raise InvalidValueError("zero points need a group size; group_size=k gives one group per channel")
+    n, k = weight.shape
+    size = k if group_size is None else group_size
+    check_group_size(k, size)
+    grouped = weight.astype(np.float64).reshape(n, k // size, size)
+    if zero_points:
+        low = np.minimum(grouped.min(axis=2), 0)
+        scale = _half_scale((np.maximum(grouped.max(axis=2), 0) - low) / MAX_Q)
+        point = np.clip(np.rint(-low / scale), 0, MAX_Q)
+    else:
+        scale = _half_scale(np.abs(grouped).max(axis=2) / (MAX_Q // 2))
+        point = np.full_like(scale, OFFSET)
+    q = np.clip(np.rint(grouped / scale[..., None]) + point[..., None], 0, MAX_Q)
+    scales = np.ascontiguousarray(scale.T).astype(np.float16)
+    zeros = np.ascontiguousarray(((OFFSET - point) * scale).T).astype(np.float16) if zero_points else None
+    return canonical(
+        q.reshape(n, k).astype(np.uint8), scales if group_size is not None else scales[0], zeros, group_size=size
+    )
+
+
+def _half_scale(scale: Double) -> Double:
+    """Round scales to fp16, never to 0; a group of zeros gets 1."""
+    if scale.max(initial=0.0) * OFFSET > _HALF_MAX:
+        raise InvalidValueError(
+            f"a group needs scale {scale.max():.4g}, and 8 times that exceeds fp16's {_HALF_MAX:.0f}"
+        )
+    smallest = float(np.finfo(np.float16).smallest_subnormal)
+    rounded = np.maximum(scale, smallest).astype(np.float16).astype(np.float64)
+    return np.where(scale == 0, 1.0, rounded)

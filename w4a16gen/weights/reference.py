@@ -1,0 +1,121 @@
+"""How far a kernel's fp16 result may lie from the exact one, element by element; docs/numerics.md derives it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from w4a16gen.kernels.config import QuantMode
+from w4a16gen.weights.layouts.fragments import scale_exponents
+from w4a16gen.weights.quantized import Double, Half, QuantizedWeight, canonical
+
+HALF_ROUNDING = 2.0**-11
+"""Unit roundoff of fp16: rounding to nearest changes a normal value by at most this fraction."""
+HALF_UNDERFLOW = 2.0**-25
+"""Half of fp16's smallest subnormal: the most that rounding adds where the result is subnormal."""
+FLOAT_TRUNCATION = 2.0**-23
+"""Largest relative error of one fp32 addition that truncates, as tensor cores may (they align the addends of a step to
+the largest and cut; Fasi et al., Numerical behavior of NVIDIA tensor cores, PeerJ CS 2021)."""
+EPILOGUE_ROUNDINGS = 4
+"""fp32 roundings after the accumulation: alpha, alpha * scale, the multiply-add, and a stream-K partial sum."""
+_WEIGHT_ROUNDINGS = {
+    QuantMode.PER_COLUMN_SCALE_ONLY: 0,  # the main loop multiplies by the exact q - 8
+    QuantMode.FINEGRAINED_SCALE_ONLY: 1,  # (q - 8) * scale
+    QuantMode.FINEGRAINED_SCALE_AND_ZEROS: 1,  # one fused multiply-add
+}
+
+
+class Expectation:
+    """The exact product of one problem, in float64, and what rounding may add to it."""
+
+    def __init__(self, a: npt.NDArray[Any], weight: QuantizedWeight) -> None:
+        """Compute the product and the sum of its terms' magnitudes once, for any alpha and bias."""
+        activations = a.astype(np.float64)
+        values = weight.dequantize().T
+        self._product: Double = activations @ values
+        self._magnitude: Double = np.abs(activations) @ np.abs(values)
+        self._sum: Double = np.abs(activations).sum(axis=1, keepdims=True)
+        self._k = weight.k
+        self._weight_roundings = _WEIGHT_ROUNDINGS[weight.mode]
+        self._underflow = weight_underflow(weight)
+
+    def result(self, alpha: float, bias: Half | None) -> Double:
+        """Give alpha * A x W + bias, exact up to float64."""
+        product: Double = float(np.float32(alpha)) * self._product
+        return product if bias is None else product + bias.astype(np.float64)
+
+    def bound(self, alpha: float, bias: Half | None) -> Double:
+        """Give the largest error that rounding explains, [m, n]."""
+        weights = self._weight_roundings * (HALF_ROUNDING * self._magnitude + self._underflow * self._sum)
+        terms = self._magnitude + weights
+        sums = (self._k + EPILOGUE_ROUNDINGS) * FLOAT_TRUNCATION * terms
+        before_store: Double = abs(alpha) * (weights + sums)
+        result = np.abs(self.result(alpha, bias))
+        if bias is not None:
+            before_store = before_store + FLOAT_TRUNCATION * np.abs(bias.astype(np.float64))
+        return before_store + HALF_ROUNDING * (result + before_store) + HALF_UNDERFLOW
+
+
+def weight_underflow(weight: QuantizedWeight) -> Double:
+    """Give the most that rounding a weight adds where it is subnormal, [n].
+
+    Half of fp16's smallest subnormal; for channels that the native layout holds divided by a power of two, twice that
+    power as much, because -8 * scale is rounded as well as the weight.
+    """
+    if not weight.mode.is_grouped:
+        return np.full(weight.n, HALF_UNDERFLOW)
+    exponents = scale_exponents(weight.scales, weight.mode)
+    return np.where(exponents > 0, 2 * np.ldexp(HALF_UNDERFLOW, exponents), HALF_UNDERFLOW)
+
+
+def dequantized_half(weight: QuantizedWeight) -> Half:
+    """Give the weight as a kernel's tensor cores see it, fp16 [n, k]: the exact value rounded once."""
+    return weight.dequantize().astype(np.float16)
+
+
+def gemm_reference(
+    a: npt.NDArray[Any], weight: QuantizedWeight, *, alpha: float = 1.0, bias: Half | None = None
+) -> Double:
+    """Give alpha * A x W + bias in float64 [m, n], from fp16 [m, k] activations and the exact weight."""
+    result = alpha * (a.astype(np.float64) @ weight.dequantize().T)
+    return result if bias is None else result + bias.astype(np.float64)
+
+
+def random_weight(
+    rng: np.random.Generator,
+    n: int,
+    k: int,
+    group_size: int,
+    mode: QuantMode,
+    *,
+    octaves: float = 1,
+    size: float = 0.01,
+) -> QuantizedWeight:
+    """Draw a weight that uses all 16 values.
+
+    Args:
+        rng: source of the numbers.
+        n: output channels.
+        k: values of K.
+        group_size: values of K per scale; ignored in per-column mode.
+        mode: the quantisation mode.
+        octaves: how far scales lie from `size` at most, up or down, as a power of two.
+        size: middle of the scales; zeros are of the size of eight scales at most.
+    """
+    groups = k // group_size
+    q = rng.integers(0, 16, (n, k), dtype=np.uint8)
+    scales = (size * 2.0 ** rng.uniform(-octaves, octaves, (groups, n))).astype(np.float16)
+    zeros = (scales.astype(np.float32) * rng.uniform(-8, 8, (groups, n))).astype(np.float16)
+    if not mode.is_grouped:
+        return canonical(q, scales[0], None, group_size=k)
+    return canonical(q, scales, zeros if mode.has_zeros else None, group_size=group_size)
+
+
+def error_over_bound(got: Half, expected: Expectation, alpha: float, bias: Half | None) -> float:
+    """Give the largest error as a multiple of its bound; infinity where a value was not written or is not finite."""
+    m = got.shape[0]
+    error = np.abs(got.astype(np.float64) - expected.result(alpha, bias)[:m])
+    ratio = error / expected.bound(alpha, bias)[:m]
+    return float("inf") if np.isnan(ratio).any() else float(ratio.max(initial=0.0))
