@@ -5,7 +5,7 @@
 #include <map>
 #include <tuple>
 
-#include "native_tiles.h"
+#include "native/tiles.h"
 
 namespace native = w4a16::native;
 

@@ -7,7 +7,7 @@
 #include <cstring>
 #include <vector>
 
-#include "native_dequantize.cuh"
+#include "native/dequantize.cuh"
 
 namespace native = w4a16::native;
 

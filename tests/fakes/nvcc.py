@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
     if failing and any(failing in name for name in names):
         print(f"{source}(1): error: this kernel cannot be compiled")
         return 2
-    text = '#include "cutlass_layout.h"\n#include "kernel.h"\n' + "".join(
+    text = '#include "cutlass/layout.h"\n#include "library/kernel.h"\n' + "".join(
         entry(KernelConfig.parse(name)) for name in names
     )
     generated = source.with_suffix(".cpp")

@@ -1,5 +1,5 @@
 // One FP16 x uint4 GEMM kernel for SM90, written by w4a16gen.
-#include "cutlass_gemm.cuh"
+#include "cutlass/gemm.cuh"
 
 namespace w4a16 {
 

@@ -1,5 +1,5 @@
 // One FP16 x uint4 GEMM kernel for SM90, written by w4a16gen.
-#include "native_gemm.cuh"
+#include "native/launch.cuh"
 
 namespace w4a16 {
 

@@ -1,5 +1,5 @@
 // The table of the kernels in this library, written by w4a16gen.
-#include "registry.h"
+#include "library/registry.h"
 
 namespace w4a16 {
 extern const Kernel w4a16_sm90_cutlass_cs_cta64x16x64_cluster1x1x1_pingpong_persistent_kernel;

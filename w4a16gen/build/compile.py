@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -41,6 +42,7 @@ FLAGS = (
     "-gencode=arch=compute_90a,code=sm_90a",  # wgmma needs the a; sm_90 compiles to a kernel that traps
     "-Xcompiler=-fPIC,-fvisibility=hidden",
 )
+_INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
 _SERIALISED = "wgmma.mma_async instructions are serialized"
 """What ptxas says (C7510, C7512, C7514 and others) where it gives up overlapping WGMMAs."""
 
@@ -78,22 +80,32 @@ Progress = Callable[[int, int, str], None]
 """Called with kernels done, kernels to do, and the kernel or unit just finished."""
 
 
-def sources_digest(toolchain: Toolchain) -> str:
-    """Give the hash of all that every kernel's object depends on besides its own source."""
-    digest = hashlib.sha256()
-    for path in sorted(CUDA_FOLDER.glob("*.h")) + sorted(CUDA_FOLDER.glob("*.cuh")):
-        digest.update(f"{path.name} {file_digest(path)}\n".encode())
-    cutlass = cutlass_version(toolchain.cutlass_include)
-    digest.update(f"{describe_compiler(toolchain)}\n{cutlass}\n{' '.join(FLAGS)}\n".encode())
-    return digest.hexdigest()
+def included_headers(source: str) -> frozenset[Path]:
+    """Return the package's own headers that a source includes, directly or through one another."""
+    found: set[Path] = set()
+    texts = [source]
+    while texts:
+        paths = {CUDA_FOLDER / name for name in _INCLUDE.findall(texts.pop())}
+        added = {path for path in paths if path.is_file()} - found  # the others are CUTLASS's
+        found |= added
+        texts += [path.read_text() for path in added]
+    return frozenset(found)
 
 
 def kernel_hashes(configs: Iterable[KernelConfig], toolchain: Toolchain) -> dict[KernelConfig, str]:
-    """Give each kernel's content hash: its source, the headers, the flags, the compiler."""
-    shared = sources_digest(toolchain)
-    return {
-        config: hashlib.sha256(f"{shared}\n{render_kernel(config)}".encode()).hexdigest() for config in sorted(configs)
-    }
+    """Return each kernel's content hash: its source, the headers that it includes, the flags and the compiler."""
+    cutlass = cutlass_version(toolchain.cutlass_include)
+    compiler = f"{describe_compiler(toolchain)}\n{cutlass}\n{' '.join(FLAGS)}\n"
+    headers: dict[tuple[str, ...], str] = {}
+    hashes = {}
+    for config in sorted(configs):
+        source = render_kernel(config)
+        includes = tuple(_INCLUDE.findall(source))
+        if includes not in headers:
+            paths = sorted(included_headers(source))
+            headers[includes] = "".join(f"{path.relative_to(CUDA_FOLDER)} {file_digest(path)}\n" for path in paths)
+        hashes[config] = hashlib.sha256(f"{headers[includes]}{compiler}{source}".encode()).hexdigest()
+    return hashes
 
 
 def plan_jobs(kernels: int, cores: int, memory: float) -> tuple[int, int]:

@@ -37,10 +37,14 @@ def export_prefix(build: Build, prefix: Path, version: str) -> list[Path]:
     name = LIBRARY.removeprefix("lib").removesuffix(".so")
     texts = {
         "include/w4a16.h": (CUDA_FOLDER / "w4a16.h").read_text(),
-        "include/w4a16/runner.h": (CUDA_FOLDER / "export" / "runner.h").read_text(),
-        "lib/cmake/w4a16/w4a16-config.cmake": render_text("w4a16-config.cmake.jinja", version=version, library=LIBRARY),
-        "lib/cmake/w4a16/w4a16-config-version.cmake": render_text("w4a16-config-version.cmake.jinja", version=version),
-        "lib/pkgconfig/w4a16.pc": render_text("w4a16.pc.jinja", version=version, name=name),
+        "include/w4a16/runner.h": (CUDA_FOLDER / "sdk" / "runner.h").read_text(),
+        "lib/cmake/w4a16/w4a16-config.cmake": render_text(
+            "export/w4a16-config.cmake.jinja", version=version, library=LIBRARY
+        ),
+        "lib/cmake/w4a16/w4a16-config-version.cmake": render_text(
+            "export/w4a16-config-version.cmake.jinja", version=version
+        ),
+        "lib/pkgconfig/w4a16.pc": render_text("export/w4a16.pc.jinja", version=version, name=name),
         "share/w4a16/manifest.json": json.dumps(build.manifest, indent=2) + "\n",
     }
     for path, text in texts.items():
@@ -73,11 +77,11 @@ def export_wheel(build: Build, folder: Path, version: str) -> Path:
     info = f"{WHEEL_PACKAGE}-{version}.dist-info"
     inside = f"{WHEEL_PACKAGE}/build"
     files: dict[str, bytes] = {
-        f"{WHEEL_PACKAGE}/__init__.py": render_text("wheel_init.py.jinja", version=version).encode(),
+        f"{WHEEL_PACKAGE}/__init__.py": render_text("export/wheel_init.py.jinja", version=version).encode(),
         f"{inside}/{MANIFEST}": (json.dumps(build.manifest, indent=2) + "\n").encode(),
         f"{inside}/lib/{build.library.name}": build.library.read_bytes(),
         f"{inside}/lib/{build.module.name}": build.module.read_bytes(),
-        f"{info}/METADATA": render_text("wheel_metadata.jinja", name=WHEEL_PACKAGE, version=version).encode(),
+        f"{info}/METADATA": render_text("export/wheel_metadata.jinja", name=WHEEL_PACKAGE, version=version).encode(),
         f"{info}/WHEEL": f"Wheel-Version: 1.0\nGenerator: w4a16gen\nRoot-Is-Purelib: false\nTag: {tag}\n".encode(),
     }
     files[f"{info}/RECORD"] = _record(files, f"{info}/RECORD")

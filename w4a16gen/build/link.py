@@ -19,8 +19,7 @@ from w4a16gen.kernels.config import KernelConfig
 from w4a16gen.kernels.render import render_registry
 from w4a16gen.runtime.artifact import LIBRARY, MANIFEST, MODULE, Build, BuiltKernel, Manifest, load_build
 
-_LINK_SOURCES = ("CMakeLists.txt", "exports.map", "library.cpp", "module.cpp", "module/*.h")
-_LINK_HEADERS = ("w4a16.h", "problem.h", "kernel.h", "registry.h")
+_LINK_SOURCES = ("CMakeLists.txt", "w4a16.h", "library/*", "python/*")
 
 
 def _link(
@@ -72,7 +71,7 @@ def _built_kernel(config: KernelConfig, units: Sequence[CompiledUnit]) -> BuiltK
 def _link_digest(units: Sequence[CompiledUnit], registry: Path, toolchain: Toolchain) -> str:
     """Give the hash of all that the library and the module are made of."""
     parts = [unit.path.name for unit in units]
-    sources = [path for pattern in (*_LINK_SOURCES, *_LINK_HEADERS) for path in sorted(CUDA_FOLDER.glob(pattern))]
+    sources = [path for pattern in _LINK_SOURCES for path in sorted(CUDA_FOLDER.glob(pattern))]
     parts += [file_digest(path) for path in (registry, *sources)]
     parts += [describe_compiler(toolchain), pybind11.__version__, MODULE]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

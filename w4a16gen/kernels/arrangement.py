@@ -28,7 +28,7 @@ class NativeArrangement(NamedTuple):
 
 
 def native_arrangement(config: KernelConfig) -> NativeArrangement:
-    """Give what follows from a native kernel's configuration; `Shape` in cuda/native_shape.cuh says why."""
+    """Give what follows from a native kernel's configuration; `Shape` in cuda/native/shape.h says why."""
     cta, cluster = config.cta, config.cluster
     warpgroups = NATIVE_WARPGROUPS[config.schedule]
     blocks = cta.channels // WARPGROUP_CHANNELS

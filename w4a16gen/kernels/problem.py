@@ -51,8 +51,8 @@ def group_multiple(config: KernelConfig) -> int:
 def why_cannot_run(config: KernelConfig, problem: Problem) -> str | None:
     """Say why a kernel cannot run a problem, or None if it can.
 
-    The built library states the same rule in the same words (`why_not` in cuda/problem.h); a test compares the two over
-    a grid of problems.
+    The built library states the same rule in the same words (`why_not` in cuda/library/problem.h). A test compares
+    the two over a grid of problems.
     """
     for name, value in (("n", problem.n), ("k", problem.k)):
         if value <= 0 or value % DIMENSION_MULTIPLE != 0:

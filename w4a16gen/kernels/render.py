@@ -37,7 +37,7 @@ def _environment() -> jinja2.Environment:
 def render_kernel(config: KernelConfig) -> str:
     """Give the translation unit of one kernel."""
     parts = _cutlass_parts if config.target is Target.CUTLASS else _native_parts
-    template = _environment().get_template(f"{config.target}_kernel.cu.jinja")
+    template = _environment().get_template(f"kernels/{config.target}_kernel.cu.jinja")
     return template.render(name=config.name, mode=_MODE_NAMES[config.mode], **parts(config))
 
 
@@ -63,12 +63,12 @@ def _native_parts(config: KernelConfig) -> dict[str, object]:
 def render_registry(configs: Iterable[KernelConfig]) -> str:
     """Give the table of kernels that the library links."""
     names = [config.name for config in sorted(configs)]
-    return _environment().get_template("registry.cpp.jinja").render(names=names)
+    return _environment().get_template("kernels/registry.cpp.jinja").render(names=names)
 
 
 def render_unit(sources: Sequence[str]) -> str:
     """Give a compile unit that includes several kernel sources, named relative to its include path."""
-    return _environment().get_template("unit.cu.jinja").render(sources=sources)
+    return _environment().get_template("kernels/unit.cu.jinja").render(sources=sources)
 
 
 def render_text(template: str, **values: object) -> str:

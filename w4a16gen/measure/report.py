@@ -172,7 +172,7 @@ def write_report(folder: Path, run: Run, rows: Sequence[Row]) -> list[Path]:
     writer.writerows(map(asdict, rows))
     plots = _plots(run, rows) if rows else {}
     page = render_text(
-        "bench.html.jinja",
+        "report/bench.html.jinja",
         run=run,
         rows=rows,
         plots={name: base64.b64encode(image).decode() for name, image in plots.items()},

@@ -99,4 +99,4 @@ def render_trtllm_unit(configs: Iterable[KernelConfig], *, mixed_input: bool = F
                 "epilogue_schedule": epilogue,
             }
         )
-    return render_text("trtllm_unit.cu.jinja", kernels=kernels)
+    return render_text("tensorrt_llm/unit.cu.jinja", kernels=kernels)

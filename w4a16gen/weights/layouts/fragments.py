@@ -20,7 +20,7 @@ TOO_WIDE_RANGE = (
 
 
 class _FragmentBlocks(NamedTuple):
-    """Sizes of layout `fragment_blocks_v2`; cuda/native_layout.h says the same and why."""
+    """Sizes of layout `fragment_blocks_v2`; cuda/native/layout.h says the same and why."""
 
     channel_blocks: int
     k_blocks: int

@@ -13,7 +13,7 @@ from w4a16gen.weights.quantized import Half, Nibbles, QuantizedWeight, pack_nibb
 
 
 class _KMajorSections(NamedTuple):
-    """Byte offsets of layout `kmajor_s4_v1`; cuda/cutlass_layout.h says the same and why."""
+    """Byte offsets of layout `kmajor_s4_v1`; cuda/cutlass/layout.h says the same and why."""
 
     row_values: int
     scales: int

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "native_layout.h"
+#include "native/layout.h"
 
 #if defined(__CUDACC__)
 #define W4A16_UNROLL _Pragma("unroll")

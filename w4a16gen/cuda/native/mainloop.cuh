@@ -1,34 +1,12 @@
 // What a consumer warpgroup does with its stages: nibbles to fragments, fragments times activations.
 #pragma once
 
-#include "native_dequantize.cuh"
-#include "native_pipeline.cuh"
-#include "native_wgmma.cuh"
+#include "native/dequantize.cuh"
+#include "native/pipeline.cuh"
+#include "native/roles.cuh"
+#include "native/wgmma.cuh"
 
 namespace w4a16::native {
-
-// Which part of the CTA's work a consumer thread has.
-struct Consumer {
-  int warpgroup_m;
-  int warpgroup_k;
-  int warp;  // in its warpgroup
-  int lane;
-};
-
-template <class S>
-__device__ inline Consumer consumer_at(int thread) {
-  const int warp = __shfl_sync(0xffffffff, thread / kWarp, 0);
-  const int warpgroup = warp / 4 - 1;  // the first is the producers'
-  return {warpgroup % S::WarpgroupsM, warpgroup / S::WarpgroupsM, warp % 4, thread % kWarp};
-}
-
-// Named barriers, beside 0, which is __syncthreads.
-constexpr int kConsumersBarrier = 1;
-constexpr int kWarpgroupBarrier = 2;  // and the following, one for each warpgroup along the channels
-constexpr int kHandoverBarrier = 6;
-
-template <class S>
-using Sums = float[S::Fragments][S::Tokens / 2];
 
 // The A fragments of 64 channels x 64 k, one per k16 step.
 using Fragments = uint32_t[4][4];

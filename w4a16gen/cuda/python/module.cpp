@@ -5,10 +5,10 @@
 #include <stdexcept>
 #include <string>
 
-#include "module/dlpack.h"
-#include "module/kernel_library.h"
-#include "module/known_calls.h"
-#include "module/workspaces.h"
+#include "python/call_cache.h"
+#include "python/dlpack.h"
+#include "python/kernel_library.h"
+#include "python/workspaces.h"
 #include "w4a16.h"
 
 namespace w4a16 {

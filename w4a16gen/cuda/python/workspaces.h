@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "kernel_library.h"
+#include "python/kernel_library.h"
 
 namespace w4a16 {
 

@@ -2,7 +2,7 @@
 // counts that all CTAs together sum every k block of every tile once.
 #pragma once
 
-#include "native_shape.cuh"
+#include "native/shape.h"
 
 namespace w4a16::native {
 

@@ -1,7 +1,7 @@
 // The table that the generated registry.cpp defines.
 #pragma once
 
-#include "kernel.h"
+#include "library/kernel.h"
 
 namespace w4a16 {
 

@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
-#include "kernel.h"
-#include "native_mainloop.cuh"
+#include "library/kernel.h"
+#include "native/mainloop.cuh"
 
 namespace w4a16::native {
 

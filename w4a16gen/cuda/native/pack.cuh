@@ -1,10 +1,11 @@
-// Packing on the GPU: a canonical weight to layout `fragment_blocks_v2`. packing.py says the same in numpy.
+// Packing on the GPU: a canonical weight to layout `fragment_blocks_v2`. weights/layouts/fragments.py does the same in
+// numpy.
 #pragma once
 
 #include <cuda_fp16.h>
 
-#include "kernel.h"
-#include "native_layout.h"
+#include "library/kernel.h"
+#include "native/layout.h"
 
 namespace w4a16::native {
 

@@ -17,8 +17,8 @@
 #include "cutlass/gemm/kernel/sm90_gemm_tma_warpspecialized_cooperative.hpp"
 #include "cutlass/gemm/kernel/sm90_gemm_tma_warpspecialized_pingpong.hpp"
 //
-#include "cutlass_layout.h"
-#include "kernel.h"
+#include "cutlass/layout.h"
+#include "library/kernel.h"
 
 namespace w4a16::cutlass_target {
 

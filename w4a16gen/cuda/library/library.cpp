@@ -7,8 +7,8 @@
 #include <mutex>
 #include <string>
 
-#include "problem.h"
-#include "registry.h"
+#include "library/problem.h"
+#include "library/registry.h"
 
 namespace w4a16 {
 namespace {

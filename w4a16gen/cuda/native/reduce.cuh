@@ -5,7 +5,7 @@
 // fixed.
 #pragma once
 
-#include "native_epilogue.cuh"
+#include "native/epilogue.cuh"
 
 namespace w4a16::native {
 

@@ -1,12 +1,7 @@
-// The native kernel: C^T = W^T A^T with 4-bit weights as WGMMA's register operand.
-//
-// One producer warpgroup fills a ring of stages: a thread fetches weights, another activations. The consumer warpgroups
-// divide the CTA's channels, and take stages in turn where there are more of them, which splits K within the CTA. The
-// CTAs of a cluster share operands, each fetched once for two of them, or split K again.
+// The producer warpgroup: it makes the barriers and fetches weights and activations into the ring.
 #pragma once
 
-#include "native_exchange.cuh"
-#include "native_warp_mainloop.cuh"
+#include "native/pipeline.cuh"
 
 namespace w4a16::native {
 
@@ -132,96 +127,6 @@ __device__ inline void produce_activations(const Parameters& p, const Shared<S>&
       copy_activations<S>(p, shared, tile, stage, slot, sharers);
     };
   });
-}
-
-template <class S, int Rows>
-__device__ inline void consume(const Parameters& p, const Shared<S>& shared, const Work& work, const Consumer& me) {
-  Position<S::Stages> at;
-  at.advance(me.warpgroup_k);
-  int skip = me.warpgroup_k;  // stages of the next tile that come before this warpgroup's first
-  int turn = 0;
-  if constexpr (S::ClusterK > 1 && kWaitsLate)
-    cluster_wait();  // all CTAs of the cluster run, and their barriers are ready
-#pragma unroll 1
-  for (int index = work.first_tile; index < work.end_tile; index += work.tile_step, ++turn) {
-    const Tile tile = tile_at<S>(p.tiling, work, index);
-    ChannelFactors<S> factors;
-    if constexpr (S::SpareRegisters) factors.load(p, tile, me);
-    const int stages = tile.blocks * S::StagesPerBlock;
-    const int mine = (stages - skip + S::WarpgroupsK - 1) / S::WarpgroupsK;
-    skip += mine * S::WarpgroupsK - stages;
-    Sums<S> sum;
-#pragma unroll
-    for (int f = 0; f < S::Fragments; ++f) {
-#pragma unroll
-      for (int i = 0; i < S::Tokens / 2; ++i) sum[f][i] = 0;
-    }
-    if constexpr (S::ByWarps) {
-      consume_stages_by_warps<S, Rows>(shared, mine, me, at, sum);
-    } else {
-      consume_stages<S, Rows>(shared, mine, me, at, sum);
-    }
-    wait_for_prerequisites();  // the kernel before may read what is written now, or have written the bias
-    // With four warpgroups and no spare registers, asked anew: what follows from it would otherwise occupy registers
-    // during the main loop. (With two it is the other way round, unless two exchanges follow: compiled.)
-    constexpr bool kExchangesTwice = S::WarpgroupsK > 1 && S::ClusterK > 1;
-    constexpr bool kIsShort = S::Warpgroups == 4 || (S::Sums == 128 && kExchangesTwice);
-    constexpr bool kAsks = S::Exchanges && !S::SpareRegisters && kIsShort;
-    const Consumer here = kAsks ? consumer_at<S>(thread_index()) : me;
-    if constexpr (S::Exchanges) {
-      if (!exchange<S>(p, shared, tile, index, work, here, turn, sum)) continue;
-    }
-    if (is_repeat<S>(p.tiling, static_cast<int>(blockIdx.x))) continue;
-    if constexpr (!S::SpareRegisters) factors.load(p, tile, here);
-    store<S>(p, shared, tile, work.rank, here, factors, sum);
-  }
-  if constexpr (S::StoresThroughShared) {
-    if (me.warp == 0 && me.lane == 0) wait_for_store_reads<0>();
-  }
-}
-
-template <class S, int Rows>
-__device__ inline void run(const Parameters& p) {
-  extern __shared__ __align__(1024) uint8_t memory[];
-  const Shared<S> shared(memory);
-  const int rank = S::ClusterSize > 1 ? static_cast<int>(cluster_rank()) : 0;
-  const Work work = work_of<S>(p.tiling, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x), rank);
-  const int warp = __shfl_sync(0xffffffff, threadIdx.x / kWarp, 0);
-  start<S>(p, shared, work, warp);
-
-  if (warp < kWarpgroup / kWarp) {
-    give_registers<S::ProducerRegisters>();
-    if (warp == 0 && elected()) {
-      if (p.dependents_start_early) launch_dependents();
-      produce_weights<S>(p, shared, work);
-      launch_dependents();  // nothing is left to fetch: the next kernel may fetch its weights
-    } else if (warp == 1 && elected()) {
-      produce_activations<S>(p, shared, work);
-    } else if (warp == 2) {
-      if constexpr (S::StreamK) publish_handover<S>(p, work);
-    }
-    __syncwarp();
-    if constexpr (S::ClusterK > 1 && kWaitsLate) cluster_wait();
-  } else {
-    take_registers<S::ConsumerRegisters>();
-    consume<S, Rows>(p, shared, work, consumer_at<S>(threadIdx.x));
-  }
-  if constexpr (S::Multicasts) {
-    // Nobody leaves while others tell it of free slots. Arriving must release: with relaxed arrivals a CTA left while
-    // such a message was on its way, which is a fault.
-    __syncwarp();
-    cluster_arrive();
-    cluster_wait();
-  }
-}
-
-// Named is a type derived from the shape whose name is the kernel's, so that profilers and cuobjdump show it. Rows is
-// the number of scale rows in a block: the group size is the problem's, and each number of rows has a function of its
-// own.
-template <class Named, int Rows>
-__global__ void __launch_bounds__(Named::Threads, Named::CtasPerSm)
-    kernel(const __grid_constant__ Parameters parameters) {
-  run<Named, Rows>(parameters);
 }
 
 }  // namespace w4a16::native

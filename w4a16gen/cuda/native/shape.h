@@ -1,7 +1,7 @@
 // What is known of a native kernel at compile time: its shape, how its threads divide the work, its shared memory.
 #pragma once
 
-#include "native_layout.h"
+#include "native/layout.h"
 
 namespace w4a16::native {
 
@@ -55,7 +55,7 @@ struct Shape {
   static constexpr int CtasPerSm = Warpgroups == 2 && Sums <= MostSharingSums && K == kBlockK ? 2 : 1;
   static_assert(Sums <= (Warpgroups == 4 ? 32 : 128), "the sums must fit registers");
   static_assert(!ByWarps || CtasPerSm == 2, "warps multiply by themselves where two CTAs share an SM");
-  // Whether CTAs beyond the work repeat others' (native_tiles.h, `filled`).
+  // Whether CTAs beyond the work repeat others' (tiles.h, `filled`).
   static constexpr bool Repeats = CtasPerSm == 2 && !StreamK;
 
   // Whether there are registers to fetch ahead into: ptxas has 168 for each of 384 threads, 96 for each of 640.

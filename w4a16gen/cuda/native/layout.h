@@ -3,7 +3,7 @@
 // One block holds 64 channels x 128 k, contiguous, so that one bulk copy fetches it: first its scale rows, then its
 // zero rows, then 4096 bytes of nibbles. The blocks of 64 channels follow one another along k; channels are padded to
 // 64, k to 128, with nibbles of 8, which are weights of 0. After all blocks comes one fp32 factor per channel.
-// packing.py and native_pack.cuh write the same layout.
+// weights/layouts/fragments.py and native/pack.cuh write the same layout.
 #pragma once
 
 #include <cstddef>

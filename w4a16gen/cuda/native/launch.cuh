@@ -4,10 +4,10 @@
 #include <atomic>
 #include <random>
 
-#include "kernel.h"
-#include "native_kernel.cuh"
-#include "native_pack.cuh"
-#include "native_probe.cuh"
+#include "library/kernel.h"
+#include "native/kernel.cuh"
+#include "native/pack.cuh"
+#include "native/probe.cuh"
 
 namespace w4a16::native {
 

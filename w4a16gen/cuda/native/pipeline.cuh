@@ -4,8 +4,8 @@
 #include <cuda.h>
 #include <cuda_fp16.h>
 
-#include "native_ptx.cuh"
-#include "native_tiles.h"
+#include "native/ptx.cuh"
+#include "native/tiles.h"
 
 namespace w4a16::native {
 

@@ -1,8 +1,9 @@
 // From a tile's sums to the output: straight from registers, through shared memory, or summed over warpgroups and CTAs.
 #pragma once
 
-#include "native_dequantize.cuh"
-#include "native_mainloop.cuh"
+#include "native/dequantize.cuh"
+#include "native/pipeline.cuh"
+#include "native/roles.cuh"
 
 namespace w4a16::native {
 

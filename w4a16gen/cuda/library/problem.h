@@ -1,4 +1,5 @@
-// Which problems a kernel can run: the rule of w4a16gen/problem.py, in the same words, for callers without Python.
+// Which problems a kernel can run: the rule of w4a16gen/kernels/problem.py, in the same words, for callers without
+// Python.
 #pragma once
 
 #include <cstdint>

@@ -2,7 +2,7 @@
 //
 // Three sections, each aligned to 128 bytes: the nibbles [n, k rounded up to 32], k contiguous, lower nibble first,
 // each holding q XOR 8, which read as a signed 4-bit value is q - 8; the scales, fp16 [k / group_size, n], n
-// contiguous; the zeros, the same shape, in the mode that has them. packing.py writes the same layout.
+// contiguous; the zeros, the same shape, in the mode that has them. weights/layouts/kmajor.py writes the same layout.
 #pragma once
 
 #include <cstddef>

@@ -8,8 +8,8 @@
 #include <unordered_map>
 #include <utility>
 
-#include "dlpack.h"
-#include "kernel_library.h"
+#include "python/dlpack.h"
+#include "python/kernel_library.h"
 
 namespace w4a16 {
 
