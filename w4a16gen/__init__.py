@@ -1,14 +1,20 @@
 """FP16 x uint4 GEMM kernels for NVIDIA Hopper GPUs: generate, build, prove, call."""
 
-from w4a16gen.choose.overrides import use_kernels
-from w4a16gen.errors import W4A16Error
-from w4a16gen.kernels.config import ClusterShape, CtaShape, KernelConfig, QuantMode, Schedule, Scheduler, Target
-from w4a16gen.kernels.problem import Problem
-from w4a16gen.runtime.default import configs, gemm, load, pack, to_device
-from w4a16gen.runtime.library import Library
-from w4a16gen.weights.packed import PackedWeight, pack_weight
-from w4a16gen.weights.quantize import quantize
-from w4a16gen.weights.quantized import QuantizedWeight
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from w4a16gen.choose.overrides import use_kernels
+    from w4a16gen.errors import W4A16Error
+    from w4a16gen.kernels.config import ClusterShape, CtaShape, KernelConfig, QuantMode, Schedule, Scheduler, Target
+    from w4a16gen.kernels.problem import Problem
+    from w4a16gen.runtime.default import configs, gemm, load, pack, to_device
+    from w4a16gen.runtime.library import Library
+    from w4a16gen.weights.packed import PackedWeight, pack_weight
+    from w4a16gen.weights.quantize import quantize
+    from w4a16gen.weights.quantized import QuantizedWeight
 
 __version__ = "0.1.0"
 
@@ -35,3 +41,31 @@ __all__ = [
     "to_device",
     "use_kernels",
 ]
+
+_MODULES = {
+    "choose.overrides": ("use_kernels",),
+    "errors": ("W4A16Error",),
+    "kernels.config": ("ClusterShape", "CtaShape", "KernelConfig", "QuantMode", "Schedule", "Scheduler", "Target"),
+    "kernels.problem": ("Problem",),
+    "runtime.default": ("configs", "gemm", "load", "pack", "to_device"),
+    "runtime.library": ("Library",),
+    "weights.packed": ("PackedWeight", "pack_weight"),
+    "weights.quantize": ("quantize",),
+    "weights.quantized": ("QuantizedWeight",),
+}
+"""The module of each public name. It is imported on first use, so that the command line starts without numpy."""
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use and keep it."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return list(__all__)

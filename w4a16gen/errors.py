@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_MISSING = 3
+
 
 class W4A16Error(Exception):
     """Base of every error that this package raises on purpose; its text names value, rule and way out."""
 
+    exit_code: ClassVar[int] = EXIT_FAILED
+    """The status that the command line exits with: a proof, a compilation, a check or a write failed."""
+
 
 class InvalidValueError(W4A16Error, ValueError):
     """A value that the caller passed breaks a stated rule."""
+
+    exit_code: ClassVar[int] = EXIT_USAGE
 
 
 class UnsupportedProblemError(InvalidValueError):
@@ -16,7 +27,9 @@ class UnsupportedProblemError(InvalidValueError):
 
 
 class MissingToolError(W4A16Error):
-    """Something that has to be installed is not there."""
+    """A required program, header or library is not installed."""
+
+    exit_code: ClassVar[int] = EXIT_MISSING
 
 
 class BuildError(W4A16Error):
@@ -30,9 +43,13 @@ class BuildLockedError(BuildError):
 class NotBuiltError(W4A16Error):
     """There is no built library in the folder, or it does not match what was asked for."""
 
+    exit_code: ClassVar[int] = EXIT_MISSING
+
 
 class NoHopperGpuError(W4A16Error):
     """There is no CUDA GPU, or the one there is not of compute capability 9.0."""
+
+    exit_code: ClassVar[int] = EXIT_MISSING
 
 
 class CudaError(W4A16Error):
