@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from w4a16gen import ClusterShape, CtaShape, KernelConfig, QuantMode, Schedule, Scheduler, Target
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.arrangement import native_arrangement
-from w4a16gen.kernels.spaces import SPACES, Filter, ReasonKind, candidates, enumerate_space, select, why_not
+from w4a16gen.kernels.spaces import (
+    SPACES,
+    Filter,
+    ReasonKind,
+    candidates,
+    enumerate_space,
+    select,
+    select_kernels,
+    why_not,
+)
 
 # TensorRT-LLM's 21 shapes per quantisation mode, written out: CTA, then its clusters.
 TRTLLM_SHAPES = {
@@ -41,16 +51,39 @@ def test_trtllm_is_exactly_the_63() -> None:
             assert (config.schedule, config.scheduler) == (Schedule.COOPERATIVE, Scheduler.STREAM_K)
 
 
-def test_every_space_lies_in_all_and_the_grid_has_a_reason_for_the_rest() -> None:
-    every = set(enumerate_space("all"))
-    assert len(every) == len(enumerate_space("native")) + 1440
-    for space in SPACES:
-        inside = set(enumerate_space(space))
-        assert inside <= every
-        reasons = {config: why_not(config, space) for config in candidates()}
-        assert {config for config, reason in reasons.items() if reason is None} == inside
-        for reason in filter(None, reasons.values()):
-            assert len(reason.sentence.split()) > 4
+def test_the_spaces_are_the_whole_grid_less_what_has_a_reason() -> None:
+    grid = list(candidates())
+    assert grid == sorted(set(grid))
+    legal = [config for config in grid if why_not(config) is None]
+    assert enumerate_space("all") == legal, "the smaller grid that enumeration walks loses nothing"
+    assert len(legal) == len(enumerate_space("native")) + 1440
+    forbidden = {why_not(config) for config in set(grid) - set(legal)}
+    assert all(reason is not None and len(reason.sentence.split()) > 4 for reason in forbidden)
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_every_legal_kernel_that_a_space_leaves_out_has_a_reason(space: str) -> None:
+    inside = set(enumerate_space(space))
+    legal = enumerate_space("all")
+    assert inside <= set(legal)
+    for config in legal:
+        reason = why_not(config, space)
+        assert (reason is None) == (config in inside)
+        assert reason is None or (reason.kind is ReasonKind.LEFT_OUT and len(reason.sentence.split()) > 4)
+
+
+def test_a_schedule_of_the_other_family_is_forbidden() -> None:
+    native, cutlass = enumerate_space("native")[0], enumerate_space("trtllm")[0]
+    for config, other in ((native, cutlass), (cutlass, native)):
+        assert "w4a16" not in str(why_not(replace(config, schedule=other.schedule)))
+        assert str(why_not(replace(config, schedule=other.schedule))).startswith("forbidden: ")
+
+
+def test_the_spaces_are_enumerated_once() -> None:
+    first, second = enumerate_space("native"), enumerate_space("native")
+    assert all(one is other for one, other in zip(first, second, strict=True))
+    first.clear()
+    assert len(enumerate_space("native")) == 1224, "a caller's list is its own"
 
 
 def test_native_kernels_are_a_space_of_their_own() -> None:
@@ -126,13 +159,72 @@ def test_filters_combine_over_axes_and_repeat_within_one() -> None:
     assert len(select("trtllm", Filter(ctas=[CtaShape(128, 128, 64)], clusters=[ClusterShape(2, 1, 1)]))) == 3
 
 
-def test_selecting_nothing_says_why_and_where_to_look() -> None:
-    with pytest.raises(InvalidValueError, match="--space all"):
-        select("trtllm", Filter(ctas=[CtaShape(256, 128, 64)]))
-    with pytest.raises(InvalidValueError, match="does not compile below 16"):
-        select("all", Filter(ctas=[CtaShape(128, 8, 64)], targets=[Target.CUTLASS]))
+CTA, CLUSTER = CtaShape.parse, ClusterShape.parse
+
+
+@pytest.mark.parametrize(
+    ("wanted", "space", "count"),
+    [
+        (Filter(), "default", 60),
+        (Filter(modes=[QuantMode.PER_COLUMN_SCALE_ONLY]), "default", 20),
+        (Filter([CTA("128x128x64")], [CLUSTER("2x1x1")]), "trtllm-native", 3),
+        (Filter(targets=[Target.CUTLASS]), "trtllm", 63),
+        (Filter([CTA("64x8x128")], [CLUSTER("1x2x1")]), "native", 9),
+        (Filter([CTA("64x8x128"), CTA("128x128x64")]), "default", 12),
+        (Filter([CTA("256x64x64")], [CLUSTER("4x1x1")]), "all", 9),
+    ],
+    ids=str,
+)
+def test_without_a_space_the_first_decides_that_has_a_kernel_for_every_value(
+    wanted: Filter, space: str, count: int
+) -> None:
+    selection = select_kernels(wanted)
+    assert (list(selection.spaces), len(selection.configs)) == ([space], count)
+    assert list(selection.configs) == select(space, wanted)
+
+
+def test_several_spaces_are_their_union() -> None:
+    selection = select_kernels(Filter(), ["trtllm", "default"])
+    assert list(selection.configs) == sorted([*enumerate_space("default"), *enumerate_space("trtllm")])
+    overlapping = select_kernels(Filter(), ["native", "default"])
+    assert list(overlapping.configs) == enumerate_space("native")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "spaces", "message"),
+    [
+        (
+            Filter([CTA("128x128x64")], [CLUSTER("2x1x1")]),
+            ["default"],
+            "--cta 128x128x64, --cluster 2x1x1 is legal, but not in space default: use --space trtllm-native",
+        ),
+        (
+            Filter([CTA("64x8x128"), CTA("64x128x64")]),
+            ["trtllm", "trtllm-native"],
+            r"--cta 64x8x128 is legal, but not in space trtllm \+ trtllm-native: use --space default",
+        ),
+        (
+            Filter([CTA("128x8x64")], targets=[Target.CUTLASS]),
+            ["all"],
+            "no legal kernel matches --cta 128x8x64 --target cutlass: CTA tokens of 8: .* does not compile below 16",
+        ),
+        (Filter([CTA("64x16x64"), CTA("96x16x64")]), [], "no legal kernel matches --cta 96x16x64: CTA channels of 96"),
+        (
+            Filter([CTA("64x8x128")], [CLUSTER("4x1x1")]),
+            [],
+            "--cta 64x8x128 --cluster 4x1x1: cutlass: CTA tokens of 8.*; native: cluster 4x1x1: .* 2 CTAs at most",
+        ),
+    ],
+    ids=str,
+)
+def test_a_value_without_a_kernel_is_named_with_the_reason_and_the_way_out(
+    wanted: Filter, spaces: list[str], message: str
+) -> None:
+    with pytest.raises(InvalidValueError, match=message) as raised:
+        select_kernels(wanted, spaces)
+    assert str(raised.value).count("no legal kernel") <= 1
 
 
 def test_an_unknown_space_is_named() -> None:
-    with pytest.raises(InvalidValueError, match="'fast' is not one of default, trtllm, trtllm-native, native, all"):
+    with pytest.raises(InvalidValueError, match="'fast' is not one of default, trtllm-native, trtllm, native, all"):
         enumerate_space("fast")

@@ -1,15 +1,17 @@
-"""Which kernels exist: the candidate axes, the one rule of legality, and the named subsets."""
+"""Which kernels exist: the grid of axes, the spaces enumerated, and the rule by which commands select kernels."""
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cache
+from typing import Any, NamedTuple
 
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.kernels.arrangement import WARPGROUP_CHANNELS
+from w4a16gen.kernels.arrangement import NATIVE_WARPGROUPS
 from w4a16gen.kernels.config import ClusterShape, CtaShape, KernelConfig, QuantMode, Schedule, Scheduler, Target
 from w4a16gen.kernels.legality import (
     CLUSTER_CHANNELS,
@@ -18,22 +20,38 @@ from w4a16gen.kernels.legality import (
     CTA_CHANNELS,
     CTA_K,
     CTA_TOKENS,
+    MAX_NATIVE_SHARERS,
+    NATIVE_K,
     why_forbidden,
 )
+from w4a16gen.kernels.named_spaces import SPACES, Space
+
+__all__ = [
+    "SPACES",
+    "Filter",
+    "Reason",
+    "ReasonKind",
+    "Selection",
+    "candidates",
+    "enumerate_space",
+    "select",
+    "select_kernels",
+    "why_not",
+]
 
 
 class ReasonKind(Enum):
     """Why a configuration is not in a space."""
 
     FORBIDDEN = "forbidden"
-    """The hardware or CUTLASS cannot build or run it."""
+    """The hardware or the target's implementation cannot build or run it."""
     LEFT_OUT = "left out"
-    """It would work; the space leaves it out."""
+    """It is legal, but the space does not contain it."""
 
 
 @dataclass(frozen=True, order=True)
 class Reason:
-    """Why a configuration is not in a space, as a sentence for people and a kind for programs."""
+    """Why a configuration is not in a space: a kind for programs and a sentence for people."""
 
     kind: ReasonKind
     sentence: str
@@ -42,144 +60,102 @@ class Reason:
         return f"{self.kind.value}: {self.sentence}"
 
 
-def _not_in_trtllm(config: KernelConfig) -> str | None:
-    """Say why TensorRT-LLM's generator does not enumerate the configuration, or None if it does."""
-    cta, cluster = config.cta, config.cluster
-    if config.target is not Target.CUTLASS:
-        return "TensorRT-LLM's generator enumerates CUTLASS kernels only"
-    if cta.k != 64 or cta.channels > 128:  # noqa: PLR2004
-        return "TensorRT-LLM has CTA channels of 64 and 128 and CTA k of 64 only"
-    if max(cluster.channels, cluster.tokens) > 2:  # noqa: PLR2004
-        return "TensorRT-LLM has clusters of 1 or 2 along an axis only"
-    if cluster.channels == 2 and cta.channels < 128:  # noqa: PLR2004
-        return "TensorRT-LLM clusters along channels only with 128 channels"
-    if cluster.tokens == 2 and cta.tokens < 128:  # noqa: PLR2004
-        return "TensorRT-LLM clusters along tokens only from 128 tokens on"
-    expected = (
-        (Schedule.PINGPONG, Scheduler.PERSISTENT)
-        if cta.channels == WARPGROUP_CHANNELS
-        else (Schedule.COOPERATIVE, Scheduler.STREAM_K)
-    )
-    if (config.schedule, config.scheduler) != expected:
-        return "TensorRT-LLM runs 64 channels pingpong and persistent, 128 channels cooperative and stream-K"
-    return None
-
-
-def _not_in_trtllm_native(config: KernelConfig) -> str | None:
-    """Say why a configuration is not one of TensorRT-LLM's shapes as a native kernel, or None if it is."""
-    if config.target is not Target.NATIVE:
-        return "this space holds native kernels"
-    if config.schedule is not Schedule.TWO_WARPGROUPS:
-        return "TensorRT-LLM's kernels have two consumer warpgroups"
-    if config.scheduler is not Scheduler.PERSISTENT:
-        return "in this space every shape is persistent, as native kernels are by default"
-    narrow = config.cta.channels == WARPGROUP_CHANNELS
-    counterpart = replace(
-        config,
-        target=Target.CUTLASS,
-        schedule=Schedule.PINGPONG if narrow else Schedule.COOPERATIVE,
-        scheduler=Scheduler.PERSISTENT if narrow else Scheduler.STREAM_K,
-    )
-    return why_forbidden(counterpart) or _not_in_trtllm(counterpart)
-
-
-_FOUR, _TWO, _EIGHT_WARPS = Schedule.FOUR_WARPGROUPS, Schedule.TWO_WARPGROUPS, Schedule.EIGHT_WARPS
-_DEFAULT_SHAPES = frozenset(
-    {
-        *((f"64x{tokens}x128", cluster, _EIGHT_WARPS) for tokens in (8, 16) for cluster in ("1x1x1", "1x1x2")),
-        *(("64x16x128", cluster, _FOUR) for cluster in ("1x1x1", "1x1x2")),
-        *((f"64x{tokens}x128", cluster, _TWO) for tokens in (32, 64) for cluster in ("1x1x1", "1x1x2")),
-        ("64x128x64", "1x1x2", _TWO),
-        *(("128x128x64", cluster, _TWO) for cluster in ("1x1x2", "1x2x1")),
-        ("256x8x128", "1x1x1", _FOUR),
-        *((f"256x{tokens}x128", "1x1x1", _TWO) for tokens in (16, 32, 64)),
-        *(("256x128x64", cluster, _TWO) for cluster in ("1x1x1", "2x1x1")),
-    }
-)
-_DEFAULT_STREAM_K = ("256x64x128", "1x1x1", _TWO)
-"""A smallest set of which one is within 3 % of the fastest native kernel in each of 60 cells: five layer shapes, 1 to
-8,192 tokens, mode fgs, group 128; up to 256 tokens 375 kernels were timed, beyond that 26 of large tiles (NVIDIA H100
-80GB HBM3, 2026-11; `w4a16gen bench --smallest-set 3` finds such sets). Since then its kernels of 64 channels with 8 and
-16 tokens were timed beside those of eight warps in 272 problems of 57 layers, up to 64 tokens: it was up to 21 % slower
-(9216x3072, one token) than the fastest of both, and with those of eight warps is within 2.8 %, also without 64x8x128
-with four warpgroups, which so had to go. Of 256x8x128, with two and with four warpgroups as fast, it holds the one
-whose chains of dependent launches are not slower than its single ones (28672x4096, one token: with two 26.4 us, with
-four 21.9)."""
-
-
-def _not_in_default(config: KernelConfig) -> str | None:
-    """Say why the default set leaves the configuration out, or None if it holds it."""
-    if config.target is not Target.NATIVE:
-        return "the default set holds native kernels, which are faster and compile in a second"
-    shape = (str(config.cta), str(config.cluster), config.schedule)
-    chosen = _DEFAULT_SHAPES if config.scheduler is Scheduler.PERSISTENT else (_DEFAULT_STREAM_K,)
-    if shape not in chosen:
-        return "the default set keeps the fewest native kernels that stay near the fastest for every problem"
-    return None
-
-
-SPACES: dict[str, Callable[[KernelConfig], str | None]] = {
-    "default": _not_in_default,
-    "trtllm": _not_in_trtllm,
-    "trtllm-native": _not_in_trtllm_native,
-    "native": lambda config: None if config.target is Target.NATIVE else "this space holds native kernels",
-    "all": lambda _: None,
-}
-"""Named spaces: each says why it leaves a legal configuration out, or None where it holds it."""
+def _space(name: str) -> Space:
+    if name not in SPACES:
+        raise InvalidValueError(f"space {name!r} is not one of {', '.join(SPACES)}")
+    return SPACES[name]
 
 
 def why_not(config: KernelConfig, space: str = "all") -> Reason | None:
-    """Say why a configuration is not in a space; None means that it is. The only statement of what is legal.
+    """Say why a configuration is not in a space; None means that it is.
 
     Raises:
         InvalidValueError: if there is no space of that name.
     """
-    if space not in SPACES:
-        raise InvalidValueError(f"space {space!r} is not one of {', '.join(SPACES)}")
+    why_left_out = _space(space).why_left_out
     sentence = why_forbidden(config)
     if sentence is not None:
         return Reason(ReasonKind.FORBIDDEN, sentence)
-    sentence = SPACES[space](config)
+    sentence = why_left_out(config)
     return None if sentence is None else Reason(ReasonKind.LEFT_OUT, sentence)
 
 
+class _Axes(NamedTuple):
+    """The values that each axis of a kernel family takes."""
+
+    ctas: Sequence[Sequence[int]]
+    clusters: Sequence[Sequence[int]]
+    schedules: Sequence[Schedule]
+
+
+_GRID_CTAS = (CTA_CHANNELS, CTA_TOKENS, CTA_K)
+_GRID_CLUSTERS = (CLUSTER_CHANNELS, CLUSTER_TOKENS, CLUSTER_K)
+_GRIDS = {
+    Target.CUTLASS: _Axes(_GRID_CTAS, _GRID_CLUSTERS, (Schedule.PINGPONG, Schedule.COOPERATIVE)),
+    Target.NATIVE: _Axes(_GRID_CTAS, _GRID_CLUSTERS, tuple(NATIVE_WARPGROUPS)),
+}
+_SHARING = tuple(count for count in CLUSTER_CHANNELS if count <= MAX_NATIVE_SHARERS)
+_LEGAL_GRIDS = {
+    Target.CUTLASS: _GRIDS[Target.CUTLASS],
+    Target.NATIVE: _Axes(
+        (CTA_CHANNELS, CTA_TOKENS, NATIVE_K), (_SHARING, _SHARING, CLUSTER_K), tuple(NATIVE_WARPGROUPS)
+    ),
+}
+"""A smaller grid that contains every legal kernel of a family: enumeration need not walk the rest."""
+
+
+def _walk(target: Target, axes: _Axes) -> Iterator[KernelConfig]:
+    """Yield a grid in listing order."""
+    ctas = [CtaShape(*shape) for shape in itertools.product(*axes.ctas)]
+    clusters = [ClusterShape(*shape) for shape in itertools.product(*axes.clusters)]
+    for rest in itertools.product(QuantMode, ctas, clusters, axes.schedules, Scheduler):
+        yield KernelConfig(target, *rest)
+
+
 def candidates() -> Iterator[KernelConfig]:
-    """Give the whole grid of axes, legal or not, in listing order."""
-    for target, mode, *cta, channels, tokens, k, schedule, scheduler in itertools.product(
-        Target,
-        QuantMode,
-        CTA_CHANNELS,
-        CTA_TOKENS,
-        CTA_K,
-        CLUSTER_CHANNELS,
-        CLUSTER_TOKENS,
-        CLUSTER_K,
-        Schedule,
-        Scheduler,
-    ):
-        yield KernelConfig(target, mode, CtaShape(*cta), ClusterShape(channels, tokens, k), schedule, scheduler)
+    """Yield the grid of all axes, legal or not, in listing order; each family with its own schedules."""
+    for target, axes in _GRIDS.items():
+        yield from _walk(target, axes)
+
+
+@cache
+def _legal(target: Target) -> tuple[KernelConfig, ...]:
+    return tuple(config for config in _walk(target, _LEGAL_GRIDS[target]) if why_forbidden(config) is None)
+
+
+@cache
+def _enumerate(name: str) -> tuple[KernelConfig, ...]:
+    space = SPACES[name]
+    legal = itertools.chain.from_iterable(_legal(target) for target in Target if target in space.targets)
+    return tuple(config for config in legal if space.why_left_out(config) is None)
 
 
 def enumerate_space(space: str) -> list[KernelConfig]:
-    """Give the configurations of a named space, sorted.
+    """Return the configurations of a named space, sorted.
 
     Raises:
         InvalidValueError: if there is no space of that name.
     """
-    return [config for config in candidates() if why_not(config, space) is None]
+    _space(space)
+    return list(_enumerate(space))
 
 
 @dataclass(frozen=True)
 class Filter:
-    """Which configurations of a space are meant; an empty axis means all of it."""
+    """The axis values that a command names; an empty axis means all of it."""
 
     ctas: Sequence[CtaShape] = ()
     clusters: Sequence[ClusterShape] = ()
     modes: Sequence[QuantMode] = ()
     targets: Sequence[Target] = ()
 
+    @property
+    def values(self) -> list[tuple[str, Any]]:
+        """Every named value with the field of its axis."""
+        return [(axis, value) for axis, values in vars(self).items() for value in values]
+
     def matches(self, config: KernelConfig) -> bool:
-        """Whether the configuration lies on every named axis value."""
+        """Whether the configuration has a named value on every axis."""
         return (
             (not self.ctas or config.cta in self.ctas)
             and (not self.clusters or config.cluster in self.clusters)
@@ -188,38 +164,98 @@ class Filter:
         )
 
     def select(self, configs: Iterable[KernelConfig]) -> list[KernelConfig]:
-        """Give the matching configurations, in the order given."""
+        """Return the matching configurations, in the order given."""
         return [config for config in configs if self.matches(config)]
+
+    def unmatched(self, configs: Sequence[KernelConfig]) -> list[tuple[str, Any]]:
+        """Return the named values that no matching configuration has."""
+        matching = self.select(configs)
+        return [
+            (axis, value)
+            for axis, value in self.values
+            if not any(getattr(config, axis.removesuffix("s")) == value for config in matching)
+        ]
+
+    def __str__(self) -> str:
+        return " ".join(_option(axis, value) for axis, value in self.values)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The kernels that a command works on."""
+
+    configs: Sequence[KernelConfig]
+    spaces: Sequence[str]
+    """The spaces that they were selected from."""
+
+
+def select_kernels(wanted: Filter, spaces: Sequence[str] = ()) -> Selection:
+    """Select kernels: the one rule that `list`, `emit`, `build` and `build-and-verify` share.
+
+    Args:
+        wanted: the filter. Every value that it names must have a matching kernel.
+        spaces: the spaces to select from, as a union. If empty, `default` without a filter; with one, the first space
+            of `SPACES` in which every named value has a matching kernel.
+
+    Raises:
+        InvalidValueError: if a named value has no matching kernel; the text says why and which space has one.
+    """
+    for tried in [tuple(spaces)] if spaces else [(name,) for name in SPACES]:
+        union = sorted(set().union(*map(enumerate_space, tried)))
+        if not wanted.unmatched(union):
+            return Selection(wanted.select(union), tried)
+    raise InvalidValueError(_explain_nothing(wanted, spaces))
 
 
 def select(space: str, wanted: Filter) -> list[KernelConfig]:
-    """Give the configurations of a space that a filter names.
+    """Return the configurations of a space that a filter names; see `select_kernels`.
 
     Raises:
-        InvalidValueError: if nothing matches; the text says why the shapes asked for are not there.
+        InvalidValueError: if a named value has no matching kernel.
     """
-    found = wanted.select(enumerate_space(space))
-    if found:
-        return found
-    raise InvalidValueError(f"no kernel of space {space!r} matches: {_explain_nothing(space, wanted)}")
+    return list(select_kernels(wanted, [space]).configs)
 
 
-def _explain_nothing(space: str, wanted: Filter) -> str:
-    """Say why a filter selects nothing of a space: the reasons that stand in the way, and the way out."""
-    # Schedules that a target has nowhere would only add sentences that are beside the point.
-    families = sorted({(config.target, config.schedule, config.scheduler) for config in enumerate_space("all")})
-    asked = [
-        KernelConfig(target, mode, cta, cluster, schedule, scheduler)
-        for (target, schedule, scheduler), mode, cta, cluster in itertools.product(
-            [family for family in families if not wanted.targets or family[0] in wanted.targets],
+def _explain_nothing(wanted: Filter, spaces: Sequence[str]) -> str:
+    """Say which named values have no kernel, why, and which space has one."""
+    illegal = wanted.unmatched(_enumerate("all"))
+    if illegal:
+        combinations = {
+            str(narrowed): narrowed for axis, value in illegal if (narrowed := _narrow(wanted, axis, value))
+        }
+        return "; ".join(map(_why_illegal, combinations.values()))
+    found = next(name for name in SPACES if not wanted.unmatched(_enumerate(name)))
+    missing = wanted.unmatched(sorted(set().union(*map(_enumerate, spaces))))
+    values = ", ".join(_option(axis, value) for axis, value in missing)
+    axes = {axis for axis, _ in missing}
+    others = " ".join(_option(axis, value) for axis, value in wanted.values if axis not in axes)
+    together = f" with {others}" if others else ""
+    return f"{values}{together} is legal, but not in space {' + '.join(spaces)}: use --space {found}"
+
+
+def _narrow(wanted: Filter, axis: str, value: Any) -> Filter:
+    return replace(wanted, **{axis: [value]})
+
+
+def _why_illegal(wanted: Filter) -> str:
+    """Say why no legal kernel matches a filter: the most frequent reason of each family."""
+    reasons: dict[str, list[str]] = {}
+    for target in wanted.targets or Target:
+        axes = _GRIDS[target]
+        grid = itertools.product(
             wanted.modes or QuantMode,
-            wanted.ctas or sorted({config.cta for config in candidates()}),
-            wanted.clusters or sorted({config.cluster for config in candidates()}),
+            wanted.ctas or [CtaShape(*shape) for shape in itertools.product(*axes.ctas)],
+            wanted.clusters or [ClusterShape(*shape) for shape in itertools.product(*axes.clusters)],
+            axes.schedules,
+            Scheduler,
         )
-    ]
-    if any(why_not(config) is None for config in asked):
-        reasons = [reason for config in asked if (reason := why_not(config, space))]
-        left_out = sorted({reason.sentence for reason in reasons if reason.kind is ReasonKind.LEFT_OUT})
-        return f"{left_out[0]}; it is legal, so `--space all` has it"
-    sentences = Counter(f"{config.target}: {reason.sentence}" for config in asked if (reason := why_not(config)))
-    return "; ".join(sentence for sentence, _ in sentences.most_common(4))
+        counts = Counter(reason for rest in grid if (reason := why_forbidden(KernelConfig(target, *rest))))
+        reasons.setdefault(counts.most_common(1)[0][0], []).append(str(target))
+    if len(reasons) == 1:
+        return f"no legal kernel matches {wanted}: {next(iter(reasons))}"
+    sentences = (f"{', '.join(targets)}: {sentence}" for sentence, targets in reasons.items())
+    return f"no legal kernel matches {wanted}: {'; '.join(sentences)}"
+
+
+def _option(axis: str, value: Any) -> str:
+    return f"--{axis.removesuffix('s')} {value}"
