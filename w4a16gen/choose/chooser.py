@@ -1,4 +1,4 @@
-"""The one way to choose a kernel: `gemm`, `run`, `bench`, `tune` and `explain` all ask `Chooser.choose`."""
+"""The one way to choose a kernel: `gemm` and every command ask `Chooser.choose`; C++ follows it in sdk/chooser.h."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from enum import Enum
 from pathlib import Path
 
 from w4a16gen.choose import packaged_times
+from w4a16gen.choose.cards import card_of
 from w4a16gen.choose.cost_model import choose_cutlass
 from w4a16gen.choose.overrides import kernels_in_use
 from w4a16gen.choose.timing_table import TuningTable, table_for
@@ -28,7 +29,7 @@ class ChoiceSource(Enum):
 
     @property
     def sentence(self) -> str:
-        """The source in words."""
+        """Return the source in words."""
         return _SENTENCES[self]
 
 
@@ -43,11 +44,11 @@ _SENTENCES = {
 
 @dataclass(frozen=True)
 class Choice:
-    """A kernel, the time it is expected to take, and where both come from."""
+    """A kernel, the time it is expected to take, and the source of both."""
 
     kernel: KernelConfig
     microseconds: float | None
-    """None where nothing is known: an override, or a rule of thumb."""
+    """None for an override or a rule of thumb, which know no times."""
     source: ChoiceSource
 
 
@@ -58,8 +59,8 @@ class Chooser:
         """Choose among built kernels.
 
         Args:
-            content_hashes: the built kernels, each with the hash of its machine code's sources.
-            table: the build's tuning table; it need not exist.
+            content_hashes: the built kernels, each with the hash of all that decided its machine code.
+            table: path of the build's tuning table; it need not exist.
         """
         self._hashes = dict(content_hashes)
         self._path = table
@@ -74,21 +75,24 @@ class Chooser:
         target: Target | None = None,
         overrides: Sequence[KernelConfig] | None = None,
     ) -> Choice:
-        """Return the kernel that a call gets if it names none; deterministic.
+        """Return the kernel of a call without `config=`: always the same for the same arguments and files.
 
-        The first of these that has an answer decides: overrides, the build's tuning table, the times that come with the
+        The first of these with an answer decides: overrides, the build's tuning table, the times that come with the
         package, the estimate, and for CUTLASS kernels a rule of thumb.
 
         Args:
             problem: the problem.
             mode: the weight's quantisation mode.
-            device: the GPU; None on a machine without one, where every table is used.
+            device: the GPU; None, on a machine without one, accepts every tuning table and estimates for an H100.
             target: the kernel family that reads the weight's layout; None allows all.
             overrides: kernels that take precedence; None takes those of `use_kernels` or W4A16GEN_KERNELS.
 
         Raises:
-            NotBuiltError: if an override applies and the build does not hold it.
-            UnsupportedProblemError: if the override, or every built kernel, cannot run the problem.
+            NotBuiltError: if an override applies and is not in the build.
+            UnsupportedProblemError: if neither the override nor any built kernel can run the problem.
+
+        Example:
+            >>> library.chooser.choose(Problem(16, 4096, 4096, 128), QuantMode.FINEGRAINED_SCALE_ONLY, device=None)
         """
         for kernel in kernels_in_use() if overrides is None else overrides:
             if kernel.mode is mode and target in (None, kernel.target):
@@ -98,15 +102,23 @@ class Chooser:
             return Choice(*tuned, ChoiceSource.TUNING_TABLE)
         if known := packaged_times.fastest(able, mode, problem, device):
             return Choice(*known, ChoiceSource.PACKAGED_TIMES)
-        if estimated := packaged_times.neighbours().estimate(able, mode, problem):
+        if estimated := packaged_times.neighbours().estimate(able, mode, problem, card_of(device)):
             return Choice(*estimated[0], ChoiceSource.ESTIMATE)
         if able:
             return Choice(choose_cutlass(able, problem), None, ChoiceSource.RULE_OF_THUMB)
         raise UnsupportedProblemError(self._why_none(target, mode, problem))
 
-    def estimates(self, problem: Problem, mode: QuantMode) -> list[tuple[KernelConfig, float]]:
-        """Return the native kernels that can run a problem with their estimated microseconds, fastest first."""
-        return packaged_times.neighbours().estimate(self._hashes, mode, problem)
+    def estimates(
+        self, problem: Problem, mode: QuantMode, device: Device | None = None
+    ) -> list[tuple[KernelConfig, float]]:
+        """Return the native kernels that can run a problem with their estimated microseconds, fastest first.
+
+        Args:
+            problem: the problem.
+            mode: the quantisation mode.
+            device: the GPU to estimate for; None stands for an H100.
+        """
+        return packaged_times.neighbours().estimate(self._hashes, mode, problem, card_of(device))
 
     def _of_target(self, target: Target | None) -> Iterable[KernelConfig]:
         return [config for config in self._hashes if target in (None, config.target)]

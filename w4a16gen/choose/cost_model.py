@@ -1,138 +1,263 @@
-"""What a kernel and a dense product are estimated to take: constants fitted to timings, and their model."""
+"""The time that a native kernel, or a dense FP16 product, is estimated to take: a formula and its fitted constants."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from w4a16gen.choose.cards import H100, Card
+from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.arrangement import native_arrangement
 from w4a16gen.kernels.config import KernelConfig, QuantMode, Scheduler, Target
 from w4a16gen.kernels.problem import Problem, runnable
 
-SM_COUNT = 132
-"""Multiprocessors of H100, H800 and H200 with SXM sockets; the PCIe H100 has 114, which changes few choices."""
-CLUSTERS_OF_4 = 30
-"""Clusters of four CTAs that fit on the GPU at once (one CTA to an SM)."""
-
-# SM cycles of native kernels, fitted to 8,900 timings: 375 kernels in 35 cells of five layer shapes and 1 to 256
-# tokens, 26 kernels of large tiles in 25 cells of 512 to 8,192 tokens, and space `default` in 325 cells of 27 layer
-# shapes and 1 to 8,192 tokens; mode fgs, group 128 (NVIDIA H100 80GB HBM3, 2026-11). Single estimates are off by 13 %
-# (root mean square).
-CYCLES_PER_MICROSECOND = 1755.0
-"""The clock that the timings were turned into cycles with."""
-LAUNCH_CYCLES = 4730.0
-"""What every launch takes: until the first bytes are there, and for the last store."""
-BLOCK_CYCLES = 125.0
-"""A packed block of 64 channels x 128 k at least."""
-PRODUCT_CYCLES = 196.0
-TOKEN_CYCLES = 2.5
-"""A packed block times activations: this and so much for each token of the tile."""
-TENSOR_CYCLES = 4.09
-"""At least so much for each token: eight WGMMAs of half a cycle, at 98 % of their peak."""
-SM_BYTES_PER_CYCLE = 44.0
-"""What an SM takes in of weights and activations."""
-SUM_CYCLES = 764.0
-"""Adding up the sums of a tile's warpgroups."""
-EXCHANGE_CYCLES = 376.0
-EXCHANGE_TOKEN_CYCLES = 12.1
-"""Adding up the sums of a cluster's CTAs: this and so much for each token and 64 channels of the tile."""
-HANDOVER_CYCLES = 2810.0
-HANDOVER_TOKEN_CYCLES = 12.9
-"""The same through the workspace, once in a launch, and the latter as often as CTAs share a tile: one adds for all."""
-PAIRED_SHARE = 0.75
-"""Where two CTAs share an SM: how far tiles come in pairs, of which an SM has two or none. Chosen by what the choice
-loses in each of the shipped table's 57 layers without that layer's times: 0.41 % in geometric mean, with 0 in its place
-0.60 %."""
-STREAM_K_LOSS = 0.03
-"""How much longer stream-K reads and works, for being at many places of K at once."""
-PACKED_BYTES_PER_CYCLE = 2630.0
-"""What the whole GPU reads of the packed weights in an SM cycle."""
-OVERLAP_LOSS = 0.363
-"""Share of the shorter of reading and working that the longer one does not hide."""
-MULTICAST_CYCLES = 1600.0
-"""What CTAs that share operands lose by waiting for each other."""
-LONG_FLOPS = 1e11
-"""Problems of more work run at the power limit."""
-LONG_SLOWDOWN = 1.14
-POWER_CYCLES_PER_BYTE = 0.00626
-"""There: how much lower the clock is, and what moving a byte from L2 into an SM costs, since it takes power from the
-tensor cores. CTAs that share operands move fewer."""
-
-# Dense FP16, fitted to cuBLAS in 185 problems of 13 layers (NVIDIA H100 80GB HBM3, 2026-11-25); off by 5.0 % (root mean
-# square) and 12 % at most, but for one problem in which cuBLAS took 1.37 times as long. The launch is fitted to 105 of
-# them that were measured again a day later: off by 4.6 and 10.5 % there, and by 4.7 and 10.1 % of a day before.
-DENSE_LAUNCH_MICROSECONDS = 3.3
-DENSE_BYTES_PER_MICROSECOND = 2.9e6
-DENSE_FLOPS_PER_MICROSECOND = 770e6
-DENSE_LONG_FLOPS_PER_MICROSECOND = 680e6
-"""At the power limit."""
-DENSE_OVERLAP_LOSS = 0.15
+MODEL_PATH = Path(__file__).resolve().parent / "data" / "h100_cost_model.json"
+"""What `tools/fit_cost_model.py` writes."""
+SCHEMA = "w4a16gen.cost_model/1"
+PACKED_BLOCK_CHANNELS = 64
+PACKED_BLOCK_K = 128
+PACKED_BLOCK_BYTES = PACKED_BLOCK_CHANNELS * PACKED_BLOCK_K // 2 + 2 * PACKED_BLOCK_CHANNELS
+"""4-bit weights and one fp16 scale per channel."""
+ACTIVATION_BYTES = 2 * PACKED_BLOCK_K
+"""One token's fp16 activations for a packed block."""
+CLUSTER_SIZE_THAT_FITS_BADLY = 4
 
 
-def is_long(problem: Problem) -> bool:
-    """Whether a problem takes so long, 130 us and more, that power limits it."""
-    return problem.flops > LONG_FLOPS
+class Work(NamedTuple):
+    """What a native kernel does in a problem, in counts that no fitted constant enters."""
+
+    tile_tokens: int
+    tile_blocks: int
+    """Packed blocks of 64 channels, side by side, in a tile."""
+    waves: int
+    """Tiles that the busiest SM works through, one after the other."""
+    paired_waves: int
+    """The same if tiles come in pairs on an SM, so always an even number; 0 where CTAs do not share SMs."""
+    k_blocks: int
+    """Blocks of 128 values of K that a CTA works through in a wave."""
+    ctas_per_tile: float
+    """Stream-K CTAs that share a tile; 0 for persistent kernels."""
+    activation_bytes: float
+    """Activations that come with each packed block into the SM's shared memory."""
+    moved_bytes: float
+    """Activations and weights that leave L2 for each packed block; a multicast counts once."""
+    reduces_warpgroups: bool
+    """Whether a CTA's warpgroups divide K."""
+    reduces_cluster: bool
+    """Whether a cluster's CTAs divide K."""
+    multicasts: bool
+    """Whether a cluster's CTAs share operands."""
+    weight_bytes: float
+    """The packed weight, which every launch reads once."""
+    is_long: bool
+    """Whether the power limit sets the clock."""
 
 
-def estimate(configs: Iterable[KernelConfig], mode: QuantMode, problem: Problem) -> list[tuple[KernelConfig, float]]:
-    """Give the native kernels that can run a problem with their estimated microseconds, in the order of preference."""
-    native = [config for config in runnable(configs, mode, problem) if config.target is Target.NATIVE]
-    estimated = [(config, native_cycles(config, problem) / CYCLES_PER_MICROSECOND) for config in native]
-    return sorted(estimated, key=lambda pair: (pair[1], pair[0]))
+@dataclass(frozen=True)
+class CostModel:
+    """Constants of the estimates. "Cycles" are SM cycles; "per block" is for 64 channels x 128 values of K."""
+
+    cycles_per_microsecond: float
+    """The clock that turns cycles into microseconds."""
+    clusters_of_4: int
+    """Clusters of four CTAs that an H100's 132 SMs hold at once, one CTA an SM."""
+    launch_cycles: float
+    """Cycles of every launch: until the first bytes arrive, and for the last store."""
+    block_cycles: float
+    """Fewest cycles per block."""
+    product_cycles: float
+    """Cycles to dequantise and multiply a block, whatever the tokens."""
+    token_cycles: float
+    """Cycles per block and token of the tile, beside `product_cycles`."""
+    tensor_cycles: float
+    """Fewest cycles per block and token: the tensor cores' peak."""
+    sm_bytes_per_cycle: float
+    """Bytes per cycle that an SM takes in, weights and activations."""
+    warpgroup_reduction_cycles: float
+    """Cycles to reduce the partial sums of a tile's warpgroups."""
+    cluster_reduction_cycles: float
+    """Cycles to reduce the partial sums of a cluster's CTAs, whatever the tile."""
+    cluster_reduction_token_cycles: float
+    """Cycles of the same per token and 64 channels of the tile."""
+    fixup_cycles: float
+    """Cycles of the stream-K fix-up, once per launch."""
+    fixup_token_cycles: float
+    """Cycles of the stream-K fix-up per token and 64 channels of the tile, for each CTA that shares a tile."""
+    paired_share: float
+    """How far tiles come in pairs where two CTAs share an SM: 0 not at all, 1 always."""
+    stream_k_loss: float
+    """Share by which stream-K reads and works longer."""
+    packed_bytes_per_cycle: float
+    """Bytes per cycle of packed weights that a whole H100 reads."""
+    overlap_loss: float
+    """Share of the shorter of reading and working that the longer does not hide."""
+    multicast_cycles: float
+    """Cycles that CTAs with shared operands lose to each other per launch."""
+    long_flops: float
+    """Operations above which the power limit sets the clock, about 130 us on an H100."""
+    long_slowdown: float
+    """Factor by which the power limit lengthens a kernel."""
+    power_cycles_per_byte: float
+    """Cycles per byte that leaves L2, at the power limit: it takes power from the tensor cores."""
+    dense_launch_microseconds: float
+    """Microseconds of every launch of a dense FP16 product."""
+    dense_bytes_per_microsecond: float
+    """Bytes per microsecond that dense FP16 reads and writes."""
+    dense_flops_per_microsecond: float
+    """Operations per microsecond of dense FP16 below the power limit."""
+    dense_long_flops_per_microsecond: float
+    """The same at the power limit."""
+    dense_overlap_loss: float
+    """`overlap_loss` of dense FP16."""
+
+    @classmethod
+    def read(cls, path: Path) -> CostModel:
+        """Read the constants from a file that `tools/fit_cost_model.py` wrote.
+
+        Raises:
+            InvalidValueError: if the file holds anything else.
+            OSError: if it cannot be read.
+        """
+        try:
+            value = json.loads(path.read_text())
+            if value["schema"] != SCHEMA:
+                raise InvalidValueError(f"schema {value['schema']!r} must be {SCHEMA!r}")
+            return cls.from_json(value["constants"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidValueError(
+                f"{path} is not a cost model ({error}): make it again with tools/fit_cost_model.py"
+            ) from None
+
+    @classmethod
+    def from_json(cls, constants: dict[str, Any]) -> CostModel:
+        """Read the constants by name.
+
+        Raises:
+            InvalidValueError: if one is missing, unknown or not a number of 0 or more.
+        """
+        names = {field.name for field in fields(cls)}
+        if constants.keys() != names:
+            raise InvalidValueError(f"constants {sorted(constants.keys() ^ names)} are missing or unknown")
+        for name, value in constants.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+                raise InvalidValueError(f"{name} of {value!r} must be a number of 0 or more")
+        return cls(**constants)
+
+    def is_long(self, problem: Problem) -> bool:
+        """Return whether the power limit sets the clock during a problem: 130 us and more on an H100."""
+        return problem.flops > self.long_flops
+
+    def estimate(
+        self, configs: Iterable[KernelConfig], mode: QuantMode, problem: Problem, card: Card = H100
+    ) -> list[tuple[KernelConfig, float]]:
+        """Return the native kernels that can run a problem with their estimated microseconds, fastest first."""
+        native = [config for config in runnable(configs, mode, problem) if config.target is Target.NATIVE]
+        estimated = [
+            (config, self.native_cycles(config, problem, card) / self.cycles_per_microsecond) for config in native
+        ]
+        return sorted(estimated, key=lambda pair: (pair[1], pair[0]))
+
+    def native_cycles(self, config: KernelConfig, problem: Problem, card: Card = H100) -> float:
+        """Return the estimated SM cycles of a native kernel, its launch included."""
+        return self.cycles(self.work(config, problem, card), card)
+
+    def work(self, config: KernelConfig, problem: Problem, card: Card = H100) -> Work:
+        """Return what a native kernel does in a problem on a card."""
+        cta, cluster = config.cta, config.cluster
+        size = cluster.channels * cluster.tokens * cluster.k
+        tiles = -(-problem.n // (cta.channels * cluster.channels)) * -(-problem.m // (cta.tokens * cluster.tokens))
+        k_blocks = -(-problem.k // PACKED_BLOCK_K)
+        at_once = max(1, card.sm_count // size)
+        if size == CLUSTER_SIZE_THAT_FITS_BADLY:
+            at_once = max(1, self.clusters_of_4 * card.sm_count // H100.sm_count)
+        arrangement = native_arrangement(config)
+        stream_k = config.scheduler is Scheduler.STREAM_K
+        waves = 1 if stream_k else max(1, -(-tiles // at_once))
+        is_paired = arrangement.ctas_per_sm > 1 and waves > 1
+        per_cta = -(-tiles * k_blocks // card.sm_count) if stream_k else -(-k_blocks // cluster.k)
+        activation_bytes = ACTIVATION_BYTES * cta.tokens * PACKED_BLOCK_CHANNELS / cta.channels
+        return Work(
+            tile_tokens=cta.tokens,
+            tile_blocks=cta.channels // PACKED_BLOCK_CHANNELS,
+            waves=waves,
+            paired_waves=2 * -(-tiles // (2 * at_once)) if is_paired else 0,
+            k_blocks=per_cta,
+            ctas_per_tile=max(1.0, k_blocks / max(per_cta, 1)) if stream_k else 0.0,
+            activation_bytes=activation_bytes,
+            moved_bytes=activation_bytes / cluster.channels + PACKED_BLOCK_BYTES / cluster.tokens,
+            reduces_warpgroups=arrangement.along_k > 1,
+            reduces_cluster=cluster.k > 1,
+            multicasts=size > cluster.k,
+            weight_bytes=problem.n * problem.k / 2 + 2 * problem.groups * problem.n,
+            is_long=self.is_long(problem),
+        )
+
+    def cycles(self, work: Work, card: Card = H100) -> float:
+        """Return the SM cycles of some work: waves of tiles, beside reading the weights."""
+        memory = card.memory_bandwidth / H100.memory_bandwidth
+        slower = 1 + self.stream_k_loss if work.ctas_per_tile else 1.0
+        waves: float = work.waves
+        if work.paired_waves:
+            waves += self.paired_share * (work.paired_waves - work.waves)
+        working = waves * slower * work.k_blocks * work.tile_blocks * self._block_cycles(work, card)
+        # In a pair, one CTA reduces while the other works.
+        working += self._reduction_cycles(work) * (1 if work.paired_waves else waves)
+        reading = slower * work.weight_bytes / (self.packed_bytes_per_cycle * memory)
+        cycles = self.launch_cycles + max(working, reading) + self.overlap_loss * min(working, reading)
+        if work.multicasts:
+            cycles += self.multicast_cycles
+        return cycles * (self.long_slowdown if work.is_long else 1.0)
+
+    def _block_cycles(self, work: Work, card: Card) -> float:
+        """Return the cycles of one packed block: the slowest of what a block needs."""
+        tensor = card.tensor_rate / card.sm_count / (H100.tensor_rate / H100.sm_count)
+        return max(
+            self.block_cycles,
+            self.product_cycles + self.token_cycles * work.tile_tokens,
+            self.tensor_cycles / tensor * work.tile_tokens
+            + (self.power_cycles_per_byte * work.moved_bytes if work.is_long else 0.0),
+            (work.activation_bytes + PACKED_BLOCK_BYTES) / self.sm_bytes_per_cycle,
+        )
+
+    def _reduction_cycles(self, work: Work) -> float:
+        """Return the cycles that a tile's partial sums take, within a CTA, a cluster and through the workspace."""
+        area = work.tile_tokens * work.tile_blocks
+        cycles = self.warpgroup_reduction_cycles if work.reduces_warpgroups else 0.0
+        if work.reduces_cluster:
+            cycles += self.cluster_reduction_cycles + self.cluster_reduction_token_cycles * area
+        if work.ctas_per_tile:
+            cycles += self.fixup_cycles + self.fixup_token_cycles * area * work.ctas_per_tile
+        return cycles
+
+    def dense_microseconds(self, problem: Problem, card: Card = H100) -> float:
+        """Return the estimated microseconds of cuBLAS for the same product with fp16 weights."""
+        m, n, k = problem.m, problem.n, problem.k
+        memory = card.memory_bandwidth / H100.memory_bandwidth
+        tensor = card.tensor_rate / H100.tensor_rate
+        reading = 2 * (n * k + m * k + m * n) / (self.dense_bytes_per_microsecond * memory)
+        is_long = self.is_long(problem)
+        rate = self.dense_long_flops_per_microsecond if is_long else self.dense_flops_per_microsecond
+        working = problem.flops / (rate * tensor)
+        hidden = min(reading, working)
+        return self.dense_launch_microseconds + max(reading, working) + self.dense_overlap_loss * hidden
 
 
-def native_cycles(config: KernelConfig, problem: Problem) -> float:
-    """Estimate the SM cycles of a native kernel: waves of CTAs times their packed blocks, and reading the weights."""
-    cta, cluster = config.cta, config.cluster
-    size = cluster.channels * cluster.tokens * cluster.k
-    tiles = -(-problem.n // (cta.channels * cluster.channels)) * -(-problem.m // (cta.tokens * cluster.tokens))
-    k_blocks = -(-problem.k // 128)
-    area = cta.tokens * cta.channels / 64
-    stream_k = config.scheduler is Scheduler.STREAM_K
-    at_once = CLUSTERS_OF_4 if size == 4 else SM_COUNT // size  # noqa: PLR2004
-    arrangement = native_arrangement(config)
-    waves: float = 1 if stream_k else max(1, -(-tiles // at_once))
-    pairs = arrangement.ctas_per_sm == 2 and waves > 1  # noqa: PLR2004
-    if pairs:
-        waves += PAIRED_SHARE * (2 * -(-tiles // (2 * at_once)) - waves)
-    rows = -(-tiles * k_blocks // SM_COUNT) if stream_k else -(-k_blocks // cluster.k)
-    activation_bytes, weight_bytes = 128 * 2 * cta.tokens * 64 / cta.channels, 128 * 64 / 2 + 2 * 64
-    long = is_long(problem)
-    moved = activation_bytes / cluster.channels + weight_bytes / cluster.tokens
-    block = max(
-        BLOCK_CYCLES,
-        PRODUCT_CYCLES + TOKEN_CYCLES * cta.tokens,
-        TENSOR_CYCLES * cta.tokens + (POWER_CYCLES_PER_BYTE * moved if long else 0.0),
-        (activation_bytes + weight_bytes) / SM_BYTES_PER_CYCLE,
-    )
-    slower = 1 + STREAM_K_LOSS if stream_k else 1.0
-    meeting = SUM_CYCLES if arrangement.along_k > 1 else 0.0
-    if cluster.k > 1:
-        meeting += EXCHANGE_CYCLES + EXCHANGE_TOKEN_CYCLES * area
-    if stream_k:
-        meeting += HANDOVER_CYCLES + HANDOVER_TOKEN_CYCLES * area * max(1.0, k_blocks / max(rows, 1))
-    work = waves * slower * rows * cta.channels / 64 * block
-    work += meeting if pairs else waves * meeting  # one CTA's sums meet while the other works
-    reading = slower * (problem.n * problem.k / 2 + 2 * problem.groups * problem.n) / PACKED_BYTES_PER_CYCLE
-    longer, shorter = max(work, reading), min(work, reading)
-    cycles = LAUNCH_CYCLES + longer + OVERLAP_LOSS * shorter + (MULTICAST_CYCLES if size > cluster.k else 0.0)
-    return cycles * (LONG_SLOWDOWN if long else 1.0)
-
-
-def dense_microseconds(problem: Problem) -> float:
-    """Estimate what cuBLAS takes for the same product of fp16 weights."""
-    m, n, k = problem.m, problem.n, problem.k
-    reading = 2 * (n * k + m * k + m * n) / DENSE_BYTES_PER_MICROSECOND
-    rate = DENSE_LONG_FLOPS_PER_MICROSECOND if is_long(problem) else DENSE_FLOPS_PER_MICROSECOND
-    working = problem.flops / rate
-    return DENSE_LAUNCH_MICROSECONDS + max(reading, working) + DENSE_OVERLAP_LOSS * min(reading, working)
+@cache
+def default_cost_model() -> CostModel:
+    """Return the model with the constants that come with the package."""
+    return CostModel.read(MODEL_PATH)
 
 
 def choose_cutlass(found: list[KernelConfig], problem: Problem) -> KernelConfig:
-    """Pick one of CUTLASS's kernels by a rule of thumb.
+    """Return one of CUTLASS's kernels by a rule of thumb.
 
-    The token tile is the smallest that covers m, or the largest there is: padding tokens cost tensor-core time, and
-    more token tiles read the weights again. Then stream-K, which keeps all SMs busy when tiles are few, then the larger
-    cluster once there are several token tiles to share activations, then the listing order.
+    The token tile is the smallest that covers m, or the largest in the build: padded tokens cost tensor-core time, and
+    more token tiles read the weights more often. Then comes stream-K, which keeps all SMs busy when tiles are few. Then
+    comes the larger cluster if several token tiles can share activations, then the listing order.
     """
     largest = max(config.cta.tokens for config in found)
 

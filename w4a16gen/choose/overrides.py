@@ -1,4 +1,4 @@
-"""Which kernels the user named for calls that name none: a block of `use_kernels`, or an environment variable."""
+"""The kernels that a user sets for calls without `config=`: by `use_kernels`, or by an environment variable."""
 
 from __future__ import annotations
 
@@ -12,24 +12,30 @@ from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.config import KernelConfig
 
 KERNELS_VARIABLE = "W4A16GEN_KERNELS"
-"""Names of kernels, separated by commas, that calls use which name none."""
+"""Names of kernels, separated by commas: the default kernels of calls without `config=`."""
 _used: ContextVar[tuple[KernelConfig, ...] | None] = ContextVar("kernels of use_kernels", default=None)
 
 
 @contextmanager
 def use_kernels(*kernels: KernelConfig | str) -> Iterator[None]:
-    """Make calls of `gemm` use these kernels unless they name one, each for weights of its mode and target.
+    """Set the default kernels for calls of `gemm` without `config=`.
 
-    Holds in the thread, or the asynchronous task, that enters it, and takes precedence over the environment variable
-    W4A16GEN_KERNELS, which does the same for a whole process and is read once, when it is first needed. Without
-    arguments, calls choose as if neither was there.
-    Weights that none of them reads get a chosen kernel as ever; a problem that the named kernel cannot run is an error.
+    Each kernel applies to weights of its mode and target; of several for one mode and target, the first counts. Other
+    weights get a chosen kernel. A problem that the kernel cannot run is an error.
+
+    The block applies to the thread, or the asynchronous task, that enters it. It takes precedence over the environment
+    variable W4A16GEN_KERNELS, which does the same for a whole process and is read once, at the first call. A block
+    without kernels switches both off.
 
     Args:
-        kernels: configurations or their names; of several for one mode and target, the first counts.
+        kernels: configurations or their names.
 
     Raises:
-        InvalidValueError: if a text is no kernel's name.
+        InvalidValueError: if a text is not a kernel's name.
+
+    Example:
+        >>> with use_kernels("w4a16_sm90_native_fgs_cta64x16x128_cluster1x1x1_warps8_persistent"):
+        ...     c = gemm(a, w)
     """
     token = _used.set(tuple(KernelConfig.parse(kernel) if isinstance(kernel, str) else kernel for kernel in kernels))
     try:
@@ -39,26 +45,28 @@ def use_kernels(*kernels: KernelConfig | str) -> Iterator[None]:
 
 
 def kernels_in_use() -> tuple[KernelConfig, ...]:
-    """Give the kernels that `use_kernels`, or else the environment, names for calls that name none.
+    """Return the kernels that `use_kernels`, or else the environment, sets for calls without `config=`.
 
     Raises:
-        InvalidValueError: if the environment variable holds anything but kernels' names.
+        InvalidValueError: if the environment variable is needed and holds anything but names of kernels.
     """
     used = _used.get()
     return kernels_of_environment() if used is None else used
 
 
 def is_in_block() -> bool:
-    """Whether `use_kernels` holds here."""
+    """Return whether the caller is in a block of `use_kernels`."""
     return _used.get() is not None
 
 
 @cache
 def kernels_of_environment() -> tuple[KernelConfig, ...]:
-    """Give the kernels that the environment named when this was first asked: `os.environ` takes longer than a launch.
+    """Return the kernels that the environment sets.
+
+    The variable is read once per process, because `os.environ` takes longer than a launch.
 
     Raises:
-        InvalidValueError: if the variable holds anything but kernels' names.
+        InvalidValueError: if the variable holds anything but names of kernels.
     """
     text = os.environ.get(KERNELS_VARIABLE, "")
     try:

@@ -1,11 +1,11 @@
-"""Measured times of kernels in a file: what `w4a16gen tune` writes, and what `gemm` chooses by before it estimates."""
+"""Tables of measured times in files: `w4a16gen tune` writes them, and calls of `gemm` choose kernels by them."""
 
 from __future__ import annotations
 
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -18,64 +18,77 @@ from w4a16gen.kernels.config import KernelConfig, QuantMode
 from w4a16gen.kernels.device import Device
 from w4a16gen.kernels.problem import Problem
 
-SCHEMA_VERSION = 1
+SCHEMA = "w4a16gen.tuning/2"
+"""Kind of file, and version of its fields."""
 TABLE = "tuning.json"
 """File name in a build's folder."""
 
 
 class Measured(NamedTuple):
-    """What a kernel took, and which machine code it was."""
+    """One measurement of a kernel."""
 
     microseconds: float
     content_hash: str
+    """Hash of all that decided the machine code: the time counts only for a kernel with the same hash."""
 
 
 @dataclass(frozen=True)
 class TuningTable:
-    """Times of kernels on one kind of GPU, by mode and problem, then by kernel."""
+    """Times of kernels on one GPU model, by mode and problem, then by kernel."""
 
     gpu: str
+    """The model's name, as the driver gives it."""
     sm_count: int
+    """Its streaming multiprocessors, which tell a MIG slice from the whole card."""
     times: Mapping[tuple[QuantMode, Problem], Mapping[KernelConfig, Measured]] = field(default_factory=dict)
     dependent: bool = False
-    """Whether the times are those of dependent launches, each behind another of the same kernel."""
+    """Whether the launches were dependent ones, in a chain of the same kernel. A table holds one kind of launch,
+    because calls choose by whatever times it holds."""
     versions: Mapping[str, str] = field(default_factory=dict)
-    """What the last times were measured with: this package, the compiler, the driver's CUDA. For the reader; whether a
-    time counts is decided by the kernel's content hash, in which the compiler is."""
+    """Versions of this package, the compiler and the driver's CUDA at the last measurement, for the reader."""
+
+    @classmethod
+    def of_device(cls, device: Device, *, dependent: bool = False) -> TuningTable:
+        """Return an empty table for a GPU."""
+        return cls(device.name, device.sm_count, dependent=dependent)
+
+    def is_of(self, device: Device) -> bool:
+        """Return whether the times are of this GPU model."""
+        return (self.gpu, self.sm_count) == (device.name, device.sm_count)
 
     @classmethod
     def read(cls, path: Path) -> TuningTable:
-        """Read a table, all of it or nothing.
+        """Read a whole table, or refuse it.
 
         Raises:
-            OSError: if there is no such file.
-            InvalidValueError: if it holds anything but a table of this schema; the text says what is off.
+            OSError: if the file cannot be read.
+            InvalidValueError: if it is not a table with this schema; the text names what is wrong.
         """
         try:
             value = json.loads(path.read_text())
-            if value["schema"] != SCHEMA_VERSION:
-                raise InvalidValueError(f"schema {value['schema']!r} is not {SCHEMA_VERSION}")
+            if value["schema"] != SCHEMA:
+                raise InvalidValueError(f"schema {value['schema']!r} must be {SCHEMA!r}")
             times: dict[tuple[QuantMode, Problem], dict[KernelConfig, Measured]] = {}
             for row in value["times"]:
                 config = _parse(row["kernel"])
                 problem = Problem(*(_count(row[name]) for name in ("m", "n", "k", "group_size")))
                 microseconds = float(row["microseconds"])
                 if not 0 < microseconds < float("inf"):
-                    raise InvalidValueError(f"{row['kernel']} took {microseconds} us")
+                    raise InvalidValueError(f"{microseconds} us for {row['kernel']} must be positive and finite")
                 measured = Measured(microseconds, str(row["content_hash"]))
                 times.setdefault((config.mode, problem), {})[config] = measured
             versions = {str(name): str(version) for name, version in value.get("versions", {}).items()}
             dependent = value.get("dependent", False)
             if not isinstance(dependent, bool):
-                raise InvalidValueError(f"dependent of {dependent!r} is neither true nor false")
+                raise InvalidValueError(f"dependent of {dependent!r} must be true or false")
             return cls(str(value["gpu"]), _count(value["sm_count"]), times, dependent, versions)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidValueError(
-                f"{path} is no tuning table ({type(error).__name__}: {error}): remove it, or name another"
+                f"{path} is not a tuning table ({type(error).__name__}: {error}): remove it, or name another file"
             ) from None
 
     def as_text(self) -> str:
-        """Give the file's text: JSON with a row a line, in an order that depends on the content only."""
+        """Return the file's text: JSON with one time a line, in an order that depends on the content only."""
         rows = [
             {**vars(problem), "kernel": config.name, **measured._asdict()}
             for (_, problem), of_problem in self.times.items()
@@ -85,32 +98,32 @@ class TuningTable:
         more: dict[str, object] = {"dependent": True} if self.dependent else {}
         if self.versions:
             more["versions"] = dict(sorted(self.versions.items()))
-        head = json.dumps({"schema": SCHEMA_VERSION, "gpu": self.gpu, "sm_count": self.sm_count, **more})
+        head = json.dumps({"schema": SCHEMA, "gpu": self.gpu, "sm_count": self.sm_count, **more})
         return f'{head[:-1]}, "times": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]}\n"
 
     def updated(self, newer: TuningTable) -> TuningTable:
-        """Give this table with another's times, which replace those of the same kernels and problems.
+        """Return this table with newer times, which replace those of the same kernels and problems.
 
         Raises:
-            InvalidValueError: if the other is of another kind of GPU, or of launches.
+            InvalidValueError: if the newer times are of another GPU model or kind of launch.
         """
         if (self.gpu, self.sm_count) != (newer.gpu, newer.sm_count):
             raise InvalidValueError(
                 f"times of {newer.gpu} with {newer.sm_count} SMs do not go into a table of {self.gpu} with "
-                f"{self.sm_count}: name another table"
+                f"{self.sm_count}: name another file"
             )
         if self.dependent is not newer.dependent:
             kinds = {True: "dependent launches", False: "ordinary launches"}
             raise InvalidValueError(
                 f"times of {kinds[newer.dependent]} do not go into a table of {kinds[self.dependent]}: remove it, or "
-                "name another"
+                "name another file"
             )
         keys = [*self.times, *(key for key in newer.times if key not in self.times)]
         times = {key: {**self.times.get(key, {}), **newer.times.get(key, {})} for key in keys}
         return TuningTable(self.gpu, self.sm_count, times, self.dependent, {**self.versions, **newer.versions})
 
     def valid(self, mode: QuantMode, problem: Problem, hashes: Mapping[KernelConfig, str]) -> dict[KernelConfig, float]:
-        """Give the microseconds of exactly this problem, of kernels that are built as they were measured."""
+        """Return the microseconds of exactly this problem, for kernels that are built as they were measured."""
         return {
             config: measured.microseconds
             for config, measured in self.times.get((mode, problem), {}).items()
@@ -120,13 +133,16 @@ class TuningTable:
     def best(
         self, mode: QuantMode, problem: Problem, hashes: Mapping[KernelConfig, str]
     ) -> tuple[KernelConfig, float] | None:
-        """Give the fastest built kernel and its microseconds, for as many tokens or the next more; or None.
+        """Return the fastest built kernel for these tokens, or for the next more that were measured, and its time.
 
         Args:
-            mode: the mode.
-            problem: the problem; times of less than twice its tokens count, since a kernel that is fast with more
-                tokens has tiles that these fill at least by half.
+            mode: the quantisation mode.
+            problem: the problem. Times of fewer than twice its tokens count: it fills the tiles of a kernel that is
+                fast there at least by half.
             hashes: the built kernels' content hashes.
+
+        Returns:
+            The kernel and its microseconds; None if the table has no valid time.
         """
         of_layer = sorted(
             measured.m
@@ -148,41 +164,49 @@ _parse = lru_cache(maxsize=None)(KernelConfig.parse)
 
 def _count(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InvalidValueError(f"{value!r} is no positive integer")
+        raise InvalidValueError(f"{value!r} must be a positive integer")
     return value
 
 
 def table_for(path: Path, device: Device | None) -> TuningTable | None:
-    """Read the table that counts on a GPU, or None: if there is none, or, with a warning, one that cannot be used.
+    """Return the table that applies to a GPU.
 
     Args:
         path: the file.
-        device: the GPU; None on a machine without one, where every table is used.
+        device: the GPU; None, on a machine without one, accepts every table.
+
+    Returns:
+        The table; None if there is none, or if it is damaged or of another GPU model, with a single warning.
     """
     try:
         table = TuningTable.read(path)
-    except OSError:
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        _warn(f"{path} cannot be read ({error.strerror}): kernels are chosen without it")
         return None
     except InvalidValueError as error:
-        warnings.warn(f"{error}; until then kernels are chosen by estimates", RuntimeWarning, stacklevel=2)
+        _warn(f"{error}. Kernels are chosen without it")
         return None
-    if device is None or (table.gpu, table.sm_count) == (device.name, device.sm_count):
+    if device is None or table.is_of(device):
         return table
-    warnings.warn(
+    _warn(
         f"{path} is of {table.gpu} with {table.sm_count} SMs, not of {device.name} with {device.sm_count}: kernels are "
-        "chosen by estimates; `w4a16gen tune` measures here once it is removed",
-        RuntimeWarning,
-        stacklevel=2,
+        "chosen without it. Remove it and run `w4a16gen tune`"
     )
     return None
 
 
+def _warn(sentence: str) -> None:
+    warnings.warn(sentence, RuntimeWarning, stacklevel=3)
+
+
 def add_times(path: Path, table: TuningTable) -> None:
-    """Merge times into a file under a lock: what another process adds meanwhile is kept, and a reader never sees half.
+    """Merge times into a file under a lock: concurrent writers keep each other's times, readers see whole files.
 
     Raises:
-        InvalidValueError: if the file is no tuning table, or one of another kind of GPU or of launches; it is left as
-            it is.
+        InvalidValueError: if the file is not a tuning table, or is of another GPU model or kind of launch. The file
+            stays as it is.
         OSError: if it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -203,4 +227,4 @@ def one_time(
 ) -> TuningTable:
     """Return a table of a single measurement."""
     times = {(config.mode, problem): {config: measured}}
-    return TuningTable(device.name, device.sm_count, times, dependent, versions or {})
+    return replace(TuningTable.of_device(device, dependent=dependent), times=times, versions=versions or {})

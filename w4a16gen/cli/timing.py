@@ -9,7 +9,8 @@ from pathlib import Path
 import click
 
 from w4a16gen import __version__
-from w4a16gen.choose import cost_model
+from w4a16gen.choose.cards import card_of
+from w4a16gen.choose.cost_model import default_cost_model
 from w4a16gen.cli.app import (
     EXIT_FAILED,
     build_option,
@@ -55,9 +56,10 @@ HEADINGS = (
 def explain(problem: Problem, mode: QuantMode, top: int, folder: Path | None, as_json: bool) -> None:
     """Show which built kernel a call with M tokens, N output channels and K values gets, and the runners-up."""
     library = load(folder)
+    device = next(iter(library.hopper_devices()), None)
     choice = library.choose(problem, mode)
-    estimated = library.chooser.estimates(problem, mode)
-    fp16 = cost_model.dense_microseconds(problem)
+    estimated = library.chooser.estimates(problem, mode, device)
+    fp16 = default_cost_model().dense_microseconds(problem, card_of(device))
     expected = choice.microseconds or dict(estimated).get(choice.kernel)
     if as_json:
         shown = [{"kernel": config.name, "estimated_microseconds": round(us, 2)} for config, us in estimated[:top]]

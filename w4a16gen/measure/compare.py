@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from w4a16gen.choose.cost_model import is_long
+from w4a16gen.choose.cost_model import default_cost_model
 from w4a16gen.kernels.config import KernelConfig, QuantMode, Target
 from w4a16gen.kernels.legality import CTA_TOKENS
 from w4a16gen.kernels.problem import Problem, runnable
@@ -33,7 +33,7 @@ def _time_briefly(stage: Stage, config: KernelConfig, *, dependent: bool) -> flo
     """Time one kernel, in microseconds: the least of a few replays, or a block of them for a long problem."""
     contender = stage.record(config, dependent=dependent, brief=True)
     contender.replay()
-    if is_long(stage.problem):
+    if default_cost_model().is_long(stage.problem):
         half = SCREENING_BLOCK_SECONDS / 2
         return settled(contender.timed_replay, half, half) * 1000 / contender.launches
     return min(contender.timed_replay() * 1000 / contender.launches for _ in range(SCREENING_REPLAYS))
@@ -43,7 +43,7 @@ def screen(
     stage: Stage, configs: Sequence[KernelConfig], *, dependent: bool = False
 ) -> Iterator[tuple[KernelConfig, float]]:
     """Time kernels briefly, one after the other; give microseconds at once, and again where another look took less."""
-    long = is_long(stage.problem)
+    long = default_cost_model().is_long(stage.problem)
     if configs and long:
         warm_up = stage.record(configs[-1], dependent=dependent, brief=True)
         settled(warm_up.timed_replay, WARM_UP_SECONDS, 0)
@@ -181,7 +181,7 @@ def compare(
     if chosen in candidates and chosen not in fastest:
         fastest.append(chosen)
     errors = {config.name: stage.check(config) for config in fastest}
-    short = not is_long(problem)
+    short = not default_cost_model().is_long(problem)
     contenders = {(config.name, False): stage.record(config, dependent=False) for config in fastest}
     if short:
         contenders |= {(config.name, True): stage.record(config, dependent=True) for config in fastest}

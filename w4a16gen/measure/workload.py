@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from w4a16gen.choose.cost_model import is_long
+from w4a16gen.choose.cost_model import default_cost_model
 from w4a16gen.kernels.config import KernelConfig, QuantMode, Target
 from w4a16gen.kernels.problem import Problem
 from w4a16gen.measure.probes import probe_read
@@ -53,7 +53,7 @@ class Stage:
         """Give the weight often enough that launches in turn find L2 cold, or a few times if that is too long."""
         packed = _packed(*self._drawn, target)
         wanted = int(COLD_BYTES / packed.nbytes) + 1
-        if brief and is_long(self.problem):
+        if brief and default_cost_model().is_long(self.problem):
             wanted = min(wanted, BRIEF_LAUNCHES)
         copies = self._copies.setdefault(target, [])
         copies += [self.library.to_device(packed, self.device) for _ in range(wanted - len(copies))]
@@ -61,7 +61,7 @@ class Stage:
 
     def launches(self, copies: int, *, brief: bool = False) -> int:
         """Give how many a graph has: every copy of the weight gets its turn, unless a long problem is timed briefly."""
-        return BRIEF_LAUNCHES if brief and is_long(self.problem) else max(LAUNCHES, copies)
+        return BRIEF_LAUNCHES if brief and default_cost_model().is_long(self.problem) else max(LAUNCHES, copies)
 
     def record(self, config: KernelConfig, *, dependent: bool, brief: bool = False) -> Contender:
         """Record a graph of a kernel's launches; a short one of a long problem, if it is to be timed briefly."""
