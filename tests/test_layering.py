@@ -13,7 +13,7 @@ import pytest
 import w4a16gen
 
 PACKAGE = Path(w4a16gen.__file__).parent
-EVERYBODYS = {"errors", "files"}
+EVERYBODYS = {"errors", "files", "progress"}
 ALLOWED = {
     "kernels": set(),
     "weights": {"kernels"},

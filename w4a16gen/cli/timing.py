@@ -27,8 +27,10 @@ from w4a16gen.cli.problems import problems_options
 from w4a16gen.kernels.config import QuantMode
 from w4a16gen.kernels.problem import Problem
 from w4a16gen.measure.compare import compare
+from w4a16gen.measure.plots import has_plots
 from w4a16gen.measure.probes import tensor_peak
-from w4a16gen.measure.report import Recorder, Row, Run, has_plots, read_record, row_of, run_of, write_report
+from w4a16gen.measure.record import Recorder, Row, Run, read_record, row_of, run_of
+from w4a16gen.measure.report import write_report
 from w4a16gen.measure.results import Comparison, smallest_set
 from w4a16gen.measure.rivals import RIVALS
 from w4a16gen.runtime.default import load

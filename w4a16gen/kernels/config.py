@@ -142,6 +142,11 @@ class KernelConfig:
             f"w4a16_sm90_{self.target}_{self.mode}_cta{self.cta}_cluster{self.cluster}_{self.schedule}_{self.scheduler}"
         )
 
+    @property
+    def short_name(self) -> str:
+        """The name without the prefix that all kernels share, for tables."""
+        return self.name.removeprefix("w4a16_sm90_")
+
     def __str__(self) -> str:
         return self.name
 

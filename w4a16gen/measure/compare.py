@@ -1,9 +1,10 @@
-"""Timing many kernels on one problem, side by side: what `w4a16gen bench` reports."""
+"""Comparing kernels on one problem: all briefly, then the fastest in turns beside cuBLAS, rivals and the floor."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from w4a16gen.choose.cost_model import default_cost_model
 from w4a16gen.kernels.config import KernelConfig, QuantMode, Target
@@ -12,51 +13,60 @@ from w4a16gen.kernels.problem import Problem, runnable
 from w4a16gen.measure.results import FLOOR, Comparison, Timing
 from w4a16gen.measure.rivals import CUBLAS, Rival, find_torch
 from w4a16gen.measure.timing import SCREENING_REPLAYS, WARM_UP_SECONDS, Contender, settled
-from w4a16gen.measure.workload import Stage
+from w4a16gen.measure.workload import Workload
+from w4a16gen.progress import Progress, no_progress
 from w4a16gen.runtime.library import Library
 
 SCREENING_BLOCK_SECONDS = 0.06
-"""On a long problem; half of it to settle. The GPU has no rest between them."""
-LOOKS = 3
-"""How often a kernel that may be among the fastest is timed on a long problem, after the others each time: blocks this
-short are 20 % too long, and rarely 50 %, where they meet the GPU's slow moment of a second
-(`contender.BLOCK_SECONDS`)."""
-LOOK_AGAIN_WITHIN = 1.6
-"""Times the least: kernels that took no longer may be among the fastest."""
+"""Length of a screening block on a long problem: half of it to settle, half of it timed."""
+SCREENING_PASSES = 3
+"""Passes over the kernels that may be fastest on a long problem. A block this short reads 20 % too long, rarely 50 %,
+if the clock dips in it (see `timing.BLOCK_SECONDS`)."""
+SECOND_LOOK_WITHIN = 1.6
+"""A kernel is screened again if its time is within this factor of the shortest."""
 ROUNDS_PER_BLOCK = 3
-"""On long problems, where a block takes a second, a timed replay of a short one some milliseconds."""
-
-Progress = Callable[[int, int, str], None]
+"""A long problem gets one block for this many rounds: a block takes a second, a replay of a short problem some ms."""
 
 
-def _time_briefly(stage: Stage, config: KernelConfig, *, dependent: bool) -> float:
-    """Time one kernel, in microseconds: the least of a few replays, or a block of them for a long problem."""
-    contender = stage.record(config, dependent=dependent, brief=True)
+class Entrant(NamedTuple):
+    """A contender's name, and whether its launches are dependent."""
+
+    name: str
+    dependent: bool = False
+
+
+def _time_briefly(workload: Workload, config: KernelConfig, *, dependent: bool) -> float:
+    """Return microseconds a launch: the least of a few replays, or the median of a short block for a long problem."""
+    contender = workload.record(config, dependent=dependent, brief=True)
     contender.replay()
-    if default_cost_model().is_long(stage.problem):
+    if default_cost_model().is_long(workload.problem):
         half = SCREENING_BLOCK_SECONDS / 2
         return settled(contender.timed_replay, half, half) * 1000 / contender.launches
     return min(contender.timed_replay() * 1000 / contender.launches for _ in range(SCREENING_REPLAYS))
 
 
 def screen(
-    stage: Stage, configs: Sequence[KernelConfig], *, dependent: bool = False
+    workload: Workload, configs: Sequence[KernelConfig], *, dependent: bool = False
 ) -> Iterator[tuple[KernelConfig, float]]:
-    """Time kernels briefly, one after the other; give microseconds at once, and again where another look took less."""
-    long = default_cost_model().is_long(stage.problem)
+    """Time kernels briefly, one after the other.
+
+    Yields:
+        Each kernel with its microseconds, at once; and again if a later pass over a long problem took less.
+    """
+    long = default_cost_model().is_long(workload.problem)
     if configs and long:
-        warm_up = stage.record(configs[-1], dependent=dependent, brief=True)
+        warm_up = workload.record(configs[-1], dependent=dependent, brief=True)
         settled(warm_up.timed_replay, WARM_UP_SECONDS, 0)
     least: dict[KernelConfig, float] = {}
     for config in configs:
-        least[config] = _time_briefly(stage, config, dependent=dependent)
+        least[config] = _time_briefly(workload, config, dependent=dependent)
         yield config, least[config]
     order = list(configs)
-    for _ in range(LOOKS - 1 if long else 0):
-        order.reverse()  # so that other kernels come before
-        limit = LOOK_AGAIN_WITHIN * min(least.values(), default=0.0)
+    for _ in range(SCREENING_PASSES - 1 if long else 0):
+        order.reverse()  # so that each kernel runs after another one
+        limit = SECOND_LOOK_WITHIN * min(least.values(), default=0.0)
         for config in [config for config in order if least[config] <= limit]:
-            microseconds = _time_briefly(stage, config, dependent=dependent)
+            microseconds = _time_briefly(workload, config, dependent=dependent)
             if microseconds < least[config]:
                 least[config] = microseconds
                 yield config, microseconds
@@ -72,64 +82,17 @@ def measure(
     dependent: bool = False,
     seed: int = 0,
 ) -> Iterator[tuple[KernelConfig, float]]:
-    """Time kernels on one problem with cold L2 on a GPU, as `screen` does: the last time of a kernel counts."""
-    yield from screen(Stage(library, device, problem, mode, seed), configs, dependent=dependent)
+    """Time kernels on one problem with a cold L2, as `screen` does; a kernel's last time counts."""
+    yield from screen(Workload(library, device, problem, mode, seed), configs, dependent=dependent)
 
 
 def tiles_suit(config: KernelConfig, problem: Problem) -> bool:
-    """Whether a kernel's token tile is near m: at most its next power of two, and not below a quarter of it or of 256.
+    """Whether a kernel's token tile is near m: at most its next power of two, and at least a quarter of min(m, 256).
 
-    Smaller tiles dequantise every weight more than four times as often, larger ones multiply by padding.
+    A smaller tile dequantises every weight more than four times as often; a larger one multiplies padding.
     """
     tokens = config.cta.tokens
     return tokens < 2 * max(problem.m, CTA_TOKENS[0]) and 4 * tokens >= min(problem.m, CTA_TOKENS[-1])
-
-
-def record_others(
-    stage: Stage,
-    rivals: Sequence[Rival],
-    contenders: dict[tuple[str, bool], Contender],
-    errors: dict[str, float],
-) -> dict[str, str]:
-    """Add cuBLAS, where torch is installed, and those rivals whose results are right; say why others are left out."""
-    torch = find_torch()
-    if torch is None:
-        return {rival.name: "torch is not installed" for rival in rivals}
-    contenders[CUBLAS, False] = stage.record_cublas(torch)
-    left_out: dict[str, str] = {}
-    for rival in rivals:
-        try:
-            contender, error = stage.record_rival(torch, rival)
-        except ImportError as missing:
-            left_out[rival.name] = f"{missing}: pip install {rival.package}"
-        except Exception as failure:  # noqa: BLE001  (whatever someone else's library raises)
-            left_out[rival.name] = " ".join(f"{type(failure).__name__}: {failure}".split())
-        else:
-            if error <= 1:
-                contenders[rival.name, False], errors[rival.name] = contender, error
-            else:
-                left_out[rival.name] = f"its result is off by {error:.3g} times what rounding explains"
-    return left_out
-
-
-def _take_turns(
-    contenders: Mapping[tuple[str, bool], Contender],
-    rounds: int,
-    order: random.Random,
-    progress: Progress,
-    *,
-    short: bool,
-) -> None:
-    """Time contenders in turn, in a new order each round."""
-    names = list(contenders)
-    for turn in range(rounds):
-        order.shuffle(names)
-        for place, name in enumerate(names, 1):
-            if short:
-                contenders[name].time()
-            else:
-                contenders[name].time_block()
-            progress(turn * len(names) + place, rounds * len(names), f"in turn: {name[0]}")
 
 
 def compare(
@@ -142,65 +105,134 @@ def compare(
     rounds: int = 9,
     seed: int = 0,
     rivals: Sequence[Rival] = (),
-    progress: Progress = lambda _done, _total, _name: None,
+    progress: Progress = no_progress,
 ) -> Comparison:
-    """Time kernels on one problem with cold L2: all of them briefly, then the fastest against each other and cuBLAS.
+    """Time kernels on one problem with a cold L2: all of them briefly, then the fastest in turns with cuBLAS.
 
-    The kernel that a call gets which names none is one of the finalists.
+    The kernel that a call gets if it names none is always a finalist, and so is the fastest of each target.
 
-    Graphs of 20 launches and more take copies of the weight in turn, more than 200 MB of them. The finalists take
-    turns, in a new order each round: on short problems with single replays and a rest before each, on long ones, of
-    130 us and more, with blocks of a second without rest, as in prefill. What only reads draws less power, so on these
-    the streaming floor is timed before them, as on short ones.
+    A graph holds 20 launches or more, which take copies of the weight in turn, over 200 MB. Finalists take turns in a
+    new order each round. A short problem is timed by single replays after a rest. A long one (130 us and more) runs in
+    blocks of a second without rest, as in prefill; the streaming floor draws less power and is timed before them.
 
     Args:
         library: the loaded build.
         problem: the problem.
         mode: the quantisation mode.
-        configs: the kernels; None takes all that the build holds. Those that cannot run the problem, or whose tiles do
+        configs: the kernels; None takes all built ones. Kernels that cannot run the problem, or whose token tiles do
             not suit it, are left out.
-        finalists: how many kernels are timed against each other.
-        rounds: timed replays of each; of a long problem a third as many blocks, rounded up.
-        seed: of the random data, and of the order.
+        finalists: how many kernels are timed in turns.
+        rounds: timed replays of each; for a long problem a third as many blocks, rounded up.
+        seed: of the random data and of the order.
         rivals: other 4-bit kernels to time with the finalists, where they are installed and can run the problem.
-        progress: told after each screened kernel, and then after each turn.
+        progress: called after each screened kernel, and then after each turn.
 
     Raises:
         NoHopperGpuError: if there is no Hopper GPU.
     """
-    device = library.hopper_device().index
-    stage = Stage(library, device, problem, mode, seed)
+    workload = Workload(library, library.hopper_device().index, problem, mode, seed)
     able = runnable(library.configs() if configs is None else configs, mode, problem)
     candidates = [config for config in able if tiles_suit(config, problem)]
     screened: dict[str, float] = {}
-    for config, microseconds in screen(stage, candidates):
+    for config, microseconds in screen(workload, candidates):
         screened[config.name] = microseconds
-        progress(len(screened), len(candidates), config.name)
-    fastest = sorted(candidates, key=lambda config: (screened[config.name], config))[:finalists]
-    chosen = library.choose(problem, mode).kernel if candidates else None
-    if chosen in candidates and chosen not in fastest:
-        fastest.append(chosen)
-    errors = {config.name: stage.check(config) for config in fastest}
-    short = not default_cost_model().is_long(problem)
-    contenders = {(config.name, False): stage.record(config, dependent=False) for config in fastest}
-    if short:
-        contenders |= {(config.name, True): stage.record(config, dependent=True) for config in fastest}
-    left_out = record_others(stage, rivals, contenders, errors)
-    floors = {}
-    if any(config.target is Target.NATIVE for config in fastest):
-        floors = {(FLOOR, dependent): stage.record_floor(dependent=dependent) for dependent in (False, True)}
+        progress(len(screened), len(candidates), config.short_name)
+    chosen = library.choose(problem, mode).kernel if able else None
+    chosen = chosen if chosen in able else None
+    finals = _finalists(candidates, screened, finalists, chosen)
+    errors = {config.name: workload.check(config) for config in finals}
+    contenders, floors = _record(workload, finals)
+    left_out = _record_others(workload, rivals, contenders, errors)
     order = random.Random(f"{problem} {seed}")  # noqa: S311  (nothing secret)
-    if short:
-        _take_turns(contenders | floors, rounds, order, progress, short=True)
+    if default_cost_model().is_long(problem):
+        _take_turns(floors, rounds, order, progress, blocks=False)
+        _take_turns(contenders, -(-rounds // ROUNDS_PER_BLOCK), order, progress, blocks=True)
     else:
-        _take_turns(floors, rounds, order, progress, short=True)
-        _take_turns(contenders, -(-rounds // ROUNDS_PER_BLOCK), order, progress, short=False)
-    contenders |= floors
-    timings = [
-        Timing(name, contender.microseconds, contenders[name, True].microseconds if (name, True) in contenders else ())
-        for (name, dependent), contender in contenders.items()
-        if not dependent
-    ]
-    timings.sort(key=lambda timing: timing.median)
-    name = chosen.name if chosen in fastest else None
+        _take_turns(contenders | floors, rounds, order, progress, blocks=False)
+    timings = _timings(contenders | floors)
+    name = None if chosen is None else chosen.name
     return Comparison(problem, mode, screened, len(able) - len(candidates), timings, errors, name, left_out)
+
+
+def _finalists(
+    candidates: Sequence[KernelConfig], screened: Mapping[str, float], count: int, chosen: KernelConfig | None
+) -> list[KernelConfig]:
+    """Return the fastest kernels by screening, the fastest of each target, and the chosen one."""
+    ranked = sorted(candidates, key=lambda config: (screened[config.name], config))
+    of_targets = {config.target: config for config in reversed(ranked)}
+    wanted = [*ranked[:count], *of_targets.values(), *([] if chosen is None else [chosen])]
+    return list(dict.fromkeys(wanted))
+
+
+def _record(
+    workload: Workload, finals: Sequence[KernelConfig]
+) -> tuple[dict[Entrant, Contender], dict[Entrant, Contender]]:
+    """Record finalists and streaming floor: dependent too on a short problem, the floor only with native kernels."""
+    kinds = (False,) if default_cost_model().is_long(workload.problem) else (False, True)
+    contenders = {
+        Entrant(config.name, dependent): workload.record(config, dependent=dependent)
+        for dependent in kinds
+        for config in finals
+    }
+    if not any(config.target is Target.NATIVE for config in finals):
+        return contenders, {}
+    return contenders, {
+        Entrant(FLOOR, dependent): workload.record_floor(dependent=dependent) for dependent in (False, True)
+    }
+
+
+def _record_others(
+    workload: Workload,
+    rivals: Sequence[Rival],
+    contenders: dict[Entrant, Contender],
+    errors: dict[str, float],
+) -> dict[str, str]:
+    """Add cuBLAS, if torch is installed, and the rivals whose results are right; return why others are left out."""
+    torch = find_torch()
+    if torch is None:
+        return {rival.name: "torch is not installed" for rival in rivals}
+    contenders[Entrant(CUBLAS)] = workload.record_cublas(torch)
+    left_out: dict[str, str] = {}
+    for rival in rivals:
+        try:
+            contender, error = workload.record_rival(torch, rival)
+        except ImportError as missing:
+            left_out[rival.name] = f"{missing}: pip install {rival.package}"
+        except Exception as failure:  # noqa: BLE001  (other libraries raise anything)
+            left_out[rival.name] = " ".join(f"{type(failure).__name__}: {failure}".split())
+        else:
+            if error <= 1:
+                contenders[Entrant(rival.name)], errors[rival.name] = contender, error
+            else:
+                left_out[rival.name] = f"its error is {error:.3g} times what rounding explains"
+    return left_out
+
+
+def _take_turns(
+    contenders: Mapping[Entrant, Contender],
+    rounds: int,
+    order: random.Random,
+    progress: Progress,
+    *,
+    blocks: bool,
+) -> None:
+    """Time contenders in turn, in a new order each round: by blocks, or by single replays."""
+    entrants = list(contenders)
+    for turn in range(rounds):
+        order.shuffle(entrants)
+        for place, entrant in enumerate(entrants, 1):
+            if blocks:
+                contenders[entrant].time_block()
+            else:
+                contenders[entrant].time()
+            progress(turn * len(entrants) + place, rounds * len(entrants), f"in turn: {entrant.name}")
+
+
+def _timings(contenders: Mapping[Entrant, Contender]) -> list[Timing]:
+    """Return each contender's times, ordinary and dependent launches together, fastest first."""
+    timings = []
+    for entrant, contender in contenders.items():
+        if not entrant.dependent:
+            dependent = contenders.get(Entrant(entrant.name, dependent=True))
+            timings.append(Timing(entrant.name, contender.microseconds, dependent.microseconds if dependent else ()))
+    return sorted(timings, key=lambda timing: timing.median)

@@ -1,4 +1,4 @@
-"""The linear layers of known models, as problems: what `bench --model` times."""
+"""The linear layers of known models, as problems for `bench --model` and `tune --model`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from w4a16gen.kernels.problem import Problem
 
 @dataclass(frozen=True)
 class Model:
-    """What a decoder's linear layers follow from, by the names of Hugging Face's config.json."""
+    """The sizes that decide a decoder's linear layers, named as in Hugging Face's config.json."""
 
     hidden_size: int
     intermediate_size: int
@@ -20,10 +20,10 @@ class Model:
     head_dim: int = 128
 
     def layers(self, tensor_parallel: int) -> list[tuple[str, int, int]]:
-        """Give each layer's name, n and k on one of so many GPUs.
+        """Return each layer's name, n and k on one of `tensor_parallel` GPUs.
 
-        Query, key and value are one layer, and so are gate and up. These two are divided by output channels, the
-        others by K; a key and value head that there are too few of is on several GPUs.
+        Query, key and value form one layer, and so do gate and up. GPUs divide the output channels of these two, and K
+        of the others. If there are fewer key and value heads than GPUs, several GPUs hold the same head.
 
         Raises:
             InvalidValueError: if the query heads, or the key and value heads, cannot be divided.
@@ -55,14 +55,14 @@ MODELS = {
     "mixtral-8x7b": Model(4096, 14336, 32, 8),
     "mixtral-8x22b": Model(6144, 16384, 48, 8),
 }
-"""From the models' config.json on Hugging Face. Of mixtures, gate_up and down are one expert's, and m counts the tokens
-that are routed to it."""
+"""From the models' config.json on Hugging Face. In a mixture of experts, gate_up and down are one expert's, and m
+counts the tokens that are routed to it."""
 
 
 def model_problems(
     name: str, tokens: Iterable[int], *, tensor_parallel: int = 1, group_size: int = 128
 ) -> list[tuple[str, Problem]]:
-    """Give the problems of a model's layers on one of so many GPUs, with what each is called.
+    """Return the problems of a model's layers on one of `tensor_parallel` GPUs, each with its layer's name.
 
     Raises:
         InvalidValueError: if there is no such model, or a layer cannot be divided into groups of that size.

@@ -1,4 +1,4 @@
-"""What comparing kernels on a problem gives, and which few kernels would do."""
+"""The results of comparing kernels, and the smallest set of kernels that is near the fastest everywhere."""
 
 from __future__ import annotations
 
@@ -37,36 +37,41 @@ class Timing:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was measured on one problem."""
+    """The measurements of one problem."""
 
     problem: Problem
     mode: QuantMode
     screened: Mapping[str, float]
-    """Microseconds of every kernel that can run it: the least of a few replays."""
+    """Microseconds of every screened kernel, by name: the least of a few replays."""
     left_out: int
-    """Kernels that can run it and were not timed, because their token tiles are far from m."""
+    """Number of kernels that can run it but were not timed, because their token tiles are far from m."""
     timings: Sequence[Timing]
     """The fastest of them, cuBLAS and the streaming floor, interleaved; fastest first."""
     error_over_bound: Mapping[str, float] = field(default_factory=dict)
-    """Of each finalist and rival: the largest error of what was compared with float64, as a share of its bound."""
+    """Largest error against float64 of each finalist and rival, as a share of its bound."""
     chosen: str | None = None
-    """The kernel that a call gets which names none; one of the timings."""
+    """The kernel that a call gets if it names none; one of the timings."""
     rivals_left_out: Mapping[str, str] = field(default_factory=dict)
-    """Other 4-bit kernels that were asked for and not timed, and why."""
+    """Other 4-bit kernels that were requested but not timed, each with the reason."""
+
+    @property
+    def kernels(self) -> list[Timing]:
+        """The times of this package's kernels, fastest first; empty if no built kernel can run the problem."""
+        others = {CUBLAS, FLOOR} | RIVAL_NAMES
+        return [timing for timing in self.timings if timing.contender not in others]
 
     @property
     def best(self) -> Timing:
-        """The fastest kernel."""
-        others = {CUBLAS, FLOOR} | RIVAL_NAMES
-        return next(timing for timing in self.timings if timing.contender not in others)
+        """The fastest kernel; there must be one."""
+        return self.kernels[0]
 
     def timing(self, contender: str | None) -> Timing | None:
-        """Give what a contender took, or None if it was not timed."""
+        """Return a contender's times, or None if it was not timed."""
         return next((timing for timing in self.timings if timing.contender == contender), None)
 
     @property
     def floor(self) -> Timing | None:
-        """Reading the packed weight and nothing else."""
+        """The kernel that only reads the packed weight."""
         return self.timing(FLOOR)
 
     @property
@@ -80,7 +85,7 @@ class Comparison:
         return next((timing for timing in self.timings if timing.contender in RIVAL_NAMES), None)
 
     def as_json(self) -> dict[str, Any]:
-        """Give the object that `--json` carries."""
+        """Return the object that JSON output carries."""
         return {
             "problem": vars(self.problem),
             "mode": self.mode.value,
@@ -101,10 +106,17 @@ class Comparison:
 
 
 def smallest_set(comparisons: Iterable[Comparison], slack: float) -> list[str]:
-    """Give a small set of kernels of which one is within `slack` (0.03: 3 %) of the fastest in every comparison.
+    """Return a small set of kernels with one within `slack` (0.03: 3 %) of the fastest in every comparison.
 
-    Greedy: the kernel that serves most comparisons not served yet, the faster one where two serve as many; then those
-    are dropped that the others make superfluous.
+    Greedy: take the kernel that serves most of the comparisons not served yet, the faster one of equals. Then drop the
+    kernels that the others make superfluous.
+
+    Args:
+        comparisons: the comparisons; those without screened kernels are ignored.
+        slack: allowed excess over the fastest, as a fraction.
+
+    Returns:
+        Kernel names, sorted.
     """
     served = {
         (comparison.problem, comparison.mode): {

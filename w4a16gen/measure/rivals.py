@@ -1,6 +1,6 @@
-"""What `bench` times beside this package's kernels: cuBLAS on dense weights, and other 4-bit kernels, if installed.
+"""The kernels that `bench` times beside this package's: cuBLAS on dense weights, and other 4-bit kernels if installed.
 
-All of them run through torch, which is optional: nothing here imports it before it is asked for.
+All of them run through torch, which is optional and imported only on use.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CUBLAS = "cublas_fp16"
 """Name of the dense contender: torch.matmul on the dequantised weight."""
 
 Product = Callable[[], Any]
-"""Multiplies the activations by one copy of the weight, and returns the output."""
+"""Multiplies the activations by one copy of the weight and returns the output."""
 
 
 @dataclass(frozen=True)
@@ -32,20 +32,19 @@ class Rival:
 
     name: str
     package: str
-    """What to install for it."""
+    """The package to install."""
     dtype: str
-    """Of activations, scales and output: torch's name."""
+    """Torch's name of the dtype of activations, scales and output."""
     largest_error: float
-    """Of a result that is right, relative to the exact one, both as Euclidean norms. Activations, weights, products and
-    output are rounded to `dtype` some four times, each by half a unit in the last place at most; a wrong scale, zero
-    point or order of nibbles is off by a tenth and more."""
+    """Largest error of a right result, relative to the exact one, as Euclidean norms. Activations, weights, products
+    and output are rounded to `dtype` about four times. A wrong scale, zero point or nibble order is off by a tenth."""
     prepare: Callable[[Any, Any, QuantizedWeight, int], Sequence[Product]]
-    """Takes torch, the activations on a GPU as `dtype`, the weight, and how many copies of it to make. Raises
-    ImportError if it is not installed, and UnsupportedProblemError for weights that it has no form for."""
+    """Takes torch, the activations on a GPU as `dtype`, the weight, and the number of copies. Raises ImportError if the
+    package is not installed, and UnsupportedProblemError for a weight that it cannot represent."""
 
 
 def find_torch() -> Any | None:
-    """Give torch if it is installed."""
+    """Return torch if it is installed."""
     try:
         return importlib.import_module("torch")
     except ImportError:
@@ -98,7 +97,7 @@ def relative_error(torch: Any, a: Any, weight: QuantizedWeight, product: Product
 def _tinygemm(torch: Any, a: Any, weight: QuantizedWeight, copies: int) -> list[Product]:
     """Prepare torch's own kernels, which compute (q - 8) * scale + zero in bf16."""
     if weight.mode is QuantMode.PER_COLUMN_SCALE_ONLY or weight.group_size not in (32, 64, 128, 256):
-        raise UnsupportedProblemError("it has groups of 32, 64, 128 and 256 only")
+        raise UnsupportedProblemError("it supports groups of 32, 64, 128 and 256 only")
     if weight.k % 128:
         raise UnsupportedProblemError("it needs k in multiples of 128")
     pairs = weight.q[:, ::2] << 4 | weight.q[:, 1::2]
@@ -118,7 +117,7 @@ def _humming(torch: Any, a: Any, weight: QuantizedWeight, copies: int) -> list[P
     """Prepare humming's kernels from a symmetric weight in GPTQ's form."""
     layer_type = importlib.import_module("humming.layer").HummingLayer
     if weight.zeros is not None:
-        raise UnsupportedProblemError("zeros that are no multiples of the scale have no GPTQ form")
+        raise UnsupportedProblemError("zeros that are not multiples of the scale have no GPTQ form")
     scales: Half = weight.scales.reshape(-1, weight.n)
     layer = layer_type(
         shape_n=weight.n,
@@ -151,5 +150,5 @@ RIVALS = (
     Rival("humming", "humming-kernels", "float16", 0.004, _humming),
     Rival("tinygemm_bf16", "torch", "bfloat16", 0.03, _tinygemm),
 )
-"""humming comes as humming-kernels from the package index; tinygemm, the int4 kernels, with torch itself."""
+"""humming is the package humming-kernels; tinygemm, the int4 kernels, comes with torch."""
 RIVAL_NAMES = frozenset(rival.name for rival in RIVALS)

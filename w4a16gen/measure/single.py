@@ -1,4 +1,4 @@
-"""Running and timing one kernel on one problem: what `w4a16gen run` reports."""
+"""Checking and timing one kernel on one problem: `w4a16gen run`."""
 
 from __future__ import annotations
 
@@ -6,21 +6,16 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from w4a16gen.errors import UnsupportedProblemError
 from w4a16gen.kernels.config import KernelConfig, QuantMode
 from w4a16gen.kernels.device import Device
 from w4a16gen.kernels.problem import Problem, runnable
-from w4a16gen.measure.workload import COLD_BYTES
+from w4a16gen.measure.workload import Workload
 from w4a16gen.runtime.library import Library
-from w4a16gen.weights.packed import PackedWeight, pack_weight
-from w4a16gen.weights.reference import Expectation, random_weight
 
-LAUNCHES = 20
 REPLAYS = 11
 CHECKED_ROWS = 64
-"""Rows of the result compared with float64; the reference of all of a large problem would take minutes."""
+"""Rows of the result that are compared with float64; all rows of a large problem would take minutes."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,9 @@ class Outcome:
     checked_rows: int
     error_over_bound: float
     microseconds: Sequence[float]
+    """Mean time of a launch, one value per replay."""
     launches: int
+    """Launches per replay."""
 
     @property
     def ok(self) -> bool:
@@ -52,12 +49,12 @@ class Outcome:
 
     @property
     def median_microseconds(self) -> float:
-        """Median over the replays of the mean time of a launch."""
+        """Median over the replays."""
         return statistics.median(self.microseconds)
 
 
 def plan(library: Library, problem: Problem, mode: QuantMode, name: str | None) -> Plan:
-    """Decide which kernel runs a problem.
+    """Decide which kernel runs a problem: the one named, or the one that a call of `gemm` gets.
 
     Args:
         library: the loaded build.
@@ -84,46 +81,17 @@ def plan(library: Library, problem: Problem, mode: QuantMode, name: str | None) 
 
 
 def run(library: Library, chosen: Plan, *, seed: int = 0) -> Outcome:
-    """Check one kernel on random data and time it with cold L2: graphs of launches over rotating weights.
+    """Check one kernel on random data and time it with a cold L2.
 
     Raises:
         NoHopperGpuError: if there is no Hopper GPU.
     """
     gpu = library.hopper_device()
-    device, problem, config = gpu.index, chosen.problem, chosen.config
-    rng = np.random.default_rng(seed)
-    weight = random_weight(rng, problem.n, problem.k, problem.group_size, chosen.mode)
-    a = rng.standard_normal((problem.m, problem.k), dtype=np.float32).astype(np.float16)
-    packed = pack_weight(weight, target=config.target)
-    copies: list[PackedWeight] = [
-        library.to_device(packed, device) for _ in range(max(1, min(LAUNCHES, int(COLD_BYTES / packed.nbytes) + 1)))
-    ]
-    on_gpu = library.to_device(a, device)
-    out = library.to_device(np.full((problem.m, problem.n), np.nan, np.float16), device)
-    needed = library.workspace_bytes(config, problem, device=device)
-    workspace = library.to_device(np.zeros(needed, np.uint8), device)
-    stream = library.module.Stream(device)
-
-    def launch(weight_copy: PackedWeight) -> None:
-        library.gemm(on_gpu, weight_copy, config=config, out=out, workspace=workspace, stream=stream)
-
-    launch(copies[0])
-    stream.synchronize()
-    rows = np.unique(np.linspace(0, problem.m - 1, min(problem.m, CHECKED_ROWS)).astype(int))
-    error = 0.0
-    if problem.m:
-        expected = Expectation(a[rows], weight)
-        difference = np.abs(out.to_host()[rows].astype(np.float64) - expected.result(1.0, None))
-        ratio = difference / expected.bound(1.0, None)
-        error = float("inf") if np.isnan(ratio).any() else float(ratio.max())
-    stream.begin_capture()
-    for turn in range(LAUNCHES):
-        launch(copies[turn % len(copies)])
-    stream.end_capture()
-    stream.replay()
-    times = []
-    for _ in range(REPLAYS):
-        stream.start_timer()
-        stream.replay()
-        times.append(stream.stop_timer() * 1000 / LAUNCHES)
-    return Outcome(gpu, needed, len(rows), error, times, LAUNCHES)
+    problem, config = chosen.problem, chosen.config
+    workload = Workload(library, gpu.index, problem, chosen.mode, seed)
+    error = workload.check(config, rows=CHECKED_ROWS, channels=problem.n)
+    contender = workload.record(config, dependent=False)
+    contender.replay()
+    times = [contender.timed_replay() * 1000 / contender.launches for _ in range(REPLAYS)]
+    needed = library.workspace_bytes(config, problem, device=gpu.index)
+    return Outcome(gpu, needed, min(problem.m, CHECKED_ROWS), error, times, contender.launches)

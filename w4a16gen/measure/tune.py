@@ -1,4 +1,4 @@
-"""Measuring the kernels of a build on problems, on one GPU or several, into a tuning table."""
+"""Measuring the kernels of a build on problems, on one or several GPUs, into a tuning table."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from w4a16gen.choose.timing_table import Measured, TuningTable, add_times, one_t
 from w4a16gen.kernels.config import KernelConfig, QuantMode
 from w4a16gen.kernels.device import Device
 from w4a16gen.kernels.problem import Problem, runnable
-from w4a16gen.measure.compare import Progress, measure, tiles_suit
+from w4a16gen.measure.compare import measure, tiles_suit
+from w4a16gen.progress import Progress, no_progress
 from w4a16gen.runtime.library import Library
 
 
 @contextmanager
 def _no_progress(_title: str) -> Iterator[Progress]:
-    yield lambda _done, _total, _name: None
+    yield no_progress
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What is known of one problem when it is done."""
+    """The result of one problem."""
 
     name: str
     problem: Problem
@@ -35,7 +36,7 @@ class Tuned:
     left_out: int
 
     def fastest(self) -> KernelConfig:
-        """Give the kernel that took least; there must be one."""
+        """Return the fastest kernel; there must be one."""
         return min(self.times, key=lambda config: (self.times[config], config))
 
     def __str__(self) -> str:
@@ -50,7 +51,7 @@ class Tuned:
         )
 
     def as_json(self) -> dict[str, object]:
-        """Give the object that `--json` carries."""
+        """Return the object that JSON output carries."""
         fastest = self.fastest() if self.times else None
         return {
             "problem": vars(self.problem),
@@ -65,7 +66,7 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Job:
-    """One run of `w4a16gen tune`, and what it goes by."""
+    """One run of `w4a16gen tune`."""
 
     library: Library
     gpu: Device
@@ -84,15 +85,15 @@ class Job:
         tell: Callable[[str], None],
         show_progress: Callable[[str], AbstractContextManager[Progress]],
     ) -> list[Tuned]:
-        """Measure problems, each on one of the GPUs, and keep every time at once.
+        """Measure problems, each on one of the GPUs, and write every time at once.
 
-        A failure, or an interruption, on one GPU lets the others end the kernel that they are at, and nothing more.
+        If one GPU fails or is interrupted, the others finish their current kernel and stop.
 
         Args:
-            named: the problems, with what each is called.
-            devices: the GPUs, of one kind.
-            tell: takes a sentence on each problem that is done.
-            show_progress: shows a bar by this title; for one GPU only, since bars of several would mix.
+            named: the problems, each with its layer's name.
+            devices: the GPUs, all of one model.
+            tell: called with a sentence about each finished problem.
+            show_progress: shows a bar with a title; used with one GPU only, since several bars would mix.
         """
         hashes = self.library.build.content_hashes
         free: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -154,7 +155,7 @@ class Job:
                 newer = one_time(self.gpu, problem, config, measured_once, self.versions, dependent=self.dependent)
                 add_times(self.path, newer)
                 times[config] = us
-                progress(len(times.keys() & set(missing)), len(missing), config.name)
+                progress(len(times.keys() & set(missing)), len(missing), config.short_name)
                 if stop.is_set():
                     break
         return Tuned(name, problem, times, len(missing), len(able) - len(suitable))

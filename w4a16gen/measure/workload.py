@@ -1,4 +1,4 @@
-"""One problem's data on a GPU, and graphs of launches on it: kernels, what only reads, and what others bring."""
+"""One problem's data on a GPU, and graphs of launches on it: kernels, the streaming floor, cuBLAS and rivals."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from w4a16gen.choose.cost_model import default_cost_model
 from w4a16gen.kernels.config import KernelConfig, QuantMode, Target
@@ -17,11 +18,13 @@ from w4a16gen.measure.timing import BRIEF_LAUNCHES, LAUNCHES, Contender
 from w4a16gen.runtime.library import Library
 from w4a16gen.weights.packed import PackedWeight, pack_weight
 from w4a16gen.weights.quantized import QuantizedWeight
-from w4a16gen.weights.reference import Expectation, random_weight
+from w4a16gen.weights.reference import Expectation, error_over_bound, random_weight
 
+COLD_BYTES = 200e6
+"""Launches take copies of the weight in turn, of more bytes than this: over three times an H200's 60 MB of L2."""
 CHECKED_ROWS = 8
 CHECKED_CHANNELS = 64
-"""Rows and channels of the result of each finalist that are compared with float64 before it is timed."""
+"""Rows and channels of a finalist's result that are compared with float64 before it is timed."""
 
 
 @lru_cache(maxsize=1)
@@ -35,22 +38,26 @@ def _packed(n: int, k: int, group_size: int, mode: QuantMode, seed: int, target:
     return pack_weight(_weight(n, k, group_size, mode, seed), target=target)
 
 
-class Stage:
+def evenly(length: int, count: int) -> npt.NDArray[np.int_]:
+    """Return up to `count` different indices of a sequence, evenly spread, first and last included."""
+    return np.unique(np.linspace(0, length - 1, min(length, count)).astype(int))
+
+
+class Workload:
     """One problem's data on a GPU: activations, an output, and copies of the weight for each target."""
 
-    def __init__(self, library: Library, device: int, problem: Problem, mode: QuantMode, seed: int) -> None:
-        """Draw the data, and put activations and output on the GPU."""
+    def __init__(self, library: Library, device: int, problem: Problem, mode: QuantMode, seed: int = 0) -> None:
+        """Draw the data from a seed, and put activations and output on the GPU."""
         self.library, self.device, self.problem = library, device, problem
         self._drawn = (problem.n, problem.k, problem.group_size, mode, seed)
         rng = np.random.default_rng(seed)
-        a = rng.standard_normal((problem.m, problem.k), dtype=np.float32).astype(np.float16)
-        self.a = library.to_device(a, device)
+        self.host_a = rng.standard_normal((problem.m, problem.k), dtype=np.float32).astype(np.float16)
+        self.a = library.to_device(self.host_a, device)
         self.out = library.to_device(np.zeros((problem.m, problem.n), np.float16), device)
-        self.host_a = a
         self._copies: dict[Target, list[PackedWeight]] = {}
 
     def copies(self, target: Target, *, brief: bool = False) -> list[PackedWeight]:
-        """Give the weight often enough that launches in turn find L2 cold, or a few times if that is too long."""
+        """Return copies of the weight on the GPU, enough for a cold L2, or a few if a long problem is timed briefly."""
         packed = _packed(*self._drawn, target)
         wanted = int(COLD_BYTES / packed.nbytes) + 1
         if brief and default_cost_model().is_long(self.problem):
@@ -60,11 +67,11 @@ class Stage:
         return copies[:wanted]
 
     def launches(self, copies: int, *, brief: bool = False) -> int:
-        """Give how many a graph has: every copy of the weight gets its turn, unless a long problem is timed briefly."""
+        """Return the launches of a graph: each copy has its turn, unless a long problem is timed briefly."""
         return BRIEF_LAUNCHES if brief and default_cost_model().is_long(self.problem) else max(LAUNCHES, copies)
 
     def record(self, config: KernelConfig, *, dependent: bool, brief: bool = False) -> Contender:
-        """Record a graph of a kernel's launches; a short one of a long problem, if it is to be timed briefly."""
+        """Record a graph of a kernel's launches, a short one if a long problem is timed briefly."""
         needed = self.library.workspace_bytes(config, self.problem, device=self.device)
         workspace = self.library.to_device(np.zeros(needed, np.uint8), self.device)
 
@@ -89,24 +96,29 @@ class Stage:
 
         return self._record(launch, Target.NATIVE, None)
 
-    def check(self, config: KernelConfig) -> float:
-        """Run a kernel and give its largest error as a share of the bound, over some rows and channels."""
-        weight = _weight(*self._drawn)
+    def check(self, config: KernelConfig, *, rows: int = CHECKED_ROWS, channels: int = CHECKED_CHANNELS) -> float:
+        """Run a kernel and return its largest error against float64, as a share of the bound.
+
+        Args:
+            config: the kernel.
+            rows: how many rows of the result are compared, evenly spread.
+            channels: how many channels of these rows.
+        """
         m, n = self.problem.m, self.problem.n
-        rows = np.unique(np.linspace(0, m - 1, min(m, CHECKED_ROWS)).astype(int))
-        channels = np.unique(np.linspace(0, n - 1, min(n, CHECKED_CHANNELS)).astype(int))
+        if m == 0:
+            return 0.0
+        weight = _weight(*self._drawn)
+        chosen_rows, chosen_channels = evenly(m, rows), evenly(n, channels)
         contender = self.record(config, dependent=False, brief=True)
-        got = np.full((len(rows), n), np.nan, np.float16)
-        places = [(got[place], int(row) * n * got.itemsize) for place, row in enumerate(rows)]
+        got = np.full((len(chosen_rows), n), np.nan, np.float16)
+        places = [(got[place], int(row) * n * got.itemsize) for place, row in enumerate(chosen_rows)]
         for values, offset in places:
             self.out.buffer.upload(values, offset)
         contender.timed_replay()  # which waits
         for values, offset in places:
             self.out.buffer.download(values, offset)
-        expected = Expectation(self.host_a[rows], weight.channels(channels))
-        error = np.abs(got[:, channels].astype(np.float64) - expected.result(1.0, None))
-        ratio = error / expected.bound(1.0, None)
-        return float("inf") if np.isnan(ratio).any() else float(ratio.max())
+        expected = Expectation(self.host_a[chosen_rows], weight.channels(chosen_channels))
+        return error_over_bound(got[:, chosen_channels], expected, 1.0, None)
 
     def _record(
         self,
@@ -138,14 +150,14 @@ class Stage:
         return Contender(stream.replay, timed_replay, launches, workspace)
 
     def record_cublas(self, torch: Any) -> Contender:
-        """Record the dense product of the dequantised weight (less its zeros), through torch."""
+        """Record the dense product of the dequantised weight, less its zeros, through torch."""
         a, weight = self._on_torch(torch, "float16"), _weight(*self._drawn)
         wanted = int(COLD_BYTES / (2 * weight.q.size)) + 1
         products = cublas_products(torch, a, weight, max(2, wanted))
         return record_torch(torch, self.device, products, self.launches(wanted))
 
     def record_rival(self, torch: Any, rival: Rival) -> tuple[Contender, float]:
-        """Check someone else's kernel, and record it; give its largest error as a share of what it may be off.
+        """Check a rival's kernel and record it; return its largest error as a share of the allowed one.
 
         Raises:
             ImportError: if it is not installed.
@@ -155,14 +167,9 @@ class Stage:
         wanted = int(COLD_BYTES / (weight.q.size / 2)) + 1
         with torch.cuda.device(self.device):
             products = rival.prepare(torch, a, weight, wanted)
-            rows = a[:CHECKED_ROWS]
-            channels = np.unique(np.linspace(0, weight.n - 1, CHECKED_CHANNELS).astype(int))
-            error = relative_error(torch, rows, weight, lambda: products[0]()[:CHECKED_ROWS], channels)
+            channels = evenly(weight.n, CHECKED_CHANNELS)
+            error = relative_error(torch, a[:CHECKED_ROWS], weight, lambda: products[0]()[:CHECKED_ROWS], channels)
         return record_torch(torch, self.device, products, self.launches(wanted)), error / rival.largest_error
 
     def _on_torch(self, torch: Any, dtype: str) -> Any:
         return torch.from_numpy(self.host_a).to(torch.device("cuda", self.device)).to(getattr(torch, dtype))
-
-
-COLD_BYTES = 200e6
-"""Weights are rotated over more than this, over three times an H200's 60 MB L2, so that launches find L2 cold."""

@@ -1,4 +1,4 @@
-"""Launching a kernel so that what it writes beside its output, or fails to write, is seen."""
+"""Launches between guards: bytes written beside an output, and outputs not written, are detected."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ POISON = np.float16(np.nan)
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel is asked to run: on the first m rows of the activations."""
+    """The options of one launch, on the first m rows of the activations."""
 
     m: int
     alpha: float
@@ -39,10 +39,10 @@ class Launch:
 
 
 class GuardedGpu:
-    """A Hopper GPU that runs kernels between guards: canaries around what they write, poison where they must write."""
+    """Runs kernels on a Hopper GPU with canaries around all they write and poison where they must write."""
 
     def __init__(self, library: Library, device: int) -> None:
-        """Take the loaded build and the GPU's index."""
+        """Use a loaded build on the GPU with this index."""
         self.library = library
         self.device = device
         self.stream = library.module.Stream(device)
@@ -59,10 +59,10 @@ class GuardedGpu:
         return self.upload(host)
 
     def run(self, config: KernelConfig, a: DeviceArray, weight: PackedWeight, asked: Launch) -> Half:
-        """Launch on a poisoned output between canaries, with a workspace of exactly the size asked for.
+        """Launch on a poisoned output between canaries, with a workspace of exactly the stated size.
 
         Raises:
-            W4A16Error: if the launch is refused, or a canary died.
+            W4A16Error: if the launch is refused, or a canary was overwritten.
         """
         m = asked.m
         problem = Problem(m, weight.n, weight.k, weight.group_size)

@@ -1,8 +1,7 @@
-"""Chains of dependent launches: each kernel after itself, reading what it wrote before and overwriting what was read.
+"""Chains of dependent launches: a kernel after itself, reading its earlier outputs and overwriting what was read.
 
-All numbers are small integers, of which sums are exact whatever their order: results are compared bit for bit with
-integer products, which serve all kernels. Outputs hold NaN before, and a sum with one NaN among its activations is NaN:
-who reads too early is seen whatever the weights are.
+All numbers are small integers, so sums are exact in any order and results are compared bit for bit with integer
+products. Outputs hold NaN before, so a premature read shows up as NaN, whatever the weights.
 """
 
 from __future__ import annotations
@@ -16,25 +15,25 @@ import numpy.typing as npt
 from w4a16gen.errors import W4A16Error
 from w4a16gen.kernels.config import KernelConfig, QuantMode, Target
 from w4a16gen.kernels.problem import Problem, why_cannot_run
+from w4a16gen.progress import Progress, no_progress
 from w4a16gen.runtime.library import Library
 from w4a16gen.verify.guards import POISON, GuardedGpu
-from w4a16gen.verify.numeric import NumericProof, Progress, library_weight
+from w4a16gen.verify.numeric import NumericProof, library_weight
 from w4a16gen.weights.packed import PackedWeight
 from w4a16gen.weights.quantized import QuantizedWeight, canonical
 
 KIND = "chain"
 GROUP_SIZES = (32, 64, 128)
-"""Four, two and one row of scales in a block of 128: each has a function of its own."""
+"""Four, two and one row of scales per block of 128 k: each has its own code."""
 TERMS = 4
-"""Weights of a channel that are not 0."""
+"""Weights per channel that are not 0."""
 LARGEST_ACTIVATION = 4
-"""After four products, the most that follow each other, numbers are at most 4 * 4^4 = 1024; fp16 has all integers up to
-2048."""
+"""At most four products follow each other: numbers stay within 4 * 4^4 = 1024. fp16 holds all integers up to 2048."""
 MOST_TOKENS = 64
 REPLAYS = 3
 
 Integers = npt.NDArray[np.float64]
-"""Exact up to 2^53, and multiplied faster than numpy's integers."""
+"""float64: exact up to 2^53, and faster to multiply than numpy's integers."""
 
 _LINKS = (
     ("x", "up", "y"),
@@ -45,15 +44,15 @@ _LINKS = (
     ("u", "up too", "y"),
     ("z", "down", "w"),
 )
-"""Activations, weight and output of each launch: products of what the launch just before wrote, what the one before
-that did, and one of long before; and outputs over what the launch just before, or an earlier one, read."""
+"""Activations, weight and output of each launch. Launches read the output of the previous launch, of the one before it,
+and of a much earlier one; they overwrite buffers that the previous launch, or an earlier one, read."""
 
 _PATTERNS = {"all dependent": (True,), "every second dependent": (True, False), "none dependent": (False,)}
 
 
 @dataclass(frozen=True)
 class Chain:
-    """The weights of a chain, [n, k] each, its activations, and what it must leave in its buffers."""
+    """The weights of a chain, [n, k] each, and the right content of each buffer at its end."""
 
     mode: QuantMode
     weights: Mapping[str, Integers]
@@ -70,9 +69,9 @@ class Chain:
 
 
 def channels_for(config: KernelConfig, sm_count: int) -> int:
-    """Give as many output channels as take a kernel's CTAs to three quarters of a GPU's SMs.
+    """Return the output channels for which a kernel's CTAs fill three quarters of a GPU's SMs.
 
-    Fewer CTAs than SMs, and more than half as many: where an SM holds two, two such grids fit at once.
+    The CTAs are fewer than the SMs and more than half as many. If an SM holds two CTAs, two such grids run at once.
     """
     tiles = 3 * sm_count // 4 // (config.cluster.tokens * config.cluster.k)
     multiple = max(GROUP_SIZES)
@@ -80,7 +79,7 @@ def channels_for(config: KernelConfig, sm_count: int) -> int:
 
 
 def quantized(integers: Integers, mode: QuantMode, group_size: int) -> QuantizedWeight:
-    """Give integers from -1 to 1, [n, k], as a weight with scales of 1, and zeros of 1 if the mode has zeros."""
+    """Return integers from -1 to 1, [n, k], as a weight with scales of 1, and zeros of 1 if the mode has zeros."""
     n, k = integers.shape
     zero = 1 if mode.has_zeros else 0
     q = (integers + 8 - zero).astype(np.uint8)
@@ -91,7 +90,7 @@ def quantized(integers: Integers, mode: QuantMode, group_size: int) -> Quantized
 
 
 def draw_chain(rng: np.random.Generator, n: int, k: int, mode: QuantMode) -> Chain:
-    """Draw the weights and activations of a chain, and follow it on the host."""
+    """Draw the weights and activations of a chain, and compute it on the host."""
     weights: dict[str, Integers] = {}
     for name, shape in {"up": (n, k), "up too": (n, k), "down": (k, n)}.items():
         weight = weights[name] = np.zeros(shape)
@@ -113,18 +112,18 @@ def prove_chains(
     device: int = 0,
     k: int = 512,
     seed: int = 0,
-    progress: Progress = lambda _done, _total, _name: None,
+    progress: Progress = no_progress,
 ) -> None:
-    """Run chains of every kernel on a Hopper GPU and add what came of them to the kernels' proofs.
+    """Run chains of every kernel on a Hopper GPU and add the outcomes to the kernels' proofs.
 
     Args:
         library: the loaded build.
         proofs: the kernels to run, with the proofs to add to.
-        sm_count: multiprocessors of the GPU, which say how many channels are of interest (`channels_for`).
+        sm_count: multiprocessors of the GPU, which decide the number of channels (`channels_for`).
         device: the GPU.
         k: input channels of the chain, a multiple of 128.
-        seed: of everything drawn.
-        progress: told after the kernels that share a chain.
+        seed: of the random numbers.
+        progress: called after the kernels that share a chain.
     """
     gpu = GuardedGpu(library, device)
     sharing: dict[tuple[QuantMode, int], list[KernelConfig]] = {}
@@ -140,14 +139,14 @@ def prove_chains(
 
 
 class _Runner:
-    """A chain on the GPU, with weights of one group size; 0 in per-column mode, where it is each weight's k."""
+    """A chain on the GPU, with weights of one group size; 0 in per-column mode, where the group is each weight's k."""
 
     def __init__(self, gpu: GuardedGpu, chain: Chain, group_size: int) -> None:
         self._gpu, self._chain, self._group_size = gpu, chain, group_size
         self._packed: dict[Target, dict[str, PackedWeight]] = {}
 
     def prove(self, config: KernelConfig, proof: NumericProof) -> None:
-        """Run it by a kernel, with one token and a tile of them, dependent launches in every pattern."""
+        """Run the chain with one kernel, for one token and a full tile, in every pattern of dependent launches."""
         if any(why_cannot_run(config, Problem(1, n, k, self._group_size or k)) for n, k in self._chain.shapes):
             return
         for m in sorted({1, min(config.cta.tokens, MOST_TOKENS)}):
@@ -167,7 +166,7 @@ class _Runner:
         return self._packed[config.target]
 
     def _wrong(self, config: KernelConfig, m: int, pattern: tuple[bool, ...]) -> str | None:
-        """Replay the chain from buffers of NaN; say what it left that it should not have."""
+        """Replay the chain from buffers of NaN; return the first wrong buffer in words, or None."""
         library, stream = self._gpu.library, self._gpu.stream
         wanted = {name: values[:m].astype(np.float16) for name, values in self._chain.left.items()}
         weights = self._weights(config)

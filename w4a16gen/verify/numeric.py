@@ -1,8 +1,8 @@
-"""Proofs of a build's numbers on a Hopper GPU, each kernel by itself against float64."""
+"""Numerical proofs on a Hopper GPU: each kernel of a build against float64."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from w4a16gen.errors import W4A16Error
 from w4a16gen.kernels.config import KernelConfig, QuantMode
 from w4a16gen.kernels.problem import Problem, why_cannot_run
+from w4a16gen.progress import Progress, no_progress
 from w4a16gen.runtime.arrays import DeviceArray
 from w4a16gen.runtime.library import Library
 from w4a16gen.verify.guards import GuardedGpu, Launch
@@ -21,7 +22,7 @@ from w4a16gen.weights.reference import Expectation, dequantized_half, error_over
 
 @dataclass
 class NumericProof:
-    """Outcome for one kernel: how many checks of each kind passed, the tightest one, and what failed."""
+    """Outcome for one kernel: passed checks by kind, the largest error over its bound, and every failure."""
 
     name: str
     passed: dict[str, int] = field(default_factory=dict)
@@ -29,14 +30,14 @@ class NumericProof:
     failures: list[str] = field(default_factory=list)
 
     def record(self, kind: str, label: str, problem: str | None) -> None:
-        """Count a check of some kind as passed, or note what was wrong with it."""
+        """Count a check as passed, or keep the sentence that says what is wrong."""
         if problem is None:
             self.passed[kind] = self.passed.get(kind, 0) + 1
         else:
             self.failures.append(f"{label}: {problem}")
 
     def as_json(self) -> dict[str, Any]:
-        """Give the object that the report carries."""
+        """Return the object that the report carries."""
         return {
             "name": self.name,
             "passed": self.passed,
@@ -47,16 +48,16 @@ class NumericProof:
 
 @dataclass(frozen=True)
 class Case:
-    """One problem with its data: what runs on every kernel of the mode that can run it."""
+    """One weight with its launches, for every kernel of the mode that can run it."""
 
     kind: str
     weight: QuantizedWeight
     rows: int
-    """Activation rows; kernels are run on the first m of them."""
+    """Activation rows; a launch uses the first m of them."""
     tokens: tuple[int, ...]
-    """The m to run; 0 stands for one more than the kernel's CTA tokens."""
+    """The values of m; 0 means one more than the kernel's CTA tokens."""
     options: tuple[tuple[float, bool], ...]
-    """(alpha, with bias) pairs, taken in turn over the m."""
+    """(alpha, with bias) pairs, in turn over the values of m."""
 
     def __str__(self) -> str:
         weight = self.weight
@@ -68,7 +69,7 @@ _MIXED = ((1.0, False), (0.75, True), (-2.0, False), (1.0, True))
 
 
 def cases(mode: QuantMode, rng: np.random.Generator) -> Iterator[Case]:
-    """Give every problem that a kernel of a mode is put through."""
+    """Yield every case that the kernels of a mode must pass."""
 
     def case(
         kind: str,
@@ -96,24 +97,20 @@ def cases(mode: QuantMode, rng: np.random.Generator) -> Iterator[Case]:
     yield case("smallest", 8, 64, 64, (1, 65))
     yield case("smallest", 1032, 8, 8, (2, 33))
     yield case("ragged_k", 392, 1000, 1000, (5, 129))
-    # Subnormal scales, and scales that the native layout divides; alpha keeps the results within fp16's range.
+    # Subnormal scales, and scales that the native layout divides; alpha keeps results within fp16's range.
     for size, alpha in ((1e-5, 1.0), (0.5, 1.0), (1000.0, 2.0**-8)):
         yield case("scales", 264, 512, 128, (3, 40), ((alpha, False),), octaves=3, size=size)
     yield case("large", 4096, 4096, 128, (1, 300))
     yield case("long_k", 256, 16384, 128, (16, 48))
 
 
-Progress = Callable[[int, int, str], None]
-
-
 _SAMPLE_KINDS = ("smallest", "ragged_k", "scales")
 
 
 def sample(configs: Iterable[KernelConfig]) -> list[KernelConfig]:
-    """Give one kernel per target, mode, CTA shape, schedule and scheduler: the one with the largest cluster.
+    """Return one kernel per target, mode, CTA shape, schedule and scheduler: the one with the largest cluster.
 
-    How many CTAs an SM holds, and who divides K, follow from the schedule: one schedule's kernel says nothing of
-    another's.
+    The schedule decides how many CTAs share an SM and which warps divide K, so each schedule needs its own sample.
     """
     chosen: dict[tuple[object, ...], KernelConfig] = {}
     for config in sorted(configs, key=lambda config: config.cluster):
@@ -127,7 +124,7 @@ def prove(
     device: int = 0,
     seed: int = 0,
     sampled: bool = False,
-    progress: Progress = lambda _done, _total, _name: None,
+    progress: Progress = no_progress,
 ) -> list[NumericProof]:
     """Run every built kernel through every case of its mode on a Hopper GPU.
 
@@ -135,8 +132,11 @@ def prove(
         library: the loaded build.
         device: the GPU.
         seed: of the random data.
-        sampled: only the kernels of `sample`, on small problems: for slow tools such as compute-sanitizer.
-        progress: told after every case of every mode.
+        sampled: run only the kernels of `sample`, on small problems, for slow tools such as compute-sanitizer.
+        progress: called after every case of every mode.
+
+    Returns:
+        One proof per kernel that ran.
     """
     gpu = GuardedGpu(library, device)
     chosen = sample(library.configs()) if sampled else library.configs()
@@ -183,7 +183,7 @@ def _prove_case(
             )
             got = launched(gpu, proof, config, on_gpu, packed[config.target], launch, case)
             if got is not None and one_hot:
-                proof.record(case.kind, f"{case} {launch}", _compare_exact(got, weight))
+                proof.record(case.kind, f"{case} {launch}", compare_exact(got, weight))
             elif got is not None:
                 judge(proof, case.kind, f"{case} {launch}", got, expected, launch)
 
@@ -197,7 +197,7 @@ def launched(
     launch: Launch,
     what: object,
 ) -> Half | None:
-    """Run a kernel; give its result, or None after recording why there is none."""
+    """Run a kernel; return its result, or None after recording the failure."""
     try:
         return gpu.run(config, a, weight, launch)
     except (W4A16Error, RuntimeError) as error:
@@ -206,7 +206,7 @@ def launched(
 
 
 def judge(proof: NumericProof, kind: str, label: str, got: Half, expected: Expectation, launch: Launch) -> None:
-    """Compare a result with float64 and record what came of it."""
+    """Compare a result with float64 and record the outcome."""
     ratio = error_over_bound(got, expected, launch.alpha, launch.bias)
     proof.worst_error_over_bound = max(proof.worst_error_over_bound, ratio)
     proof.record(kind, label, f"error is {ratio:.3g} times the bound" if ratio > 1 else None)
@@ -218,8 +218,11 @@ def library_weight(gpu: GuardedGpu, weight: QuantizedWeight, config: KernelConfi
     return moved
 
 
-def _compare_exact(got: Half, weight: QuantizedWeight) -> str | None:
-    """Say where one-hot activations did not give the dequantised weight bit for bit (both zeros count as zero)."""
+def compare_exact(got: Half, weight: QuantizedWeight) -> str | None:
+    """Return where one-hot activations did not return the dequantised weight bit for bit; None if they did.
+
+    Positive and negative zero are equal.
+    """
     wanted = dequantized_half(weight).T
     wrong = ~(got == wanted)
     if not wrong.any():

@@ -1,4 +1,4 @@
-"""Random problems on random kernels: what the fixed cases of numeric.py did not think of."""
+"""Random problems on random kernels, beside the fixed cases of numeric.py."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ import numpy as np
 
 from w4a16gen.kernels.config import KernelConfig, QuantMode
 from w4a16gen.kernels.problem import Problem, why_cannot_run
+from w4a16gen.progress import Progress, no_progress
 from w4a16gen.runtime.library import Library
 from w4a16gen.verify.guards import GuardedGpu, Launch
-from w4a16gen.verify.numeric import NumericProof, Progress, judge, launched, library_weight
+from w4a16gen.verify.numeric import NumericProof, judge, launched, library_weight
 from w4a16gen.weights.packed import PackedWeight
 from w4a16gen.weights.quantized import QuantizedWeight
 from w4a16gen.weights.reference import Expectation, random_weight
 
-KIND = "drawn"
+KIND = "random problem"
 LAUNCHES_PER_WEIGHT = 24
-"""Problems that share a weight and activations: drawing and multiplying those in float64 takes longest."""
+"""Problems that share a weight and activations, because drawing and multiplying those in float64 takes longest."""
 GROUP_SIZES = (32, 64, 96, 128, 160, 192, 256, 320, 512)
 MOST_TOKENS = (1, 8, 17, 64, 130, 300, 700)
 ALPHAS = (1.0, 0.75, -2.0)
 
 
 def draw_weight(rng: np.random.Generator, mode: QuantMode) -> QuantizedWeight:
-    """Draw a weight of up to 480 channels and 1,536 of K, one in ten of up to 2,400 and 4,096.
+    """Draw a weight of up to 480 channels and K of 1,536, or in one of ten cases 2,400 and 4,096.
 
-    Half of the grouped ones have one group (any multiple of 8), the others several; one in five has scales of another
-    size, from 2^-8 to 2^9 times the usual.
+    One in ten grouped weights has a single group, of any multiple of 8; the others may have several. One weight in five
+    has scales of 2^-8 to 2^9 times the usual size.
     """
     large = rng.random() < 0.1  # noqa: PLR2004
     n = 8 * int(rng.integers(1, 301 if large else 61))
@@ -41,14 +42,14 @@ def draw_weight(rng: np.random.Generator, mode: QuantMode) -> QuantizedWeight:
 
 
 class _Deck:
-    """Kernels dealt in random order, all of them before one comes again."""
+    """Deals kernels in random order; each comes once per round."""
 
     def __init__(self, rng: np.random.Generator, configs: Iterable[KernelConfig]) -> None:
         self._rng, self._configs = rng, list(configs)
         self._left: list[KernelConfig] = []
 
     def deal(self, weight: QuantizedWeight) -> KernelConfig | None:
-        """Give the next kernel that can run a weight; None if a whole round holds none."""
+        """Return the next kernel that can run a weight; None if no kernel of a whole round can."""
         for _ in range(2 * len(self._configs)):
             if not self._left:
                 self._left = [self._configs[index] for index in self._rng.permutation(len(self._configs))]
@@ -58,27 +59,27 @@ class _Deck:
         return None
 
 
-def prove_drawn(
+def prove_random(
     library: Library,
     proofs: Mapping[KernelConfig, NumericProof],
     count: int,
     *,
     device: int = 0,
     seed: int = 0,
-    progress: Progress = lambda _done, _total, _name: None,
+    progress: Progress = no_progress,
 ) -> None:
-    """Run random problems on a Hopper GPU and add what came of them to the kernels' proofs.
+    """Run random problems on a Hopper GPU and add the outcomes to the kernels' proofs.
 
-    Shape, group size, m, alpha, bias, scales, kernel, graph and dependent launch are drawn; results are judged as those
-    of the fixed cases: against float64, poisoned before, guarded around.
+    Shape, group size, m, alpha, bias, scales, kernel, graph and dependent launch are random. Results are judged like
+    those of the fixed cases: against float64, on poisoned outputs between guards.
 
     Args:
         library: the loaded build.
         proofs: the kernels to run, with the proofs to add to.
-        count: how many problems; all run, however many fail.
+        count: how many problems; all of them run, even if some fail.
         device: the GPU.
-        seed: of everything drawn.
-        progress: told after every weight.
+        seed: of the random numbers.
+        progress: called after every weight.
     """
     gpu = GuardedGpu(library, device)
     rng = np.random.default_rng(seed)
@@ -101,7 +102,7 @@ def _run_weight(
     proofs: Mapping[KernelConfig, NumericProof],
     launches: int,
 ) -> int:
-    """Run some problems of one weight; give how many ran."""
+    """Run some problems of one weight; return how many ran."""
     most = int(rng.choice(MOST_TOKENS))
     a = rng.standard_normal((most, weight.k)).astype(np.float16)
     bias = rng.standard_normal(weight.n).astype(np.float16)

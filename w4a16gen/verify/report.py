@@ -1,4 +1,4 @@
-"""One report over both kinds of proof: a value for JSON, a table for people, and a page for docs/."""
+"""The report on both kinds of proof: JSON, a table and a page."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from w4a16gen.kernels.config import KernelConfig
+from w4a16gen.progress import Progress, no_progress
 from w4a16gen.runtime.library import Library
 from w4a16gen.verify import launch_chains, numeric, random_problems, static
 
 NOT_RUN = "not run"
 CHAIN_K = 512
-"""Input channels of the chains of dependent launches."""
+"""K of the chains of dependent launches."""
 SAMPLED_CHAIN_K = 128
-"""The same in a sample, for slow tools."""
+"""K of the chains in a sample, for slow tools."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was proven of a build, what was not, and what failed."""
+    """The proofs of a build that ran, those that did not, and every failure."""
 
     value: dict[str, Any]
 
@@ -36,7 +37,7 @@ class Report:
         return bool(self.value["numerics"]["status"] != NOT_RUN)
 
     def violations(self) -> list[str]:
-        """Give everything that failed, a sentence each."""
+        """Return every failure as a sentence."""
         numerics = [
             f"{kernel['name']}: {failure}"
             for kernel in self.value["numerics"]["kernels"]
@@ -45,7 +46,7 @@ class Report:
         return [*self.value["static"]["violations"], *numerics]
 
     def summary(self) -> str:
-        """Say in two sentences what was proven and what was not."""
+        """Summarise the proofs in two sentences."""
         count = len(self.value["static"]["kernels"])
         held = "hold" if self.value["static"]["ok"] else "FAIL"
         numerics = self.value["numerics"]
@@ -117,7 +118,7 @@ def verify(
     *,
     sampled: bool = False,
     drawn_problems: int = 0,
-    progress: numeric.Progress = lambda _done, _total, _name: None,
+    progress: Progress = no_progress,
 ) -> Report:
     """Prove a build: statically everywhere, numerically where there is a Hopper GPU.
 
@@ -126,7 +127,7 @@ def verify(
         generated: the folder that its sources were emitted to.
         sampled: those of `numeric.sample` on small problems only, and short chains.
         drawn_problems: random problems to run beside the fixed cases.
-        progress: told how far the numerical proofs are.
+        progress: called as the numerical proofs advance.
     """
     proof = static.prove(library, generated)
     hopper = library.hopper_devices()
@@ -137,7 +138,7 @@ def verify(
         k = SAMPLED_CHAIN_K if sampled else CHAIN_K
         launch_chains.prove_chains(library, proofs, sm_count=gpu.sm_count, device=gpu.index, k=k, progress=progress)
         if drawn_problems:
-            random_problems.prove_drawn(library, proofs, drawn_problems, device=gpu.index, progress=progress)
+            random_problems.prove_random(library, proofs, drawn_problems, device=gpu.index, progress=progress)
         failed = any(kernel.failures for kernel in kernels)
         numerics: dict[str, Any] = {
             "status": "failed" if failed else "passed",
