@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="a safetensors file; default: the installed package's")
     arguments = parser.parse_args()
     library = find_library()
-    where = library.hopper_devices()[0]["name"] if library else "the numpy reference (no build, or no Hopper GPU)"
+    where = library.hopper_devices()[0].name if library else "the numpy reference (no build, or no Hopper GPU)"
     print(f"running on {where}")
     errors = []
     for name, weight in linear_layers(arguments.weights or weights_file()):

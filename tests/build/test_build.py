@@ -20,7 +20,7 @@ from w4a16gen.build.pipeline import build
 from w4a16gen.cli import main
 from w4a16gen.errors import BuildLockedError
 from w4a16gen.kernels.spaces import enumerate_space
-from w4a16gen.runtime.artifact import Build, load_build
+from w4a16gen.runtime.artifact import Build, Manifest, load_build
 from w4a16gen.runtime.library import Library
 
 CONFIGS = enumerate_space("trtllm")[:4]
@@ -101,7 +101,7 @@ def test_a_failing_kernel_is_named_and_does_not_stop_the_others(
     assert "error: this kernel cannot be compiled" in output
     built = load_build(tmp_path / "build")
     assert [str(config.cta) for config in built.configs] == ["64x16x64", "128x16x64"]
-    assert len(built.manifest["failed"]) == 1
+    assert len(built.manifest.failed) == 1
     (log,) = (tmp_path / "build" / "logs").glob(f"*{failing}*.log")
     assert "cannot be compiled" in log.read_text()
     monkeypatch.delenv("FAKE_NVCC_FAIL")
@@ -175,12 +175,12 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
 
 def test_the_manifest_says_what_each_kernel_cost(fake_build: Build) -> None:
     manifest = fake_build.manifest
-    assert len(manifest["kernels"]) == 63
-    for kernel in manifest["kernels"]:
-        assert kernel["compile_cpu_seconds"] >= 0
-        assert kernel["compile_peak_bytes"] > 1e6
-        assert 1 <= kernel["unit_kernels"] <= MAX_UNIT_KERNELS
-    json.dumps(manifest)
+    assert len(manifest.kernels) == 63
+    for kernel in manifest.kernels:
+        assert kernel.compile_cpu_seconds >= 0
+        assert kernel.compile_peak_bytes > 1e6
+        assert 1 <= kernel.unit_kernels <= MAX_UNIT_KERNELS
+    assert Manifest.from_json(json.loads(json.dumps(manifest.as_json()))) == manifest
 
 
 @pytest.mark.parametrize(

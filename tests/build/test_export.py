@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from paths import EXAMPLES
 
 from w4a16gen import Library
 from w4a16gen.build import toolchain
@@ -20,9 +21,10 @@ from w4a16gen.cli import main
 from w4a16gen.errors import InvalidValueError, NoHopperGpuError, UnsupportedProblemError
 from w4a16gen.kernels.config import CtaShape
 from w4a16gen.kernels.spaces import Filter, select
+from w4a16gen.measure.probes import probe_multiply
 from w4a16gen.runtime.artifact import Build
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "cpp"
+EXAMPLE = EXAMPLES / "cpp"
 
 
 @pytest.fixture(scope="session")
@@ -73,12 +75,12 @@ def test_a_cpp_program_finds_the_kernels_and_is_refused_what_is_wrong(example: P
 def test_probes_come_with_native_kernels_and_need_a_gpu(native_build: Build, real_library: Library) -> None:
     library = Library(native_build)
     with pytest.raises(InvalidValueError, match="rounds of 0 must be positive"):
-        library.probe_multiply(0, stream=0)
+        probe_multiply(library, 0, stream=0)
     with pytest.raises(UnsupportedProblemError, match="holds no native kernel, with which the probes come"):
-        real_library.probe_multiply(1, stream=0)
+        probe_multiply(real_library, 1, stream=0)
     if not library.hopper_devices():
         with pytest.raises(NoHopperGpuError, match="need an NVIDIA Hopper GPU"):
-            library.probe_multiply(1, stream=0)
+            probe_multiply(library, 1, stream=0)
 
 
 @pytest.mark.compile

@@ -194,7 +194,7 @@ def test_a_missing_and_a_foreign_kernel_are_found(real_library: Library, tmp_pat
 def test_a_manifest_that_asks_for_more_is_found(real_library: Library) -> None:
     missing = "w4a16_sm90_cutlass_cs_cta128x16x64_cluster1x1x1_cooperative_streamk"
     before = real_library.build
-    manifest = before.manifest | {"asked": [*before.manifest["asked"], missing]}
+    manifest = dataclasses.replace(before.manifest, asked=(*before.manifest.asked, missing))
     real_library.build = dataclasses.replace(before, manifest=manifest)
     try:
         violations = static.prove(real_library, generated(before)).violations

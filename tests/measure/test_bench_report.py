@@ -7,15 +7,14 @@ import json
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
+from fakes.library import FakeLibrary
 
 from w4a16gen import Problem, QuantMode
 from w4a16gen.cli import main, timing
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.measure import compare as sweep
 from w4a16gen.measure import report as bench_report
 from w4a16gen.measure.probes import TensorPeak
 from w4a16gen.measure.report import Recorder, Row, Run, read_record, row_of, write_report
@@ -150,10 +149,8 @@ def test_without_matplotlib_there_are_no_plots(
 
 
 def test_bench_records_as_it_goes(cli: CliRunner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    gpu = {"index": 0, "name": "NVIDIA H100 80GB HBM3", "sm_count": 132}
-    monkeypatch.setattr(timing, "load", lambda _folder: SimpleNamespace())
-    monkeypatch.setattr(timing, "hopper_gpu", lambda _library: gpu)
-    monkeypatch.setattr(sweep, "tensor_peak", lambda _library, _device: PEAK)
+    monkeypatch.setattr(timing, "load", lambda _folder: FakeLibrary([]))
+    monkeypatch.setattr(timing, "tensor_peak", lambda _library, _device: PEAK)
     errors = {KERNEL: 0.25}
 
     def compare(_library: object, problem: Problem, mode: QuantMode, **_: object) -> Comparison:
@@ -164,7 +161,7 @@ def test_bench_records_as_it_goes(cli: CliRunner, monkeypatch: pytest.MonkeyPatc
         found = compared(problem, 10.0, floor=5.0, cublas=8.0)
         return Comparison(problem, mode, found.screened, 2, found.timings, dict(errors))
 
-    monkeypatch.setattr(sweep, "compare", compare)
+    monkeypatch.setattr(timing, "compare", compare)
     problems = tmp_path / "problems.txt"
     problems.write_text("# of a model\n1x4096x4096\n\n2x4096x4096,64  # a comment\n5x64x64,32\n")
     folder = tmp_path / "report"

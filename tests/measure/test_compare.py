@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
 from click.testing import CliRunner
+from fakes.library import FakeLibrary
 
 from w4a16gen import KernelConfig, Library, Problem, QuantMode, Target
-from w4a16gen.choose.chooser import Chooser, choose
 from w4a16gen.choose.cost_model import is_long
 from w4a16gen.choose.overrides import kernels_of_environment
 from w4a16gen.cli import main, timing
@@ -97,51 +95,47 @@ def test_bench_needs_a_problem_and_a_build(cli: CliRunner) -> None:
     assert "name what to time: --problem 16x4096x4096, --model llama-3-8b, or --file" in nothing.output
     result = cli.invoke(main, ["bench", "--problem", "1x4096x4096"])
     assert result.exit_code == 3
-    assert "no build in build" in result.output
-
-
-def library_of(configs: Sequence[KernelConfig], folder: Path) -> SimpleNamespace:
-    """Stand in for a loaded build that has no tuning table, on a machine without a GPU."""
-    chooser = Chooser(folder, {"kernels": []})
-    return SimpleNamespace(
-        configs=lambda: configs, choice=lambda mode, problem: chooser.choice(configs, mode, problem, None)
-    )
+    assert "No build found in build" in result.output
 
 
 def test_explain_names_the_choice_and_what_it_was_weighed_against(
-    cli: CliRunner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    cli: CliRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configs = enumerate_space("default")
-    monkeypatch.setattr(timing, "load", lambda _folder: library_of(configs, tmp_path))
+    library = FakeLibrary(configs, devices=[])
+    monkeypatch.setattr(timing, "load", lambda _folder: library)
     found = json.loads(cli.invoke(main, ["explain", "16", "4096", "5120", "--json", "--top", "3"]).stdout)
-    chosen = choose(configs, QuantMode.FINEGRAINED_SCALE_ONLY, Problem(16, 4096, 5120, 128)).name
+    chosen = library.choose(Problem(16, 4096, 5120, 128), QuantMode.FINEGRAINED_SCALE_ONLY).kernel.name
     assert found["chosen"] == chosen == found["estimates"][0]["kernel"]
-    assert (found["source"], found["microseconds"]) == ("an estimate", found["estimates"][0]["estimated_microseconds"])
+    assert (found["source"], found["microseconds"]) == ("estimate", found["estimates"][0]["estimated_microseconds"])
     assert len(found["estimates"]) == 3
     assert found["problem"] == {"m": 16, "n": 4096, "k": 5120, "group_size": 128}
     known = json.loads(cli.invoke(main, ["explain", "16", "4096", "4096", "--json"]).stdout)
-    assert known["source"] == "times of an H100 that come with the package"
+    assert known["source"] == "packaged_times"
     assert 4 < known["microseconds"] < 9
     shown = cli.invoke(main, ["explain", "16", "4096", "4096", "--mode", "cs"])
     assert "bench --problem 16x4096x4096,4096" in shown.stderr
     assert "times as long" in shown.stderr
-    monkeypatch.setattr(timing, "load", lambda _folder: library_of(enumerate_space("trtllm"), tmp_path))
+    monkeypatch.setattr(timing, "load", lambda _folder: FakeLibrary(enumerate_space("trtllm"), devices=[]))
     assert "cutlass" in cli.invoke(main, ["explain", "16", "4096", "4096"]).stdout
     monkeypatch.setenv("W4A16GEN_KERNELS", configs[0].name)
     kernels_of_environment.cache_clear()
-    named = cli.invoke(main, ["explain", "16", "4096", "4096", "--mode", str(configs[0].mode), "--json"])
+    named_kernel = ["explain", "16", "4096", "4096", "--mode", str(configs[0].mode), "--json"]
+    missing = cli.invoke(main, named_kernel)
+    assert missing.exit_code == 3
+    assert f"{configs[0].name}, which use_kernels or W4A16GEN_KERNELS names, is not in the build" in missing.stderr
+    monkeypatch.setattr(timing, "load", lambda _folder: library)
+    named = cli.invoke(main, named_kernel)
     assert json.loads(named.stdout)["chosen"] == configs[0].name
-    assert "W4A16GEN_KERNELS names" in json.loads(named.stdout)["source"]
+    assert json.loads(named.stdout)["source"] == "override"
     wrong = cli.invoke(main, ["explain", "16", "4096", "4100"])
     assert wrong.exit_code == 2
     assert "k of 4100 must be a positive multiple of 8" in wrong.stderr
 
 
-def test_explain_says_where_dense_fp16_is_faster(
-    cli: CliRunner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_explain_says_where_dense_fp16_is_faster(cli: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = [config for config in enumerate_space("default") if config.cta.tokens == 8]
-    monkeypatch.setattr(timing, "load", lambda _folder: library_of(slow, tmp_path))
+    monkeypatch.setattr(timing, "load", lambda _folder: FakeLibrary(slow, devices=[]))
     shown = cli.invoke(main, ["explain", "4000", "4096", "5120"])
     assert "dense FP16 would take about 2" in shown.stderr
 
@@ -222,12 +216,11 @@ def test_long_problems_take_turns_in_blocks_and_without_the_floor(monkeypatch: p
         record_floor=lambda *, dependent: Timed(took[dependent]),
     )
     monkeypatch.setattr(sweep, "Stage", lambda *_drawn: stage)
-    monkeypatch.setattr(sweep, "hopper_gpu", lambda _library: {"index": 0})
     monkeypatch.setattr(
         sweep, "screen", lambda _stage, some: ((config, float(configs.index(config))) for config in some)
     )
     monkeypatch.setattr(sweep, "find_torch", lambda: None)
-    library = cast("Library", library_of(configs, Path("nowhere")))
+    library = FakeLibrary(configs)
     turns: list[tuple[str, float]] = []
     told: list[tuple[int, int]] = []
     for m, kinds in ((16, {"replay": 5 * 6}), (8192, {"replay": 5 * 2, "block": 2 * 2})):

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 from click.testing import CliRunner
+from fakes.library import FakeLibrary
 
 from w4a16gen import Problem
 from w4a16gen.cli import main, timing
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.problem import why_cannot_run
 from w4a16gen.kernels.spaces import enumerate_space
-from w4a16gen.measure import compare as sweep
 from w4a16gen.measure.models import MODELS, Model, model_problems
 from w4a16gen.measure.results import Comparison, Timing
 
@@ -73,10 +71,9 @@ def test_bench_times_the_layers_of_models(cli: CliRunner, monkeypatch: pytest.Mo
         asked.append(problem)
         return Comparison(problem, KERNEL.mode, {KERNEL.name: 1.0}, 0, [Timing(KERNEL.name, [1.0])])
 
-    monkeypatch.setattr(timing, "load", lambda _folder: SimpleNamespace())
-    monkeypatch.setattr(timing, "hopper_gpu", lambda _library: {"index": 0, "name": "a GPU", "sm_count": 132})
-    monkeypatch.setattr(sweep, "tensor_peak", lambda _library, _device: None)
-    monkeypatch.setattr(sweep, "compare", compare)
+    monkeypatch.setattr(timing, "load", lambda _folder: FakeLibrary([KERNEL]))
+    monkeypatch.setattr(timing, "tensor_peak", lambda _library, _device: None)
+    monkeypatch.setattr(timing, "compare", compare)
     arguments = "bench --problem 1x64x64,64 --model llama-3-8b/2,64 --tokens 2 --tokens 4"
     done = cli.invoke(main, arguments.split())
     assert done.exit_code == 0, done.output

@@ -16,6 +16,7 @@ from w4a16gen import KernelConfig, Library, PackedWeight, Problem, QuantMode, Ta
 from w4a16gen.build.pipeline import build
 from w4a16gen.errors import InvalidValueError, UnsupportedProblemError
 from w4a16gen.kernels.spaces import enumerate_space
+from w4a16gen.measure.probes import probe_multiply, probe_read
 from w4a16gen.runtime.arrays import DeviceArray
 from w4a16gen.runtime.default import BUILD_FOLDER_VARIABLE
 from w4a16gen.verify import numeric
@@ -118,7 +119,7 @@ def test_no_tokens_are_no_work(library: Library) -> None:
 
 
 def test_threads_and_gpus_may_call_at_once(library: Library) -> None:
-    devices = [device["index"] for device in library.hopper_devices()]
+    devices = [device.index for device in library.hopper_devices()]
     layers = [Layer(library, device, target=target) for device in devices for target in Target for _ in range(2)]
     wrong: list[BaseException] = []
 
@@ -242,9 +243,9 @@ def test_calls_that_are_known_give_the_same_on_torchs_stream_and_from_threads(li
     first = library.gemm(a, packed)
     if library.workspace_bytes(library.kernel_for(packed, Problem(40, 512, 1024, 128)), Problem(40, 512, 1024, 128)):
         pytest.skip("the kernel that is chosen needs a workspace: such calls are never known")
-    assert library.knows(packed)
+    assert library.calls.has(packed)
     has_api = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
-    assert (library.again(a, packed, None, None, 1.0, False) is not None) == has_api
+    assert (library.calls.try_fast_path(a, packed, None, None, 1.0, False) is not None) == has_api
     out = torch.empty_like(first)
     assert library.gemm(a, packed, out=out, bias=bias, alpha=0.5) is out
     assert torch.equal(out, library.gemm(a, packed, bias=bias, alpha=0.5, stream=torch.cuda.current_stream()))
@@ -277,16 +278,16 @@ def test_probes_run_and_say_what_they_do(library: Library) -> None:
     stream = library.module.Stream(0)
     if not any(config.target is Target.NATIVE for config in library.configs()):
         with pytest.raises(UnsupportedProblemError, match="holds no native kernel, with which the probes come"):
-            library.probe_read(layer.packed, stream=stream)
+            probe_read(library, layer.packed, stream=stream)
         return
     for dependent in (False, True):
-        library.probe_read(layer.packed, stream=stream, dependent_launch=dependent)
+        probe_read(library, layer.packed, stream=stream, dependent_launch=dependent)
     rounds = 3
-    flops = library.probe_multiply(rounds, stream=stream)
+    flops = probe_multiply(library, rounds, stream=stream)
     stream.synchronize()
-    assert flops == rounds * library.hopper_devices()[0]["sm_count"] * 2 * (2 * 64 * 256 * 64)
+    assert flops == rounds * library.hopper_device().sm_count * 2 * (2 * 64 * 256 * 64)
     with pytest.raises(InvalidValueError, match="rounds of 0 must be positive"):
-        library.probe_multiply(0, stream=stream)
+        probe_multiply(library, 0, stream=stream)
     layer.check(layer.run().to_host())
 
 

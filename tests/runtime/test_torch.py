@@ -4,59 +4,19 @@ from __future__ import annotations
 
 import gc
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
+from fakes.machine import KnownCalls, LibraryOnGpus
+from fakes.torch import Tensor, fake_torch
 
-from w4a16gen import Library, QuantMode, use_kernels
+from w4a16gen import KernelConfig, Problem, QuantMode, use_kernels
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.runtime.arrays import check, empty_like_library, is_on_gpu, stream_pointer, view
+from w4a16gen.runtime.artifact import Build
 from w4a16gen.weights.packed import TARGET_LAYOUTS, PackedWeight
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """What the package reads of a tensor."""
-
-    shape: tuple[int, ...]
-    dtype: str = "torch.float16"
-    device: int = 0
-    address: int = 4096
-    is_cuda: bool = True
-    requires_grad: bool = False
-    contiguous: bool = True
-
-    def data_ptr(self) -> int:
-        return self.address
-
-    def get_device(self) -> int:
-        return self.device
-
-    def is_contiguous(self) -> bool:
-        return self.contiguous
-
-    def new_empty(self, shape: tuple[int, ...], *, dtype: str) -> Tensor:
-        return Tensor(shape, dtype, self.device)
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, object]:
-        raise AssertionError("slow, and refused by tensors that require gradients")
-
-
-def fake_torch(*, grad_enabled: bool = True, stream: int = 77) -> ModuleType:
-    """Give a module to put into `sys.modules` as torch."""
-    torch = ModuleType("torch")
-    torch.__dict__.update(
-        Tensor=Tensor,
-        float16="torch.float16",
-        uint8="torch.uint8",
-        is_grad_enabled=lambda: grad_enabled,
-        cuda=SimpleNamespace(current_stream=lambda _device: SimpleNamespace(cuda_stream=stream)),
-        _C=SimpleNamespace(),
-    )
-    return torch
 
 
 @pytest.fixture
@@ -111,94 +71,86 @@ def test_the_stream_is_torchs_current_one(torch: Any) -> None:
     assert stream_pointer(None, SimpleNamespace()) == 0
 
 
+LAYER = Problem(16, 512, 1024, 128)
+MODE = QuantMode.FINEGRAINED_SCALE_ONLY
+
+
+@pytest.fixture
+def library(fake_build: Build) -> LibraryOnGpus:
+    """Return a library on a machine with an H100, of kernels that need no workspace."""
+    result = LibraryOnGpus(fake_build)
+    result.recorder.workspace = 0
+    return result
+
+
+def weight_for(config: KernelConfig) -> PackedWeight:
+    """Return a weight of the layer on GPU 0."""
+    empty = PackedWeight(None, TARGET_LAYOUTS[config.target], LAYER.n, LAYER.k, LAYER.group_size, config.mode)
+    return replace(empty, data=Tensor((empty.nbytes,), "torch.uint8"))
+
+
 @pytest.mark.usefixtures("torch")
-def test_a_call_launches_what_is_named_though_calls_alike_are_remembered(
-    fake_library: Library, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    launched: list[tuple[Any, ...]] = []
-
-    def launch(*arguments: Any) -> tuple[int, str]:
-        launched.append(arguments)
-        return 0, ""
-
-    monkeypatch.setattr(fake_library, "kernel_library", SimpleNamespace(gemm=launch))
-    monkeypatch.setattr(fake_library, "_workspace_needed", lambda *_: 0)
-    mode = QuantMode.FINEGRAINED_SCALE_ONLY
-    first, second = [config for config in fake_library.configs() if config.mode is mode][:2]
-    empty = PackedWeight(None, TARGET_LAYOUTS[first.target], 512, 1024, 128, mode)
-    weight = replace(empty, data=Tensor((empty.nbytes,), "torch.uint8"))
+def test_a_call_launches_what_is_named_though_calls_alike_are_remembered(library: LibraryOnGpus) -> None:
+    first, second = [config for config in library.configs() if config.mode is MODE][:2]
+    weight = weight_for(first)
     for named, m in ((first, 16), (second, 16), (first, 16), (first, 3)):
         with use_kernels(named):
-            made = fake_library.gemm(Tensor((m, 1024)), weight)
-        index, *numbers = launched[-1][:5]
-        assert fake_library.kernels[index]["name"] == named.name
+            made = library.gemm(Tensor((m, 1024)), weight)
+        index, *numbers = library.launches[-1][:5]
+        assert library.kernels[index].config == named
         assert numbers == [m, 512, 1024, 128]
         assert made.shape == (m, 512)
-        assert launched[-1][-3:] == (77, False, 0), "stream, dependent launch, device"
-    fake_library.gemm(Tensor((16, 1024)), weight, config=second)
-    assert fake_library.kernels[launched[-1][0]]["name"] == second.name
-
-
-class KnownCalls:
-    """Stands in for the module's: makes any call whose number of tokens it has been told of."""
-
-    made: ClassVar[list[tuple[Any, ...]]] = []
-
-    def __init__(self, *_: Any) -> None:
-        self.known: set[int] = set()
-
-    def add(self, m: int, _kernel: int) -> None:
-        self.known.add(m)
-
-    def gemm(self, *arguments: Any) -> str | None:
-        if arguments[0].shape[0] not in self.known:
-            return None
-        self.made.append(arguments)
-        return "made again"
+        assert library.launches[-1][-3:] == (77, False, 0), "stream, dependent launch, device"
+    library.gemm(Tensor((16, 1024)), weight, config=second)
+    assert library.kernels[library.launches[-1][0]].config == second
 
 
 @pytest.mark.usefixtures("torch")
-def test_a_usual_call_is_made_again_by_the_module_as_long_as_the_weight_lives(
-    fake_library: Library, monkeypatch: pytest.MonkeyPatch
+def test_a_usual_call_is_repeated_by_the_module_as_long_as_the_weight_lives(
+    library: LibraryOnGpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launched: list[Any] = []
-
-    def launch(*arguments: Any) -> tuple[int, str]:
-        launched.append(arguments)
-        return 0, ""
-
-    monkeypatch.setattr(fake_library, "kernel_library", SimpleNamespace(gemm=launch))
-    monkeypatch.setattr(fake_library, "module", SimpleNamespace(KnownCalls=KnownCalls, devices=list))
-    needed = {"bytes": 0}
-    monkeypatch.setattr(fake_library, "_workspace_needed", lambda *_: needed["bytes"])
-    mode = QuantMode.FINEGRAINED_SCALE_ONLY
-    config = next(config for config in fake_library.configs() if config.mode is mode)
-    empty = PackedWeight(None, TARGET_LAYOUTS[config.target], 512, 1024, 128, mode)
-    weight = replace(empty, data=Tensor((empty.nbytes,), "torch.uint8"))
+    monkeypatch.setattr(KnownCalls, "made", [])
+    config = next(config for config in library.configs() if config.mode is MODE)
+    weight = weight_for(config)
     a, out = Tensor((16, 1024)), Tensor((16, 512))
-    space = Tensor((1 << 20,), "torch.uint8")
-    assert not fake_library.knows(weight)
-    for unusual in ({"config": config}, {"stream": 5}, {"workspace": space}):
-        fake_library.gemm(a, weight, out=out, **unusual)
-        assert not fake_library.knows(weight)
+    unusual: list[dict[str, Any]] = [
+        {"config": config},
+        {"stream": 5},
+        {"workspace": Tensor((1 << 20,), "torch.uint8")},
+    ]
+    assert not library.calls.has(weight)
+    for arguments in unusual:
+        library.gemm(a, weight, out=out, **arguments)
+        assert not library.calls.has(weight)
     with use_kernels(config):
-        fake_library.gemm(a, weight, out=out)
-    assert not fake_library.knows(weight)
-    assert fake_library.gemm(a, weight, out=out) is out
-    assert fake_library.knows(weight)
-    long_way = len(launched)
-    assert fake_library.gemm(a, weight, out=out, alpha=0.5, dependent_launch=True) == "made again"
+        library.gemm(a, weight, out=out)
+    assert not library.calls.has(weight)
+    assert library.gemm(a, weight, out=out) is out
+    assert library.calls.has(weight)
+    long_way = len(library.launches)
+    assert library.gemm(a, weight, out=out, alpha=0.5, dependent_launch=True) == "repeated"
     assert KnownCalls.made == [(a, weight.data, None, out, 0.5, True)]
-    assert len(launched) == long_way
-    for given in ({"config": config}, {"stream": 5}, {"workspace": space}):
-        assert fake_library.gemm(a, weight, out=out, **given) is out
+    assert len(library.launches) == long_way
+    for arguments in unusual:
+        assert library.gemm(a, weight, out=out, **arguments) is out
     with use_kernels(config):
-        assert fake_library.gemm(a, weight, out=out) is out
-    assert fake_library.gemm(Tensor((3, 1024)), weight).shape == (3, 512)
-    assert fake_library.gemm(Tensor((3, 1024)), weight) == "made again"
-    assert fake_library.gemm(Tensor((0, 1024)), weight).shape == (0, 512)
-    assert fake_library.gemm(Tensor((0, 1024)), weight).shape == (0, 512)
+        assert library.gemm(a, weight, out=out) is out
+    assert library.gemm(Tensor((3, 1024)), weight).shape == (3, 512)
+    assert library.gemm(Tensor((3, 1024)), weight) == "repeated"
+    assert library.gemm(Tensor((0, 1024)), weight).shape == (0, 512)
+    assert library.gemm(Tensor((0, 1024)), weight).shape == (0, 512)
     key = weight.data
     del weight
     gc.collect()
-    assert not fake_library.knows(replace(empty, data=key))
+    assert not library.calls.has(replace(weight_for(config), data=key))
+
+
+@pytest.mark.usefixtures("torch")
+def test_a_call_that_needs_a_workspace_gets_it_from_torch_and_is_not_repeated(library: LibraryOnGpus) -> None:
+    library.recorder.workspace = 4096
+    config = next(config for config in library.configs() if config.mode is MODE)
+    weight = weight_for(config)
+    for _ in range(2):
+        library.gemm(Tensor((16, 1024)), weight, out=Tensor((16, 512)))
+        assert not library.calls.has(weight)
+    assert [launch[11:13] for launch in library.launches] == [(4096, 4096)] * 2, "address and bytes of the workspace"

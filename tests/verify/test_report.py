@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fakes.devices import A100, H100_PCIE, numbered
+from fakes.library import FakeLibrary
 
 from w4a16gen import KernelConfig
 from w4a16gen.kernels.spaces import enumerate_space
@@ -39,9 +40,7 @@ def test_verify_runs_chains_of_the_kernels_that_it_proves(
     monkeypatch.setattr(static, "prove", lambda _library, _folder: StaticProof([], []))
     monkeypatch.setattr(numeric, "prove", lambda _library, **_given: [proof])
     monkeypatch.setattr(chained, "prove_chains", prove_chains)
-    gpu = {"index": 3, "name": "a GPU", "sm_count": 114}
-    build = SimpleNamespace(manifest={"compiler": "a compiler", "cutlass": "4.2.0"})
-    library: Any = SimpleNamespace(hopper_devices=lambda: [gpu], build=build)
+    library = FakeLibrary([KernelConfig.parse(proof.name)], devices=numbered(A100, A100, A100, H100_PCIE))
     found = report.verify(library, Path("nowhere"), sampled=sampled)
     assert [(given["sm_count"], given["device"], given["k"]) for given in asked] == [(114, 3, k)]
     assert not found.ok

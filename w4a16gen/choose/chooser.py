@@ -50,6 +50,8 @@ class Choice:
     microseconds: float | None
     """None for an override or a rule of thumb, which know no times."""
     source: ChoiceSource
+    dependent: bool = False
+    """Whether the time is that of a dependent launch."""
 
 
 class Chooser:
@@ -99,7 +101,7 @@ class Chooser:
                 return self._override(kernel, problem)
         able = runnable(self._of_target(target), mode, problem)
         if tuned := self._tuned(able, mode, problem, device):
-            return Choice(*tuned, ChoiceSource.TUNING_TABLE)
+            return tuned
         if known := packaged_times.fastest(able, mode, problem, device):
             return Choice(*known, ChoiceSource.PACKAGED_TIMES)
         if estimated := packaged_times.neighbours().estimate(able, mode, problem, card_of(device)):
@@ -136,15 +138,18 @@ class Chooser:
 
     def _tuned(
         self, able: Sequence[KernelConfig], mode: QuantMode, problem: Problem, device: Device | None
-    ) -> tuple[KernelConfig, float] | None:
-        """Return the fastest kernel of the build's tuning table and its microseconds, or None without any.
+    ) -> Choice | None:
+        """Return the fastest kernel of the build's tuning table, or None without any.
 
         A damaged table, or one of another GPU model, is ignored with a single warning.
         """
         if device not in self._tables:
             self._tables[device] = table_for(self._path, device)
         table = self._tables[device]
-        return None if table is None else table.best(mode, problem, {config: self._hashes[config] for config in able})
+        if table is None:
+            return None
+        best = table.best(mode, problem, {config: self._hashes[config] for config in able})
+        return None if best is None else Choice(*best, ChoiceSource.TUNING_TABLE, table.dependent)
 
     def _why_none(self, target: Target | None, mode: QuantMode, problem: Problem) -> str:
         of_mode = sorted(config for config in self._of_target(target) if config.mode is mode)

@@ -71,6 +71,7 @@ def explain(problem: Problem, mode: QuantMode, top: int, folder: Path | None, as
                 "mode": mode.value,
                 "chosen": choice.kernel.name,
                 "source": choice.source.value,
+                "dependent": choice.dependent,
                 "microseconds": None if expected is None else round(expected, 2),
                 "fp16_microseconds": round(fp16, 2),
                 "estimates": shown,
@@ -79,7 +80,8 @@ def explain(problem: Problem, mode: QuantMode, top: int, folder: Path | None, as
         return
     click.echo(choice.kernel.name)
     time = "" if expected is None else f": {expected:.1f} us"
-    notes.print(f"chosen by {choice.source.sentence}{time}")
+    launches = ", which is of dependent launches" if choice.dependent else ""
+    notes.print(f"chosen by {choice.source.sentence}{launches}{time}")
     if expected is not None and fp16 < expected:
         notes.print(
             f"dense FP16 would take about {fp16:.1f} us, less than this: with so many tokens the tensor cores decide, "

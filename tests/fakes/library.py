@@ -1,0 +1,57 @@
+"""A build that exists only as a list of kernels, on a machine with GPUs that are not there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from fakes.devices import H100
+from w4a16gen import KernelConfig, Library
+from w4a16gen.choose.chooser import Chooser
+from w4a16gen.choose.timing_table import TABLE
+from w4a16gen.errors import NotBuiltError
+from w4a16gen.kernels.device import Device
+from w4a16gen.runtime.artifact import Build, BuiltKernel, Manifest
+
+NOWHERE = Path("nowhere")
+"""A folder that is not there."""
+
+
+def manifest_of(configs: Iterable[KernelConfig]) -> Manifest:
+    """Return the manifest of a build of these kernels."""
+    kernels = tuple(BuiltKernel(config, f"hash of {config.name}", 1, 0.0, 0) for config in sorted(configs))
+    names = tuple(kernel.config.name for kernel in kernels)
+    return Manifest("a compiler", "4.2.0", "a link", "a digest", names, (), kernels)
+
+
+def build_of(configs: Iterable[KernelConfig], folder: Path = NOWHERE) -> Build:
+    """Return a build of these kernels, of which nothing is on disk."""
+    return Build(folder, manifest_of(configs))
+
+
+def chooser_of(configs: Iterable[KernelConfig], folder: Path = NOWHERE) -> Chooser:
+    """Return the chooser among these kernels; the folder may hold a tuning table."""
+    return Chooser(build_of(configs).content_hashes, folder / TABLE)
+
+
+class FakeLibrary(Library):
+    """A library without any machine code: it lists its kernels and chooses among them."""
+
+    def __init__(
+        self, configs: Iterable[KernelConfig], *, devices: Sequence[Device] = (H100,), folder: Path = NOWHERE
+    ) -> None:
+        self.build = build_of(configs, folder)
+        self.chooser = chooser_of(self.build.configs, folder)
+        self.found = list(devices)
+
+    def configs(self) -> list[KernelConfig]:
+        return self.build.configs
+
+    def index_of(self, config: KernelConfig) -> int:
+        try:
+            return self.build.configs.index(config)
+        except ValueError:
+            raise NotBuiltError(f"{config.name} is not in {self.build.folder}") from None
+
+    def devices(self) -> list[Device]:
+        return self.found
