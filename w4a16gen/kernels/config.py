@@ -9,12 +9,13 @@ from functools import total_ordering
 from typing import TYPE_CHECKING
 
 from w4a16gen.errors import InvalidValueError
+from w4a16gen.kernels.integers import integer
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-_TRIPLE = re.compile(r"([1-9][0-9]*)x([1-9][0-9]*)x([1-9][0-9]*)")
+_TRIPLE = re.compile(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})x([1-9][0-9]{0,8})")
 
 
 @dataclass(frozen=True, order=True)
@@ -24,6 +25,13 @@ class _Triple:
     channels: int
     tokens: int
     k: int
+
+    def __post_init__(self) -> None:
+        """Refuse anything but integers."""
+        if type(self.channels) is type(self.tokens) is type(self.k) is int:
+            return  # the usual case, 87,000 times for the grid of kernels
+        for name in ("channels", "tokens", "k"):
+            object.__setattr__(self, name, integer(name, getattr(self, name)))
 
     def __str__(self) -> str:
         return f"{self.channels}x{self.tokens}x{self.k}"
@@ -35,7 +43,7 @@ class _Triple:
         Raises:
             InvalidValueError: if the text is anything else.
         """
-        match = _TRIPLE.fullmatch(text)
+        match = _TRIPLE.fullmatch(text) if isinstance(text, str) else None
         if match is None:
             raise InvalidValueError(f"{text!r} must be CHANNELSxTOKENSxK, three positive integers such as 128x64x64")
         return cls(*(int(part) for part in match.groups()))
@@ -68,6 +76,20 @@ class _OrderedEnum(Enum):
 
     def __str__(self) -> str:
         return str(self.value)
+
+    @classmethod
+    def parse(cls, value: Self | str) -> Self:
+        """Return the member for a member or its text.
+
+        Raises:
+            InvalidValueError: if it is neither; the text lists the members.
+        """
+        if isinstance(value, cls):
+            return value
+        for member in cls:
+            if isinstance(value, str) and member.value == value:
+                return member
+        raise InvalidValueError(f"{value!r} is not one of {', '.join(str(member) for member in cls)}")
 
 
 class QuantMode(_OrderedEnum):
@@ -157,7 +179,7 @@ class KernelConfig:
         Raises:
             InvalidValueError: if the name is not one that `name` can give.
         """
-        match = _NAME.fullmatch(name)
+        match = _NAME.fullmatch(name) if isinstance(name, str) else None
         if match is None:
             example = "w4a16_sm90_cutlass_fgs_cta128x64x64_cluster2x1x1_cooperative_streamk"
             raise InvalidValueError(f"{name!r} is not a kernel name such as {example}")
@@ -169,6 +191,21 @@ class KernelConfig:
             schedule=Schedule(match["schedule"]),
             scheduler=Scheduler(match["scheduler"]),
         )
+
+    @classmethod
+    def of(cls, value: KernelConfig | str) -> KernelConfig:
+        """Return the kernel for a kernel or its name.
+
+        Raises:
+            InvalidValueError: if it is neither.
+        """
+        if not isinstance(value, KernelConfig):
+            return cls.parse(value)
+        members = {"target": Target, "mode": QuantMode, "schedule": Schedule, "scheduler": Scheduler}
+        for field, kind in (members | {"cta": CtaShape, "cluster": ClusterShape}).items():
+            if not isinstance(getattr(value, field), kind):
+                raise InvalidValueError(f"{field} of a KernelConfig must be a {kind.__name__}")
+        return value
 
     def as_json(self) -> dict[str, object]:
         """Give the object that `--json` listings, manifests and reports carry."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.config import KernelConfig, QuantMode, Target
+from w4a16gen.kernels.integers import integer
 
 DIMENSION_MULTIPLE = 8
 """n and k must be multiples of this: TMA moves rows whose stride is a multiple of 16 bytes, so 8 fp16 values."""
@@ -25,9 +27,24 @@ class Problem:
     k: int
     group_size: int
 
+    def __post_init__(self) -> None:
+        """Check that every field is an integer.
+
+        Raises:
+            InvalidValueError: naming the field.
+        """
+        for field in fields(self):
+            object.__setattr__(self, field.name, integer(field.name, getattr(self, field.name)))
+
     @property
     def groups(self) -> int:
-        """Rows of the scale matrix: k / group_size."""
+        """Rows of the scale matrix: k / group_size.
+
+        Raises:
+            InvalidValueError: if the group size is 0.
+        """
+        if self.group_size == 0:
+            raise InvalidValueError(f"group size 0 must be {self.k} (= k) or a divisor of it")
         return self.k // self.group_size
 
     @property

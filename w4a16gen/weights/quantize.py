@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-import numpy.typing as npt
 
 from w4a16gen.errors import InvalidValueError
+from w4a16gen.kernels.integers import integer
+from w4a16gen.weights.host import host_array
 from w4a16gen.weights.quantized import MAX_Q, OFFSET, Double, QuantizedWeight, canonical, check_group_size
 
 _HALF_MAX = float(np.finfo(np.float16).max)
 
 
-def quantize(weight: npt.ArrayLike, *, group_size: int | None = None, zero_points: bool = False) -> QuantizedWeight:
+def quantize(weight: Any, *, group_size: int | None = None, zero_points: bool = False) -> QuantizedWeight:
     """Round a weight to the nearest 4-bit values.
 
     Symmetric: scale = max |w| / 7 over the group, q = round(w / scale) + 8, so 1 to 15. With zero points: scale =
@@ -19,27 +22,43 @@ def quantize(weight: npt.ArrayLike, *, group_size: int | None = None, zero_point
     point, so 0 to 15. Both divide by the scale as fp16 holds it; a group of zeros gets scale 1.
 
     Args:
-        weight: floating point [n, k], output channels first (as torch.nn.Linear stores it).
+        weight: floating point [n, k], output channels first, as torch.nn.Linear stores it: a numpy array, or a torch
+            tensor or parameter in host memory, bfloat16 included.
         group_size: values of K per scale; None for one scale per output channel.
         zero_points: whether each group gets a zero point; needs a group size.
+
+    Returns:
+        The weight in canonical form, in host memory; `pack_weight` packs it.
 
     Raises:
         InvalidValueError: if the weight is not finite floating point [n, k], the group size does not divide k, or a
             group is too large for an fp16 scale.
+
+    Example:
+        >>> import numpy as np
+        >>> import w4a16gen
+        >>> weight = np.random.default_rng(0).standard_normal((64, 256))
+        >>> quantized = w4a16gen.quantize(weight, group_size=128)
+        >>> bool(abs(quantized.dequantize() - weight).max() < 0.3)
+        True
     """
-    weight = np.asarray(weight)
+    weight = host_array("weight", weight)
     if weight.ndim != 2 or weight.size == 0 or weight.dtype.kind != "f":  # noqa: PLR2004
         raise InvalidValueError(
-            f"weight of dtype {weight.dtype} and shape {weight.shape} must be floating point [n, k]"
+            f"weight of dtype {weight.dtype} and shape {list(weight.shape)} must be floating point [n, k]"
         )
+    with np.errstate(over="ignore"):  # a long double may exceed float64
+        weight = weight.astype(np.float64)
     if not np.isfinite(weight).all():
         raise InvalidValueError("weight must be finite")
+    if not isinstance(zero_points, (bool, np.bool_)):
+        raise InvalidValueError(f"zero_points of type {type(zero_points).__name__} must be True or False")
     if zero_points and group_size is None:
         raise InvalidValueError("zero points need a group size; group_size=k gives one group per channel")
     n, k = weight.shape
-    size = k if group_size is None else group_size
+    size = k if group_size is None else integer("group_size", group_size)
     check_group_size(k, size)
-    grouped = weight.astype(np.float64).reshape(n, k // size, size)
+    grouped = weight.reshape(n, k // size, size)
     if zero_points:
         low = np.minimum(grouped.min(axis=2), 0)
         scale = _half_scale((np.maximum(grouped.max(axis=2), 0) - low) / MAX_Q)

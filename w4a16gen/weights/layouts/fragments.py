@@ -16,11 +16,14 @@ TOO_WIDE_RANGE = (
     "lie too far below the channel's largest scale for layout fragment_blocks_v2, which holds a channel's values in "
     "one range of fp16: pack for target cutlass"
 )
-"""What is said of scales and zeros that the native layout would have to round."""
+"""The refusal of scales and zeros that the native layout would have to round."""
+
+
+_NOT_THIS_WEIGHT = "is damaged, or its group size or mode is not what the PackedWeight says"
 
 
 class _FragmentBlocks(NamedTuple):
-    """Sizes of layout `fragment_blocks_v2`; cuda/native/layout.h says the same and why."""
+    """Sizes of layout `fragment_blocks_v2`; cuda/native/layout.h states the same and the reasons."""
 
     channel_blocks: int
     k_blocks: int
@@ -42,13 +45,13 @@ class _FragmentBlocks(NamedTuple):
 
 
 def _unit_exponents(channels: int, mode: QuantMode) -> npt.NDArray[np.int32]:
-    """Give the power of two that one step of a nibble is worth where it meets its scale, for each channel."""
+    """Return the exponent of two by which one step of a nibble is scaled when it meets its scale, [channels]."""
     units = np.where(np.arange(channels) // 8 % 2 == 0, -21, -17) + (15 if mode.has_zeros else 0)
     return units.astype(np.int32)
 
 
 def scale_exponents(scales: Half, mode: QuantMode) -> npt.NDArray[np.int32]:
-    """Give the powers of two by which layout `fragment_blocks_v2` divides the scales of each channel.
+    """Return the exponents of two by which layout `fragment_blocks_v2` divides the scales of each channel.
 
     Args:
         scales: fp16 [groups, n].
@@ -96,9 +99,10 @@ def _shifted(name: str, values: Half, exponents: npt.NDArray[np.int32]) -> Half:
     Raises:
         InvalidValueError: if that would round a value.
     """
-    wanted = np.ldexp(values.astype(np.float32), exponents)
-    result: Half = wanted.astype(np.float16)
-    rounded = (result != wanted).any(axis=0)
+    with np.errstate(over="ignore", invalid="ignore"):  # damaged data may hold anything
+        exact = np.ldexp(values.astype(np.float32), exponents)
+        result: Half = exact.astype(np.float16)
+    rounded = (result != exact).any(axis=0)
     if rounded.any():
         channel = int(rounded.argmax())
         raise InvalidValueError(f"{name} of channel {channel} {TOO_WIDE_RANGE}")
@@ -121,11 +125,16 @@ def _pack_words(q: Nibbles, words: npt.NDArray[np.uint8]) -> None:
     words[...] = ((plain << np.uint32(3)) | (plain >> np.uint32(29))).view(np.uint8)
 
 
+def _group_of_rows(sizes: _FragmentBlocks, group_size: int, groups: int) -> npt.NDArray[np.intp]:
+    """Return the group whose scales each row of scales holds, [k blocks * scale rows]."""
+    starts = np.arange(sizes.k_blocks * sizes.scale_rows) * (128 // sizes.scale_rows)
+    return np.minimum(starts // group_size, groups - 1)
+
+
 def _block_rows(values: Half, weight: QuantizedWeight, sizes: _FragmentBlocks) -> Half:
     """Spread scales [groups, n] to [channel blocks, k blocks, rows, 64], pairs of channels 8 apart side by side."""
-    starts = np.arange(sizes.k_blocks * sizes.scale_rows) * (128 // sizes.scale_rows)
-    group = np.minimum(starts // weight.group_size, len(values) - 1)
-    padded = np.zeros((len(starts), sizes.channel_blocks * 64), np.float16)
+    group = _group_of_rows(sizes, weight.group_size, len(values))
+    padded = np.zeros((len(group), sizes.channel_blocks * 64), np.float16)
     padded[:, : weight.n] = values[group]
     shaped = padded.reshape(sizes.k_blocks, sizes.scale_rows, sizes.channel_blocks, 4, 2, 8)
     rows: Half = np.ascontiguousarray(shaped.transpose(2, 0, 1, 3, 5, 4))
@@ -145,17 +154,25 @@ def unpack(data: npt.NDArray[np.uint8], geometry: WeightGeometry) -> QuantizedWe
     pairs = np.ascontiguousarray(pairs.transpose(0, 3, 4, 1, 2, 6, 8, 5, 7)).reshape(nb, 4, 1, 8, kb * 128)
     q = np.concatenate([pairs & 15, pairs >> 4], axis=2).reshape(nb * 64, kb * 128)[:n, :k]
 
-    def read(first_row: int, exponents: npt.NDArray[np.int32]) -> Half:
-        header = np.ascontiguousarray(blocks[..., first_row * 128 : (first_row + sizes.scale_rows) * 128])
-        rows = header.view(np.float16).reshape(nb, kb * sizes.scale_rows, 4, 8, 2).transpose(1, 0, 2, 4, 3)
-        wanted = np.arange(k // group) * group * sizes.scale_rows // 128
-        return _shifted("scales", rows.reshape(kb * sizes.scale_rows, nb * 64)[wanted, :n], exponents)
-
     factors, units = data[sizes.factors :].view(np.float32)[:n], _unit_exponents(n, geometry.mode)
     if not geometry.mode.is_grouped:
-        scales = np.ldexp(factors, units).astype(np.float16)
+        with np.errstate(over="ignore", invalid="ignore"):
+            scales = np.ldexp(factors, units).astype(np.float16)
         return QuantizedWeight(np.ascontiguousarray(q), scales, None, group, geometry.mode)
-    exponents = np.frexp(factors)[1].astype(np.int32) - 1
+    mantissas, exponents = np.frexp(factors)
+    if (mantissas != 0.5).any() or (exponents < 1).any():  # noqa: PLR2004  (powers of two from 1 on)
+        raise InvalidValueError(f"packed data {_NOT_THIS_WEIGHT}")
+    exponents = exponents.astype(np.int32) - 1
+
+    def read(first_row: int, shift: npt.NDArray[np.int32]) -> Half:
+        header = np.ascontiguousarray(blocks[..., first_row * 128 : (first_row + sizes.scale_rows) * 128])
+        rows = header.view(np.float16).reshape(nb, kb * sizes.scale_rows, 4, 8, 2).transpose(1, 0, 2, 4, 3)
+        rows = rows.reshape(kb * sizes.scale_rows, nb * 64)[:, :n]
+        values = rows[np.arange(k // group) * group * sizes.scale_rows // 128]
+        if (values[_group_of_rows(sizes, group, len(values))] != rows).any():
+            raise InvalidValueError(f"packed data {_NOT_THIS_WEIGHT}")
+        return _shifted("scales", values, shift)
+
     zeros = read(sizes.scale_rows, exponents) if geometry.mode.has_zeros else None
     return QuantizedWeight(np.ascontiguousarray(q), read(0, exponents + units), zeros, group, geometry.mode)
 
