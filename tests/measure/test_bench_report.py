@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import csv
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 from fakes.library import FakeLibrary
 
 from w4a16gen import Problem, QuantMode
-from w4a16gen.cli import main, timing
 from w4a16gen.errors import InvalidValueError
+from w4a16gen.measure import bench, plots
 from w4a16gen.measure import report as bench_report
+from w4a16gen.measure.plots import draw_plots
 from w4a16gen.measure.probes import TensorPeak
-from w4a16gen.measure.report import Recorder, Row, Run, read_record, row_of, write_report
+from w4a16gen.measure.record import Recorder, Row, Run, read_record, row_of
+from w4a16gen.measure.report import common_settings, headline, layers, write_report
 from w4a16gen.measure.results import FLOOR, Comparison, Timing
 from w4a16gen.measure.rivals import CUBLAS, RIVALS
+from w4a16gen.progress import no_progress
 
 MODE = QuantMode.FINEGRAINED_SCALE_ONLY
 PEAK = TensorPeak(800.0, 650.0)
@@ -42,7 +45,7 @@ def test_a_row_says_what_follows_from_the_times() -> None:
     assert (row.kernel, row.microseconds, row.least_microseconds, row.most_microseconds) == (KERNEL, 10.0, 9.0, 12.0)
     assert (row.dependent_microseconds, row.floor_microseconds, row.dependent_floor_microseconds) == (9.5, 5.0, 4.0)
     assert (row.speedup_over_fp16, row.share_of_floor, row.error_over_bound) == (2.5, 0.5, 0.25)
-    packed = 4096 * 4096 / 2 + 2 * 32 * 4096
+    packed = 4096 * 4096 // 2 + 2 * 32 * 4096 + 4 * 4096  # nibbles, fp16 scales, an fp32 factor per channel
     assert row.gigabytes_per_second == pytest.approx(packed / 10.0 / 1e3, rel=1e-3)
     assert row.tflops == pytest.approx(2 * 16 * 4096 * 4096 / 10.0 / 1e6, rel=1e-3)
     assert row.bytes_moved == packed + 2 * 16 * (4096 + 4096)
@@ -94,7 +97,7 @@ def test_a_report_of_a_run_without_probes_has_no_roofs(tmp_path: Path) -> None:
     row = row_of("", compared(Problem(1, 4096, 4096, 128), 10.0), None)
     Recorder(tmp_path, run)
     assert read_record(tmp_path) == (run, [])
-    assert {path.name for path in write_report(tmp_path, run, [row])} == {"bench.csv", "report.html", "roofline.png"}
+    assert {path.name for path in write_report(tmp_path, run, [row])} == {"bench.csv", "report.html", "roofline.svg"}
     assert {path.name for path in write_report(tmp_path, run, [])} == {"bench.csv", "report.html"}
 
 
@@ -123,34 +126,86 @@ class Page(HTMLParser):
 def test_a_report_opens_without_a_network(recorded: tuple[Path, list[Row]]) -> None:
     folder, rows = recorded
     written = {path.name for path in write_report(folder, RUN, rows)}
-    assert written == {"bench.csv", "report.html", "roofline.png", "speedup.png"}
-    for name in ("roofline.png", "speedup.png"):
-        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    assert written == {"bench.csv", "report.html", "roofline.svg", "speedup.svg"}
+    text = (folder / "report.html").read_text()
     page = Page()
-    page.feed((folder / "report.html").read_text())
-    assert len(page.loaded) == 2
-    assert all(source.startswith("data:image/png;base64,") for source in page.loaded)
+    page.feed(text)
+    assert all(source.startswith("#") for source in page.loaded), "nothing is loaded from elsewhere"
+    assert text.count("<svg") == 2
     assert "NVIDIA <H100>" in page.text
     assert "a & b" in page.text
     table = list(csv.DictReader((folder / "bench.csv").read_text().splitlines()))
     assert [row["microseconds"] for row in table] == ["10.0", "80.0", "10.0", "640.0"]
+    assert [row["speedup_over_fp16"] for row in table] == ["3.0", "0.375", "3.0", "0.0469"]
+
+
+def test_a_report_leads_with_its_result(recorded: tuple[Path, list[Row]]) -> None:
+    folder, rows = recorded
+    assert headline(RUN, rows) == (
+        "On NVIDIA <H100> the fastest kernel is 3.0 times as fast as cuBLAS FP16 with 1 token, "
+        "and level with it from 64 tokens on."
+    )
+    assert headline(RUN, rows[:1]).endswith("3.0 times as fast as cuBLAS FP16 with 1 token.")
+    assert "was not timed" in headline(RUN, [replace(rows[0], cublas_microseconds=None)])
+    write_report(folder, RUN, rows)
+    text = (folder / "report.html").read_text()
+    assert text.index("times as fast as cuBLAS") < text.index("<svg") < text.index("<table"), "result, plot, then table"
+
+
+def test_a_report_says_how_times_were_measured(
+    recorded: tuple[Path, list[Row]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, rows = recorded
+    monkeypatch.setattr(bench_report, "BLOCK_SECONDS", 7.25)
+    monkeypatch.setattr(bench_report, "LAUNCHES", 321)
+    write_report(folder, RUN, rows)
+    text = (folder / "report.html").read_text()
+    assert "7.25 s that count" in text
+    assert "at least 321 launches" in text
+
+
+def test_rows_are_grouped_by_layer_and_rivals_have_a_column_only_if_timed(recorded: tuple[Path, list[Row]]) -> None:
+    folder, rows = recorded
+    assert [(layer.shape, [row.m for row in layer.rows]) for layer in layers(rows)] == [
+        ("4096x4096", [1, 64]),
+        ("8192x8192", [1, 4096]),
+    ]
+    assert common_settings(rows) == "mode fgs, groups of 128"
+    mixed = [*rows, replace(rows[0], group_size=64)]
+    assert common_settings(mixed) is None
+    write_report(folder, RUN, rows)
+    assert "vs other 4-bit" not in (folder / "report.html").read_text()
+    timed = [replace(row, best_rival="humming", best_rival_microseconds=row.microseconds * 1.5) for row in mixed]
+    write_report(folder, RUN, timed)
+    text = (folder / "report.html").read_text()
+    assert "vs other 4-bit" in text
+    assert "1.50" in text
+    assert ">group<" in text
+
+
+def test_plots_are_the_same_bytes_twice_and_show_rivals(recorded: tuple[Path, list[Row]]) -> None:
+    _, rows = recorded
+    timed = [replace(row, best_rival="humming", best_rival_microseconds=20.0) for row in rows]
+    first, second = draw_plots(RUN, rows), draw_plots(RUN, rows)
+    assert first == second
+    assert "best other 4-bit" not in first["speedup.svg"]
+    assert "best other 4-bit" in draw_plots(RUN, timed)["speedup.svg"]
+    for label in ("1", "4", "16", "1024"):
+        assert f">{label}</text>" in first["speedup.svg"], "tokens are labelled as people write them"
+    assert draw_plots(RUN, []) == {}
 
 
 def test_without_matplotlib_there_are_no_plots(
-    recorded: tuple[Path, list[Row]], monkeypatch: pytest.MonkeyPatch, cli: CliRunner
+    recorded: tuple[Path, list[Row]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, _ = recorded
-    monkeypatch.setattr(bench_report, "has_plots", lambda: False)
-    monkeypatch.setattr(timing, "has_plots", lambda: False)
-    done = cli.invoke(main, ["report", str(folder)])
-    assert done.exit_code == 0
-    assert "pip install 'w4a16gen[plot]'" in done.stderr
+    folder, rows = recorded
+    monkeypatch.setattr(plots, "has_plots", lambda: False)
+    write_report(folder, RUN, rows)
     assert {path.name for path in folder.iterdir()} == {"bench.jsonl", "bench.csv", "report.html"}
 
 
-def test_bench_records_as_it_goes(cli: CliRunner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(timing, "load", lambda _folder: FakeLibrary([]))
-    monkeypatch.setattr(timing, "tensor_peak", lambda _library, _device: PEAK)
+def test_bench_records_as_it_goes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench, "tensor_peak", lambda _library, _device: PEAK)
     errors = {KERNEL: 0.25}
 
     def compare(_library: object, problem: Problem, mode: QuantMode, **_: object) -> Comparison:
@@ -161,25 +216,41 @@ def test_bench_records_as_it_goes(cli: CliRunner, monkeypatch: pytest.MonkeyPatc
         found = compared(problem, 10.0, floor=5.0, cublas=8.0)
         return Comparison(problem, mode, found.screened, 2, found.timings, dict(errors))
 
-    monkeypatch.setattr(timing, "compare", compare)
-    problems = tmp_path / "problems.txt"
-    problems.write_text("# of a model\n1x4096x4096\n\n2x4096x4096,64  # a comment\n5x64x64,32\n")
-    folder = tmp_path / "report"
-    command = ["bench", "--file", str(problems), "--report", str(folder)]
-    done = cli.invoke(main, command)
-    assert done.exit_code == 0, done.output
-    assert "dense FP16 is faster here: 8.00 us" in done.stderr
-    assert "no built kernel of mode fgs can run it" in done.stderr
-    assert [row.group_size for row in read_record(folder)[1]] == [128, 64]
-    assert (folder / "report.html").is_file()
-    problems.write_text("4x4096x4096\n3x4096x4096\n")
-    assert cli.invoke(main, command).exit_code == 130
-    assert [row.m for row in read_record(folder)[1]] == [4], "what was measured before is kept"
-    problems.write_text("4x4096x4096\n4x4096\n")
-    wrong = cli.invoke(main, command)
-    assert wrong.exit_code == 2
-    assert "line 2: '4x4096' must be MxNxK" in " ".join(wrong.stderr.split())
+    monkeypatch.setattr(bench, "compare", compare)
+    told: list[str] = []
+
+    def run(*problems: Problem) -> bench.Bench:
+        return bench.run_bench(
+            FakeLibrary([]),
+            [("qkv", problem) for problem in problems],
+            MODE,
+            bench.BenchOptions(slack=0.03),
+            version="0.1.0",
+            report=tmp_path,
+            tell=told.append,
+            show_progress=lambda _title: nullcontext(no_progress),
+        )
+
+    done = run(Problem(1, 4096, 4096, 128), Problem(2, 4096, 4096, 64), Problem(5, 64, 64, 32))
+    assert (done.wrong, done.smallest_set, done.cublas_timed) == ({}, [KERNEL], True)
+    assert any("dense FP16 is faster here: 8.00 us" in sentence for sentence in told)
+    assert any("no built kernel of mode fgs can run it" in sentence for sentence in told)
+    assert [row.group_size for row in read_record(tmp_path)[1]] == [128, 64]
+    with pytest.raises(KeyboardInterrupt):
+        run(Problem(4, 4096, 4096, 128), Problem(3, 4096, 4096, 128))
+    assert [row.m for row in read_record(tmp_path)[1]] == [4], "earlier measurements are kept"
     errors[KERNEL] = 1.5
-    off = cli.invoke(main, ["bench", "--problem", "4x4096x4096"])
-    assert off.exit_code == 1
-    assert "is off by 1.5 times its bound" in " ".join(off.stderr.split())
+    off = run(Problem(4, 4096, 4096, 128))
+    assert off.wrong == {KERNEL: 1.5}
+    assert off.as_json()["wrong"] == {KERNEL: 1.5}
+    assert "is wrong: its error is 1.5 times the bound" in told[-2]
+
+
+def test_bench_shows_the_fastest_of_each_target() -> None:
+    cutlass = "w4a16_sm90_cutlass_fgs_cta128x128x64_cluster2x1x1_cooperative_streamk"
+    problem = Problem(16, 4096, 4096, 128)
+    found = compared(problem, 10.0)
+    both = replace(found, timings=[*found.timings, Timing(cutlass, [15.0])])
+    row = row_of("", both, None)
+    assert "fastest cutlass kernel: 15.00 us" in bench.sentences("", row, both)[1]
+    assert len(bench.sentences("", row, found)) == 1

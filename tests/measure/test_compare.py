@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from fakes.library import FakeLibrary
 
 from w4a16gen import KernelConfig, Library, Problem, QuantMode, Target
-from w4a16gen.choose.cost_model import is_long
+from w4a16gen.choose.cost_model import default_cost_model
 from w4a16gen.choose.overrides import kernels_of_environment
 from w4a16gen.cli import main, timing
 from w4a16gen.cli.problems import parse_problem
@@ -23,7 +23,7 @@ from w4a16gen.measure import timing as contender
 from w4a16gen.measure.compare import tiles_suit
 from w4a16gen.measure.results import Comparison, Timing, smallest_set
 from w4a16gen.measure.rivals import CUBLAS
-from w4a16gen.measure.workload import Stage
+from w4a16gen.measure.workload import Workload
 
 
 def screened(m: int, **microseconds: float) -> Comparison:
@@ -180,15 +180,15 @@ def test_kernels_near_the_fastest_get_another_look_at_long_problems(
     looks = {first: [10.0, 10.1, 11.0], slowed: [14.0, 9.0, 8.5], slow: [17.0]}
     stage = Bench(m, looks, dependent=dependent)
     monkeypatch.setattr(sweep, "_time_briefly", stage.time_briefly)
-    given = list(sweep.screen(cast("Stage", stage), [first, slowed, slow], dependent=dependent))
+    given = list(sweep.screen(cast("Workload", stage), [first, slowed, slow], dependent=dependent))
     assert given[:3] == [(first, 10.0), (slowed, 14.0), (slow, 17.0)]
     assert given[3:] == ([] if m == 1 else [(slowed, 9.0), (slowed, 8.5)])
     again = [] if m == 1 else [slowed, first, first, slowed]
     assert stage.timed == [first, slowed, slow, *again], "there and back"
     assert stage.warmed_up_by == ([] if m == 1 else [slow])
-    assert list(sweep.screen(cast("Stage", stage), [])) == []
+    assert list(sweep.screen(cast("Workload", stage), [])) == []
     monkeypatch.undo()
-    assert list(sweep.screen(cast("Stage", stage), [first], dependent=dependent)) == [(first, 0.0)]
+    assert list(sweep.screen(cast("Workload", stage), [first], dependent=dependent)) == [(first, 0.0)]
 
 
 def test_long_problems_take_turns_in_blocks_and_without_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,11 +211,12 @@ def test_long_problems_take_turns_in_blocks_and_without_the_floor(monkeypatch: p
             self.microseconds.append(self.timed_replay())
 
     stage = SimpleNamespace(
+        problem=Problem(16, 4096, 4096, 128),
         check=lambda _config: 0.5,
         record=lambda config, *, dependent: Timed(10.0 + configs.index(config) + dependent),
         record_floor=lambda *, dependent: Timed(took[dependent]),
     )
-    monkeypatch.setattr(sweep, "Stage", lambda *_drawn: stage)
+    monkeypatch.setattr(sweep, "Workload", lambda *_drawn: stage)
     monkeypatch.setattr(
         sweep, "screen", lambda _stage, some: ((config, float(configs.index(config))) for config in some)
     )
@@ -225,9 +226,10 @@ def test_long_problems_take_turns_in_blocks_and_without_the_floor(monkeypatch: p
     told: list[tuple[int, int]] = []
     for m, kinds in ((16, {"replay": 5 * 6}), (8192, {"replay": 5 * 2, "block": 2 * 2})):
         turns.clear()
+        stage.problem = Problem(m, 4096, 4096, 128)
         found = sweep.compare(
             library,
-            Problem(m, 4096, 4096, 128),
+            stage.problem,
             QuantMode.FINEGRAINED_SCALE_ONLY,
             finalists=1,
             rounds=5,
@@ -247,8 +249,8 @@ def test_long_problems_take_turns_in_blocks_and_without_the_floor(monkeypatch: p
 @pytest.mark.parametrize("m", [1, 8192], ids=["short", "long"])
 def test_launches_take_more_than_200_mb_of_weights_in_turn(m: int) -> None:
     library = cast("Library", SimpleNamespace(to_device=lambda value, _device: value))
-    stage = Stage(library, 0, Problem(m, 4096, 2048, 128), QuantMode.FINEGRAINED_SCALE_ONLY, 0)
-    assert is_long(stage.problem) == (m > 1)
+    stage = Workload(library, 0, Problem(m, 4096, 2048, 128), QuantMode.FINEGRAINED_SCALE_ONLY, 0)
+    assert default_cost_model().is_long(stage.problem) == (m > 1)
     briefly = stage.copies(Target.NATIVE, brief=True)
     copies = stage.copies(Target.NATIVE)
     assert sum(copy.nbytes for copy in copies) > 200e6

@@ -105,14 +105,14 @@ def test_only_rivals_with_right_results_are_timed(monkeypatch: pytest.MonkeyPatc
     stage: Any = SimpleNamespace(record_cublas=lambda _torch: contender, record_rival=record_rival)
     asked = [Rival(name, f"{name}-kernels", "float16", 0.01, lambda *_: []) for name in outcomes]
     monkeypatch.setattr(sweep, "find_torch", lambda: TORCH)
-    contenders: dict[tuple[str, bool], Contender] = {}
+    contenders: dict[sweep.Entrant, Contender] = {}
     errors: dict[str, float] = {}
     left_out = sweep.record_others(stage, asked, contenders, errors)
     assert contenders.keys() == {(CUBLAS, False), ("right", False)}
     assert errors == {"right": 0.5}
     assert left_out == {
-        "wrong": "its result is off by 7 times what rounding explains",
-        "nan": "its result is off by nan times what rounding explains",
+        "wrong": "its error is 7 times what rounding explains",
+        "nan": "its error is nan times what rounding explains",
         "missing": "No module named 'missing': pip install missing-kernels",
         "broken": "RuntimeError: no kernel for this",
     }

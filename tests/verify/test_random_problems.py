@@ -52,7 +52,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(count: int, configs: list[KernelConfig] = SPACES) -> dict[KernelConfig, NumericProof]:
     """Draw problems for kernels."""
     proofs = {config: NumericProof(config.name) for config in configs}
-    drawn.prove_drawn(None, proofs, count)  # type: ignore[arg-type]
+    drawn.prove_random(None, proofs, count)  # type: ignore[arg-type]
     return proofs
 
 

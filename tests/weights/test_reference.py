@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 
 from w4a16gen import QuantMode
-from w4a16gen.verify.numeric import _compare_exact, cases
+from w4a16gen.verify.numeric import compare_exact, cases
 from w4a16gen.weights.quantized import Half, Nibbles, QuantizedWeight
 from w4a16gen.weights.reference import Expectation, dequantized_half, error_over_bound, random_weight
 
@@ -46,7 +46,9 @@ def test_an_emulated_kernel_lies_within_the_bound(weight: QuantizedWeight, rng: 
     assert 0 < ratio <= 1
 
 
-@pytest.mark.parametrize("mistake", ["scale of the next group", "no bias", "alpha of 1", "values one too large", "unwritten"])
+@pytest.mark.parametrize(
+    "mistake", ["scale of the next group", "no bias", "alpha of 1", "values one too large", "unwritten"]
+)
 def test_a_mistake_exceeds_the_bound(weight: QuantizedWeight, rng: np.random.Generator, mistake: str) -> None:
     a = rng.standard_normal((9, weight.k)).astype(np.float16)
     bias = rng.standard_normal(weight.n).astype(np.float16)
@@ -70,9 +72,9 @@ def test_a_mistake_exceeds_the_bound(weight: QuantizedWeight, rng: np.random.Gen
 
 def test_one_hot_comparison_sees_a_single_bit(weight: QuantizedWeight) -> None:
     exact = dequantized_half(weight).T.copy()
-    assert _compare_exact(exact, weight) is None
+    assert compare_exact(exact, weight) is None
     exact.view(np.uint16)[5, 3] ^= 1
-    message = _compare_exact(exact, weight)
+    message = compare_exact(exact, weight)
     assert message is not None
     assert "first at k=5 n=3" in message
 

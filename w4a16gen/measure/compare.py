@@ -142,7 +142,7 @@ def compare(
     finals = _finalists(candidates, screened, finalists, chosen)
     errors = {config.name: workload.check(config) for config in finals}
     contenders, floors = _record(workload, finals)
-    left_out = _record_others(workload, rivals, contenders, errors)
+    left_out = record_others(workload, rivals, contenders, errors)
     order = random.Random(f"{problem} {seed}")  # noqa: S311  (nothing secret)
     if default_cost_model().is_long(problem):
         _take_turns(floors, rounds, order, progress, blocks=False)
@@ -181,7 +181,7 @@ def _record(
     }
 
 
-def _record_others(
+def record_others(
     workload: Workload,
     rivals: Sequence[Rival],
     contenders: dict[Entrant, Contender],

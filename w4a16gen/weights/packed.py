@@ -57,7 +57,9 @@ class PackedWeight:
     def __post_init__(self) -> None:
         """Check everything but the data, which is checked where it is used."""
         if not isinstance(self.layout, str) or self.layout not in LAYOUTS:
-            raise InvalidValueError(f"the weight is packed as {self.layout!r}, which is not one of {', '.join(LAYOUTS)}")
+            raise InvalidValueError(
+                f"the weight is packed as {self.layout!r}, which is not one of {', '.join(LAYOUTS)}"
+            )
         if not isinstance(self.mode, QuantMode):
             raise InvalidValueError(f"mode of type {type(self.mode).__name__} must be a QuantMode")
         for name in ("n", "k", "group_size"):

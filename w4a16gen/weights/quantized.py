@@ -80,7 +80,9 @@ class QuantizedWeight:
         if not self.mode.is_grouped and self.group_size != self.k:
             raise InvalidValueError(f"group size {self.group_size} must be {self.k} (= k) in per-column mode")
         if (self.zeros is not None) is not self.mode.has_zeros:
-            raise InvalidValueError(f"zeros must be {'an array' if self.mode.has_zeros else 'None'} in mode {self.mode}")
+            raise InvalidValueError(
+                f"zeros must be {'an array' if self.mode.has_zeros else 'None'} in mode {self.mode}"
+            )
         check_factors(self.scales, self.zeros, n=self.n, groups=self.k // self.group_size, mode=self.mode)
 
     @property

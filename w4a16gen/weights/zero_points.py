@@ -32,7 +32,9 @@ def zeros_of(zero_points: Any, scales: Any) -> Half:
     if factors.dtype != np.float16:
         raise InvalidValueError(why_not_half("scales", str(factors.dtype)))
     if points.dtype.kind not in "iu":
-        raise InvalidValueError(f"zero_points of dtype {points.dtype} must be integers of 0 to {MAX_Q}; for others pass {FORMULA}")
+        raise InvalidValueError(
+            f"zero_points of dtype {points.dtype} must be integers of 0 to {MAX_Q}; for others pass {FORMULA}"
+        )
     if points.shape != factors.shape:
         hint = _hint(points.shape, factors.shape)
         raise InvalidValueError(wrong_shape("zero_points", points.shape, factors.shape) + hint)
