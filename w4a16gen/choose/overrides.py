@@ -37,7 +37,7 @@ def use_kernels(*kernels: KernelConfig | str) -> Iterator[None]:
         >>> with use_kernels("w4a16_sm90_native_fgs_cta64x16x128_cluster1x1x1_warps8_persistent"):
         ...     c = gemm(a, w)
     """
-    token = _used.set(tuple(KernelConfig.parse(kernel) if isinstance(kernel, str) else kernel for kernel in kernels))
+    token = _used.set(tuple(KernelConfig.of(kernel) for kernel in kernels))
     try:
         yield
     finally:

@@ -73,6 +73,7 @@ typedef struct {
 /* What packing finds wrong, as bits. */
 #define W4A16_FAULT_VALUE 1u /* a value of q above 15 */
 #define W4A16_FAULT_RANGE 2u /* a scale or zero that lost bits: too small beside the largest scale of its channel */
+#define W4A16_FAULT_NOT_FINITE 4u /* a scale or zero that is infinite or NaN */
 
 typedef struct {
   const void* q;       /* uint8 [n, k], values 0 to 15, row-major, 8-byte aligned */

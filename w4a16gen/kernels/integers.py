@@ -20,6 +20,7 @@ def integer(name: str, value: Any) -> int:
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise InvalidValueError(f"{name} of type {type(value).__name__} must be an integer")
-    if not -(1 << 63) <= value < 1 << 63:
+    number = int(value)
+    if not -(1 << 63) <= number < 1 << 63:
         raise InvalidValueError(f"{name} must fit in 64 bits")
-    return int(value)
+    return number

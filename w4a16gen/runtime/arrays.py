@@ -1,4 +1,4 @@
-"""Arrays of any library, on the host or on a GPU, seen through the interfaces that they share."""
+"""Arrays of any library, on the host or on a GPU, read through the interfaces that they share."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from w4a16gen.errors import InvalidValueError
+from w4a16gen.errors import InvalidValueError, NoHopperGpuError
+from w4a16gen.kernels.integers import integer
+from w4a16gen.weights.host import host_array, is_tensor
 
 _DLPACK_CUDA = (2, 13)
 """DLPack device types for GPU memory: kDLCUDA and kDLCUDAManaged."""
 _DLPACK_KINDS = {0: "i", 1: "u", 2: "f"}
+_READ_ONLY = "is read-only: pass an array that can be written"
 
 
 class ArrayView(NamedTuple):
@@ -27,6 +30,7 @@ class ArrayView(NamedTuple):
     """The GPU that holds it; -1 for host memory, None for an empty array."""
     contiguous: bool
     owner: Any
+    read_only: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -35,23 +39,30 @@ class ArrayView(NamedTuple):
 
 
 class DeviceArray:
-    """A contiguous array in GPU memory, for programs without torch or CuPy; freed with its last reference."""
+    """A contiguous array in GPU memory, for programs without torch or CuPy; freed with its last reference.
+
+    Torch, CuPy and numba read it through `__cuda_array_interface__`.
+    """
 
     def __init__(self, module: Any, shape: tuple[int, ...], dtype: npt.DTypeLike, device: int = 0) -> None:
-        """Allocate without initialising."""
+        """Allocate without initialising.
+
+        Raises:
+            CudaError: if the GPU has no memory left.
+        """
         self.shape = shape
         self.dtype = np.dtype(dtype)
         self.buffer = module.DeviceBuffer(math.prod(shape) * self.dtype.itemsize, device)
 
     @classmethod
     def from_host(cls, module: Any, array: npt.NDArray[Any], device: int = 0) -> DeviceArray:
-        """Allocate and copy; returns when the copy is done."""
+        """Allocate and copy; return when the copy is done."""
         result = cls(module, array.shape, array.dtype, device)
         result.buffer.upload(np.ascontiguousarray(array))
         return result
 
     def to_host(self) -> npt.NDArray[Any]:
-        """Copy back, after the default stream's work; work on other streams must be synchronised first."""
+        """Copy back, after the default stream's work. Synchronise other streams first."""
         result = np.empty(self.shape, self.dtype)
         self.buffer.download(result)
         return result
@@ -73,27 +84,39 @@ class DeviceArray:
         }
 
 
+def upload(module: Any, name: str, value: Any, device: Any, devices: set[int]) -> DeviceArray:
+    """Copy an array of numbers from the host to a GPU; return when the copy is done.
+
+    Raises:
+        InvalidValueError: if it is no array in host memory, or the device is no integer.
+        NoHopperGpuError: if there is no such GPU.
+    """
+    index = integer("device", device)
+    if index not in devices:
+        raise NoHopperGpuError(f"there is no CUDA device {index} on this machine")
+    array = host_array(name, value, must_be="a dtype of numpy")
+    if array.dtype.kind == "V":
+        raise InvalidValueError(f"{name} of dtype {array.dtype} must be an array of plain numbers")
+    return DeviceArray.from_host(module, array, index)
+
+
 def is_on_gpu(array: Any) -> bool:
-    """Whether an array is a torch tensor in GPU memory, or offers such memory through one of the two interfaces."""
+    """Return whether an array is a torch tensor in GPU memory, or offers such memory through an interface."""
     if isinstance(array, np.ndarray):
         return False
-    if _is_tensor(array):
+    if is_tensor(array):
         return bool(array.is_cuda)
     if getattr(array, "__cuda_array_interface__", None) is not None:
         return True
-    device = getattr(array, "__dlpack_device__", None)
-    return device is not None and device()[0] in _DLPACK_CUDA
-
-
-def _is_tensor(array: Any) -> bool:
-    """Whether an array is torch's; without importing torch, which then cannot have made it."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(array, torch.Tensor)
+    try:
+        return array.__dlpack_device__()[0] in _DLPACK_CUDA
+    except Exception:  # noqa: BLE001  (not an array, or one of a library that may raise anything)
+        return False
 
 
 @cache
 def _typestr(dtype: Any) -> str:
-    """Give a torch dtype as `__cuda_array_interface__` writes it, or its name if that has none, such as bfloat16."""
+    """Return a torch dtype as `__cuda_array_interface__` writes it, or its name if that has none, such as bfloat16."""
     name = str(dtype).removeprefix("torch.")
     try:
         return np.dtype(name).str
@@ -101,24 +124,33 @@ def _typestr(dtype: Any) -> str:
         return name
 
 
-def _view_tensor(name: str, tensor: Any) -> ArrayView:
-    """See a torch tensor, in a fraction of the time that its `__cuda_array_interface__` takes, built at each access.
+def refuse_gradients(name: str, tensor: Any) -> None:
+    """Raise if gradients would have to flow through a tensor.
 
     Raises:
-        InvalidValueError: if gradients would have to flow through it.
+        InvalidValueError: naming the ways out.
     """
     if tensor.requires_grad and sys.modules["torch"].is_grad_enabled():
         raise InvalidValueError(
             f"{name} requires gradients, which these kernels do not compute: call within torch.no_grad() or "
             "torch.inference_mode(), or pass a detached tensor"
         )
+
+
+def _view_tensor(name: str, tensor: Any) -> ArrayView:
+    """Read a torch tensor's attributes: `__cuda_array_interface__` is built at each access and takes longer.
+
+    Raises:
+        InvalidValueError: if gradients would have to flow through it.
+    """
+    refuse_gradients(name, tensor)
     return ArrayView(
         tensor.data_ptr(), tensor.shape, _typestr(tensor.dtype), tensor.get_device(), tensor.is_contiguous(), tensor
     )
 
 
 def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...] | None) -> bool:
-    """Whether strides, counted in values, are those of a row-major array."""
+    """Return whether strides, counted in values, are those of a row-major array."""
     expected = 1
     for size, stride in zip(reversed(shape), reversed(strides or ()), strict=False):
         if size != 1 and stride != expected:
@@ -128,38 +160,47 @@ def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...] | None) -> b
 
 
 def view(name: str, array: Any, module: Any) -> ArrayView:
-    """See a torch tensor, or any GPU array through `__cuda_array_interface__` or `__dlpack__`.
+    """Read where a GPU array is and what it holds.
 
     Args:
         name: what messages call the array.
-        array: the array.
+        array: a torch tensor, or any array with `__cuda_array_interface__` or `__dlpack__`.
         module: the built pybind11 module.
 
     Raises:
         InvalidValueError: if it is not a GPU array.
     """
-    if _is_tensor(array) and array.is_cuda:
+    if is_tensor(array) and array.is_cuda:
         return _view_tensor(name, array)
-    interface = None if _is_tensor(array) else getattr(array, "__cuda_array_interface__", None)
-    if interface is not None:
-        pointer, shape = interface["data"][0] or 0, tuple(interface["shape"])
-        dtype: str = interface["typestr"]
-        strides = interface.get("strides")
-        counted = None if strides is None else tuple(stride // np.dtype(dtype).itemsize for stride in strides)
-        device = module.pointer_device(pointer) if pointer else None  # an empty array is nowhere
-        owner = array
-    elif is_on_gpu(array):
-        owner = array.__dlpack__(stream=-1)
-        pointer, shape, counted, (code, bits, lanes), device = module.dlpack_view(owner)
-        kind = _DLPACK_KINDS.get(code)
-        dtype = np.dtype(f"{kind}{bits // 8}" if kind is not None and lanes == 1 else "V1").str
-    else:
+    if is_tensor(array) or not is_on_gpu(array):
         raise InvalidValueError(
-            f"{name} is a {type(array).__name__} in host memory, but the other arrays are on a GPU: move it with "
+            f"{name} of type {type(array).__name__} must be on a GPU like the other arrays: move it with "
             "w4a16gen.to_device, or keep all on the host to run the numpy reference"
         )
-    contiguous = counted is None or _is_contiguous(shape, counted)
-    return ArrayView(pointer, shape, dtype, device, contiguous, (array, owner))
+    interface = getattr(array, "__cuda_array_interface__", None)
+    try:
+        return _view_dlpack(array, module) if interface is None else _view_interface(array, interface, module)
+    except Exception as error:  # noqa: BLE001  (an interface of another library may hold or raise anything)
+        raise InvalidValueError(f"{name} of type {type(array).__name__} cannot be read as an array: {error}") from None
+
+
+def _view_interface(array: Any, interface: dict[str, Any], module: Any) -> ArrayView:
+    (pointer, read_only), shape = interface["data"], tuple(map(int, interface["shape"]))
+    if interface.get("mask") is not None:
+        raise TypeError("it is masked, but every value counts")
+    dtype: str = interface["typestr"]
+    strides = interface.get("strides")
+    counted = None if strides is None else tuple(stride // np.dtype(dtype).itemsize for stride in strides)
+    device = module.pointer_device(pointer) if pointer else None  # an empty array is nowhere
+    return ArrayView(pointer or 0, shape, dtype, device, _is_contiguous(shape, counted), array, bool(read_only))
+
+
+def _view_dlpack(array: Any, module: Any) -> ArrayView:
+    owner = array.__dlpack__(stream=-1)
+    pointer, shape, strides, (code, bits, lanes), device = module.dlpack_view(owner)
+    kind = _DLPACK_KINDS.get(code)
+    dtype = np.dtype(f"{kind}{bits // 8}" if kind is not None and lanes == 1 else "V1").str
+    return ArrayView(pointer, shape, dtype, device, _is_contiguous(shape, strides), (array, owner))
 
 
 def _dtype_name(typestr: str) -> str:
@@ -169,8 +210,16 @@ def _dtype_name(typestr: str) -> str:
         return typestr
 
 
-def check(name: str, seen: ArrayView, *, dtype: str, shape: tuple[int, ...], device: int | None = None) -> None:
-    """Raise unless an array has this dtype and shape, is contiguous and on the device.
+def check(
+    name: str,
+    seen: ArrayView,
+    *,
+    dtype: str,
+    shape: tuple[int, ...],
+    device: int | None = None,
+    written: bool = False,
+) -> None:
+    """Raise unless an array has this dtype and shape, is contiguous, on the device, and writable if it is written.
 
     Raises:
         InvalidValueError: naming what is off and what it must be.
@@ -182,13 +231,60 @@ def check(name: str, seen: ArrayView, *, dtype: str, shape: tuple[int, ...], dev
     if not seen.contiguous:
         raise InvalidValueError(f"{name} must be contiguous, row-major: make a contiguous copy")
     if seen.device == -1:
-        raise InvalidValueError(f"{name} offers a pointer to host memory as GPU memory: move it to the GPU")
+        raise InvalidValueError(f"{name} must be in GPU memory, but its pointer is to host memory: move it to the GPU")
     if None not in (device, seen.device) and seen.device != device:
-        raise InvalidValueError(f"{name} is on GPU {seen.device}, but the packed weight is on GPU {device}")
+        raise InvalidValueError(f"{name} on GPU {seen.device} must be on GPU {device}, like the packed weight")
+    if written and seen.read_only:
+        raise InvalidValueError(f"{name} {_READ_ONLY}")
+
+
+def check_activations_shape(shape: tuple[int, ...], k: int) -> None:
+    """Raise unless activations are [m, k].
+
+    Raises:
+        InvalidValueError: naming the shape and a way out.
+    """
+    if len(shape) != 2 or shape[1] != k:  # noqa: PLR2004
+        hint = ""
+        if len(shape) > 2 and shape[-1] == k:  # noqa: PLR2004
+            hint = f": pass a.reshape(-1, {k})"
+        elif len(shape) == 1 and shape[0] == k:
+            hint = ": for one token, pass a[None]"
+        elif len(shape) == 2 and shape[0] == k:  # noqa: PLR2004
+            hint = ": they look transposed"
+        raise InvalidValueError(f"activations of shape {list(shape)} must be [m, {k}]{hint}")
+
+
+def host_operand(name: str, array: Any, *, written: bool = False) -> npt.NDArray[Any]:
+    """Return a numpy array, or a torch tensor in host memory, as the fp16 numpy array that shares its memory.
+
+    Raises:
+        InvalidValueError: if it is anything else, or may not be written though it must.
+    """
+    if is_tensor(array):
+        refuse_gradients(name, array)
+        if str(array.dtype) != "torch.float16":
+            raise InvalidValueError(f"{name} of dtype {str(array.dtype).removeprefix('torch.')} must be float16")
+        array = host_array(name, array)
+    if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
+        raise InvalidValueError(
+            f"{name} of type {type(array).__name__} must be a numpy array or a torch tensor, all on the host or all on "
+            "one GPU"
+        )
+    if array.dtype != np.float16:
+        raise InvalidValueError(f"{name} of dtype {array.dtype} must be float16")
+    if written and not array.flags.writeable:
+        raise InvalidValueError(f"{name} {_READ_ONLY}")
+    return np.asarray(array)
+
+
+def like_operand(result: npt.NDArray[Any], array: Any) -> Any:
+    """Return a result as a torch tensor if the array is one, without a copy."""
+    return sys.modules["torch"].from_numpy(result) if is_tensor(array) else result
 
 
 def stream_pointer(stream: Any, array: Any) -> int:
-    """Give a CUDA stream's address.
+    """Return a CUDA stream's address.
 
     Args:
         stream: an int, an object with `cuda_stream` or `ptr` or `pointer` or `__cuda_stream__`, or None for the stream
@@ -199,34 +295,59 @@ def stream_pointer(stream: Any, array: Any) -> int:
         InvalidValueError: if it is none of these.
     """
     if stream is None:
-        return _torch_stream(array.get_device()) if _is_tensor(array) else 0
-    if isinstance(stream, int):
-        return stream
+        return torch_stream(array.get_device()) if is_tensor(array) else 0
+    try:
+        address = integer("stream", _raw_stream(stream))
+    except Exception:  # noqa: BLE001  (attributes of a foreign object may raise anything)
+        address = -1
+    if address < 0:
+        raise InvalidValueError(f"stream of type {type(stream).__name__} must be a CUDA stream object or its address")
+    return address
+
+
+def _raw_stream(stream: Any) -> Any:
     protocol = getattr(stream, "__cuda_stream__", None)
     if protocol is not None:
-        return int((protocol() if callable(protocol) else protocol)[1])
+        return (protocol() if callable(protocol) else protocol)[1]
     for attribute in ("cuda_stream", "ptr", "pointer"):
         if hasattr(stream, attribute):
-            return int(getattr(stream, attribute))
-    raise InvalidValueError(f"stream of type {type(stream).__name__} must be an int or a CUDA stream object")
+            return getattr(stream, attribute)
+    return stream
 
 
-def _torch_stream(device: int) -> int:
-    """Give the address of torch's current stream on a GPU."""
+def torch_stream(device: int) -> int:
+    """Return the address of torch's current stream on a GPU."""
     torch = sys.modules["torch"]
     raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # noqa: SLF001  (makes no stream object)
     return int(torch.cuda.current_stream(device).cuda_stream if raw is None else raw(device))
 
 
-def record_stream(tensor: Any, stream: int) -> None:
-    """Tell torch's allocator that a stream other than its current one uses a tensor."""
+def is_torchs_stream(array: Any, stream: int) -> bool:
+    """Return whether an array is a torch tensor and a stream is the one that torch works on."""
+    return is_tensor(array) and stream == torch_stream(array.get_device())
+
+
+def empty_like_library(
+    array: Any, module: Any, shape: tuple[int, ...], dtype: str, device: int, *, stream: int | None = None
+) -> Any:
+    """Allocate beside an array: a torch tensor for a torch tensor, else a DeviceArray.
+
+    Torch hands out memory in the order of one stream. The stream that will write it must be that one: memory that
+    earlier kernels of another stream still read would be overwritten.
+
+    Args:
+        array: the array.
+        module: the built pybind11 module.
+        shape: shape to allocate.
+        dtype: `<f2` or `|u1`.
+        device: the GPU.
+        stream: address of the stream that will write; None is torch's current one.
+    """
+    if not is_tensor(array):
+        return DeviceArray(module, shape, dtype, device)
     torch = sys.modules["torch"]
-    tensor.record_stream(torch.cuda.ExternalStream(stream, device=tensor.device))
-
-
-def empty_like_library(array: Any, module: Any, shape: tuple[int, ...], dtype: str, device: int) -> Any:
-    """Allocate beside an array: a torch tensor for a torch tensor, else a DeviceArray, or None without a module."""
-    if _is_tensor(array):
-        torch = sys.modules["torch"]
-        return array.new_empty(shape, dtype=torch.float16 if dtype == "<f2" else torch.uint8)
-    return None if module is None else DeviceArray(module, shape, dtype, device)
+    kind = torch.float16 if dtype == "<f2" else torch.uint8
+    if stream is None or is_torchs_stream(array, stream):
+        return array.new_empty(shape, dtype=kind)
+    with torch.cuda.stream(torch.cuda.ExternalStream(stream, device=array.device)):
+        return array.new_empty(shape, dtype=kind)

@@ -113,5 +113,11 @@ def _kernel_info(described: dict[str, Any]) -> KernelInfo:
 
 
 def numbers_of(problem: Problem) -> tuple[int, int, int, int]:
-    """Return a problem as the library takes it: m, n, k, group size."""
+    """Return a problem as the library takes it: m, n, k, group size.
+
+    Raises:
+        InvalidValueError: if it is not a Problem.
+    """
+    if not isinstance(problem, Problem):
+        raise InvalidValueError(f"problem of type {type(problem).__name__} must be a Problem(m, n, k, group_size)")
     return problem.m, problem.n, problem.k, problem.group_size

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import weakref
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from w4a16gen.choose.overrides import is_in_block
 from w4a16gen.errors import InvalidValueError
@@ -12,12 +16,14 @@ from w4a16gen.kernels.config import KernelConfig, Target
 from w4a16gen.kernels.problem import Problem
 from w4a16gen.runtime.bindings import Bindings
 from w4a16gen.weights.packed import TARGET_LAYOUTS, PackedWeight
+from w4a16gen.weights.quantized import QuantizedWeight
 
 LAYOUT_TARGETS: dict[str, Target] = {layout: target for target, layout in TARGET_LAYOUTS.items()}
 """The kernel family that reads each layout."""
+_FLOAT_MAX = float(np.finfo(np.float32).max)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GemmOptions:
     """Everything of a call of `gemm` beside its activations and weight; see `Library.gemm`."""
 
@@ -33,6 +39,50 @@ class GemmOptions:
     def may_repeat(self) -> bool:
         """Whether a call like this one may take the fast path."""
         return self.config is None and self.workspace is None and self.stream is None
+
+    def scalars(self) -> tuple[float, KernelConfig | None, bool]:
+        """Return alpha, the kernel and whether the launch is dependent, checked.
+
+        Raises:
+            InvalidValueError: if one of them is not what it must be.
+        """
+        kernel = None if self.config is None else KernelConfig.of(self.config)
+        if not isinstance(self.dependent_launch, (bool, np.bool_)):
+            raise InvalidValueError(
+                f"dependent_launch of type {type(self.dependent_launch).__name__} must be True or False"
+            )
+        return checked_alpha(self.alpha), kernel, bool(self.dependent_launch)
+
+
+def checked_alpha(alpha: Any) -> float:
+    """Return alpha as the kernels take it.
+
+    Raises:
+        InvalidValueError: if it is anything but one finite or infinite number that fp32 holds.
+    """
+    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
+        raise InvalidValueError(f"alpha of type {type(alpha).__name__} must be one finite or infinite float")
+    try:
+        value = float(alpha)
+    except OverflowError:
+        raise InvalidValueError("alpha must fit in fp32: scale the weight instead") from None
+    if math.isnan(value):
+        raise InvalidValueError("alpha of nan must be one finite or infinite float")
+    if math.isfinite(value) and abs(value) > _FLOAT_MAX:
+        raise InvalidValueError(f"alpha of {value:.4g} must fit in fp32: scale the weight instead")
+    return value
+
+
+def checked_weight(w: Any) -> PackedWeight:
+    """Return the weight of a call.
+
+    Raises:
+        InvalidValueError: if it is not a packed weight; the text says how to get one.
+    """
+    if isinstance(w, PackedWeight):
+        return w
+    way_out = "w4a16gen.pack_weight(w)" if isinstance(w, QuantizedWeight) else "w4a16gen.pack(q, scales)"
+    raise InvalidValueError(f"w of type {type(w).__name__} must be a PackedWeight: pass {way_out}")
 
 
 class Launch(NamedTuple):
@@ -53,13 +103,13 @@ class CallCache:
     """
 
     def __init__(self, bindings: Bindings) -> None:
-        """Begin without any known call."""
+        """Start with no call to repeat."""
         self._bindings = bindings
         self._calls: dict[int, tuple[weakref.ref[PackedWeight], Any]] = {}
-        """By the id of a packed weight, until that weight is gone."""
+        """By the id of a packed weight, until that weight is freed."""
 
     def has(self, w: PackedWeight) -> bool:
-        """Whether some call with this weight can be repeated."""
+        """Return whether some call with this weight can be repeated."""
         return id(w) in self._calls
 
     def add(self, w: PackedWeight, launch: Launch, device: int) -> None:
@@ -99,5 +149,5 @@ def check_weight(kernel: KernelConfig, w: PackedWeight) -> None:
     if w.layout != TARGET_LAYOUTS[kernel.target]:
         raise InvalidValueError(
             f"the weight is packed as {w.layout}, but {kernel.name} reads {TARGET_LAYOUTS[kernel.target]}: "
-            "pack it for that target"
+            f'pack it with target="{kernel.target}"'
         )

@@ -1,4 +1,4 @@
-"""The functions that most programs need: load the default build, move arrays, multiply."""
+"""The functions that most programs need: load the default build, pack, move arrays, multiply."""
 
 from __future__ import annotations
 
@@ -6,31 +6,42 @@ import importlib.util
 import os
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
+import numpy.typing as npt
 
-from w4a16gen.errors import InvalidValueError, UnsupportedProblemError
+from w4a16gen.errors import InvalidValueError, NotBuiltError, UnsupportedProblemError
 from w4a16gen.kernels.config import KernelConfig, Target
 from w4a16gen.kernels.problem import Problem, why_cannot_run
-from w4a16gen.runtime.arrays import is_on_gpu
+from w4a16gen.runtime.arrays import (
+    DeviceArray,
+    check_activations_shape,
+    host_operand,
+    is_on_gpu,
+    like_operand,
+)
 from w4a16gen.runtime.artifact import MANIFEST, WHEEL_PACKAGE, load_build
-from w4a16gen.runtime.calls import GemmOptions, check_weight
+from w4a16gen.runtime.calls import GemmOptions, check_weight, checked_weight
 from w4a16gen.runtime.library import Library
 from w4a16gen.weights import packed as packing
-from w4a16gen.weights.packed import LAYOUTS, PackedWeight
+from w4a16gen.weights.packed import PackedWeight
 from w4a16gen.weights.reference import gemm_reference
+from w4a16gen.weights.storage import as_path
+
+if TYPE_CHECKING:
+    from w4a16gen.runtime.typing import GpuArray, OutT, TensorT
 
 BUILD_FOLDER_VARIABLE = "W4A16GEN_BUILD_DIR"
 
 
 def default_build_folder() -> Path:
-    """Give the folder that builds go to and are loaded from: W4A16GEN_BUILD_DIR, or `build` in the current folder."""
+    """Return the folder that builds go to and are loaded from: W4A16GEN_BUILD_DIR, or `build` in the current folder."""
     return Path(os.environ.get(BUILD_FOLDER_VARIABLE) or "build")
 
 
 def _folder_to_load() -> Path:
-    """Give the default folder, or that of an installed wheel of kernels if there is no build in it."""
+    """Return the default folder, or that of an installed wheel of kernels if there is no build in it."""
     folder = default_build_folder()
     if os.environ.get(BUILD_FOLDER_VARIABLE) or (folder / MANIFEST).exists():
         return folder
@@ -41,18 +52,30 @@ def _folder_to_load() -> Path:
 
 
 def load(folder: Path | str | None = None) -> Library:
-    """Load a finished build; the same library is loaded once per process.
+    """Load a finished build. The same build is loaded once per process.
+
+    A build is code: load only folders whose writers you trust.
 
     Args:
         folder: the build's folder; None takes W4A16GEN_BUILD_DIR, or `build` in the current folder, or an installed
-            wheel of kernels. Functions that use
-            the default build look for it when they first need it, and again when this is called without a folder.
+            wheel of kernels. Functions that use the default build look for it when they first need it, and again when
+            this is called without a folder.
+
+    Returns:
+        The loaded library. A folder that was built again since gives a new one.
 
     Raises:
+        InvalidValueError: if the folder is neither text nor a path.
         NotBuiltError: if there is no usable build in the folder.
+
+    Example:
+        >>> import w4a16gen
+        >>> library = w4a16gen.load("build")  # doctest: +SKIP
+        >>> print(library.configs()[0])  # doctest: +SKIP
+        w4a16_sm90_native_cs_cta64x8x128_cluster1x1x1_warps8_persistent
     """
     if folder is not None:
-        return _load_from(Path(folder))
+        return _load_from(as_path("folder", folder))
     _InUse.library = _load_from(_folder_to_load())
     return _InUse.library
 
@@ -68,7 +91,10 @@ def _library_in_use() -> Library:
 
 
 def _load_from(folder: Path) -> Library:
-    build = load_build(folder)
+    try:
+        build = load_build(folder)
+    except OSError as error:
+        raise NotBuiltError(f"No build can be read in {folder}: {error.strerror}. Run `w4a16gen build`.") from None
     return _load(build.folder.resolve(), build.manifest.link_digest, build.manifest.library_sha256)
 
 
@@ -78,12 +104,47 @@ def _load(folder: Path, _link_digest: str, _library_sha256: str) -> Library:
 
 
 def configs() -> list[KernelConfig]:
-    """Give the kernels of the default build, sorted; see `load`."""
+    """Return the kernels of the default build, sorted; see `load`.
+
+    Raises:
+        NotBuiltError: if there is no usable build.
+
+    Example:
+        >>> import w4a16gen
+        >>> [config.name for config in w4a16gen.configs()]  # doctest: +SKIP
+        ['w4a16_sm90_native_cs_cta64x8x128_cluster1x1x1_warps8_persistent', ...]
+    """
     return _library_in_use().configs()
 
 
+@overload
+def to_device(value: PackedWeight, device: int = 0) -> PackedWeight: ...
+
+
+@overload
+def to_device(value: npt.NDArray[Any], device: int = 0) -> DeviceArray: ...
+
+
 def to_device(value: Any, device: int = 0) -> Any:
-    """Copy a numpy array or a packed weight to a GPU, with the default build's module; see `Library.to_device`."""
+    """Copy a packed weight, or an array, from the host to a GPU, through the default build's module.
+
+    Args:
+        value: a PackedWeight, a numpy array, or a torch tensor in host memory.
+        device: the CUDA device number.
+
+    Returns:
+        A PackedWeight for a packed weight, else a DeviceArray. Torch and CuPy read both without a copy.
+
+    Raises:
+        InvalidValueError: if it is no array, or on a GPU already.
+        NoHopperGpuError: if there is no such GPU.
+        NotBuiltError: if there is no usable build.
+
+    Example:
+        >>> import w4a16gen
+        >>> packed = w4a16gen.PackedWeight.load("layer.safetensors")  # doctest: +SKIP
+        >>> on_gpu = w4a16gen.to_device(packed)  # doctest: +SKIP
+    """
     return _library_in_use().to_device(value, device)
 
 
@@ -92,17 +153,22 @@ def pack(
     scales: Any,
     zeros: Any = None,
     *,
+    zero_points: Any = None,
     group_size: int | None = None,
-    target: Target = Target.NATIVE,
+    target: Target | str = Target.NATIVE,
 ) -> PackedWeight:
-    """Pack a canonical weight for the kernels of a target, where it is: on the host, or on a GPU.
+    """Pack a weight that is quantised already, for the kernels of a target, on the host or on a GPU.
+
+    The weight is (q - 8) * scale + zero. GPTQ's and AWQ's (q - zero point) * scale is the same with
+    zero = (8 - zero point) * scale: pass `zero_points`, and the zeros are computed, rounded once to fp16.
 
     Args:
         q: integers of 0 to 15, [n, k], output channels first; uint8 on a GPU.
         scales: fp16 [n] for per-column mode, or [k / group_size, n].
         zeros: fp16 [k / group_size, n], (8 - zero point) * scale, or None.
+        zero_points: integers of 0 to 15, [k / group_size, n], in place of the zeros; or None.
         group_size: values of K per scale; None takes k / rows of the scales.
-        target: the kernel family that will read it; on a GPU only `native`.
+        target: the kernel family that will read it, `native` or `cutlass`; on a GPU only `native`.
 
     Returns:
         The packed weight in the memory that q is in; `to_device` moves it from the host to a GPU.
@@ -110,12 +176,82 @@ def pack(
     Raises:
         InvalidValueError: if a dtype, a shape or a value is off, or the target packs on the host only.
         NotBuiltError: if q is on a GPU and no native kernel of the mode is built.
+
+    Example:
+        >>> import numpy as np
+        >>> import w4a16gen
+        >>> q = np.full((64, 256), 9, np.uint8)
+        >>> scales = np.full((2, 64), 0.5, np.float16)
+        >>> packed = w4a16gen.pack(q, scales, zero_points=np.full((2, 64), 7))
+        >>> float(w4a16gen.gemm(np.ones((1, 256), np.float16), packed)[0, 0])
+        256.0
     """
+    family = Target.parse(target)
     if not is_on_gpu(q):
-        return packing.pack(q, scales, zeros, group_size=group_size, target=target)
-    if target is not Target.NATIVE:
-        raise InvalidValueError(f"weights for target {target} are packed on the host only: copy q there")
-    return _library_in_use().pack(q, scales, zeros, group_size=group_size)
+        return packing.pack(q, scales, zeros, zero_points=zero_points, group_size=group_size, target=family)
+    if family is not Target.NATIVE:
+        raise InvalidValueError(f"weights for target {family} are packed on the host only: copy q there")
+    return _library_in_use().pack(q, scales, zeros, zero_points=zero_points, group_size=group_size)
+
+
+@overload
+def gemm(
+    a: npt.NDArray[np.float16],
+    w: PackedWeight,
+    *,
+    bias: npt.NDArray[np.float16] | None = None,
+    alpha: float = 1.0,
+    config: KernelConfig | str | None = None,
+    out: npt.NDArray[np.float16] | None = None,
+    workspace: None = None,
+    stream: None = None,
+    dependent_launch: bool = False,
+) -> npt.NDArray[np.float16]: ...
+
+
+@overload
+def gemm(
+    a: TensorT,
+    w: PackedWeight,
+    *,
+    bias: TensorT | None = None,
+    alpha: float = 1.0,
+    config: KernelConfig | str | None = None,
+    out: TensorT | None = None,
+    workspace: Any = None,
+    stream: Any = None,
+    dependent_launch: bool = False,
+) -> TensorT: ...
+
+
+@overload
+def gemm(
+    a: GpuArray,
+    w: PackedWeight,
+    *,
+    bias: Any = None,
+    alpha: float = 1.0,
+    config: KernelConfig | str | None = None,
+    out: None = None,
+    workspace: Any = None,
+    stream: Any = None,
+    dependent_launch: bool = False,
+) -> DeviceArray: ...
+
+
+@overload
+def gemm(
+    a: GpuArray,
+    w: PackedWeight,
+    *,
+    bias: Any = None,
+    alpha: float = 1.0,
+    config: KernelConfig | str | None = None,
+    out: OutT,
+    workspace: Any = None,
+    stream: Any = None,
+    dependent_launch: bool = False,
+) -> OutT: ...
 
 
 def gemm(
@@ -132,54 +268,69 @@ def gemm(
 ) -> Any:
     """Compute C[m, n] = alpha * A[m, k] x W[k, n] + bias.
 
-    On GPU arrays this launches a kernel of the default build: see `Library.gemm`. On numpy arrays it runs the numpy
-    reference (float64, rounded once to fp16), on any machine and without a build, so that programs and tests run
-    anywhere.
+    On arrays in GPU memory this launches a kernel of the default build and returns without waiting for it. On arrays
+    in host memory, numpy's or torch's, it runs the numpy reference (float64, rounded once to fp16) behind the same
+    checks, on any machine and without a build; workspace, stream and dependent_launch have no effect there.
+
+    Args:
+        a: activations, fp16 [m, k], row-major.
+        w: the packed weight, in the same memory.
+        bias: fp16 [n] in the same memory, or None.
+        alpha: factor of the product, one finite or infinite number that fp32 holds.
+        config: the kernel, or its name; None chooses one.
+        out: fp16 [m, n] to write into; None allocates.
+        workspace: uint8 array of at least `Library.workspace_bytes`; None allocates it for the call, in stream order.
+        stream: a CUDA stream object or address; None is torch's current stream for torch tensors, else the default.
+        dependent_launch: let the kernel start while those before it on the stream still run; see `Library.gemm`.
+
+    Returns:
+        `out` if it was passed. Otherwise a new array: a torch tensor for a torch tensor, a numpy array for a numpy
+        array, else a DeviceArray.
 
     Raises:
         InvalidValueError: if the arrays do not fit together, or some are on the host and some on a GPU.
+        UnsupportedProblemError: if the kernel, or every kernel, cannot run the problem.
         NotBuiltError: if the arrays are on a GPU and nothing is built.
+        NoHopperGpuError: if the arrays are on another kind of GPU.
+        CudaError: if the launch fails.
+
+    Example:
+        >>> import numpy as np
+        >>> import w4a16gen
+        >>> packed = w4a16gen.pack_weight(w4a16gen.quantize(np.eye(64, 256), group_size=128))
+        >>> w4a16gen.gemm(np.ones((4, 256), np.float16), packed, alpha=2.0)[0, :3]
+        array([2., 2., 2.], dtype=float16)
     """
     library = _InUse.library
     if library is not None and config is None and workspace is None and stream is None:
         repeated = library.calls.try_fast_path(a, w, bias, out, alpha, dependent_launch)
         if repeated is not None:
             return repeated
-    if is_on_gpu(a) or is_on_gpu(w.data):
-        options = GemmOptions(bias, alpha, config, out, workspace, stream, dependent_launch)
+    options = GemmOptions(bias, alpha, config, out, workspace, stream, dependent_launch)
+    if is_on_gpu(a) or is_on_gpu(checked_weight(w).data):
         return (library or load()).run_call(a, w, options)
-    return _gemm_on_host(a, w, bias, alpha, config, out)
+    return _gemm_on_host(a, checked_weight(w), options)
 
 
-def _gemm_on_host(a: Any, w: PackedWeight, bias: Any, alpha: float, config: KernelConfig | str | None, out: Any) -> Any:
+def _gemm_on_host(a: Any, w: PackedWeight, options: GemmOptions) -> Any:
     """Run the reference behind the checks that a kernel would make."""
-    m = a.shape[0] if getattr(a, "ndim", 0) == 2 else "m"  # noqa: PLR2004
-    _check_host("activations", a, (m, w.k))
-    if bias is not None:
-        _check_host("bias", bias, (w.n,))
-    if out is not None:
-        _check_host("output", out, (m, w.n))
-    if w.layout not in LAYOUTS:
-        raise InvalidValueError(f"the weight is packed as {w.layout!r}, which is not one of {', '.join(LAYOUTS)}")
-    if config is not None:
-        kernel = KernelConfig.parse(config) if isinstance(config, str) else config
+    alpha, kernel, _ = options.scalars()
+    activations = host_operand("activations", a)
+    check_activations_shape(activations.shape, w.k)
+    shape = activations.shape[0], w.n
+    bias = None if options.bias is None else host_operand("bias", options.bias)
+    out = None if options.out is None else host_operand("output", options.out, written=True)
+    for name, array, wanted in (("bias", bias, (w.n,)), ("output", out, shape)):
+        if array is not None and array.shape != wanted:
+            raise InvalidValueError(f"{name} of shape {list(array.shape)} must be {list(wanted)}")
+    if kernel is not None:
         check_weight(kernel, w)
-        reason = why_cannot_run(kernel, Problem(a.shape[0], w.n, w.k, w.group_size))
+        reason = why_cannot_run(kernel, Problem(*shape, w.k, w.group_size))
         if reason is not None:
             raise UnsupportedProblemError(reason)
-    with np.errstate(over="ignore"):  # beyond 65504 is infinity, as on the GPU
-        result = gemm_reference(a, w.unpack(), alpha=alpha, bias=bias).astype(np.float16)
+    with np.errstate(over="ignore", invalid="ignore"):  # beyond 65504 is infinity, as on the GPU
+        result = gemm_reference(activations, w.unpack(), alpha=alpha, bias=bias).astype(np.float16)
     if out is None:
-        return result
+        return like_operand(result, a)
     out[...] = result
-    return out
-
-
-def _check_host(name: str, array: Any, shape: tuple[Any, ...]) -> None:
-    """Raise unless an array is numpy, fp16 and of this shape."""
-    if not isinstance(array, np.ndarray):
-        raise InvalidValueError(f"{name} of type {type(array).__name__} must be a numpy array, or all be on one GPU")
-    if array.dtype != np.float16:
-        raise InvalidValueError(f"{name} of dtype {array.dtype} must be float16")
-    if array.shape != shape:
-        raise InvalidValueError(f"{name} of shape {list(array.shape)} must be [{', '.join(map(str, shape))}]")
+    return options.out

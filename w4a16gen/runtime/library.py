@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any
-
-import numpy as np
+from typing import Any, overload
 
 from w4a16gen.choose.chooser import Choice, Chooser
 from w4a16gen.choose.overrides import kernels_in_use
@@ -13,17 +12,30 @@ from w4a16gen.choose.timing_table import TABLE
 from w4a16gen.errors import InvalidValueError, NoHopperGpuError, NotBuiltError
 from w4a16gen.kernels.config import KernelConfig, QuantMode, Target
 from w4a16gen.kernels.device import Device
+from w4a16gen.kernels.integers import integer
 from w4a16gen.kernels.problem import Problem
-from w4a16gen.runtime.arrays import DeviceArray, check, empty_like_library, record_stream, stream_pointer, view
+from w4a16gen.runtime.arrays import (
+    ArrayView,
+    DeviceArray,
+    check,
+    check_activations_shape,
+    empty_like_library,
+    is_on_gpu,
+    is_torchs_stream,
+    stream_pointer,
+    upload,
+    view,
+)
 from w4a16gen.runtime.artifact import Build
 from w4a16gen.runtime.bindings import Bindings, KernelInfo, numbers_of
-from w4a16gen.runtime.calls import LAYOUT_TARGETS, CallCache, GemmOptions, Launch, check_weight
+from w4a16gen.runtime.calls import LAYOUT_TARGETS, CallCache, GemmOptions, Launch, check_weight, checked_weight
 from w4a16gen.runtime.devices import first_hopper
-from w4a16gen.weights.layouts.fragments import TOO_WIDE_RANGE
-from w4a16gen.weights.packed import TARGET_LAYOUTS, PackedWeight
-from w4a16gen.weights.quantized import mode_and_group_size
+from w4a16gen.runtime.packing import GpuPacker
+from w4a16gen.weights.packed import PackedWeight
+from w4a16gen.weights.quantized import QuantizedWeight
 
 _LAUNCHES_KEPT = 1 << 16
+_MAX_SM_COUNT = 1 << 16
 
 
 class Library:
@@ -32,15 +44,24 @@ class Library:
     def __init__(self, build: Build) -> None:
         """Open the library of a finished build.
 
+        Args:
+            build: what `load_build` returned; `w4a16gen.load` takes a folder.
+
         Raises:
-            NotBuiltError: if it cannot be loaded, or holds other kernels than its manifest says.
+            InvalidValueError: if it is not a Build.
+            NotBuiltError: if it cannot be loaded.
         """
+        if not isinstance(build, Build):
+            raise InvalidValueError(
+                f"build of type {type(build).__name__} must be a Build: w4a16gen.load takes a folder"
+            )
         self.build = build
         self.bindings = Bindings(build)
         self.module = self.bindings.module
         """The pybind11 module: `Stream` and `DeviceBuffer` for programs without torch."""
         self.chooser = Chooser(build.content_hashes, build.folder / TABLE)
         self.calls = CallCache(self.bindings)
+        self._packer = GpuPacker(self.bindings)
         self._indices = {info.config: index for index, info in enumerate(self.kernels)}
         self._launch = lru_cache(maxsize=_LAUNCHES_KEPT)(self._plan_launch)
 
@@ -92,26 +113,39 @@ class Library:
             UnsupportedProblemError: if the kernel cannot run the problem.
             NoHopperGpuError: if the device is asked and is not a Hopper GPU.
         """
-        if sm_count is None and not self.devices():
-            raise NoHopperGpuError("no CUDA device: pass sm_count to ask for another machine's GPU")
-        return self.bindings.workspace_bytes(self.index_of(config), problem, sm_count or 0, device)
+        index = integer("device", device)
+        if sm_count is None:
+            if index not in {found.index for found in self.devices()}:
+                raise NoHopperGpuError(f"no CUDA device {index}: pass sm_count to ask for another machine's GPU")
+            return self.bindings.workspace_bytes(self.index_of(config), problem, 0, index)
+        count = integer("sm_count", sm_count)
+        if not 0 < count < _MAX_SM_COUNT:
+            raise InvalidValueError(f"sm_count of {count} must be at least 1 and below {_MAX_SM_COUNT}")
+        return self.bindings.workspace_bytes(self.index_of(config), problem, count, 0)
 
-    def index_of(self, config: KernelConfig) -> int:
+    def index_of(self, config: KernelConfig | str) -> int:
         """Return the number by which the library knows a kernel.
 
         Raises:
+            InvalidValueError: if it is no kernel.
             NotBuiltError: if the build does not hold it.
         """
+        kernel = KernelConfig.of(config)
         try:
-            return self._indices[config]
+            return self._indices[kernel]
         except KeyError:
             raise NotBuiltError(
-                f"{config.name} is not in {self.build.folder}: it holds {len(self._indices)} kernels, see "
+                f"{kernel.name} is not in {self.build.folder}: it holds {len(self._indices)} kernels, see "
                 "`w4a16gen list --built`"
             ) from None
 
     def choose(
-        self, problem: Problem, mode: QuantMode, *, target: Target | None = None, device: int | None = None
+        self,
+        problem: Problem,
+        mode: QuantMode | str,
+        *,
+        target: Target | str | None = None,
+        device: int | None = None,
     ) -> Choice:
         """Return the kernel that a call of `gemm` gets if it names none, and why.
 
@@ -122,32 +156,52 @@ class Library:
             device: the CUDA device number; None takes the first Hopper GPU, or none on a machine without one.
 
         Raises:
+            InvalidValueError: if an argument is of another type.
             NotBuiltError: if a kernel that `use_kernels` or W4A16GEN_KERNELS names is not built.
             UnsupportedProblemError: if none can run the problem.
         """
-        return self.chooser.choose(problem, mode, target=target, device=self._device(device))
+        numbers_of(problem)
+        family = None if target is None else Target.parse(target)
+        return self.chooser.choose(problem, QuantMode.parse(mode), target=family, device=self._device(device))
 
     def _device(self, index: int | None) -> Device | None:
         devices = self.devices()
         if index is None:
             return next((device for device in devices if device.is_hopper), None)
-        return next((device for device in devices if device.index == index), None)
+        number = integer("device", index)
+        return next((device for device in devices if device.index == number), None)
+
+    @overload
+    def to_device(self, value: PackedWeight, device: int = 0) -> PackedWeight: ...
+
+    @overload
+    def to_device(self, value: Any, device: int = 0) -> DeviceArray: ...
 
     def to_device(self, value: Any, device: int = 0) -> Any:
-        """Copy a numpy array, or a packed weight, to a GPU.
+        """Copy a numpy array, or a packed weight, to a GPU; see `w4a16gen.to_device`.
 
         Raises:
+            InvalidValueError: if it is neither, or on a GPU already.
             NoHopperGpuError: if there is no such GPU.
         """
-        if device not in {found.index for found in self.devices()}:
-            raise NoHopperGpuError(f"there is no CUDA device {device} on this machine")
-        if isinstance(value, PackedWeight):
-            data = DeviceArray.from_host(self.module, np.asarray(value.data), device)
-            return PackedWeight(data, value.layout, value.n, value.k, value.group_size, value.mode)
-        return DeviceArray.from_host(self.module, np.asarray(value), device)
+        indices = {found.index for found in self.devices()}
+        if isinstance(value, QuantizedWeight):
+            raise InvalidValueError("a QuantizedWeight is not read by kernels: pass w4a16gen.pack_weight(w)")
+        if not isinstance(value, PackedWeight):
+            return upload(self.module, "value", value, device, indices)
+        if is_on_gpu(value.data):
+            raise InvalidValueError("the packed weight is on a GPU already: w.to_host() returns a host copy")
+        return replace(value, data=upload(self.module, "packed data", value.host_data(), device, indices))
 
     def pack(
-        self, q: Any, scales: Any, zeros: Any = None, *, group_size: int | None = None, stream: Any = None
+        self,
+        q: Any,
+        scales: Any,
+        zeros: Any = None,
+        *,
+        zero_points: Any = None,
+        group_size: int | None = None,
+        stream: Any = None,
     ) -> PackedWeight:
         """Pack a canonical weight that is on a GPU for the native kernels, there; return when it is done.
 
@@ -155,6 +209,7 @@ class Library:
             q: uint8 [n, k], values 0 to 15, contiguous: any array with `__cuda_array_interface__` or `__dlpack__`.
             scales: fp16 [n] for per-column mode, or [k / group_size, n], on the same GPU.
             zeros: fp16 [k / group_size, n], (8 - zero point) * scale, or None.
+            zero_points: integers of 0 to 15, [k / group_size, n], in place of the zeros; or None.
             group_size: values of K per scale; None takes k / rows of the scales.
             stream: a stream object or address; None is torch's current stream for torch tensors, else the default.
 
@@ -162,48 +217,12 @@ class Library:
             The packed weight, on the same GPU.
 
         Raises:
-            InvalidValueError: if an array's dtype, shape, layout or device is off, a value of q is above 15, or a
-                channel's scales or zeros span too wide a range for the layout.
+            InvalidValueError: if an array's dtype, shape, layout or device is off, a value of q is above 15, a scale
+                or zero is not finite, or a channel's scales or zeros span too wide a range for the layout.
             UnsupportedProblemError: if n, k or the group size are none that a kernel can run.
             NotBuiltError: if the build holds no native kernel of the mode.
         """
-        seen = {"q": view("q", q, self.module), "scales": view("scales", scales, self.module)}
-        if zeros is not None:
-            seen["zeros"] = view("zeros", zeros, self.module)
-        if len(seen["q"].shape) != 2:  # noqa: PLR2004
-            raise InvalidValueError(f"q of shape {list(seen['q'].shape)} must be [n, k]")
-        n, k = seen["q"].shape
-        mode, size = mode_and_group_size(k, seen["scales"].shape, group_size, zeros=zeros is not None)
-        shape = (k // size, n) if mode.is_grouped else (n,)
-        device = seen["q"].device or 0
-        for name, array in seen.items():
-            is_q = name == "q"
-            check(name, array, dtype="|u1" if is_q else "<f2", shape=(n, k) if is_q else shape, device=device)
-        config = self._native_kernel(mode)
-        problem = Problem(0, n, k, size)
-        data = empty_like_library(q, self.module, (self.packed_bytes(config, problem),), "|u1", device)
-        target = view("packed weight", data, self.module)
-        faults = DeviceArray.from_host(self.module, np.zeros(1, np.uint32), device)
-        outcome = self.bindings.library.pack(
-            self.index_of(config),
-            *numbers_of(problem)[1:],
-            *(seen["q"].pointer, seen["scales"].pointer, seen["zeros"].pointer if "zeros" in seen else 0),
-            *(target.pointer, target.nbytes, faults.buffer.pointer, stream_pointer(stream, q), device),
-        )
-        self.bindings.result_of(outcome)
-        found = int(faults.to_host()[0])
-        if found & self.module.FAULT_VALUE:
-            raise InvalidValueError("q holds values above 15; it must hold 0 to 15")
-        if found & self.module.FAULT_RANGE:
-            raise InvalidValueError(f"scales or zeros {TOO_WIDE_RANGE}")
-        return PackedWeight(data, TARGET_LAYOUTS[Target.NATIVE], n, k, size, mode)
-
-    def _native_kernel(self, mode: QuantMode) -> KernelConfig:
-        """Return a native kernel of a mode: all read the same layout."""
-        found = [config for config in self.configs() if config.target is Target.NATIVE and config.mode is mode]
-        if not found:
-            raise NotBuiltError(f"no native kernel of mode {mode} is in {self.build.folder}: `w4a16gen build`")
-        return found[0]
+        return self._packer.pack(q, scales, zeros, zero_points, group_size, stream)
 
     def gemm(
         self,
@@ -253,35 +272,32 @@ class Library:
             )
             if repeated is not None:
                 return repeated
+        w = checked_weight(w)
+        alpha, config, dependent = options.scalars()
         seen = view("activations", a, self.module)
-        if len(seen.shape) != 2:  # noqa: PLR2004
-            raise InvalidValueError(f"activations of shape {list(seen.shape)} must be [m, k]")
+        check_activations_shape(seen.shape, w.k)
         data = view("packed weight", w.data, self.module)
         device = data.device or 0
-        overrides = kernels_in_use() if options.config is None else ()
-        launch = self._launch(
-            seen.shape[0], w.n, w.k, w.group_size, w.mode, w.layout, options.config, overrides, device
-        )
-        check("activations", seen, dtype="<f2", shape=(seen.shape[0], w.k), device=data.device)
+        m = seen.shape[0]
+        check("activations", seen, dtype="<f2", shape=(m, w.k), device=data.device)
+        overrides = kernels_in_use() if config is None else ()
+        launch = self._launch(m, w.n, w.k, w.group_size, w.mode, w.layout, config, overrides, device)
         check("packed weight", data, dtype="|u1", shape=(launch.packed_bytes,))
         bias = None if options.bias is None else view("bias", options.bias, self.module)
         if bias is not None:
             check("bias", bias, dtype="<f2", shape=(w.n,), device=device)
-        shape = (launch.problem.m, w.n)
-        out = options.out
-        if out is None:
-            out = empty_like_library(a, self.module, shape, "<f2", device)
-        output = view("output", out, self.module)
-        check("output", output, dtype="<f2", shape=shape, device=device)
         address = stream_pointer(options.stream, a)
-        workspace = self._workspace(launch, a, options, device)
+        out = self._new_output(a, (m, w.n), device, address) if options.out is None else options.out
+        output = view("output", out, self.module)
+        check("output", output, dtype="<f2", shape=(m, w.n), device=device, written=True)
+        workspace = self._workspace(launch, a, options.workspace, device, address)
         outcome = self.bindings.library.gemm(
             launch.kernel_index,
             *numbers_of(launch.problem),
             *(seen.pointer, data.pointer, launch.packed_bytes),
-            *(0 if bias is None else bias.pointer, output.pointer, options.alpha),
+            *(0 if bias is None else bias.pointer, output.pointer, alpha),
             *((0, launch.workspace_bytes) if workspace is None else (workspace.pointer, workspace.nbytes)),
-            *(address, options.dependent_launch, device),
+            *(address, dependent, device),
         )
         self.bindings.result_of(outcome)
         if options.may_repeat:
@@ -296,7 +312,7 @@ class Library:
         group_size: int,
         mode: QuantMode,
         layout: str,
-        config: KernelConfig | str | None,
+        config: KernelConfig | None,
         overrides: tuple[KernelConfig, ...],
         device: int,
     ) -> Launch:
@@ -317,13 +333,15 @@ class Library:
             NotBuiltError: if the build does not hold it.
             UnsupportedProblemError: if no built kernel can run the problem.
         """
-        return self._kernel_for(w, problem, config, kernels_in_use() if config is None else (), device)
+        numbers_of(problem)
+        named = None if config is None else KernelConfig.of(config)
+        return self._kernel_for(checked_weight(w), problem, named, kernels_in_use() if named is None else (), device)
 
     def _kernel_for(
         self,
         w: PackedWeight,
         problem: Problem,
-        config: KernelConfig | str | None,
+        config: KernelConfig | None,
         overrides: tuple[KernelConfig, ...],
         device: int,
     ) -> KernelConfig:
@@ -332,25 +350,30 @@ class Library:
             return self.chooser.choose(
                 problem, w.mode, target=target, device=self._device(device), overrides=overrides
             ).kernel
-        kernel = KernelConfig.parse(config) if isinstance(config, str) else config
-        self.index_of(kernel)
-        check_weight(kernel, w)
-        return kernel
+        self.index_of(config)
+        check_weight(config, w)
+        return config
 
-    def _workspace(self, launch: Launch, a: Any, options: GemmOptions, device: int) -> Any:
-        """Return the workspace that was passed, or torch's for torch tensors; None leaves it to the module.
+    def _new_output(self, a: Any, shape: tuple[int, int], device: int, stream: int) -> Any:
+        """Allocate the output. Torch does it in the order of the stream, in a capture from the graph's own pool.
 
-        Torch's allocator hands out memory in stream order, and inside a capture from the graph's own pool.
+        Raises:
+            InvalidValueError: if a graph would write to memory that is freed with the array.
         """
-        if options.workspace is not None:
-            seen = view("workspace", options.workspace, self.module)
-            check("workspace", seen, dtype="|u1", shape=seen.shape, device=device)
+        if not is_torchs_stream(a, stream) and self.module.is_capturing(stream, device):
+            raise InvalidValueError("pass out= in a capture: the graph writes into it at every replay")
+        return empty_like_library(a, self.module, shape, "<f2", device, stream=stream)
+
+    def _workspace(self, launch: Launch, a: Any, given: Any, device: int, stream: int) -> ArrayView | None:
+        """Return the workspace that was passed, or torch's if the launch is on torch's current stream.
+
+        None leaves it to the module, which allocates in the order of the stream, or for the graph that is captured.
+        """
+        if given is not None:
+            seen = view("workspace", given, self.module)
+            check("workspace", seen, dtype="|u1", shape=seen.shape, device=device, written=True)
             return seen
-        if launch.workspace_bytes == 0:
+        if launch.workspace_bytes == 0 or not is_torchs_stream(a, stream):
             return None
-        allocated = empty_like_library(a, None, (launch.workspace_bytes,), "|u1", device)
-        if allocated is None:
-            return None
-        if options.stream is not None:
-            record_stream(allocated, stream_pointer(options.stream, a))
+        allocated = empty_like_library(a, self.module, (launch.workspace_bytes,), "|u1", device)
         return view("workspace", allocated, self.module)

@@ -121,7 +121,7 @@ def why_not_values(q: npt.NDArray[Any]) -> str:
     """Return the sentence about integers that are not all 0 to 15, with what they look like."""
     low, high = int(q.min()), int(q.max())
     text = f"q holds {low} to {high}; it must hold 0 to {MAX_Q}"
-    if -OFFSET <= low and high < OFFSET:
+    if low >= -OFFSET and high < OFFSET:
         return f"{text}: signed values need + {OFFSET}"
     if max(-low, high) > _BYTE_MAX:
         return f"{text}: {q.dtype} words look like GPTQ's or AWQ's packed qweight; unpack eight values from each"
@@ -247,7 +247,8 @@ def canonical(q: Any, scales: Any, zeros: Any, *, group_size: int | None) -> Qua
         raise InvalidValueError(f"q of dtype {values.dtype} must be integers of 0 to {MAX_Q}")
     if int(values.min()) < 0 or int(values.max()) > MAX_Q:
         raise InvalidValueError(why_not_values(values))
-    mode, size = mode_and_group_size(*values.shape, factors.shape, group_size, zeros=added is not None)
+    n, k = values.shape
+    mode, size = mode_and_group_size(n, k, factors.shape, group_size, zeros=added is not None)
     return QuantizedWeight(
         q=np.ascontiguousarray(values, dtype=np.uint8),
         scales=np.ascontiguousarray(factors),

@@ -57,7 +57,7 @@ def read(path: str | os.PathLike[str]) -> tuple[npt.NDArray[np.uint8], dict[str,
     if length > _MAX_HEADER_BYTES or start > len(content):
         raise InvalidValueError(f"{path} is not a file of a packed weight")
     facts = _facts(path, bytes(content[_LENGTH_BYTES:start]), len(content) - start)
-    if hashlib.sha256(content[start:]).hexdigest() != facts["sha256"]:
+    if hashlib.sha256(content[start:]).hexdigest() != facts.get("sha256"):
         raise InvalidValueError(f"{path} is damaged: its bytes do not have the digest that it carries")
     return np.frombuffer(content[start:], np.uint8).copy(), facts
 
@@ -67,15 +67,13 @@ def _facts(path: str | os.PathLike[str], text: bytes, size: int) -> dict[str, st
     try:
         header: Any = json.loads(text)
         facts = {str(name): str(value) for name, value in header.pop("__metadata__").items()}
-        if facts["format"] != FORMAT:
-            raise InvalidValueError(f"{path} is of format {facts['format']!r}, but this version reads {FORMAT!r}")
-        whole = header == {TENSOR: {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
-        if not whole or "sha256" not in facts:
-            raise InvalidValueError(f"{path} is damaged: its header does not describe its {size} bytes")
-    except InvalidValueError:
-        raise
+        found = facts["format"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InvalidValueError(f"{path} is not a file of a packed weight") from None
+    if found != FORMAT:
+        raise InvalidValueError(f"{path} is of format {found!r}, but this version reads {FORMAT!r}")
+    if header != {TENSOR: {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}:
+        raise InvalidValueError(f"{path} is damaged: its header does not describe its {size} bytes")
     return facts
 
 

@@ -36,13 +36,20 @@ __global__ void pack_factors(const PackParameters p, int channels) {
   const int channel = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (channel >= channels) return;
   float factor = 0.f;
+  bool finite = true;
   if (channel < p.n) {
     if constexpr (Mode == W4A16_PER_COLUMN_SCALE_ONLY) {
-      factor = ldexpf(__half2float(p.scales[channel]), -unit_exponent(channel, false));
+      const float scale = __half2float(p.scales[channel]);
+      finite = isfinite(scale);
+      factor = ldexpf(scale, -unit_exponent(channel, false));
     } else {
       float largest = 0.f;
       for (int group = 0; group < p.groups; ++group) {
-        largest = fmaxf(largest, fabsf(__half2float(p.scales[static_cast<int64_t>(group) * p.n + channel])));
+        const int64_t at = static_cast<int64_t>(group) * p.n + channel;
+        const float scale = __half2float(p.scales[at]);
+        finite = finite && isfinite(scale);
+        if constexpr (kZeros) finite = finite && isfinite(__half2float(p.zeros[at]));
+        largest = fmaxf(largest, fabsf(scale));
       }
       int exponent = 0;
       frexpf(largest, &exponent);
@@ -50,6 +57,7 @@ __global__ void pack_factors(const PackParameters p, int channels) {
       factor = ldexpf(1.f, excess > 0 ? excess : 0);
     }
   }
+  if (!finite) report_fault(p, W4A16_FAULT_NOT_FINITE);
   p.factors[channel] = factor;
 }
 

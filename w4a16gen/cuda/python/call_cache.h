@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cmath>
 #include <cstdint>
 #include <deque>
 #include <unordered_map>
@@ -63,7 +64,7 @@ class KnownCalls {
   // Launches, on the stream that the tensors' library is working on, and gives the output; or gives None, with nothing
   // done, where anything is not as in the calls that are known. Whoever asked then goes the long way, which says what.
   py::object gemm(const py::object& activations, const py::object& packed, const py::object& bias, py::object output,
-                  float alpha, bool dependent_launch) const {
+                  const py::object& alpha, const py::object& dependent_launch) const {
     const TensorType& type = tensor_type(activations);
     dlpack::Tensor a{};
     dlpack::Tensor weight{};
@@ -72,11 +73,12 @@ class KnownCalls {
     if (found == kernels_.end()) return py::none();
     if (!describe(packed, tensor_type(packed), dlpack::kUint, 8, 1, &weight)) return py::none();
     w4a16_gemm_arguments arguments{};
+    if (!read_alpha(alpha, &arguments.alpha)) return py::none();
+    arguments.dependent_launch = dependent_launch.is(Py_True) ? 1 : 0;
+    if (arguments.dependent_launch == 0 && !dependent_launch.is(Py_False)) return py::none();
     arguments.activations = a.begin();
     arguments.packed = weight.begin();
     arguments.packed_bytes = static_cast<size_t>(weight.shape[0]);
-    arguments.alpha = alpha;
-    arguments.dependent_launch = dependent_launch ? 1 : 0;
     if (arguments.packed_bytes != packed_bytes_) return py::none();
     if (!bias.is_none()) {
       dlpack::Tensor added{};
@@ -112,6 +114,15 @@ class KnownCalls {
   static bool forget_error() {
     PyErr_Clear();
     return false;
+  }
+
+  // Reads a float or an int that is finite or infinite in fp32. The slow path refuses the rest, or converts it.
+  static bool read_alpha(const py::object& object, float* alpha) {
+    if (!PyFloat_Check(object.ptr()) && !PyLong_CheckExact(object.ptr())) return false;
+    const double value = PyFloat_AsDouble(object.ptr());
+    if (value == -1.0 && PyErr_Occurred() != nullptr) return forget_error();
+    *alpha = static_cast<float>(value);
+    return !std::isnan(value) && std::isinf(*alpha) == std::isinf(value);
   }
 
   // Whether an object is a tensor on the GPU of this type and number of dimensions, row-major and without gradients.

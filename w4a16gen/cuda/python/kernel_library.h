@@ -13,8 +13,13 @@
 
 namespace w4a16 {
 
+// A CUDA call that failed; Python sees w4a16gen.CudaError.
+struct CudaFailure : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + " failed: " + cudaGetErrorString(error));
+  if (error != cudaSuccess) throw CudaFailure(std::string(what) + " failed: " + cudaGetErrorString(error));
 }
 
 // Makes a device current for a scope. Where there is no CUDA, what is called next says so.

@@ -2,8 +2,10 @@
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
+#include <exception>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "python/call_cache.h"
 #include "python/dlpack.h"
@@ -262,6 +264,39 @@ int pointer_device(uintptr_t pointer) {
   return on_device ? attributes.device : -1;
 }
 
+// Copies device memory into a writable buffer, after the work of a stream.
+Outcome copy_to_host(uintptr_t source, const py::buffer& destination, uintptr_t stream, int device) {
+  const py::buffer_info info = destination.request(true);
+  const size_t bytes = static_cast<size_t>(info.size) * static_cast<size_t>(info.itemsize);
+  auto* const handle = static_cast<cudaStream_t>(pointer(stream));
+  cudaError_t error = cudaSuccess;
+  {
+    const py::gil_scoped_release release;
+    const DeviceGuard guard(device);
+    error = cudaMemcpyAsync(info.ptr, pointer(source), bytes, cudaMemcpyDeviceToHost, handle);
+    if (error == cudaSuccess) error = cudaStreamSynchronize(handle);
+  }
+  return error == cudaSuccess ? py::make_tuple(static_cast<int>(W4A16_OK), "") : cuda_failure("copying", error);
+}
+
+bool is_capturing(uintptr_t stream, int device) {
+  const DeviceGuard guard(device);
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  if (cudaStreamIsCapturing(static_cast<cudaStream_t>(pointer(stream)), &status) != cudaSuccess) {
+    cudaGetLastError();
+    return false;
+  }
+  return status == cudaStreamCaptureStatusActive;
+}
+
+void translate(std::exception_ptr thrown) {
+  try {
+    std::rethrow_exception(std::move(thrown));
+  } catch (const CudaFailure& failure) {
+    py::set_error(py::module_::import("w4a16gen.errors").attr("CudaError"), failure.what());
+  }
+}
+
 // Reads a DLPack capsule, of DLManagedTensor, without taking it over; the capsule keeps the memory alive.
 py::tuple dlpack_view(const py::capsule& capsule) {
   const auto* tensor = static_cast<const dlpack::Tensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
@@ -292,7 +327,10 @@ PYBIND11_MODULE(_w4a16, module) {
   module.attr("FAULT_RANGE") = W4A16_FAULT_RANGE;
   module.def("devices", &devices);
   module.def("pointer_device", &pointer_device);
+  module.def("copy_to_host", &copy_to_host);
+  module.def("is_capturing", &is_capturing);
   module.def("dlpack_view", &dlpack_view);
+  py::register_local_exception_translator(&translate);
   py::class_<KernelLibrary>(module, "KernelLibrary")
       .def(py::init<const std::string&>())
       .def("kernels", &kernels)

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <utility>
 #include <vector>
@@ -74,21 +75,45 @@ class Workspaces {
     const std::lock_guard<std::mutex> lock(mutex_);
     GraphWorkspace& current = in_graphs_[key];
     if (current.bytes < bytes) {
-      GraphWorkspace fresh{nullptr, bytes, device};
-      // cudaMalloc is not recorded; the thread's capture mode would forbid it all the same.
-      cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-      cudaThreadExchangeStreamCaptureMode(&mode);
-      cudaError_t error = cudaMalloc(&fresh.pointer, bytes);
-      cudaThreadExchangeStreamCaptureMode(&mode);
-      if (error != cudaSuccess) return error;
+      GraphWorkspace fresh = take_retired(bytes, device);
+      cudaError_t error = cudaSuccess;
+      if (fresh.pointer == nullptr) {
+        // cudaMalloc is not recorded; the thread's capture mode would forbid it all the same.
+        cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+        cudaThreadExchangeStreamCaptureMode(&mode);
+        error = cudaMalloc(&fresh.pointer, bytes);
+        cudaThreadExchangeStreamCaptureMode(&mode);
+        if (error != cudaSuccess) return error;
+        fresh = {fresh.pointer, bytes, device};
+      }
+      auto owned = std::make_unique<Owned>(Owned{fresh, key});
       cudaUserObject_t object = nullptr;
-      error = cudaUserObjectCreate(&object, new Owned{fresh, key}, &retire, 1, cudaUserObjectNoDestructorSync);
-      if (error == cudaSuccess) error = cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove);
-      if (error != cudaSuccess) return error;
+      error = cudaUserObjectCreate(&object, owned.get(), &retire, 1, cudaUserObjectNoDestructorSync);
+      if (error != cudaSuccess) {
+        retired_.push_back(fresh);
+        return error;
+      }
+      owned.release();  // retire deletes it
+      error = cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove);
+      if (error != cudaSuccess) {
+        cudaUserObjectRelease(object, 1);
+        return error;
+      }
       current = fresh;  // launches recorded before keep theirs: the graph holds every one of them
     }
     *pointer = current.pointer;
     return cudaSuccess;
+  }
+
+  // Takes memory of a graph that is gone: programs that only capture never come to free it.
+  GraphWorkspace take_retired(size_t bytes, int device) {
+    for (auto found = retired_.begin(); found != retired_.end(); ++found) {
+      if (found->device != device || found->bytes < bytes) continue;
+      const GraphWorkspace taken = *found;
+      retired_.erase(found);
+      return taken;
+    }
+    return {};
   }
 
   // Runs when the last graph that holds the memory is gone. It must not call CUDA, so it only notes what is to be

@@ -150,6 +150,9 @@ class Runner {
     uint32_t found = 0;
     detail::check_cuda(cudaMemcpyAsync(&found, faults.get(), sizeof(found), cudaMemcpyDeviceToHost, stream), "copying");
     detail::check_cuda(cudaStreamSynchronize(stream), "packing");
+    if ((found & W4A16_FAULT_NOT_FINITE) != 0) {
+      throw Error(W4A16_INVALID_ARGUMENT, "scales and zeros must be finite");
+    }
     if (found != 0) {
       throw Error(W4A16_UNSUPPORTED,
                   "scales or zeros lie too far below their channel's largest scale for layout " + layout());

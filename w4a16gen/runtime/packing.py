@@ -1,0 +1,125 @@
+"""Packing on a GPU: a canonical weight that is there already, with the checks of packing on the host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from w4a16gen.errors import InvalidValueError, NotBuiltError
+from w4a16gen.kernels.config import KernelConfig, QuantMode, Target
+from w4a16gen.kernels.problem import Problem
+from w4a16gen.runtime.arrays import ArrayView, DeviceArray, check, empty_like_library, stream_pointer, view
+from w4a16gen.runtime.bindings import Bindings, numbers_of
+from w4a16gen.weights.layouts.fragments import TOO_WIDE_RANGE
+from w4a16gen.weights.packed import TARGET_LAYOUTS, PackedWeight, given_zeros
+from w4a16gen.weights.quantized import MAX_Q, check_factors, mode_and_group_size, why_not_half
+
+
+class GpuPacker:
+    """Packs weights on the GPU with the kernels of one build."""
+
+    def __init__(self, bindings: Bindings) -> None:
+        """Pack with this build."""
+        self._bindings = bindings
+        self._module = bindings.module
+
+    def pack(
+        self, q: Any, scales: Any, zeros: Any, zero_points: Any, group_size: int | None, stream: Any
+    ) -> PackedWeight:
+        """Pack for the native kernels; return when it is done. See `Library.pack`.
+
+        The scales and zeros, a small part of the weight, are copied to the host to be checked there before the launch.
+        """
+        values = view("q", q, self._module)
+        if len(values.shape) != 2 or 0 in values.shape:  # noqa: PLR2004
+            raise InvalidValueError(f"q of shape {list(values.shape)} must be [n, k] with at least one value")
+        n, k = values.shape
+        device = values.device or 0
+        check("q", values, dtype="|u1", shape=(n, k), device=device)
+        address = stream_pointer(stream, q)
+        if self._module.is_capturing(address, device):
+            raise InvalidValueError("packing waits for its checks, which a graph cannot: pack before the capture")
+        factors = view("scales", scales, self._module)
+        if factors.dtype != "<f2":
+            raise InvalidValueError(why_not_half("scales", _name(factors.dtype)))
+        mode, size = mode_and_group_size(
+            n, k, factors.shape, group_size, zeros=zeros is not None or zero_points is not None
+        )
+        host_scales = self._download("scales", factors, device, address)
+        added = None if zeros is None else view("zeros", zeros, self._module)
+        points = None if zero_points is None else view("zero_points", zero_points, self._module)
+        host_zeros = given_zeros(
+            None if added is None else self._download("zeros", added, device, address),
+            None if points is None else self._download("zero_points", points, device, address),
+            host_scales,
+        )
+        check_factors(host_scales, host_zeros, n=n, groups=k // size, mode=mode)
+        if points is not None:
+            owner = DeviceArray.from_host(self._module, host_zeros, device)
+            added = view("zeros", owner, self._module)
+        data = self._launch(values, factors, added, Problem(0, n, k, size), mode, q, address)
+        return PackedWeight(data, TARGET_LAYOUTS[Target.NATIVE], n, k, size, mode)
+
+    def _download(self, name: str, array: ArrayView, device: int, stream: int) -> npt.NDArray[Any]:
+        """Copy an array to the host, after the work of a stream."""
+        check(name, array, dtype=array.dtype, shape=array.shape, device=device)
+        try:
+            host = np.empty(array.shape, np.dtype(array.dtype))
+        except TypeError:  # such as bfloat16
+            must_be = f"integers of 0 to {MAX_Q}" if name == "zero_points" else "float16"
+            raise InvalidValueError(f"{name} of dtype {array.dtype} must be {must_be}") from None
+        if array.pointer:
+            self._bindings.result_of(self._module.copy_to_host(array.pointer, host, stream, device))
+        return host
+
+    def _launch(
+        self,
+        q: ArrayView,
+        scales: ArrayView,
+        zeros: ArrayView | None,
+        problem: Problem,
+        mode: QuantMode,
+        like: Any,
+        stream: int,
+    ) -> Any:
+        """Launch the packing kernel, wait for it, and return the packed bytes.
+
+        Raises:
+            InvalidValueError: if the kernel found values that cannot be packed.
+        """
+        index = self._native_kernel(mode)
+        device = q.device or 0
+        count = self._bindings.packed_bytes(index, problem)
+        data = empty_like_library(like, self._module, (count,), "|u1", device, stream=stream)
+        target = view("packed weight", data, self._module)
+        faults = DeviceArray.from_host(self._module, np.zeros(1, np.uint32), device)
+        outcome = self._bindings.library.pack(
+            index,
+            *numbers_of(problem)[1:],
+            *(q.pointer, scales.pointer, 0 if zeros is None else zeros.pointer),
+            *(target.pointer, target.nbytes, faults.buffer.pointer, stream, device),
+        )
+        self._bindings.result_of(outcome)
+        found = int(faults.to_host()[0])
+        if found & self._module.FAULT_VALUE:
+            raise InvalidValueError(f"q holds values above {MAX_Q}; it must hold 0 to {MAX_Q}")
+        if found & self._module.FAULT_RANGE:
+            raise InvalidValueError(f"scales or zeros {TOO_WIDE_RANGE}")
+        return data
+
+    def _native_kernel(self, mode: QuantMode) -> int:
+        """Return the number of a native kernel of a mode: all read the same layout."""
+        for index, info in enumerate(self._bindings.kernels):
+            config: KernelConfig = info.config
+            if config.target is Target.NATIVE and config.mode is mode:
+                return index
+        raise NotBuiltError(f"the build holds no native kernel of mode {mode}: run `w4a16gen build`")
+
+
+def _name(typestr: str) -> str:
+    try:
+        return str(np.dtype(typestr))
+    except TypeError:
+        return typestr
