@@ -86,10 +86,6 @@ def test_native_kernels_compile_in_seconds_and_are_proven(tmp_path: Path) -> Non
     assert mean(kernel["compile_cpu_seconds"] for kernel in proof.kernels) < 1.75 * small
     for config, kernel in zip(configs, proof.kernels, strict=True):
         assert kernel["name"] == config.name
-        arrangement = native_arrangement(config)
-        assert kernel["stages"] == arrangement.stages
-        # Of an SM's 228 KiB, 1 KiB beside what each CTA asks for.
-        assert arrangement.ctas_per_sm * (kernel["shared_memory_bytes"] + 1024) <= 228 * 1024
         assert kernel["compile_cpu_seconds"] < 3 * small
         assert kernel["compile_peak_bytes"] < 1e9
         assert kernel["instructions"]["UBLKCP"] > 0
@@ -102,7 +98,7 @@ def test_kernels_at_the_edge_of_their_registers_do_not_spill(tmp_path: Path) -> 
     def is_at_the_edge(config: KernelConfig) -> bool:
         arrangement = native_arrangement(config)
         exchanges = arrangement.along_k * config.cluster.k > 1 or config.scheduler is Scheduler.STREAM_K
-        return arrangement.sums == MAX_ACCUMULATORS and exchanges and config.mode.is_grouped
+        return arrangement.accumulators == MAX_ACCUMULATORS and exchanges and config.mode.is_grouped
 
     configs = list(filter(is_at_the_edge, enumerate_space("native")))
     assert len(configs) == 22

@@ -1,33 +1,37 @@
-// Divides problems among CTAs with the native kernel's own functions, on the CPU, and counts what the CTAs would sum.
+// Divides problems among CTAs with the native kernels' own functions, on the CPU, and counts what the CTAs would sum.
 //
-// host_tiles > a line per shape and problem: "ok", or what is wrong
+// Compiled with -DUNIT="file", a compile unit of kernels.
+// host_tiles > a line per kernel and problem: "ok", or what is wrong
+// host_tiles NAME CTAS CLUSTERS > the grid of a dependent launch of a kernel with so many CTAs, if so many clusters fit
 #include <cstdio>
+#include <cstdlib>
 #include <map>
+#include <string>
 #include <tuple>
+#include <vector>
 
-#include "native/tiles.h"
+#include "native/launch.cuh"
 
 namespace native = w4a16::native;
 
-// Every k block of every tile once; of stream-K also: what a CTA hands over is the first thing that it works on, and
-// everything that is handed over belongs to a tile that an earlier share begins. A dependent launch may have CTAs more,
-// each of which repeats one tile.
+// Every k block of every tile is summed once. Under stream-K a CTA gives away partial sums of its first tile only, and
+// work units are in order. A dependent launch may have redundant CTAs, each of which computes one tile again.
 template <class S>
 const char* what_is_wrong(int64_t m, int channel_blocks, int k_blocks, int clusters_at_once, bool is_dependent) {
   native::Tiling tiling{};
-  const int ctas = native::divide<S>(&tiling, m, channel_blocks, k_blocks, clusters_at_once);
+  const int ctas = native::make_tiling<S>(&tiling, m, channel_blocks, k_blocks, clusters_at_once);
   if (ctas < 1 || ctas > clusters_at_once * S::ClusterSize || ctas % S::ClusterSize != 0) return "wrong number of CTAs";
-  const int grid = is_dependent ? native::filled<S>(ctas, clusters_at_once) : ctas;
+  const int grid = is_dependent ? native::padded_grid<S>(ctas, clusters_at_once) : ctas;
   if (grid < ctas || grid % S::ClusterSize != 0) return "wrong number of CTAs in the grid";
   if (grid > ctas && grid * 2 > clusters_at_once * S::ClusterSize) return "two grids do not fit";
   std::map<std::tuple<int, int, int>, int> sums;  // of channel block, token, k block
   std::map<int, int> worked_on;                   // tiles, by CTAs that have work of their own
   for (int cta = 0; cta < grid; ++cta) {
     const native::Work work = native::work_of<S>(tiling, cta, grid, cta % S::ClusterSize);
-    if (native::is_repeat<S>(tiling, cta) != (cta >= ctas)) return "repeats what nobody works on, or only that";
+    if (native::is_redundant_cta<S>(tiling, cta) != (cta >= ctas)) return "the wrong CTAs are redundant";
     if (cta >= ctas) {
-      if (worked_on[work.first_tile] != S::ClusterSize) return "repeats no tile";
-      if (work.first_tile + work.tile_step < work.end_tile) return "repeats several tiles";
+      if (worked_on[work.first_tile] != S::ClusterSize) return "a redundant CTA without a tile";
+      if (work.first_tile + work.tile_step < work.end_tile) return "a redundant CTA with several tiles";
       continue;
     }
     for (int index = work.first_tile; index < work.end_tile; index += work.tile_step) {
@@ -39,18 +43,19 @@ const char* what_is_wrong(int64_t m, int channel_blocks, int k_blocks, int clust
         ++sums[{tile.channel_block, tile.token, tile.first_block + block}];
       }
       if (!S::StreamK) continue;
-      if (tile.first_block > 0 && index != work.first_tile) return "hands over late";
-      const int begin = native::share_begin(tiling, work.share);
-      if (index == work.first_tile && begin != index * k_blocks + tile.first_block) return "a share begins elsewhere";
-      if (work.share + 1 < ctas && native::share_begin(tiling, work.share + 1) <= begin) return "shares out of order";
+      if (tile.first_block > 0 && index != work.first_tile) return "gives away sums of a later tile";
+      const int begin = native::unit_begin(tiling, work.unit);
+      if (index == work.first_tile && begin != index * k_blocks + tile.first_block)
+        return "a work unit begins elsewhere";
+      if (work.unit + 1 < ctas && native::unit_begin(tiling, work.unit + 1) <= begin) return "work units out of order";
     }
   }
-  // Tiles start where the one before ends, or where they overlap the last so that it ends where the tokens do, unless
-  // these are fewer than a tile's. A cluster that shares weights may have one token tile too many: then it repeats the
-  // last, or is beyond the tokens.
+  // Tiles start where the tile before ends. The last one may start earlier, so that it ends where the tokens end. A
+  // cluster that multicasts weights may have one token tile too many: it computes the last tile again, or lies beyond
+  // the tokens.
   const int64_t tokens = (m + S::Tokens - 1) / S::Tokens;
   const int channel_tiles = (channel_blocks + S::Blocks - 1) / S::Blocks;
-  const bool overlaps = S::OverlapsTokens && (S::Channels == 64 || tokens * channel_tiles <= clusters_at_once);
+  const bool overlaps = S::OverlapsLastTile && (S::Channels == 64 || tokens * channel_tiles <= clusters_at_once);
   for (int channel = 0; channel < channel_blocks; channel += S::Blocks) {
     for (int64_t tile = 0; tile < tokens; ++tile) {
       const bool last = tile == tokens - 1;
@@ -58,8 +63,8 @@ const char* what_is_wrong(int64_t m, int channel_blocks, int k_blocks, int clust
       for (int block = 0; block < k_blocks; ++block) {
         const auto found = sums.find({channel, static_cast<int>(token), block});
         if (found == sums.end()) return "left out";
-        const bool repeats = overlaps && last && tokens % S::ClusterTokens != 0;
-        if (found->second != (repeats ? 2 : 1)) return "summed twice";
+        const bool is_again = overlaps && last && tokens % S::ClusterTokens != 0;
+        if (found->second != (is_again ? 2 : 1)) return "summed twice";
         sums.erase(found);
       }
     }
@@ -87,33 +92,29 @@ void check(const char* name) {
   }
 }
 
-template <class S>
-void check_filled(const char* name, int ctas, int clusters_at_once, int expected) {
-  const bool fits = native::filled<S>(ctas, clusters_at_once) == expected;
-  std::printf("%s, %d CTAs where %d clusters fit, filled: %s\n", name, ctas, clusters_at_once, fits ? "ok" : "wrong");
+struct Entry {
+  std::string name;
+  void (*check)(const char* name);
+  int (*padded_grid)(int ctas, int clusters_at_once);
+};
+
+std::vector<Entry>& entries() {
+  static std::vector<Entry> all;
+  return all;
 }
 
-int main() {
-  check<native::Shape<64, 64, 128, 2, 1, 1, 1, false, 1>>("persistent");
-  check<native::Shape<64, 64, 128, 2, 1, 1, 1, true, 1>>("stream-K");
-  check<native::Shape<256, 128, 64, 2, 1, 1, 1, true, 2>>("stream-K, large tiles");
-  check<native::Shape<64, 64, 128, 2, 2, 1, 1, false, 0>>("cluster 2x1x1");
-  check<native::Shape<128, 64, 64, 2, 1, 2, 1, false, 1>>("cluster 1x2x1");
-  check<native::Shape<128, 128, 64, 2, 2, 2, 1, false, 1>>("cluster 2x2x1");
-  check<native::Shape<64, 64, 64, 2, 1, 2, 1, false, 1>>("cluster 1x2x1, narrow");
-  check<native::Shape<64, 16, 128, 4, 1, 1, 2, false, 1>>("cluster 1x1x2");
-  check<native::Shape<64, 64, 128, 2, 1, 1, 4, false, 1>>("cluster 1x1x4");
-  check<native::Shape<128, 128, 64, 2, 1, 1, 2, false, 1>>("cluster 1x1x2, wide");
-  check<native::Shape<64, 8, 128, 2, 1, 1, 1, false, 1>>("two CTAs to an SM");
-  check<native::Shape<64, 16, 128, 2, 1, 1, 2, false, 1>>("two CTAs to an SM, cluster 1x1x2");
-  check<native::Shape<64, 8, 128, 2, 2, 1, 1, false, 1>>("two CTAs to an SM, cluster 2x1x1");
-  check<native::Shape<64, 16, 128, 2, 1, 1, 1, true, 1>>("two CTAs to an SM, stream-K");
-  using Two = native::Shape<64, 8, 128, 2, 1, 1, 1, false, 1>;
-  check_filled<Two>("two CTAs to an SM", 128, 264, 132);
-  check_filled<Two>("two CTAs to an SM", 67, 264, 132);
-  check_filled<Two>("two CTAs to an SM", 66, 264, 66);
-  check_filled<Two>("two CTAs to an SM", 200, 264, 200);
-  check_filled<native::Shape<64, 16, 128, 2, 1, 1, 2, false, 1>>("cluster 1x1x2", 128, 132, 132);
-  check_filled<native::Shape<64, 8, 128, 2, 1, 1, 1, true, 1>>("stream-K", 128, 264, 128);
-  check_filled<native::Shape<64, 64, 128, 2, 1, 1, 1, false, 1>>("one CTA to an SM", 128, 132, 128);
+template <class S>
+void visit(const char* name) {
+  entries().push_back({name, &check<S>, &native::padded_grid<S>});
+}
+
+#include UNIT
+
+int main(int count, char** arguments) {
+  for (const Entry& entry : entries()) {
+    if (count == 1) entry.check(entry.name.c_str());
+    if (count == 4 && entry.name == arguments[1]) {
+      std::printf("%d\n", entry.padded_grid(std::atoi(arguments[2]), std::atoi(arguments[3])));
+    }
+  }
 }

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 from w4a16gen.kernels.config import KernelConfig
-from w4a16gen.kernels.render import _MODE_NAMES
 from w4a16gen.weights.packed import TARGET_LAYOUTS
 
 RELEASE = "Cuda compilation tools, release {}, V13.0.88\nBuild fake"
@@ -28,7 +27,7 @@ def entry(config: KernelConfig) -> str:
 namespace w4a16 {{
 extern const Kernel {config.name}_kernel;
 const Kernel {config.name}_kernel = {{
-    {{"{config.name}", "{config.target}", "{TARGET_LAYOUTS[config.target]}", {_MODE_NAMES[config.mode]},
+    {{"{config.name}", "{config.target}", "{TARGET_LAYOUTS[config.target]}", mode::{config.mode},
       {{{shape[0]}}}, {{{shape[1]}}}, 4, 384, {config.cta.k}, 100000}},
     [](const Problem& problem) {{ return cutlass_target::PackedLayout(problem, {zeros}).bytes; }},
     [](const Problem& problem, int sm_count) {{ return static_cast<size_t>(problem.m * sm_count); }},

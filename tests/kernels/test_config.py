@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from w4a16gen import ClusterShape, CtaShape, KernelConfig, QuantMode, Schedule, Scheduler, Target
 from w4a16gen.errors import InvalidValueError
+from w4a16gen.kernels.config import PREFIX
 from w4a16gen.kernels.spaces import SPACES, enumerate_space
 
 counts = st.integers(1, 1024)
@@ -27,6 +28,7 @@ configs = st.builds(
 @given(configs)
 def test_a_name_parses_back_to_its_configuration(config: KernelConfig) -> None:
     assert KernelConfig.parse(config.name) == config
+    assert config.name == PREFIX + config.short_name
     assert re.fullmatch(r"[a-z][a-z0-9_]*", config.name), "the name is a C++ identifier and a file stem"
 
 

@@ -133,7 +133,7 @@ def test_a_shape_off_the_grid_has_a_reason() -> None:
     [
         ("cta64x32x128_cluster1x1x1_warps8_persistent", "CTA 64x32 needs 16 accumulators per thread"),
         ("cta64x8x64_cluster1x1x1_warps8_persistent", "CTA k of 64: .* but of eight warps"),
-        ("cta256x8x128_cluster1x1x4_warps8_persistent", "eight warps lack registers to exchange sums"),
+        ("cta256x8x128_cluster1x1x4_warps8_persistent", "eight warps lack registers to reduce sums"),
         ("cta64x8x128_cluster1x1x2_warps8_streamk", "stream-K, which divides K among CTAs, has no clusters"),
     ],
 )

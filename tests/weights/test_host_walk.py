@@ -1,4 +1,4 @@
-"""What the native kernel's own functions say on the CPU: of packed weights, and of dividing work among CTAs."""
+"""The native kernel's own index maps and dequantisation, run on the CPU, rebuild a packed weight."""
 
 from __future__ import annotations
 
@@ -7,23 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from host_programs import compile_for_host
 
 from w4a16gen import QuantMode, Target, pack_weight
-from w4a16gen.build import toolchain
-from w4a16gen.build.compile import CUDA_FOLDER
 from w4a16gen.weights.layouts.fragments import _unit_exponents, scale_exponents
 from w4a16gen.weights.reference import dequantized_half, random_weight
-
-
-def compile_for_host(name: str, folder: Path) -> Path:
-    """Compile one of the programs beside this file with the host compiler."""
-    tools = toolchain.find_toolchain()
-    program = folder / name
-    command = [str(tools.host_compiler), "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror"]
-    command += [f"-I{CUDA_FOLDER}", f"-isystem{tools.cuda_include}"]
-    command += [str(Path(__file__).parents[1] / "cpp" / f"{name}.cpp"), "-o", str(program)]
-    subprocess.run(command, check=True)  # noqa: S603
-    return program
 
 
 @pytest.fixture(scope="session")
@@ -64,10 +52,3 @@ def test_the_kernels_and_packing_agree_on_units_and_ranges(walker: Path) -> None
         just_too_large = np.array([[2.0**largest]], np.float16)
         assert scale_exponents(just_too_large, mode).tolist() == [1]
         assert scale_exponents(just_too_large * np.float16(0.5), mode).tolist() == [0]
-
-
-def test_the_ctas_of_every_kind_of_kernel_sum_everything_once(tmp_path: Path) -> None:
-    counted = subprocess.run([compile_for_host("host_tiles", tmp_path)], capture_output=True, check=True, text=True)  # noqa: S603
-    lines = counted.stdout.splitlines()
-    assert len(lines) == 14 * 192 * 2 + 7
-    assert [line for line in lines if not line.endswith(": ok")] == []

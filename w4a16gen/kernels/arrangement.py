@@ -1,50 +1,138 @@
-"""How a native kernel uses an SM: how its warpgroups divide a tile, its stages, registers and shared memory."""
+"""How a native kernel uses an SM: how its warpgroups divide a tile, its stages and its shared memory.
+
+This module owns the numbers that the kernels are generated with. The headers derive the same layout of shared memory
+from the template arguments and assert that it fits.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from w4a16gen.kernels.config import KernelConfig, Schedule
 
+WARPGROUP_THREADS = 128
 WARPGROUP_CHANNELS = 64
-"""Rows of one WGMMA instruction (m64nNk16), so channels that one consumer warpgroup computes at a time."""
+"""Output channels that one WGMMA computes (the M of m64nNk16), and the channels of a packed block."""
+PACKED_BLOCK_K = 128
+"""Values of K in a packed block. A stage holds a block or half of one."""
 NATIVE_WARPGROUPS = {Schedule.TWO_WARPGROUPS: 2, Schedule.FOUR_WARPGROUPS: 4, Schedule.EIGHT_WARPS: 2}
 """Consumer warpgroups of a native kernel's CTA."""
 
+SHARED_BYTES_PER_SM = 228 * 1024
+RESERVED_SHARED_BYTES = 1024
+"""Shared memory that the driver takes for every CTA that runs on an SM."""
+MAX_STAGES = 32
+BARRIER_BYTES = 8 * (2 * MAX_STAGES + 2)
+"""Two barriers a stage and two for sums from the cluster."""
 
-class NativeArrangement(NamedTuple):
+PAIRED_CTAS = 2
+"""CTAs that share an SM if their registers allow it. One then fetches while the other finishes, also across dependent
+launches."""
+PAIRED_WARPGROUPS = 2
+"""Consumer warpgroups of a CTA that shares an SM."""
+MAX_PAIRED_ACCUMULATORS = {1: 8, 2: 8, 4: 4}
+"""fp32 accumulators of a thread up to which two CTAs share an SM, by the CTAs of a cluster that split K. The reduction
+among four takes more registers."""
+MAX_PAIRED_ACCUMULATORS_OF_WARPS = 8
+"""The same where each warp multiplies on its own, whatever the cluster."""
+
+SCALE_ROW_BYTES = 2 * WARPGROUP_CHANNELS
+MAX_SCALE_ROWS = 4
+"""Rows of scales in a packed block, one for every 32 values of K. Every stage has room for all of them."""
+ACTIVATION_BYTES = 2
+FLOAT_BYTES = 4
+
+USEFUL_WEIGHT_BYTES = 100 * 1024
+"""Bytes of weights in flight beyond which more stages gained nothing and lost up to 8 % (H200, 2026-11)."""
+
+REDUCTION_TOKENS = 32
+"""Tokens whose partial sums the warpgroups along K exchange at a time."""
+REDUCTION_TOKENS_OF_TWO = 64
+"""The same for a tile of 64 tokens and two warpgroups along K, which then exchange once."""
+
+STORE_BOX_TOKENS = 32
+STORE_BOX_BYTES = STORE_BOX_TOKENS * WARPGROUP_CHANNELS * 2
+STORE_BOXES = 2
+"""Boxes of output that a warpgroup has in shared memory: it fills one while the copy engine stores the other."""
+MIN_STORE_TOKENS = 64
+"""Tokens from which the output goes through shared memory, so that the copy engine writes whole rows."""
+
+
+@dataclass(frozen=True)
+class Arrangement:
     """What follows from a native kernel's configuration."""
 
     along_channels: int
     """Consumer warpgroups that divide the channels."""
     along_k: int
     """Consumer warpgroups that divide K."""
-    sums: int
-    """fp32 sums of one thread."""
+    accumulators: int
+    """fp32 accumulators of one thread."""
     ctas_per_sm: int
     """CTAs that share an SM: two if their registers allow it."""
     stages: int
-    """Stages that fit into shared memory, a multiple of `along_k`."""
+    """Stages that fit into shared memory and are of use, a multiple of `along_k`."""
+    shared_bytes: int
+    """Dynamic shared memory of a CTA."""
+
+    @property
+    def min_stages(self) -> int:
+        """Stages that the ring needs: a warpgroup releases a stage while it works on its next one."""
+        return 2 * self.along_k
 
 
-def native_arrangement(config: KernelConfig) -> NativeArrangement:
-    """Give what follows from a native kernel's configuration; `Shape` in cuda/native/shape.h says why."""
-    cta, cluster = config.cta, config.cluster
+def native_arrangement(config: KernelConfig) -> Arrangement:
+    """Return what follows from a native kernel's configuration.
+
+    The stages may be too few for a configuration that is not legal; see `legality.why_forbidden`.
+    """
+    cta = config.cta
     warpgroups = NATIVE_WARPGROUPS[config.schedule]
     blocks = cta.channels // WARPGROUP_CHANNELS
     along_channels = min(blocks, warpgroups)
     along_k = warpgroups // along_channels
-    sums = blocks // along_channels * cta.tokens // 2
-    most_sharing = 4 if cluster.k == 4 and config.schedule is not Schedule.EIGHT_WARPS else 8  # noqa: PLR2004
-    ctas_per_sm = 2 if warpgroups == 2 and sums <= most_sharing and cta.k == 128 else 1  # noqa: PLR2004
-    header = 512 * (2 if config.mode.has_zeros else 1) if config.mode.is_grouped else 0
-    weights = blocks * (header + cta.k * 32)
-    phase = 64 if along_k == 2 and cta.tokens == 64 else min(cta.tokens, 32)  # noqa: PLR2004
-    partials = (along_k - 1) * phase * cta.channels * 4
-    received = 2 * (cluster.k - 1) * cta.tokens * (cta.channels // cluster.k) * 4
-    boxes = along_k == 1 and cta.tokens >= max(64, 32 * cluster.k if cluster.k > 1 else 0)
-    output = warpgroups * 8192 if boxes else 0
-    budget = 233472 // 2 - 1024 if ctas_per_sm == 2 else 232448  # noqa: PLR2004
-    fitting = min(32, (budget - 528 - partials - received - output) // (weights + cta.k * cta.tokens * 2))
-    useful = max(100 * 1024 // weights, 2 * along_k)
-    return NativeArrangement(along_channels, along_k, sums, ctas_per_sm, min(fitting, useful) // along_k * along_k)
+    accumulators = cta.channels * cta.tokens // (WARPGROUP_THREADS * along_channels)
+    ctas_per_sm = _ctas_per_sm(config, warpgroups, accumulators)
+
+    weight_bytes = blocks * (_scale_bytes(config) + cta.k * WARPGROUP_CHANNELS // 2)
+    stage_bytes = weight_bytes + cta.k * cta.tokens * ACTIVATION_BYTES
+    beside_ring = BARRIER_BYTES + _reduction_bytes(config, along_k) + _store_bytes(config, warpgroups, along_k)
+    budget = SHARED_BYTES_PER_SM // ctas_per_sm - RESERVED_SHARED_BYTES
+    fitting = min(MAX_STAGES, (budget - beside_ring) // stage_bytes)
+    useful = max(USEFUL_WEIGHT_BYTES // weight_bytes, 2 * along_k)
+    # A slot of the ring always falls to the same warpgroup along K, which would otherwise mistake its barrier's phase.
+    stages = min(fitting, useful) // along_k * along_k
+    return Arrangement(along_channels, along_k, accumulators, ctas_per_sm, stages, beside_ring + stages * stage_bytes)
+
+
+def _ctas_per_sm(config: KernelConfig, warpgroups: int, accumulators: int) -> int:
+    by_warps = config.schedule is Schedule.EIGHT_WARPS
+    most = MAX_PAIRED_ACCUMULATORS_OF_WARPS if by_warps else MAX_PAIRED_ACCUMULATORS[config.cluster.k]
+    fits = warpgroups == PAIRED_WARPGROUPS and accumulators <= most
+    return PAIRED_CTAS if fits and config.cta.k == PACKED_BLOCK_K else 1
+
+
+def _scale_bytes(config: KernelConfig) -> int:
+    """Return the room for scales and zeros of 64 channels in one stage."""
+    rows = MAX_SCALE_ROWS * (2 if config.mode.has_zeros else 1)
+    return rows * SCALE_ROW_BYTES if config.mode.is_grouped else 0
+
+
+def _reduction_bytes(config: KernelConfig, along_k: int) -> int:
+    """Return the room for partial sums of warpgroups along K and of the other CTAs of a cluster that splits K."""
+    cta, splits = config.cta, config.cluster.k
+    phase = min(cta.tokens, REDUCTION_TOKENS)
+    if (along_k, cta.tokens) == (2, REDUCTION_TOKENS_OF_TWO):
+        phase = REDUCTION_TOKENS_OF_TWO
+    of_warpgroups = (along_k - 1) * phase * cta.channels * FLOAT_BYTES
+    # Two buffers: sums of the next tile may arrive before those of this one are read.
+    of_cluster = 2 * (splits - 1) * cta.tokens * (cta.channels // splits) * FLOAT_BYTES
+    return of_warpgroups + of_cluster
+
+
+def _store_bytes(config: KernelConfig, warpgroups: int, along_k: int) -> int:
+    """Return the room for boxes of output, where the output goes through shared memory."""
+    splits, tokens = config.cluster.k, config.cta.tokens
+    whole_boxes = splits == 1 or tokens // splits >= STORE_BOX_TOKENS
+    through_shared = along_k == 1 and tokens >= MIN_STORE_TOKENS and whole_boxes
+    return warpgroups * STORE_BOXES * STORE_BOX_BYTES if through_shared else 0

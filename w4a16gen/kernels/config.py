@@ -1,4 +1,4 @@
-"""The kernel as a value: shapes, quantisation mode, schedule, and the canonical name that holds them all."""
+"""A kernel as a value: shapes, quantisation mode, schedule, and the canonical name that encodes all of them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+PREFIX = "w4a16_sm90_"
+"""Beginning of every canonical kernel name."""
 _TRIPLE = re.compile(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})x([1-9][0-9]{0,8})")
 
 
@@ -49,23 +51,23 @@ class _Triple:
         return cls(*(int(part) for part in match.groups()))
 
     def as_list(self) -> list[int]:
-        """Give [channels, tokens, k], as JSON carries it."""
+        """Return [channels, tokens, k], the form in JSON."""
         return [self.channels, self.tokens, self.k]
 
 
 class CtaShape(_Triple):
-    """What one CTA computes per step: output channels (WGMMA's M), tokens (its N) and values of K per stage."""
+    """What one CTA computes per stage: output channels (WGMMA's M), tokens (WGMMA's N) and values of K."""
 
 
 class ClusterShape(_Triple):
-    """CTAs per cluster: along output channels, along tokens, and along K (sharing one output tile)."""
+    """CTAs per cluster: along output channels, along tokens, and along K (these CTAs compute one output tile)."""
 
 
 @total_ordering
 class _OrderedEnum(Enum):
     """An enumeration ordered by definition, so that sorted kernel lists do not depend on spelling."""
 
-    # Members are single objects, and Enum's own hash is a Python function, which every call of `gemm` would run.
+    # Members are singletons. Enum's own hash is a Python function, which would run in every call of `gemm`.
     __hash__ = object.__hash__
 
     def __lt__(self, other: object) -> bool:
@@ -93,14 +95,14 @@ class _OrderedEnum(Enum):
 
 
 class QuantMode(_OrderedEnum):
-    """How a 4-bit value q becomes a weight; the value is the short tag that names carry."""
+    """How a 4-bit value q becomes a weight. The member's value is its tag in kernel names."""
 
     PER_COLUMN_SCALE_ONLY = "cs"
     """(q - 8) * scale[n]."""
     FINEGRAINED_SCALE_ONLY = "fgs"
     """(q - 8) * scale[g, n]."""
     FINEGRAINED_SCALE_AND_ZEROS = "fgsz"
-    """(q - 8) * scale[g, n] + zero[g, n], the zero already multiplied: zero = (8 - zero point) * scale."""
+    """(q - 8) * scale[g, n] + zero[g, n], where zero = (8 - zero point) * scale."""
 
     @property
     def is_grouped(self) -> bool:
@@ -117,24 +119,24 @@ class Schedule(_OrderedEnum):
     """How a CTA's consumer warpgroups share the work."""
 
     PINGPONG = "pingpong"
-    """Two warpgroups, each with an output tile of its own, taking turns on the tensor cores."""
+    """Two warpgroups with an output tile each, which alternate on the tensor cores (CUTLASS)."""
     COOPERATIVE = "cooperative"
-    """Warpgroups that divide the channels of one output tile among them."""
+    """Two warpgroups that divide the channels of one output tile (CUTLASS)."""
     TWO_WARPGROUPS = "warpgroups2"
-    """Two that divide the channels of one output tile, 64 or more each; 64 channels they share, dividing K."""
+    """Two warpgroups that divide the channels of one output tile. In a tile of 64 channels they split K instead."""
     FOUR_WARPGROUPS = "warpgroups4"
-    """The same with four."""
+    """Four warpgroups that divide the channels of one output tile, and split K where there are too few channels."""
     EIGHT_WARPS = "warps8"
-    """The same with two whose warps multiply each by itself (mma.sync), few tokens: two CTAs share an SM."""
+    """Two warpgroups whose warps multiply independently (mma.sync), for few tokens. Two CTAs share an SM."""
 
 
 class Scheduler(_OrderedEnum):
-    """How output tiles are handed to CTAs."""
+    """How output tiles are assigned to CTAs."""
 
     PERSISTENT = "persistent"
-    """Whole tiles, one wave of CTAs that take several each."""
+    """One wave of CTAs, each of which computes several whole tiles."""
     STREAM_K = "streamk"
-    """Tiles may be split along K so that every SM gets an equal share; partial sums meet in the workspace."""
+    """Tiles are split along K so that all CTAs get equal work. The workspace holds partial sums."""
 
 
 class Target(_OrderedEnum):
@@ -148,7 +150,13 @@ class Target(_OrderedEnum):
 
 @dataclass(frozen=True, order=True)
 class KernelConfig:
-    """One kernel. Equal values are the same kernel; the order is the order in which kernels are listed."""
+    """One kernel. Equal values are the same kernel; kernels are listed in the order of this class.
+
+    Example:
+        >>> config = KernelConfig.parse("w4a16_sm90_native_fgs_cta64x16x128_cluster1x1x1_warps8_persistent")
+        >>> str(config.cta), config.short_name
+        ('64x16x128', 'native_fgs_cta64x16x128_cluster1x1x1_warps8_persistent')
+    """
 
     target: Target
     mode: QuantMode
@@ -160,14 +168,12 @@ class KernelConfig:
     @property
     def name(self) -> str:
         """The canonical name: file stem, C++ symbol, cache key and test id."""
-        return (
-            f"w4a16_sm90_{self.target}_{self.mode}_cta{self.cta}_cluster{self.cluster}_{self.schedule}_{self.scheduler}"
-        )
+        return PREFIX + self.short_name
 
     @property
     def short_name(self) -> str:
-        """The name without the prefix that all kernels share, for tables."""
-        return self.name.removeprefix("w4a16_sm90_")
+        """The canonical name without its prefix, for tables."""
+        return f"{self.target}_{self.mode}_cta{self.cta}_cluster{self.cluster}_{self.schedule}_{self.scheduler}"
 
     def __str__(self) -> str:
         return self.name
@@ -177,11 +183,11 @@ class KernelConfig:
         """Read a canonical name, the exact inverse of `name`.
 
         Raises:
-            InvalidValueError: if the name is not one that `name` can give.
+            InvalidValueError: if the text is not a canonical name.
         """
         match = _NAME.fullmatch(name) if isinstance(name, str) else None
         if match is None:
-            example = "w4a16_sm90_cutlass_fgs_cta128x64x64_cluster2x1x1_cooperative_streamk"
+            example = f"{PREFIX}native_fgs_cta64x16x128_cluster1x1x1_warps8_persistent"
             raise InvalidValueError(f"{name!r} is not a kernel name such as {example}")
         return cls(
             target=Target(match["target"]),
@@ -208,7 +214,7 @@ class KernelConfig:
         return value
 
     def as_json(self) -> dict[str, object]:
-        """Give the object that `--json` listings, manifests and reports carry."""
+        """Return the JSON object of listings, manifests and reports."""
         return {
             "name": self.name,
             "target": self.target.value,
@@ -225,7 +231,7 @@ def _alternatives(members: type[_OrderedEnum]) -> str:
 
 
 _NAME = re.compile(
-    rf"w4a16_sm90_(?P<target>{_alternatives(Target)})_(?P<mode>{_alternatives(QuantMode)})"
+    rf"{PREFIX}(?P<target>{_alternatives(Target)})_(?P<mode>{_alternatives(QuantMode)})"
     rf"_cta(?P<cta>{_TRIPLE.pattern})_cluster(?P<cluster>{_TRIPLE.pattern})"
     rf"_(?P<schedule>{_alternatives(Schedule)})_(?P<scheduler>{_alternatives(Scheduler)})"
 )

@@ -1,8 +1,15 @@
-"""What is legal: the axes, and the one rule that says what the hardware and each target's implementation can be."""
+"""Which configurations are legal: the values of each axis, and the rules of the hardware and of each target."""
 
 from __future__ import annotations
 
-from w4a16gen.kernels.arrangement import NATIVE_WARPGROUPS, WARPGROUP_CHANNELS, NativeArrangement, native_arrangement
+from w4a16gen.kernels.arrangement import (
+    NATIVE_WARPGROUPS,
+    PACKED_BLOCK_K,
+    WARPGROUP_CHANNELS,
+    WARPGROUP_THREADS,
+    Arrangement,
+    native_arrangement,
+)
 from w4a16gen.kernels.config import KernelConfig, Schedule, Scheduler, Target
 
 CTA_CHANNELS = (64, 128, 256)
@@ -13,27 +20,35 @@ CLUSTER_TOKENS = (1, 2, 4)
 CLUSTER_K = (1, 2, 4)
 CONSUMER_WARPGROUPS = 2
 """Consumer warpgroups per CTA in both of CUTLASS's schedules."""
+MIN_CUTLASS_TOKENS = 16
+"""CUTLASS's epilogue does not compile below (nvcc 13.0: "Shape Divisibility Condition")."""
+MIN_CUTLASS_K = 64
+"""Four k16 steps; CUTLASS's main loop does not compile below (nvcc 13.0: "Consider increasing TileShapeK")."""
 MAX_ACCUMULATORS = 128
 """fp32 accumulators per thread. The next size, 256, exceeds the 255 registers that a thread can address: CUTLASS
 compiles 256x256 and pingpong 128x256 with more than 9 KB of spills a thread (nvcc 13.0)."""
-NATIVE_K = (64, 128)
-"""k of a native kernel's stage: a packed block, or half of it."""
+NATIVE_K = {
+    Schedule.TWO_WARPGROUPS: (PACKED_BLOCK_K // 2, PACKED_BLOCK_K),
+    Schedule.FOUR_WARPGROUPS: (PACKED_BLOCK_K // 2, PACKED_BLOCK_K),
+    Schedule.EIGHT_WARPS: (PACKED_BLOCK_K,),
+}
+"""Values of K in a native kernel's stage: a packed block, or half of one."""
 MAX_NATIVE_ACCUMULATORS = {
     Schedule.TWO_WARPGROUPS: MAX_ACCUMULATORS,
     Schedule.FOUR_WARPGROUPS: 32,
     Schedule.EIGHT_WARPS: 8,
 }
-"""fp32 accumulators per thread. Four consumer warpgroups and a producer leave a thread 104 registers, of which the
-fragments of weights take 32 (compiled: with 64 accumulators ptxas serialises WGMMAs, C7512). Eight warps that multiply
-by themselves have four of each, and half of an SM's registers."""
-MAX_NATIVE_SHARERS = 2
-"""CTAs of a cluster that share one operand of a native kernel."""
+"""fp32 accumulators per thread. With four consumer warpgroups a thread has 104 registers, and weight fragments take 32
+of them: with 64 accumulators ptxas serialises WGMMAs (C7512). With eight warps a thread keeps four values for each
+accumulator, in half of an SM's registers."""
+MAX_NATIVE_MULTICAST = 2
+"""CTAs of a native kernel's cluster that receive one copy of an operand."""
 MAX_PORTABLE_CLUSTER = 8
 """CTAs per cluster that every GPU of compute capability 9.0 launches (CUDA programming guide, clusters)."""
 
 
 def why_forbidden(config: KernelConfig) -> str | None:
-    """Say why the hardware or the target's implementation forbids the configuration, or None if it is legal."""
+    """Return why the hardware or the target's implementation forbids a configuration, or None if it is legal."""
     for shape, name, value, allowed in (
         ("CTA", "channels", config.cta.channels, CTA_CHANNELS),
         ("CTA", "tokens", config.cta.tokens, CTA_TOKENS),
@@ -48,14 +63,14 @@ def why_forbidden(config: KernelConfig) -> str | None:
 
 
 def _forbidden_cutlass(config: KernelConfig) -> str | None:
-    """Say why CUTLASS's collective cannot be this kernel, or None."""
+    """Return why CUTLASS's collective cannot be this kernel, or None."""
     cta, cluster = config.cta, config.cluster
     if config.schedule in NATIVE_WARPGROUPS:
         return "CUTLASS's mixed-input kernels are pingpong or cooperative, persistent or stream-K"
-    if cta.tokens < 16:  # noqa: PLR2004  (compiled: "Shape Divisibility Condition" in the epilogue's tiler)
-        return f"CTA tokens of {cta.tokens}: CUTLASS's SM90 epilogue does not compile below 16"
-    if cta.k < 64:  # noqa: PLR2004  (compiled: "Consider increasing TileShapeK")
-        return f"CTA k of {cta.k}: CUTLASS's mixed-input main loop needs at least four k16 steps, so 64"
+    if cta.tokens < MIN_CUTLASS_TOKENS:
+        return f"CTA tokens of {cta.tokens}: CUTLASS's SM90 epilogue does not compile below {MIN_CUTLASS_TOKENS}"
+    if cta.k < MIN_CUTLASS_K:
+        return f"CTA k of {cta.k}: CUTLASS's mixed-input main loop needs four k16 steps, so at least {MIN_CUTLASS_K}"
     if cluster.k != 1:
         return f"cluster k of {cluster.k}: CUTLASS's SM90 kernels split K through stream-K, not through clusters"
     if cluster.channels * cluster.tokens > MAX_PORTABLE_CLUSTER:
@@ -67,7 +82,7 @@ def _forbidden_cutlass(config: KernelConfig) -> str | None:
     if cooperative and cta.channels < CONSUMER_WARPGROUPS * WARPGROUP_CHANNELS:
         return (
             f"CTA channels of {cta.channels}: the cooperative schedule gives each of its {CONSUMER_WARPGROUPS} "
-            f"warpgroups {WARPGROUP_CHANNELS} channels or more"
+            f"warpgroups at least {WARPGROUP_CHANNELS} channels"
         )
     if not cooperative and config.scheduler is Scheduler.STREAM_K:
         return "CUTLASS's pingpong schedule has no stream-K"
@@ -75,56 +90,62 @@ def _forbidden_cutlass(config: KernelConfig) -> str | None:
 
 
 def _forbidden_native(config: KernelConfig) -> str | None:
-    """Say why the native kernel cannot be this kernel, or None."""
+    """Return why no native kernel can have this configuration, or None."""
     cta, cluster = config.cta, config.cluster
     if config.schedule not in NATIVE_WARPGROUPS:
         return "native kernels have the schedules warpgroups2, warpgroups4 and warps8"
     if config.scheduler is Scheduler.STREAM_K and (cluster.channels, cluster.tokens, cluster.k) != (1, 1, 1):
-        return f"cluster {cluster}: stream-K, which divides K among CTAs, has no clusters in native kernels"
-    if cta.k not in (NATIVE_K[-1:] if config.schedule is Schedule.EIGHT_WARPS else NATIVE_K):
-        return f"CTA k of {cta.k}: a native kernel's stage is a packed block's 128 k, or half but of eight warps"
-    if max(cluster.channels, cluster.tokens) > MAX_NATIVE_SHARERS:
-        return f"cluster {cluster}: native kernels share an operand between {MAX_NATIVE_SHARERS} CTAs at most"
+        return f"cluster {cluster}: native stream-K kernels split K among single CTAs, not clusters"
+    if cta.k not in NATIVE_K[config.schedule]:
+        allowed = " or ".join(map(str, NATIVE_K[config.schedule]))
+        return f"CTA k of {cta.k}: a stage of a native {config.schedule} kernel holds {allowed} values of K"
+    if max(cluster.channels, cluster.tokens) > MAX_NATIVE_MULTICAST:
+        return f"cluster {cluster}: native kernels multicast an operand to at most {MAX_NATIVE_MULTICAST} CTAs"
     if cluster.k > 1 and cluster.channels * cluster.tokens > 1:
-        return f"cluster {cluster}: the CTAs of a native kernel's cluster share operands or divide K, not both"
+        return f"cluster {cluster}: a native kernel's cluster multicasts operands or splits K, not both"
     arrangement = native_arrangement(config)
     reason = _lacks_registers(config, arrangement)
     if reason is not None:
         return reason
     reason = _forbidden_accumulators(config, arrangement.along_channels, MAX_NATIVE_ACCUMULATORS[config.schedule])
-    if reason is None and arrangement.stages < 2 * arrangement.along_k:
+    if reason is None and arrangement.stages < arrangement.min_stages:
         return (
-            f"{arrangement.stages} stages fit the shared memory beside the partial sums; warpgroups that divide K in "
-            f"{arrangement.along_k} need two each"
+            f"CTA {cta}: {arrangement.stages} stages fit into shared memory beside the partial sums; "
+            f"{arrangement.along_k} warpgroups that split K need two each"
         )
     return reason
 
 
-def _lacks_registers(config: KernelConfig, arrangement: NativeArrangement) -> str | None:
-    """Say why a native kernel's registers do not suffice beside its accumulators, as compiling showed (nvcc 13.0)."""
-    cta = config.cta
-    if config.schedule is Schedule.EIGHT_WARPS and cta.channels == 256 and config.cluster.k == 4:  # noqa: PLR2004
-        return f"CTA {cta}: eight warps lack registers to exchange sums of 256 channels among 4 CTAs (compiled: spills)"
+def _lacks_registers(config: KernelConfig, arrangement: Arrangement) -> str | None:
+    """Return why a native kernel lacks registers beside its accumulators, as compiling showed (nvcc 13.0), or None."""
+    cta, cluster = config.cta, config.cluster
+    if (config.schedule, cta.channels, cluster.k) == (Schedule.EIGHT_WARPS, 256, 4):
+        return f"CTA {cta}: eight warps lack registers to reduce sums of 256 channels among 4 CTAs (ptxas spills)"
     four = config.schedule is Schedule.FOUR_WARPGROUPS
-    if four and cta.k == 64 and cta.tokens == 64:  # noqa: PLR2004
-        if arrangement.along_k > 1:
-            return f"CTA {cta}: four warpgroups that divide K lack registers for 64 tokens (compiled: C7512)"
-        if config.cluster.k == 4:  # noqa: PLR2004
-            return f"CTA {cta}: four warpgroups lack registers to exchange sums among 4 CTAs (compiled: spills)"
-    stream_k = config.scheduler is Scheduler.STREAM_K
-    if stream_k and arrangement.sums == MAX_ACCUMULATORS and arrangement.along_k > 1:
-        return f"CTA {cta}: stream-K and warpgroups that divide K lack registers beside 128 sums (compiled: spills)"
-    if stream_k and four and cta.k == 64 and cta.tokens == 32 and arrangement.along_k > 1:  # noqa: PLR2004
-        return f"CTA {cta}: stream-K and four warpgroups that divide K lack registers for 64 of k (compiled: spills)"
+    splits_k = arrangement.along_k > 1
+    if four and (cta.tokens, cta.k) == (64, 64):
+        if splits_k:
+            return f"CTA {cta}: four warpgroups that split K lack registers for 64 tokens (ptxas warning C7512)"
+        if cluster.k == max(CLUSTER_K):
+            return f"CTA {cta}: four warpgroups lack registers to reduce sums among 4 CTAs (ptxas spills)"
+    if config.scheduler is not Scheduler.STREAM_K or not splits_k:
+        return None
+    if arrangement.accumulators == MAX_ACCUMULATORS:
+        return (
+            f"CTA {cta}: stream-K with warpgroups that split K lacks registers beside {MAX_ACCUMULATORS} accumulators "
+            "(ptxas spills)"
+        )
+    if four and (cta.tokens, cta.k) == (32, 64):
+        return f"CTA {cta}: stream-K with four warpgroups that split K lacks registers for k 64 (ptxas spills)"
     return None
 
 
 def _forbidden_accumulators(config: KernelConfig, warpgroups: int, limit: int) -> str | None:
-    """Say whether the accumulators of warpgroups that divide the channels exceed a thread's registers."""
-    accumulators = config.cta.channels * config.cta.tokens // (128 * warpgroups)
+    """Return why the accumulators of warpgroups that divide the channels exceed a thread's registers, or None."""
+    accumulators = config.cta.channels * config.cta.tokens // (WARPGROUP_THREADS * warpgroups)
     if accumulators <= limit:
         return None
     return (
-        f"CTA {config.cta.channels}x{config.cta.tokens} needs {accumulators} accumulators per thread in the "
-        f"{config.schedule} schedule; {limit} fit into registers"
+        f"CTA {config.cta.channels}x{config.cta.tokens} needs {accumulators} accumulators per thread with schedule "
+        f"{config.schedule}; {limit} fit into registers"
     )

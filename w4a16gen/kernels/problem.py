@@ -1,4 +1,4 @@
-"""One GEMM problem, and the rule that says which kernel can run it."""
+"""A GEMM problem, and the rule that decides which kernels can run it."""
 
 from __future__ import annotations
 
@@ -10,22 +10,28 @@ from w4a16gen.kernels.config import KernelConfig, QuantMode, Target
 from w4a16gen.kernels.integers import integer
 
 DIMENSION_MULTIPLE = 8
-"""n and k must be multiples of this: TMA moves rows whose stride is a multiple of 16 bytes, so 8 fp16 values."""
+"""n and k are multiples of this: TMA needs row strides of a multiple of 16 bytes, which are 8 fp16 values."""
 MAX_DIMENSION = 1 << 30
 """Largest m, n and k: CUTLASS counts in 32-bit signed integers and rounds up to whole tiles."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """C[m, n] = alpha * A[m, k] x W[k, n] + bias[n]: m tokens, n output channels.
+    """The sizes of C[m, n] = alpha * A[m, k] x W[k, n] + bias[n].
 
-    `group_size` values of K share one scale of an output channel; it is k itself in per-column mode.
+    Example:
+        >>> Problem(m=16, n=4096, k=4096, group_size=128).groups
+        32
     """
 
     m: int
+    """Tokens."""
     n: int
+    """Output channels."""
     k: int
+    """Length of the reduction."""
     group_size: int
+    """Values of K that share one scale of an output channel; k itself in per-column mode."""
 
     def __post_init__(self) -> None:
         """Check that every field is an integer.
@@ -57,16 +63,16 @@ class Problem:
 
 
 NATIVE_GROUP_MULTIPLE = 32
-"""What group sizes of native kernels, and of their packed layout, are multiples of: one scale row per 32 k at most."""
+"""Group sizes of native kernels and of their packed layout are multiples of this, or k."""
 
 
 def group_multiple(config: KernelConfig) -> int:
-    """Give what a kernel's group sizes are multiples of: CUTLASS reads a scale per CTA k, native kernels one per 32."""
+    """Return what a kernel's group sizes are multiples of. CUTLASS reads one scale for all of a CTA's k."""
     return config.cta.k if config.target is Target.CUTLASS else NATIVE_GROUP_MULTIPLE
 
 
 def why_cannot_run(config: KernelConfig, problem: Problem) -> str | None:
-    """Say why a kernel cannot run a problem, or None if it can.
+    """Return why a kernel cannot run a problem, or None if it can.
 
     The built library states the same rule in the same words (`why_not` in cuda/library/problem.h). A test compares
     the two over a grid of problems.
@@ -91,5 +97,5 @@ def why_cannot_run(config: KernelConfig, problem: Problem) -> str | None:
 
 
 def runnable(configs: Iterable[KernelConfig], mode: QuantMode, problem: Problem) -> list[KernelConfig]:
-    """Give the kernels of a mode that can run a problem, sorted."""
+    """Return the kernels of a mode that can run a problem, sorted."""
     return sorted(config for config in configs if config.mode is mode and why_cannot_run(config, problem) is None)

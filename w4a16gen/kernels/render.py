@@ -1,4 +1,4 @@
-"""From configurations to text: kernel sources, the registry, compile units. The only importer of jinja2."""
+"""Text from templates: kernel sources, the registry, compile units. The only importer of jinja2."""
 
 from __future__ import annotations
 
@@ -8,16 +8,12 @@ from pathlib import Path
 
 import jinja2
 
-from w4a16gen.kernels.arrangement import NATIVE_WARPGROUPS
-from w4a16gen.kernels.config import KernelConfig, QuantMode, Schedule, Scheduler, Target
-
-_MODE_NAMES = {mode: f"W4A16_{mode.name}" for mode in QuantMode}
-_CUTLASS_SCHEDULES = {Schedule.PINGPONG: "Pingpong", Schedule.COOPERATIVE: "Cooperative"}
-_CUTLASS_SCHEDULERS = {Scheduler.PERSISTENT: "Persistent", Scheduler.STREAM_K: "StreamK"}
+from w4a16gen.kernels.arrangement import native_arrangement
+from w4a16gen.kernels.config import KernelConfig, Target
 
 
 def templates_folder() -> Path:
-    """Give the folder of the templates: inside an installed package, beside it in a source tree."""
+    """Return the folder of the templates: inside an installed package, beside it in a source tree."""
     package = Path(__file__).resolve().parents[1]
     return next(folder for folder in (package / "templates", package.parent / "templates") if folder.is_dir())
 
@@ -35,47 +31,40 @@ def _environment() -> jinja2.Environment:
 
 
 def render_kernel(config: KernelConfig) -> str:
-    """Give the translation unit of one kernel."""
-    parts = _cutlass_parts if config.target is Target.CUTLASS else _native_parts
-    template = _environment().get_template(f"kernels/{config.target}_kernel.cu.jinja")
-    return template.render(name=config.name, mode=_MODE_NAMES[config.mode], **parts(config))
+    """Return the source of one kernel.
 
-
-def _cutlass_parts(config: KernelConfig) -> dict[str, object]:
-    return {
+    Args:
+        config: a legal configuration.
+    """
+    values: dict[str, object] = {
+        "name": config.name,
         "cta": ", ".join(map(str, config.cta.as_list())),
         "cluster": ", ".join(map(str, config.cluster.as_list())),
-        "schedule": _CUTLASS_SCHEDULES[config.schedule],
-        "scheduler": _CUTLASS_SCHEDULERS[config.scheduler],
+        "schedule": config.schedule.value,
+        "scheduler": config.scheduler.value,
+        "mode": config.mode.value,
     }
-
-
-def _native_parts(config: KernelConfig) -> dict[str, object]:
-    return {
-        "cta": ", ".join(map(str, config.cta.as_list())),
-        "warpgroups": NATIVE_WARPGROUPS[config.schedule],
-        "cluster": ", ".join(map(str, config.cluster.as_list())),
-        "stream_k": str(config.scheduler is Scheduler.STREAM_K).lower(),
-        "by_warps": config.schedule is Schedule.EIGHT_WARPS,
-    }
+    if config.target is Target.NATIVE:
+        arrangement = native_arrangement(config)
+        values |= {"stages": arrangement.stages, "ctas_per_sm": arrangement.ctas_per_sm}
+    return render_text(f"kernels/{config.target}_kernel.cu.jinja", **values)
 
 
 def render_registry(configs: Iterable[KernelConfig]) -> str:
-    """Give the table of kernels that the library links."""
-    names = [config.name for config in sorted(configs)]
-    return _environment().get_template("kernels/registry.cpp.jinja").render(names=names)
+    """Return the source of the kernel table that the library links."""
+    return render_text("kernels/registry.cpp.jinja", names=[config.name for config in sorted(configs)])
 
 
 def render_unit(sources: Sequence[str]) -> str:
-    """Give a compile unit that includes several kernel sources, named relative to its include path."""
-    return _environment().get_template("kernels/unit.cu.jinja").render(sources=sources)
+    """Return a compile unit that includes several kernel sources, named relative to its include path."""
+    return render_text("kernels/unit.cu.jinja", sources=sources)
 
 
 def render_text(template: str, **values: object) -> str:
-    """Give a text from a template; in HTML, values are escaped."""
+    """Return the text of a template, named relative to the folder of the templates. In HTML, values are escaped."""
     return _environment().get_template(template).render(values)
 
 
 def source_name(config: KernelConfig) -> str:
-    """Give the file name of a kernel's source."""
+    """Return the file name of a kernel's source."""
     return f"{config.name}.cu"

@@ -25,16 +25,22 @@ namespace w4a16::cutlass_target {
 template <int Channels, int Tokens, int K>
 using Shape = cute::Shape<cute::Int<Channels>, cute::Int<Tokens>, cute::Int<K>>;
 
-struct Pingpong {
+// Schedules and schedulers, by the names that kernels have.
+namespace schedule {
+struct pingpong {
   using Mainloop = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
   using Epilogue = cutlass::epilogue::TmaWarpSpecialized;
 };
-struct Cooperative {
+struct cooperative {
   using Mainloop = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
   using Epilogue = cutlass::epilogue::TmaWarpSpecializedCooperative;
 };
-using Persistent = cutlass::gemm::PersistentScheduler;
-using StreamK = cutlass::gemm::StreamKScheduler;
+}  // namespace schedule
+
+namespace scheduler {
+using persistent = cutlass::gemm::PersistentScheduler;
+using streamk = cutlass::gemm::StreamKScheduler;
+}  // namespace scheduler
 
 using Half = cutlass::half_t;
 using Weight = cutlass::int4b_t;  // q XOR 8 read as signed: exactly q - 8, without an operand for the 8
@@ -140,7 +146,8 @@ cudaError_t launch(const Launch& launch) {
 
   // Raising the shared memory limit is per device and once; repeating it from two threads is harmless.
   static std::atomic<uint64_t> raised{0};
-  const uint64_t bit = launch.device < 64 ? uint64_t{1} << launch.device : 0;
+  static_assert(kMaxDevices <= 64, "a bit per device");
+  const uint64_t bit = launch.device < kMaxDevices ? uint64_t{1} << launch.device : 0;
   if ((raised.load(std::memory_order_acquire) & bit) == 0) {
     const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
     if (error != cudaSuccess) return error;
@@ -178,7 +185,7 @@ constexpr Kernel make_kernel(const char* name) {
   using Cluster = typename Gemm::Cluster;
   return {{name,
            "cutlass",
-           "kmajor_s4_v1",
+           kLayout,
            Gemm::kMode,
            {cute::size<0>(Cta{}), cute::size<1>(Cta{}), cute::size<2>(Cta{})},
            {cute::size<0>(Cluster{}), cute::size<1>(Cluster{}), cute::size<2>(Cluster{})},

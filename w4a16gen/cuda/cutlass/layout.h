@@ -12,6 +12,8 @@
 
 namespace w4a16::cutlass_target {
 
+constexpr char kLayout[] = "kmajor_s4_v1";
+
 struct PackedLayout {
   int64_t row_values;  // nibbles from one channel's row to the next
   size_t scales_offset;

@@ -1,4 +1,4 @@
-// The interface between the library and a kernel target: what a kernel is, what it needs, how it is launched.
+// The interface between the library and a kernel family: what a kernel is, what it needs, how it is launched.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -11,7 +11,17 @@ namespace w4a16 {
 
 using Problem = w4a16_problem;
 
-// Everything one launch needs, already checked; all pointers are device pointers on the current device.
+// GPUs of a process for which per-device state is kept. The CUDA runtime enumerates no more.
+constexpr int kMaxDevices = 64;
+
+// Quantisation modes, by the tags that kernel names have.
+namespace mode {
+constexpr w4a16_mode cs = W4A16_PER_COLUMN_SCALE_ONLY;
+constexpr w4a16_mode fgs = W4A16_FINEGRAINED_SCALE_ONLY;
+constexpr w4a16_mode fgsz = W4A16_FINEGRAINED_SCALE_AND_ZEROS;
+}  // namespace mode
+
+// A launch whose arguments have been checked. All pointers are device pointers of the current device.
 struct Launch {
   Problem problem;
   w4a16_gemm_arguments arguments;
@@ -19,23 +29,28 @@ struct Launch {
   int sm_count;
 };
 
-// What measures the GPU rather than a kernel: see w4a16_probe_read and w4a16_probe_multiply.
+// Functions that measure the GPU instead of a kernel: see w4a16_probe_read and w4a16_probe_multiply.
 struct Probes {
   cudaError_t (*read)(const void* data, size_t bytes, int sm_count, bool dependent_launch, cudaStream_t stream);
   cudaError_t (*multiply)(int rounds, int sm_count, cudaStream_t stream);
-  int64_t flops_per_round;  // and multiprocessor
+  int64_t flops_per_round;  // of one multiprocessor
 };
 
-// One built kernel. A target fills the functions from its own templates; nothing above them knows the target.
+// One built kernel. Its family fills in the functions; the library calls them without knowing the family.
 struct Kernel {
   w4a16_kernel_info info;
   size_t (*packed_bytes)(const Problem&);
   size_t (*workspace_bytes)(const Problem&, int sm_count);
   cudaError_t (*launch)(const Launch&);
-  // Packs a weight on the GPU, arguments already checked; null where the target has no such thing.
+  // Packs a weight on the GPU; its arguments have been checked. Null if the family packs on the host only.
   cudaError_t (*pack)(const Problem&, const w4a16_pack_arguments&);
-  // Null where the target brings none.
+  // Null if the family has none.
   const Probes* probes;
 };
 
 }  // namespace w4a16
+
+// Defines the entry of a kernel in the table. `family` is the namespace whose make_kernel knows the kernel's type.
+#define W4A16_DEFINE_KERNEL(family, name) \
+  extern const Kernel name##_kernel;      \
+  const Kernel name##_kernel = family::make_kernel<name>(#name);

@@ -13,8 +13,6 @@
 namespace w4a16 {
 namespace {
 
-constexpr int kMaxDevices = 64;
-
 struct Device {
   cudaError_t error = cudaErrorInitializationError;
   int index = -1;

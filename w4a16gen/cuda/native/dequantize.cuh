@@ -16,7 +16,7 @@
 
 namespace w4a16::native {
 
-W4A16_HOST_DEVICE inline uint32_t turned_right(uint32_t word, int bits) {
+W4A16_HOST_DEVICE inline uint32_t rotate_right(uint32_t word, int bits) {
 #if defined(__CUDA_ARCH__)
   return __funnelshift_r(word, word, bits);
 #else
@@ -64,7 +64,7 @@ W4A16_HOST_DEVICE constexpr uint16_t minus_eight_units(int upper) { return upper
 W4A16_HOST_DEVICE constexpr uint16_t minus_eight_large_units(int upper) { return upper == 0 ? 0xb000 : 0xc000; }
 constexpr uint16_t kLargeUnit = 0x7800;  // 2^15: large units in a unit
 
-W4A16_HOST_DEVICE inline half2 twice(uint16_t bits) { return as_half2(bits * 0x10001u); }
+W4A16_HOST_DEVICE inline half2 splat(uint16_t bits) { return as_half2(bits * 0x10001u); }
 
 // What a pair of channels adds to q * unit * scale: -8 * scale, exactly, from scales as they are packed.
 W4A16_HOST_DEVICE inline half2 offset_of(half2 packed_scales) {
@@ -80,19 +80,19 @@ W4A16_HOST_DEVICE inline half2 offset_of(half2 packed_scales) {
 // channel's factor holds what is missing.
 template <bool Scales, bool Zeros>
 W4A16_HOST_DEVICE inline void dequantize(uint32_t word, half2 scales, half2 addends, uint32_t (&fragment)[4]) {
-  const uint32_t turned = turned_right(word, 8);
-  const uint32_t nibbles[4] = {word & kLowNibbles, word & kHighNibbles, turned & kLowNibbles, turned & kHighNibbles};
+  const uint32_t rotated = rotate_right(word, 8);
+  const uint32_t nibbles[4] = {word & kLowNibbles, word & kHighNibbles, rotated & kLowNibbles, rotated & kHighNibbles};
   const half2 scale[2] = {__low2half2(scales), __high2half2(scales)};
   const half2 addend[2] = {__low2half2(addends), __high2half2(addends)};
   W4A16_UNROLL
   for (int i = 0; i < 4; ++i) {
     const int upper = i % 2;
     half2 value = as_half2(nibbles[i]);
-    if constexpr (Zeros) value = multiply_add(value, twice(kLargeUnit), twice(minus_eight_large_units(upper)));
+    if constexpr (Zeros) value = multiply_add(value, splat(kLargeUnit), splat(minus_eight_large_units(upper)));
     if constexpr (Scales) {
       value = multiply_add(value, scale[upper], addend[upper]);
     } else {
-      value = add(value, twice(minus_eight_units(upper)));
+      value = add(value, splat(minus_eight_units(upper)));
     }
     fragment[i] = as_bits(value);
   }

@@ -57,12 +57,12 @@ struct PairOfChannels {
 // Of the CTAs of a cluster that split K, the rank of the one that stores a warp's channels of a group of 8 tokens.
 template <class S>
 __device__ inline int owner_of(const Consumer& me, int group) {
-  return S::SharesTokens ? group / (S::Tokens / 8 / S::ClusterK) : me.warp / (4 / S::ClusterK);
+  return S::DividesOutputByTokens ? group / (S::Tokens / 8 / S::ClusterK) : me.warp / (4 / S::ClusterK);
 }
 
 // Of the warpgroups that divide K, whether this one has the sums of a piece: of one group of 8 tokens and one fragment.
 template <class S>
-__device__ inline bool sums_piece(const Consumer& me, int piece) {
+__device__ inline bool owns_piece(const Consumer& me, int piece) {
   return S::WarpgroupsK == 1 || piece % S::WarpgroupsK == me.warpgroup_k;
 }
 
@@ -71,7 +71,7 @@ __device__ inline bool sums_piece(const Consumer& me, int piece) {
 // memory.
 template <class S>
 __device__ inline void store_from_registers(const Parameters& p, const Tile& tile, int rank, const Consumer& me,
-                                            const ChannelFactors<S>& factors, const Sums<S>& sum) {
+                                            const ChannelFactors<S>& factors, const Accumulators<S>& sum) {
   const int upper = me.lane % 2;  // even lanes store channels of the lower 8, odd ones of the upper
 #pragma unroll
   for (int f = 0; f < S::Fragments; ++f) {
@@ -79,7 +79,7 @@ __device__ inline void store_from_registers(const Parameters& p, const Tile& til
     const PairOfChannels channels(p, first + me.lane / 4, factors.value[f]);
 #pragma unroll
     for (int group = 0; group < S::Tokens / 8; ++group) {
-      if (!sums_piece<S>(me, group * S::Fragments + f)) continue;
+      if (!owns_piece<S>(me, group * S::Fragments + f)) continue;
       if (S::ClusterK > 1 && owner_of<S>(me, group) != rank) continue;
       const uint32_t two[2] = {transpose_8x8(channels.outputs(sum[f], group, 0)),
                                transpose_8x8(channels.outputs(sum[f], group, 1))};
@@ -98,7 +98,8 @@ __device__ inline void store_from_registers(const Parameters& p, const Tile& til
 // 128 bytes while the warpgroup fills the other box.
 template <class S>
 __device__ inline void store_through_shared(const Parameters& p, const Shared<S>& shared, const Tile& tile, int rank,
-                                            const Consumer& me, const ChannelFactors<S>& factors, const Sums<S>& sum) {
+                                            const Consumer& me, const ChannelFactors<S>& factors,
+                                            const Accumulators<S>& sum) {
   constexpr int kBoxes = S::Tokens / S::BoxTokens / S::ClusterK;         // of a fragment that this CTA stores
   constexpr int kPendingReads = kBoxes * S::Fragments % 2 == 0 ? 1 : 0;  // a lone box returns to the same memory
   const uint32_t boxes = shared.output(me.warpgroup_m);
@@ -134,7 +135,7 @@ __device__ inline void store_through_shared(const Parameters& p, const Shared<S>
 
 template <class S>
 __device__ inline void store(const Parameters& p, const Shared<S>& shared, const Tile& tile, int rank,
-                             const Consumer& me, const ChannelFactors<S>& factors, const Sums<S>& sum) {
+                             const Consumer& me, const ChannelFactors<S>& factors, const Accumulators<S>& sum) {
   if constexpr (S::StoresThroughShared) {
     store_through_shared<S>(p, shared, tile, rank, me, factors, sum);
   } else {

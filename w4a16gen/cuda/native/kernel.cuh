@@ -27,7 +27,7 @@ __device__ inline void consume(const Parameters& p, const Shared<S>& shared, con
     const int stages = tile.blocks * S::StagesPerBlock;
     const int mine = (stages - skip + S::WarpgroupsK - 1) / S::WarpgroupsK;
     skip += mine * S::WarpgroupsK - stages;
-    Sums<S> sum;
+    Accumulators<S> sum;
 #pragma unroll
     for (int f = 0; f < S::Fragments; ++f) {
 #pragma unroll
@@ -41,14 +41,14 @@ __device__ inline void consume(const Parameters& p, const Shared<S>& shared, con
     wait_for_prerequisites();  // the kernel before may read what is written now, or have written the bias
     // With four warpgroups and no spare registers, asked anew: what follows from it would otherwise occupy registers
     // during the main loop. (With two it is the other way round, unless two exchanges follow: compiled.)
-    constexpr bool kExchangesTwice = S::WarpgroupsK > 1 && S::ClusterK > 1;
-    constexpr bool kIsShort = S::Warpgroups == 4 || (S::Sums == 128 && kExchangesTwice);
-    constexpr bool kAsks = S::Exchanges && !S::SpareRegisters && kIsShort;
+    constexpr bool kReducesTwice = S::WarpgroupsK > 1 && S::ClusterK > 1;
+    constexpr bool kIsShort = S::Warpgroups == 4 || (S::Accumulators == 128 && kReducesTwice);
+    constexpr bool kAsks = S::Reduces && !S::SpareRegisters && kIsShort;
     const Consumer here = kAsks ? consumer_at<S>(thread_index()) : me;
-    if constexpr (S::Exchanges) {
-      if (!exchange<S>(p, shared, tile, index, work, here, turn, sum)) continue;
+    if constexpr (S::Reduces) {
+      if (!reduce<S>(p, shared, tile, index, work, here, turn, sum)) continue;
     }
-    if (is_repeat<S>(p.tiling, static_cast<int>(blockIdx.x))) continue;
+    if (is_redundant_cta<S>(p.tiling, static_cast<int>(blockIdx.x))) continue;
     if constexpr (!S::SpareRegisters) factors.load(p, tile, here);
     store<S>(p, shared, tile, work.rank, here, factors, sum);
   }
@@ -64,10 +64,10 @@ __device__ inline void run(const Parameters& p) {
   const int rank = S::ClusterSize > 1 ? static_cast<int>(cluster_rank()) : 0;
   const Work work = work_of<S>(p.tiling, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x), rank);
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / kWarp, 0);
-  start<S>(p, shared, work, warp);
+  prologue<S>(p, shared, work, warp);
 
   if (warp < kWarpgroup / kWarp) {
-    give_registers<S::ProducerRegisters>();
+    deallocate_registers<S::ProducerRegisters>();
     if (warp == 0 && elected()) {
       if (p.dependents_start_early) launch_dependents();
       produce_weights<S>(p, shared, work);
@@ -75,12 +75,12 @@ __device__ inline void run(const Parameters& p) {
     } else if (warp == 1 && elected()) {
       produce_activations<S>(p, shared, work);
     } else if (warp == 2) {
-      if constexpr (S::StreamK) publish_handover<S>(p, work);
+      if constexpr (S::StreamK) publish_fixup<S>(p, work);
     }
     __syncwarp();
     if constexpr (S::ClusterK > 1 && kWaitsLate) cluster_wait();
   } else {
-    take_registers<S::ConsumerRegisters>();
+    allocate_registers<S::ConsumerRegisters>();
     consume<S, Rows>(p, shared, work, consumer_at<S>(threadIdx.x));
   }
   if constexpr (S::Multicasts) {

@@ -11,8 +11,6 @@
 
 namespace w4a16::native {
 
-constexpr int kMaxDevices = 64;
-
 // A function of the driver, found at run time so that nothing links to the driver; null if it has none of the name.
 template <class FunctionType>
 FunctionType driver_function(const char* name) {
@@ -23,7 +21,7 @@ FunctionType driver_function(const char* name) {
 }
 
 // A row-major fp16 matrix in boxes of 64 columns, swizzled; what lies outside reads as 0 and is not written.
-inline bool describe(CUtensorMap* map, const void* matrix, int64_t rows, int64_t columns, int box_rows) {
+inline bool encode_tensor_map(CUtensorMap* map, const void* matrix, int64_t rows, int64_t columns, int box_rows) {
   static const auto encode = driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
   if (encode == nullptr) return false;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
@@ -129,7 +127,7 @@ inline cudaError_t launch_function(const Function& function, int device, const c
 }
 
 // A number that no other launch has, and that memory holds by a chance of 2^-63.
-inline uint64_t next_ticket() {
+inline uint64_t next_epoch() {
   static std::atomic<uint64_t> next = [] {
     std::random_device random;
     return uint64_t{random()} << 32 | random() | 1;
@@ -144,7 +142,7 @@ size_t workspace_bytes(const Problem& problem, int sm_count) {
   const PackedLayout layout(problem, S::Mode);
   Tiling tiling{};
   const int at_once = sm_count * S::CtasPerSm;
-  return size_t{S::HandoverBytes} * divide<S>(&tiling, problem.m, layout.channel_blocks, layout.k_blocks, at_once);
+  return size_t{S::FixupBytes} * make_tiling<S>(&tiling, problem.m, layout.channel_blocks, layout.k_blocks, at_once);
 }
 
 // Whether the next kernel's CTAs may take their places as this one's leave, and fetch weights, or only when this one
@@ -167,9 +165,10 @@ cudaError_t launch(const Launch& launch) {
   const auto& given = launch.arguments;
   const auto* packed = static_cast<const uint8_t*>(given.packed);
   Parameters parameters{};
-  const int fetched_tokens = S::AvoidsAbsentTokens && m < S::Tokens ? static_cast<int>(m) : S::Tokens;
-  if (!describe(&parameters.activations, given.activations, m, k, fetched_tokens)) return cudaErrorInvalidValue;
-  if (S::StoresThroughShared && !describe(&parameters.output, given.output, m, n, S::BoxTokens)) {
+  const int fetched_tokens = S::SkipsOutOfBoundsRows && m < S::Tokens ? static_cast<int>(m) : S::Tokens;
+  if (!encode_tensor_map(&parameters.activations, given.activations, m, k, fetched_tokens))
+    return cudaErrorInvalidValue;
+  if (S::StoresThroughShared && !encode_tensor_map(&parameters.output, given.output, m, n, S::BoxTokens)) {
     return cudaErrorInvalidValue;
   }
   parameters.weights = packed;
@@ -182,18 +181,19 @@ cudaError_t launch(const Launch& launch) {
   parameters.channel_blocks = layout.channel_blocks;
   parameters.block_bytes = layout.block_bytes;
   parameters.alpha = given.alpha;
-  const int ctas = divide<S>(&parameters.tiling, m, layout.channel_blocks, layout.k_blocks, clusters_at_once);
+  const int ctas = make_tiling<S>(&parameters.tiling, m, layout.channel_blocks, layout.k_blocks, clusters_at_once);
   if (ctas == 0) return cudaErrorInvalidValue;
   parameters.is_dependent = given.dependent_launch != 0;
   parameters.dependents_start_early = dependents_start_early<S>(ctas, clusters_at_once);
   if constexpr (S::StreamK) {
     parameters.workspace = static_cast<uint8_t*>(given.workspace);
-    parameters.ticket = next_ticket();
+    parameters.epoch = next_epoch();
   }
 
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t configuration = configuration_of<S>(attributes);
-  configuration.gridDim = static_cast<unsigned>(parameters.is_dependent ? filled<S>(ctas, clusters_at_once) : ctas);
+  configuration.gridDim =
+      static_cast<unsigned>(parameters.is_dependent ? padded_grid<S>(ctas, clusters_at_once) : ctas);
   configuration.stream = static_cast<cudaStream_t>(given.stream);
   if (given.dependent_launch != 0) {
     attributes[configuration.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -207,7 +207,7 @@ template <class S>
 constexpr Kernel make_kernel(const char* name) {
   return {{name,
            "native",
-           "fragment_blocks_v2",
+           kLayout,
            S::Mode,
            {S::Channels, S::Tokens, S::K},
            {S::ClusterChannels, S::ClusterTokens, S::ClusterK},

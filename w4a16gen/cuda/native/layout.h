@@ -19,6 +19,7 @@
 
 namespace w4a16::native {
 
+constexpr char kLayout[] = "fragment_blocks_v2";
 constexpr int kBlockChannels = 64;
 constexpr int kBlockK = 128;
 constexpr int kNibbleBytes = kBlockChannels * kBlockK / 2;

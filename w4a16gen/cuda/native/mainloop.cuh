@@ -54,10 +54,10 @@ struct Packed {
 // other way round (256x64x128 took 0.7 % more time; H100, 2026-11), and with four warpgroups and many sums registers
 // run out.
 template <class S>
-constexpr bool kMovesWhole = S::Fragments == 1 && (S::Warpgroups == 2 || S::SpareRegisters);
+constexpr bool k64BitDescriptorAdd = S::Fragments == 1 && (S::Warpgroups == 2 || S::SpareRegisters);
 
 template <bool Whole>
-__device__ inline uint64_t further(uint64_t from, int by) {
+__device__ inline uint64_t advance_descriptor(uint64_t from, int by) {
   if constexpr (Whole) return from + static_cast<uint32_t>(by);
   return descriptor(static_cast<uint32_t>(from) + by);
 }
@@ -68,7 +68,7 @@ __device__ inline void multiply(float (&sum)[Tokens / 2], const Fragments& fragm
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
-    wgmma<Tokens>(sum, fragments[step], further<Whole>(activations, step * 2));  // 32 bytes
+    wgmma<Tokens>(sum, fragments[step], advance_descriptor<Whole>(activations, step * 2));  // 32 bytes
   }
   wgmma_commit();
 }
@@ -97,15 +97,15 @@ __device__ inline void release(const Shared<S>& shared, int slot, int lane) {
 // of two buffers. Pieces alternate between the fragments, so that a buffer is as small as one piece.
 template <class S, int Rows>
 __device__ inline void consume_stages(const Shared<S>& shared, int stages, const Consumer& me, Position<S::Stages>& at,
-                                      Sums<S>& sum) {
+                                      Accumulators<S>& sum) {
   constexpr bool kHalfStages = S::K != kBlockK;
   constexpr bool kOnePiece = S::Fragments * S::Halves == 1;  // a stage is
   Fragments fragments[2];
   Packed<S, Rows> packed;
   const uint64_t first = descriptor(descriptor_low(shared.activations(0)));
-  constexpr bool kWhole = kMovesWhole<S>;
+  constexpr bool kWhole = k64BitDescriptorAdd<S>;
   uint32_t weights = 0;
-  int held = -1;  // slot of the stage before, whose last WGMMAs may still be reading it
+  int in_flight = -1;  // slot of the stage before, whose last WGMMAs may still be reading it
   const auto begin_stage = [&](int half) {
     // A warpgroup that takes every second or fourth stage of 64 k meets the same half of every block.
     if (kHalfStages && S::WarpgroupsK > 1) half = me.warpgroup_k % 2;
@@ -136,16 +136,16 @@ __device__ inline void consume_stages(const Shared<S>& shared, int stages, const
         at.advance(S::WarpgroupsK);
         --stages;
       }
-      uint64_t activations = further<kWhole>(first, slot * (S::ActivationBytes / 16));
-      if (!kHalfStages) activations = further<kWhole>(activations, half * (S::HalfActivationBytes / 16));
+      uint64_t activations = advance_descriptor<kWhole>(first, slot * (S::ActivationBytes / 16));
+      if (!kHalfStages) activations = advance_descriptor<kWhole>(activations, half * (S::HalfActivationBytes / 16));
       multiply<S::Tokens, kWhole>(sum[f], buffer, activations);
       const bool more = ends && stages > 0;
       const int next_half = kHalfStages ? 1 - half : 0;
       // A stage of one piece must be released before the next is waited for: the ring may hold just two.
       if (!kOnePiece && more) begin_stage(next_half);
       wgmma_wait<1>();  // the WGMMAs of the piece before are done: its buffer is free, and its stage may be
-      if (begins && held >= 0) release<S>(shared, held, me.lane);
-      if (ends) held = slot;
+      if (begins && in_flight >= 0) release<S>(shared, in_flight, me.lane);
+      if (ends) in_flight = slot;
       if (kOnePiece && more) begin_stage(next_half);
     }
   };
@@ -157,7 +157,7 @@ __device__ inline void consume_stages(const Shared<S>& shared, int stages, const
   }
   if (kHalfStages && S::WarpgroupsK > 1 && stages > 0) work_on_half(0);
   wgmma_wait<0>();
-  if (held >= 0) release<S>(shared, held, me.lane);
+  if (in_flight >= 0) release<S>(shared, in_flight, me.lane);
 }
 
 }  // namespace w4a16::native

@@ -26,7 +26,7 @@ struct Parameters {
   bool is_dependent;
   bool dependents_start_early;
   uint8_t* workspace;  // of stream-K: what every CTA hands over
-  uint64_t ticket;     // what a flag holds when its sums are there: no other launch's
+  uint64_t epoch;      // what a flag holds when its sums are there: no other launch's
 };
 
 // What racecheck, of compute-sanitizer, cannot follow is done otherwise in a build for it (docs/native.md).
@@ -86,8 +86,8 @@ struct Shared {
 
 // CTAs whose shared memory a copy of this CTA fills, as bits of their ranks. They take turns: of `count` stages one
 // after the other, this CTA copies those whose number leaves the remainder `turn`.
-struct Sharers {
-  uint16_t receivers;
+struct Multicast {
+  uint16_t mask;
   int count;
   int turn;
 
@@ -114,7 +114,7 @@ struct WeightRows {
 // Fetches the weights of one of a tile's stages into a slot that is free in all CTAs that receive them.
 template <class S>
 __device__ inline void fetch_weights(const Parameters& p, const Shared<S>& shared, const WeightRows<S>& rows, int stage,
-                                     int slot, bool is_turn, uint16_t receivers) {
+                                     int slot, bool is_turn, uint16_t mask) {
   const uint32_t full = shared.full(slot);
   const int header = p.block_bytes - kNibbleBytes;
   barrier_arrive_expecting(full, S::Blocks * (header + S::Halves * S::HalfNibbleBytes));
@@ -125,10 +125,10 @@ __device__ inline void fetch_weights(const Parameters& p, const Shared<S>& share
     const uint32_t to = shared.weights(slot) + b * S::BlockBytes;
     const uint8_t* from = rows.block[b] + offset;
     if (stage % S::StagesPerBlock == 0) {
-      bulk_copy<S::ClusterTokens>(to, from, header + S::Halves * S::HalfNibbleBytes, full, receivers);
+      bulk_copy<S::ClusterTokens>(to, from, header + S::Halves * S::HalfNibbleBytes, full, mask);
     } else {  // the second half of a block lies apart from its scales
-      if (S::Scales) bulk_copy<S::ClusterTokens>(to, from, header, full, receivers);
-      bulk_copy<S::ClusterTokens>(to + header, from + header + S::HalfNibbleBytes, S::HalfNibbleBytes, full, receivers);
+      if (S::Scales) bulk_copy<S::ClusterTokens>(to, from, header, full, mask);
+      bulk_copy<S::ClusterTokens>(to + header, from + header + S::HalfNibbleBytes, S::HalfNibbleBytes, full, mask);
     }
   }
 }
@@ -148,19 +148,19 @@ __device__ inline void prefetch_weights(const Parameters& p, const Tile& tile, i
 // The same for activations, in two steps.
 template <class S>
 __device__ inline void expect_activations(const Parameters& p, const Shared<S>& shared, int slot) {
-  barrier_arrive_expecting(shared.full(slot), S::AvoidsAbsentTokens ? p.activation_bytes : S::ActivationBytes);
+  barrier_arrive_expecting(shared.full(slot), S::SkipsOutOfBoundsRows ? p.activation_bytes : S::ActivationBytes);
 }
 
 template <class S>
 __device__ inline void copy_activations(const Parameters& p, const Shared<S>& shared, const Tile& tile, int stage,
-                                        int slot, const Sharers& sharers) {
-  if (!sharers.is_turn(stage)) return;
+                                        int slot, const Multicast& multicast) {
+  if (!multicast.is_turn(stage)) return;
   const uint32_t full = shared.full(slot);
   const int k = tile.first_block * kBlockK + stage * S::K;
 #pragma unroll
   for (int half = 0; half < S::Halves; ++half) {
     tensor_copy<S::ClusterChannels>(shared.activations(slot) + half * S::HalfActivationBytes, &p.activations,
-                                    k + half * 64, tile.token, full, sharers.receivers);
+                                    k + half * 64, tile.token, full, multicast.mask);
   }
 }
 

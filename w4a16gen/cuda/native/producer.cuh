@@ -6,14 +6,14 @@
 namespace w4a16::native {
 
 template <class S>
-__device__ inline Sharers weight_sharers(int rank) {  // the token tiles of the cluster
+__device__ inline Multicast weight_multicast(int rank) {  // the token tiles of the cluster
   const int first = rank % S::ClusterChannels;
-  const int receivers = S::ClusterTokens == 2 ? 1 << first | 1 << (first + S::ClusterChannels) : 1 << first;
-  return {static_cast<uint16_t>(receivers), S::ClusterTokens, rank / S::ClusterChannels % S::ClusterTokens};
+  const int mask = S::ClusterTokens == 2 ? 1 << first | 1 << (first + S::ClusterChannels) : 1 << first;
+  return {static_cast<uint16_t>(mask), S::ClusterTokens, rank / S::ClusterChannels % S::ClusterTokens};
 }
 
 template <class S>
-__device__ inline Sharers activation_sharers(int rank) {  // its channel tiles
+__device__ inline Multicast activation_multicast(int rank) {  // its channel tiles
   const int first = rank / S::ClusterChannels * S::ClusterChannels;
   return {static_cast<uint16_t>((S::ClusterChannels == 2 ? 3 : 1) << first), S::ClusterChannels,
           rank % S::ClusterChannels};
@@ -24,25 +24,25 @@ __device__ inline Sharers activation_sharers(int rank) {  // its channel tiles
 // operands: when each fetched its first stages for itself, they ran apart, which cost up to 8 %.) Activations, which L2
 // tends to have, come later: whoever fetches them may have to wait for the kernel before, and would hold up the rest.
 template <class S>
-__device__ inline void start(const Parameters& p, const Shared<S>& shared, const Work& work, int warp) {
+__device__ inline void prologue(const Parameters& p, const Shared<S>& shared, const Work& work, int warp) {
   constexpr int kProducerWarps = kWarpgroup / kWarp;
-  if (warp < kProducerWarps && S::EarlyStages > 0) {
+  if (warp < kProducerWarps && S::PrologueStages > 0) {
     const Tile tile = tile_at<S>(p.tiling, work, work.first_tile);
     const WeightRows<S> rows(p, tile);
-    const int stages = min(S::EarlyStages, tile.blocks * S::StagesPerBlock);
+    const int stages = min(S::PrologueStages, tile.blocks * S::StagesPerBlock);
     if (elected()) {
-      for (int stage = warp; stage < S::EarlyStages; stage += kProducerWarps) {
+      for (int stage = warp; stage < S::PrologueStages; stage += kProducerWarps) {
         barrier_init(shared.full(stage), 2);
         async_proxy_fence();
         if (stage < stages) fetch_weights<S>(p, shared, rows, stage, stage, true, 0);
       }
     }
   } else {
-    constexpr int kFirst = S::EarlyStages > 0 ? kProducerWarps : 0;
+    constexpr int kFirst = S::PrologueStages > 0 ? kProducerWarps : 0;
     if (warp == S::Threads / kWarp - 1 && elected()) prefetch_tensor_map(&p.activations);
     for (int slot = warp - kFirst; slot < S::Stages; slot += S::Threads / kWarp - kFirst) {
       if (elected()) {
-        if (slot >= S::EarlyStages) barrier_init(shared.full(slot), 2);
+        if (slot >= S::PrologueStages) barrier_init(shared.full(slot), 2);
         constexpr int kWarps = 4 * S::WarpgroupsM * (S::Multicasts ? S::ClusterSize : 1);
         barrier_init(shared.empty(slot), kWarps * kReleasingLanes);
         if (S::ClusterK > 1 && slot < 2) barrier_init(shared.arrived(slot), 1);
@@ -79,23 +79,23 @@ __device__ inline void produce(const Parameters& p, const Shared<S>& shared, con
 
 template <class S>
 __device__ inline void produce_weights(const Parameters& p, const Shared<S>& shared, const Work& work) {
-  const Sharers sharers = weight_sharers<S>(work.rank);
+  const Multicast multicast = weight_multicast<S>(work.rank);
   const auto fetch_tile = [&](const Tile& tile) {
-    const int trigger = tile.blocks * S::StagesPerBlock - S::LeftStages;
-    if (S::CtasPerSm == 2 && trigger <= S::EarlyStages) launch_dependents();
+    const int trigger = tile.blocks * S::StagesPerBlock - S::StagesAtTrigger;
+    if (S::CtasPerSm == 2 && trigger <= S::PrologueStages) launch_dependents();
     return [&, trigger, rows = WeightRows<S>(p, tile)](int stage, int slot) {
       if (S::CtasPerSm == 2 && stage == trigger) launch_dependents();
-      fetch_weights<S>(p, shared, rows, stage, slot, sharers.is_turn(stage), sharers.receivers);
+      fetch_weights<S>(p, shared, rows, stage, slot, multicast.is_turn(stage), multicast.mask);
     };
   };
-  int filled = S::EarlyStages;
+  int filled = S::PrologueStages;
   if (S::CtasPerSm == 2 && p.is_dependent) {  // the launch before comes first (`FillPause`)
     const Tile tile = tile_at<S>(p.tiling, work, work.first_tile);
     const auto fetch = fetch_tile(tile);
     const int stages = tile.blocks * S::StagesPerBlock;
     filled = min(S::Stages, stages);
 #pragma unroll 1
-    for (int stage = S::EarlyStages; stage < filled; ++stage) {
+    for (int stage = S::PrologueStages; stage < filled; ++stage) {
       pause(S::FillPause);
       fetch(stage, stage);
     }
@@ -106,7 +106,7 @@ __device__ inline void produce_weights(const Parameters& p, const Shared<S>& sha
 
 template <class S>
 __device__ inline void produce_activations(const Parameters& p, const Shared<S>& shared, const Work& work) {
-  const Sharers sharers = activation_sharers<S>(work.rank);
+  const Multicast multicast = activation_multicast<S>(work.rank);
   int skip = 0;
   if (S::CtasPerSm == 2 && p.is_dependent) {
     // The weights are there when the kernel before ends, and activations are what is waited for: then nothing is left
@@ -117,14 +117,14 @@ __device__ inline void produce_activations(const Parameters& p, const Shared<S>&
     for (int stage = 0; stage < skip; ++stage) expect_activations<S>(p, shared, stage);
     wait_for_prerequisites();
 #pragma unroll 4
-    for (int stage = 0; stage < skip; ++stage) copy_activations<S>(p, shared, tile, stage, stage, sharers);
+    for (int stage = 0; stage < skip; ++stage) copy_activations<S>(p, shared, tile, stage, stage, multicast);
   } else {
     wait_for_prerequisites();  // the kernel before may be writing them; it never writes weights
   }
   produce<S>(p, shared, work, skip, [&](const Tile& tile) {
     return [&, tile](int stage, int slot) {
       expect_activations<S>(p, shared, slot);
-      copy_activations<S>(p, shared, tile, stage, slot, sharers);
+      copy_activations<S>(p, shared, tile, stage, slot, multicast);
     };
   });
 }

@@ -63,7 +63,7 @@ __device__ inline void pause(uint32_t cycles) {
 // memory, data and barrier, are filled in every CTA of the cluster whose bit `receivers` has.
 template <int Receivers>
 __device__ inline void bulk_copy(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier,
-                                 uint16_t receivers) {
+                                 uint16_t mask) {
   if constexpr (Receivers == 1) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(destination),
@@ -73,7 +73,7 @@ __device__ inline void bulk_copy(uint32_t destination, const void* source, uint3
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
         "%4;" ::"r"(destination),
-        "l"(source), "r"(bytes), "r"(barrier), "h"(receivers)
+        "l"(source), "r"(bytes), "r"(barrier), "h"(mask)
         : "memory");
   }
 }
@@ -85,7 +85,7 @@ __device__ inline void bulk_prefetch(const void* source, uint32_t bytes) {
 
 template <int Receivers>
 __device__ inline void tensor_copy(uint32_t destination, const void* map, int k, int token, uint32_t barrier,
-                                   uint16_t receivers) {
+                                   uint16_t mask) {
   if constexpr (Receivers == 1) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
@@ -96,7 +96,7 @@ __device__ inline void tensor_copy(uint32_t destination, const void* map, int k,
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
         "[%1, {%2, %3}], [%4], %5;" ::"r"(destination),
-        "l"(map), "r"(k), "r"(token), "r"(barrier), "h"(receivers)
+        "l"(map), "r"(k), "r"(token), "r"(barrier), "h"(mask)
         : "memory");
   }
 }
@@ -123,12 +123,12 @@ __device__ inline void prefetch_tensor_map(const void* map) {
 }
 
 template <int Registers>
-__device__ inline void give_registers() {
+__device__ inline void deallocate_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
 }
 
 template <int Registers>
-__device__ inline void take_registers() {
+__device__ inline void allocate_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
 }
 

@@ -23,9 +23,9 @@ __device__ inline Consumer consumer_at(int thread) {
 // Named barriers, beside 0, which is __syncthreads.
 constexpr int kConsumersBarrier = 1;
 constexpr int kWarpgroupBarrier = 2;  // and the following, one for each warpgroup along the channels
-constexpr int kHandoverBarrier = 6;
+constexpr int kFixupBarrier = 6;
 
 template <class S>
-using Sums = float[S::Fragments][S::Tokens / 2];
+using Accumulators = float[S::Fragments][S::Tokens / 2];
 
 }  // namespace w4a16::native

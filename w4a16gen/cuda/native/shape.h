@@ -1,4 +1,7 @@
-// What is known of a native kernel at compile time: its shape, how its threads divide the work, its shared memory.
+// What is known of a native kernel at compile time, by subject: its tile, its threads, its shared memory, its pipeline.
+//
+// w4a16gen/kernels/arrangement.py decides how many stages a kernel has and how many CTAs share an SM. This header lays
+// out shared memory for them and asserts that everything fits.
 #pragma once
 
 #include "native/layout.h"
@@ -7,143 +10,194 @@ namespace w4a16::native {
 
 constexpr int kWarpgroup = 128;
 constexpr int kWarp = 32;
-constexpr int kSharedBytesPerSm = 233472;  // 228 KiB, of which each CTA costs 1 KiB beside what it asks for
-constexpr int kSharedBytesPerCta = 232448;
+constexpr int kRegistersPerSm = 65536;
+constexpr int kSharedBytesPerSm = 228 * 1024;
+constexpr int kReservedSharedBytes = 1024;  // which the driver takes for every CTA on an SM
 
 W4A16_HOST_DEVICE constexpr int min_of(int a, int b) { return a < b ? a : b; }
 W4A16_HOST_DEVICE constexpr int max_of(int a, int b) { return a < b ? b : a; }
 
-template <int Channels_, int Tokens_, int K_, int Warpgroups_, int ClusterChannels_, int ClusterTokens_, int ClusterK_,
-          bool StreamK_, int Mode_, bool ByWarps_ = false>
-struct Shape {
+// The template arguments of a kernel, under the names that its own name has.
+template <int Channels_, int Tokens_, int K_>
+struct Cta {
   static constexpr int Channels = Channels_;
   static constexpr int Tokens = Tokens_;
-  static constexpr int K = K_;                    // of a stage: a packed block's 128, or half of it
-  static constexpr int Warpgroups = Warpgroups_;  // of consumers
-  static constexpr int ClusterChannels = ClusterChannels_;
-  static constexpr int ClusterTokens = ClusterTokens_;
-  static constexpr int ClusterK = ClusterK_;
-  static constexpr bool StreamK = StreamK_;  // every CTA gets an equal share of all k blocks, which may split tiles
-  static constexpr int Mode = Mode_;
-  static constexpr bool ByWarps = ByWarps_;  // each warp multiplies by itself, instead of warpgroups together
-  static constexpr bool Scales = Mode != W4A16_PER_COLUMN_SCALE_ONLY;
-  static constexpr bool Zeros = Mode == W4A16_FINEGRAINED_SCALE_AND_ZEROS;
+  static constexpr int K = K_;
+};
+
+template <int Channels_, int Tokens_, int K_>
+struct Cluster {
+  static constexpr int Channels = Channels_;
+  static constexpr int Tokens = Tokens_;
+  static constexpr int K = K_;
+};
+
+namespace schedule {
+struct warpgroups2 {
+  static constexpr int Warpgroups = 2;
+  static constexpr bool ByWarps = false;
+};
+struct warpgroups4 {
+  static constexpr int Warpgroups = 4;
+  static constexpr bool ByWarps = false;
+};
+struct warps8 {
+  static constexpr int Warpgroups = 2;
+  static constexpr bool ByWarps = true;
+};
+}  // namespace schedule
+
+// The tile of a CTA, and how its consumer warpgroups and its cluster divide the work.
+template <class Cta, class Cluster, class Schedule, class Scheduler, int Mode_>
+struct TileShape {
+  static constexpr int Channels = Cta::Channels;
+  static constexpr int Tokens = Cta::Tokens;
+  static constexpr int K = Cta::K;                          // of a stage: a packed block's 128, or half of it
+  static constexpr int Warpgroups = Schedule::Warpgroups;   // of consumers
+  static constexpr bool ByWarps = Schedule::ByWarps;        // warps multiply independently, with mma.sync
+  static constexpr bool StreamK = Scheduler::kSplitsTiles;  // all CTAs get an equal number of k blocks
+  static constexpr int ClusterChannels = Cluster::Channels;
+  static constexpr int ClusterTokens = Cluster::Tokens;
+  static constexpr int ClusterK = Cluster::K;
   static constexpr int ClusterSize = ClusterChannels * ClusterTokens * ClusterK;
   static constexpr bool Multicasts = ClusterChannels * ClusterTokens > 1;
-  static_assert(!(Multicasts && ClusterK > 1), "a cluster shares operands or splits K, not both");
+  static_assert(!(Multicasts && ClusterK > 1), "a cluster multicasts operands or splits K, not both");
   static_assert(!(StreamK && ClusterSize > 1), "stream-K has no clusters");
 
-  // Consumer warpgroups divide the channels; those beyond one per 64 channels divide K.
+  static constexpr int Mode = Mode_;
+  static constexpr bool Scales = Mode != W4A16_PER_COLUMN_SCALE_ONLY;
+  static constexpr bool Zeros = Mode == W4A16_FINEGRAINED_SCALE_AND_ZEROS;
+
+  static constexpr int Halves = K / 64;
+  static constexpr int StagesPerBlock = kBlockK / K;
+  static_assert(K == 64 || K == 128, "a stage holds half a packed block or a whole one");
+
+  // Consumer warpgroups divide the channels. Those beyond one per 64 channels split K.
   static constexpr int Blocks = Channels / kBlockChannels;
   static constexpr int WarpgroupsM = min_of(Blocks, Warpgroups);
   static constexpr int WarpgroupsK = Warpgroups / WarpgroupsM;
   static constexpr int Fragments = Blocks / WarpgroupsM;  // of 64 channels, per warpgroup
-  static constexpr int Consumers = kWarpgroup * Warpgroups;
-  static constexpr int Threads = kWarpgroup + Consumers;
-  static constexpr bool Reduces = WarpgroupsK > 1 || ClusterK > 1;
-  static constexpr bool Exchanges = Reduces || StreamK;  // sums, before it stores
-  // The CTAs of a cluster that split K store shares of the tokens where these are whole boxes, or else of the channels.
+  static constexpr bool ReducesOnChip = WarpgroupsK > 1 || ClusterK > 1;
+  static constexpr bool Reduces = ReducesOnChip || StreamK;
+
+  // CTAs that split K divide the output among them: by tokens where each gets whole boxes, otherwise by channels.
   static constexpr int BoxTokens = 32;
-  static constexpr bool SharesTokens = ClusterK > 1 && Tokens / ClusterK >= BoxTokens;
-  static constexpr bool StoresThroughShared = WarpgroupsK == 1 && Tokens >= 64 && (ClusterK == 1 || SharesTokens);
-  static_assert(Warpgroups == 2 || Warpgroups == 4, "two or four consumer warpgroups");
+  static constexpr bool DividesOutputByTokens = ClusterK > 1 && Tokens / ClusterK >= BoxTokens;
+  static constexpr bool StoresThroughShared =
+      WarpgroupsK == 1 && Tokens >= 64 && (ClusterK == 1 || DividesOutputByTokens);
 
-  // fp32 sums of one thread. Two CTAs with few of them share an SM: one fetches while the other finishes, also across
-  // dependent launches.
-  static constexpr int Sums = Fragments * Tokens / 2;
-  static constexpr int MostSharingSums = ClusterK == 4 && !ByWarps ? 4 : 8;
-  static constexpr int CtasPerSm = Warpgroups == 2 && Sums <= MostSharingSums && K == kBlockK ? 2 : 1;
-  static_assert(Sums <= (Warpgroups == 4 ? 32 : 128), "the sums must fit registers");
-  static_assert(!ByWarps || CtasPerSm == 2, "warps multiply by themselves where two CTAs share an SM");
-  // Whether CTAs beyond the work repeat others' (tiles.h, `filled`).
-  static constexpr bool Repeats = CtasPerSm == 2 && !StreamK;
+  // Whether a tile's copies leave out the rows past the last token. The copy engine is slow with out-of-bounds rows,
+  // and CTAs of 64 channels wait for it: 200 tokens took 1.3 to 1.6 times as long as 256. Wider CTAs do not wait, and
+  // the zeros in these rows save power: 4 to 8 % at the power limit (H100, 2026-11).
+  static constexpr bool SkipsOutOfBoundsRows = Channels == kBlockChannels;
+  // Whether the last token tile ends where the tokens end and so computes some of them twice, to the same bits. Wider
+  // CTAs that split K do so only where every CTA has one tile: 4096x4096 with 130 tokens takes 15 us instead of 23
+  // (H100, 2026-11). Stream-K cannot: its tiles split K differently.
+  static constexpr bool OverlapsLastTile = (SkipsOutOfBoundsRows || ClusterK > 1) && !StreamK;
+};
 
-  // Whether there are registers to fetch ahead into: ptxas has 168 for each of 384 threads, 96 for each of 640.
-  // Compiled: with more sums than these it spills.
-  static constexpr int SparingSums = K == 64 || (ClusterSize > 1 && Channels == 256) ? 8 : 16;
-  static constexpr bool SpareRegisters = Sums <= (Warpgroups == 2 ? 64 : SparingSums);
+// The threads of a CTA and their registers.
+template <class T, int CtasPerSm_>
+struct ThreadShape {
+  static constexpr int CtasPerSm = CtasPerSm_;
+  static constexpr int Consumers = kWarpgroup * T::Warpgroups;
+  static constexpr int Threads = kWarpgroup + Consumers;
+  static_assert(T::Warpgroups == 2 || T::Warpgroups == 4, "a CTA has two or four consumer warpgroups");
+  static_assert(!T::ByWarps || CtasPerSm == 2, "kernels whose warps multiply independently share an SM in pairs");
+  // Whether a dependent launch has redundant CTAs, so that every SM gets one (padded_grid in tiles.h).
+  static constexpr bool PadsGrid = CtasPerSm == 2 && !T::StreamK;
 
-  // setmaxnreg: what a thread has once the warpgroups have divided anew what the CTA was launched with. Asking for more
-  // than that waits for ever.
-  static constexpr int LaunchRegisters = 65536 / (Threads * CtasPerSm) / 8 * 8;
-  static constexpr int ProducerRegisters = Warpgroups == 4 ? 64 : CtasPerSm == 2 ? 48 : 56;
-  static constexpr int ConsumerRegisters = Warpgroups == 4 ? 104 : CtasPerSm == 2 ? 96 : 224;
-  static_assert(ProducerRegisters + Warpgroups * ConsumerRegisters <= (Warpgroups + 1) * LaunchRegisters,
-                "the warpgroups must not ask for more registers than the CTA was launched with");
+  static constexpr int Accumulators = T::Fragments * T::Tokens / 2;  // fp32, of one thread
+  static_assert(Accumulators <= (T::Warpgroups == 4 ? 32 : 128), "a thread's accumulators must fit into its registers");
 
-  // A stage: the CTA's activations [K / 64][Tokens][64], swizzled, and per 64 channels its rows of scales and nibbles.
-  static constexpr int Halves = K / 64;
-  static constexpr int StagesPerBlock = kBlockK / K;
-  static_assert(K == 64 || K == 128, "a stage holds half a packed block or a whole one");
-  static constexpr int HeaderBytes = Scales ? kMaxScaleRows * kRowBytes * (Zeros ? 2 : 1) : 0;
+  // Whether a thread has registers to load ahead into: ptxas has 168 for each of 384 threads and 96 for each of 640.
+  // With more accumulators than these it spills.
+  static constexpr int MaxSpareOfFour = T::K == 64 || (T::ClusterSize > 1 && T::Channels == 256) ? 8 : 16;
+  static constexpr bool SpareRegisters = Accumulators <= (T::Warpgroups == 2 ? 64 : MaxSpareOfFour);
+
+  // Registers of a thread after setmaxnreg has moved them from the producers to the consumers.
+  static constexpr int LaunchRegisters = kRegistersPerSm / (Threads * CtasPerSm) / 8 * 8;
+  static constexpr int ProducerRegisters = T::Warpgroups == 4 ? 64 : CtasPerSm == 2 ? 48 : 56;
+  static constexpr int ConsumerRegisters = T::Warpgroups == 4 ? 104 : CtasPerSm == 2 ? 96 : 224;
+  static_assert(ProducerRegisters + T::Warpgroups * ConsumerRegisters <= (T::Warpgroups + 1) * LaunchRegisters,
+                "setmaxnreg must not ask for more registers than the launch has, or the kernel hangs");
+};
+
+// Shared memory: the ring of stages, then partial sums, output and barriers.
+template <class T, class Thread, int Stages_>
+struct StorageShape {
+  static constexpr int Stages = Stages_;
+  static constexpr int MaxStages = 32;
+  static_assert(Stages >= 2 * T::WarpgroupsK, "a warpgroup along K releases a stage while it works on its next one");
+  static_assert(Stages % T::WarpgroupsK == 0,
+                "a slot must always fall to the same warpgroup along K, which otherwise mistakes the barrier's phase");
+  static_assert(Stages <= MaxStages, "there are barriers for so many stages");
+
+  // A stage holds activations [K / 64][Tokens][64], swizzled, and for every 64 channels scales and nibbles.
+  static constexpr int HeaderBytes = T::Scales ? kMaxScaleRows * kRowBytes * (T::Zeros ? 2 : 1) : 0;
   static constexpr int HalfNibbleBytes = kNibbleBytes / 2;
-  static constexpr int BlockBytes = HeaderBytes + Halves * HalfNibbleBytes;
-  static constexpr int WeightBytes = Blocks * BlockBytes;
-  static constexpr int HalfActivationBytes = Tokens * 128;
-  static constexpr int ActivationBytes = Halves * HalfActivationBytes;
+  static constexpr int BlockBytes = HeaderBytes + T::Halves * HalfNibbleBytes;
+  static constexpr int WeightBytes = T::Blocks * BlockBytes;
+  static constexpr int HalfActivationBytes = T::Tokens * 128;
+  static constexpr int ActivationBytes = T::Halves * HalfActivationBytes;
   static constexpr int StageBytes = WeightBytes + ActivationBytes;
 
-  // The copy engine is slow with rows that are not there, which CTAs of 64 channels, that fetch as many activations as
-  // the wider ones for fewer weights, wait for: with 200 tokens they took 1.3 to 1.6 times as long as with 256. So they
-  // fetch none: the last token tile ends where the tokens do, and computes some that the one before computes too, to
-  // the same bits; except of stream-K, where tiles divide K differently. (Wider ones do not wait, and at the power
-  // limit gain 4 to 8 % by zeros in their place; H100, 2026-11.)
-  static constexpr bool AvoidsAbsentTokens = Channels == kBlockChannels;
-  // Wider ones that split K wait for them where every CTA has one tile, and overlap tiles there alone: 4096x4096 with
-  // 130 tokens takes 23 us otherwise, with 256 it takes 15.
-  static constexpr bool OverlapsTokens = (AvoidsAbsentTokens || ClusterK > 1) && !StreamK;
-
-  // Partial sums that warpgroups along K hand over to one of them, of so many tokens at a time.
-  static constexpr int PhaseTokens = WarpgroupsK == 2 && Tokens == 64 ? 64 : min_of(Tokens, 32);
-  static constexpr int PartialBytes = (WarpgroupsK - 1) * PhaseTokens * Channels * 4;
-  // Sums that the other CTAs of a cluster send for the share of a tile that this one stores, twice: those of the next
-  // tile may arrive before this one's are read.
-  static constexpr int ReceivedBytes = (ClusterK - 1) * Tokens * (Channels / ClusterK) * 4;
-  // What a CTA hands over to another through global memory (stream-K): a flag of each warp, then sums.
-  static constexpr int FlagBytes = 128;
-  static constexpr int HandoverBytes = FlagBytes + Channels * Tokens * 4;
-  static_assert(Consumers / kWarp * 8 <= FlagBytes, "a flag has 8 bytes");
-  // Output on its way, per warpgroup two boxes of 32 tokens x 64 channels.
-  static constexpr int BoxBytes = BoxTokens * kBlockChannels * 2;
-  static constexpr int OutputBytes = StoresThroughShared ? Warpgroups * 2 * BoxBytes : 0;
-
-  static constexpr int Budget = CtasPerSm == 2 ? kSharedBytesPerSm / 2 - 1024 : kSharedBytesPerCta;
-  static constexpr int MaxStages = 32;
+  // Partial sums of warpgroups along K, for this many tokens at a time.
+  static constexpr int ReductionTokens = T::WarpgroupsK == 2 && T::Tokens == 64 ? 64 : min_of(T::Tokens, 32);
+  static constexpr int PartialBytes = (T::WarpgroupsK - 1) * ReductionTokens * T::Channels * 4;
+  // Partial sums that the other CTAs of a cluster send. There are two buffers: those of the next tile may arrive before
+  // those of this one are read.
+  static constexpr int ReceivedBytes = (T::ClusterK - 1) * T::Tokens * (T::Channels / T::ClusterK) * 4;
+  // Output on its way to global memory: two boxes of 32 tokens x 64 channels per warpgroup.
+  static constexpr int BoxBytes = T::BoxTokens * kBlockChannels * 2;
+  static constexpr int OutputBytes = T::StoresThroughShared ? T::Warpgroups * 2 * BoxBytes : 0;
   static constexpr int BarrierBytes = (2 * MaxStages + 2) * 8;
-  static constexpr int BesideRing = BarrierBytes + PartialBytes + 2 * ReceivedBytes + OutputBytes;
-  // More weights in flight than this gained nothing and lost up to 8 % (H200, 64 to 200 KiB tried), less lost up to
-  // half.
-  static constexpr int MaxWeightsInFlight = 100 * 1024;
-  static constexpr int Fitting = min_of((Budget - BesideRing) / StageBytes, MaxStages);
-  static constexpr int Useful = max_of(MaxWeightsInFlight / WeightBytes, 2 * WarpgroupsK);
-  // A slot of the ring must always fall to the same warpgroup along K, which otherwise mistakes the barrier's phase.
-  static constexpr int Stages = min_of(Fitting, Useful) / WarpgroupsK * WarpgroupsK;
-  // A warpgroup releases a stage while it works on its next one.
-  static_assert(Stages >= 2 * WarpgroupsK, "the ring must hold two stages of every warpgroup along K");
-  // Stages that are fetched before anything else is ready: what the memory's latency hides. With more, all of them
-  // arrive late, the first one too (4096x4096, m = 1: 34 KiB cost 9 %).
-  static constexpr int MaxEarlyWeights = 20 * 1024;
-  static constexpr int EarlyStages = Multicasts ? 0 : min_of(Stages, max_of(MaxEarlyWeights / WeightBytes, 1));
-  // Stages that are left to fetch when the next launch's CTAs may take their places, where both grids fit at once. Its
-  // own weights then come while this one works on its last: with more left they are in the way of this one's, with
-  // fewer nothing is fetched meanwhile (4096x14336, m = 1: 11.1 us, with 74 or 37 KiB left 11.2 and 11.4, at
-  // once 11.7).
-  static constexpr int MaxLeftWeights = 56 * 1024;
-  static constexpr int LeftStages = max_of(MaxLeftWeights / WeightBytes, 1);
-  // Cycles that a dependent launch's CTA waits before each other stage of its first ring. The CTA of the launch before,
-  // on the same SM, is about to fetch its activations and its last weights, and all wait for it; presumably both queue
-  // at one copy engine. Without pauses chains took 3 to 5 % more time (eight layers; 25 to 130 cycles make no
-  // difference, 450 cost 3 to 6 %).
-  static constexpr int FillPause = 100;
-  // Weights that the first ring has no place for, where they are the last: L2 can have them when the launch before
-  // ends. (4096x4096 and 4096x5120, 16 tokens: 2 and 5 % less time; 4096x6144 and 4096x5120, one token: 3 % less, 4 %
-  // more. Of 72 KB, or where each SM has two CTAs of one launch, they are in the way of that launch's: up to 16 %
-  // more.)
-  static constexpr int MaxPrefetchedWeights = 36 * 1024;
-  static constexpr int PrefetchedStages = MaxPrefetchedWeights / WeightBytes;
-  static constexpr int SharedBytes = BesideRing + Stages * StageBytes;
 
-  W4A16_HOST_DEVICE static constexpr int header_bytes(int rows) { return rows * kRowBytes * (Zeros ? 2 : 1); }
+  static constexpr int SharedBytes =
+      BarrierBytes + PartialBytes + 2 * ReceivedBytes + OutputBytes + Stages * StageBytes;
+  static_assert(Thread::CtasPerSm * (SharedBytes + kReservedSharedBytes) <= kSharedBytesPerSm,
+                "the CTAs that share an SM must fit into its shared memory");
+
+  // Global memory of a stream-K work unit that gives its partial sums to another one: a flag of each warp, then sums.
+  static constexpr int FlagBytes = 128;
+  static constexpr int FixupBytes = FlagBytes + T::Channels * T::Tokens * 4;
+  static_assert(Thread::Consumers / kWarp * 8 <= FlagBytes, "a flag takes 8 bytes");
+
+  W4A16_HOST_DEVICE static constexpr int header_bytes(int rows) { return rows * kRowBytes * (T::Zeros ? 2 : 1); }
+};
+
+// When weights are fetched, in and around the ring. Each limit is in bytes of weights; the times are of an H100
+// (2026-11).
+template <class T, class Storage>
+struct PipelineShape {
+  // Stages fetched in the prologue, which hide the memory's latency. With more, all arrive late, also the first:
+  // 4096x4096 with one token takes 9 % longer with 34 KiB.
+  static constexpr int MaxPrologueWeights = 20 * 1024;
+  static constexpr int PrologueStages =
+      T::Multicasts ? 0 : min_of(Storage::Stages, max_of(MaxPrologueWeights / Storage::WeightBytes, 1));
+
+  // Stages left to fetch when the next launch may start, where both grids fit at once. The next launch then fetches its
+  // weights while this one computes its last stages. An earlier trigger makes the two compete for bandwidth; a later
+  // one leaves memory idle: 4096x14336 with one token takes 11.1 us, with 74 or 37 KiB 11.2 and 11.4.
+  static constexpr int MaxWeightsAtTrigger = 56 * 1024;
+  static constexpr int StagesAtTrigger = max_of(MaxWeightsAtTrigger / Storage::WeightBytes, 1);
+
+  // Cycles between the stages of a dependent launch's first ring. The launch before is about to fetch its last stages
+  // on the same SM, and everything waits for it. Without pauses chains take 3 to 5 % longer.
+  static constexpr int FillPause = 100;
+
+  // Stages beyond the first ring that a dependent launch prefetches into L2, if they are its last. 4096x5120 with 16
+  // tokens takes 5 % less time; with 72 KiB the prefetches delay the launch before by up to 16 %.
+  static constexpr int MaxPrefetchedWeights = 36 * 1024;
+  static constexpr int PrefetchedStages = MaxPrefetchedWeights / Storage::WeightBytes;
+};
+
+// A whole kernel.
+template <class Cta, class Cluster, class Schedule, class Scheduler_, int Mode, int Stages, int CtasPerSm,
+          class Tile = TileShape<Cta, Cluster, Schedule, Scheduler_, Mode>, class Thread = ThreadShape<Tile, CtasPerSm>,
+          class Storage = StorageShape<Tile, Thread, Stages>>
+struct Shape : Tile, Thread, Storage, PipelineShape<Tile, Storage> {
+  using Scheduler = Scheduler_;
 };
 
 }  // namespace w4a16::native

@@ -37,7 +37,7 @@ struct Activations {
 // of their own, which meet in the end: no mma waits for the one before.
 template <class S, int Rows>
 __device__ inline void consume_stages_by_warps(const Shared<S>& shared, int stages, const Consumer& me,
-                                               Position<S::Stages>& at, Sums<S>& sum) {
+                                               Position<S::Stages>& at, Accumulators<S>& sum) {
   constexpr int kGroups = S::Tokens / 8;
   constexpr int kSteps = 4;
   constexpr int kParts = kGroups > 1 ? 2 : 4;  // as many sums with 16 tokens as with 8
