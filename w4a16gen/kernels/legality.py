@@ -27,12 +27,8 @@ MIN_CUTLASS_K = 64
 MAX_ACCUMULATORS = 128
 """fp32 accumulators per thread. The next size, 256, exceeds the 255 registers that a thread can address: CUTLASS
 compiles 256x256 and pingpong 128x256 with more than 9 KB of spills a thread (nvcc 13.0)."""
-NATIVE_K = {
-    Schedule.TWO_WARPGROUPS: (PACKED_BLOCK_K // 2, PACKED_BLOCK_K),
-    Schedule.FOUR_WARPGROUPS: (PACKED_BLOCK_K // 2, PACKED_BLOCK_K),
-    Schedule.EIGHT_WARPS: (PACKED_BLOCK_K,),
-}
-"""Values of K in a native kernel's stage: a packed block, or half of one."""
+NATIVE_K = (PACKED_BLOCK_K // 2, PACKED_BLOCK_K)
+"""Values of K in a native kernel's stage: half of a packed block, or a whole one, as warps8 needs."""
 MAX_NATIVE_ACCUMULATORS = {
     Schedule.TWO_WARPGROUPS: MAX_ACCUMULATORS,
     Schedule.FOUR_WARPGROUPS: 32,
@@ -96,8 +92,9 @@ def _forbidden_native(config: KernelConfig) -> str | None:
         return "native kernels have the schedules warpgroups2, warpgroups4 and warps8"
     if config.scheduler is Scheduler.STREAM_K and (cluster.channels, cluster.tokens, cluster.k) != (1, 1, 1):
         return f"cluster {cluster}: native stream-K kernels split K among single CTAs, not clusters"
-    if cta.k not in NATIVE_K[config.schedule]:
-        allowed = " or ".join(map(str, NATIVE_K[config.schedule]))
+    stages_k = NATIVE_K[1:] if config.schedule is Schedule.EIGHT_WARPS else NATIVE_K
+    if cta.k not in stages_k:
+        allowed = " or ".join(map(str, stages_k))
         return f"CTA k of {cta.k}: a stage of a native {config.schedule} kernel holds {allowed} values of K"
     if max(cluster.channels, cluster.tokens) > MAX_NATIVE_MULTICAST:
         return f"cluster {cluster}: native kernels multicast an operand to at most {MAX_NATIVE_MULTICAST} CTAs"

@@ -20,7 +20,7 @@ from w4a16gen.kernels.legality import (
     CTA_CHANNELS,
     CTA_K,
     CTA_TOKENS,
-    MAX_NATIVE_SHARERS,
+    MAX_NATIVE_MULTICAST,
     NATIVE_K,
     why_forbidden,
 )
@@ -94,7 +94,7 @@ _GRIDS = {
     Target.CUTLASS: _Axes(_GRID_CTAS, _GRID_CLUSTERS, (Schedule.PINGPONG, Schedule.COOPERATIVE)),
     Target.NATIVE: _Axes(_GRID_CTAS, _GRID_CLUSTERS, tuple(NATIVE_WARPGROUPS)),
 }
-_SHARING = tuple(count for count in CLUSTER_CHANNELS if count <= MAX_NATIVE_SHARERS)
+_SHARING = tuple(count for count in CLUSTER_CHANNELS if count <= MAX_NATIVE_MULTICAST)
 _LEGAL_GRIDS = {
     Target.CUTLASS: _GRIDS[Target.CUTLASS],
     Target.NATIVE: _Axes(
