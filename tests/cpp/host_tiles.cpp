@@ -7,7 +7,7 @@
 #include <cstdlib>
 #include <map>
 #include <string>
-#include <tuple>
+#include <unordered_map>
 #include <vector>
 
 #include "native/launch.cuh"
@@ -24,8 +24,12 @@ const char* what_is_wrong(int64_t m, int channel_blocks, int k_blocks, int clust
   const int grid = is_dependent ? native::padded_grid<S>(ctas, clusters_at_once) : ctas;
   if (grid < ctas || grid % S::ClusterSize != 0) return "wrong number of CTAs in the grid";
   if (grid > ctas && grid * 2 > clusters_at_once * S::ClusterSize) return "two grids do not fit";
-  std::map<std::tuple<int, int, int>, int> sums;  // of channel block, token, k block
-  std::map<int, int> worked_on;                   // tiles, by CTAs that have work of their own
+  // How often each k block of each tile is summed.
+  std::unordered_map<int64_t, int> sums;
+  const auto key = [](int64_t channel_block, int64_t token, int block) {
+    return (channel_block << 40) + (token << 20) + block;
+  };
+  std::map<int, int> worked_on;  // tiles, by CTAs that have work of their own
   for (int cta = 0; cta < grid; ++cta) {
     const native::Work work = native::work_of<S>(tiling, cta, grid, cta % S::ClusterSize);
     if (native::is_redundant_cta<S>(tiling, cta) != (cta >= ctas)) return "the wrong CTAs are redundant";
@@ -40,7 +44,7 @@ const char* what_is_wrong(int64_t m, int channel_blocks, int k_blocks, int clust
       if (tile.blocks < 1 && !(S::ClusterK > 1 && tile.blocks == 0)) return "a tile of nothing";
       if (tile.first_block + tile.blocks > k_blocks) return "beyond K";
       for (int block = 0; block < tile.blocks; ++block) {
-        ++sums[{tile.channel_block, tile.token, tile.first_block + block}];
+        ++sums[key(tile.channel_block, tile.token, tile.first_block + block)];
       }
       if (!S::StreamK) continue;
       if (tile.first_block > 0 && index != work.first_tile) return "gives away sums of a later tile";
@@ -61,7 +65,7 @@ const char* what_is_wrong(int64_t m, int channel_blocks, int k_blocks, int clust
       const bool last = tile == tokens - 1;
       const int64_t token = last && tile > 0 && overlaps ? m - S::Tokens : tile * S::Tokens;
       for (int block = 0; block < k_blocks; ++block) {
-        const auto found = sums.find({channel, static_cast<int>(token), block});
+        const auto found = sums.find(key(channel, token, block));
         if (found == sums.end()) return "left out";
         const bool is_again = overlaps && last && tokens % S::ClusterTokens != 0;
         if (found->second != (is_again ? 2 : 1)) return "summed twice";
@@ -70,7 +74,7 @@ const char* what_is_wrong(int64_t m, int channel_blocks, int k_blocks, int clust
     }
   }
   for (const auto& [tile, count] : sums) {
-    if (std::get<0>(tile) < channel_blocks && std::get<1>(tile) < m) return "a tile too many";
+    if ((tile >> 40) < channel_blocks && (tile >> 20 & 0xfffff) < m) return "a tile too many";
   }
   return "ok";
 }
