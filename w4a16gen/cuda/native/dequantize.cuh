@@ -1,4 +1,4 @@
-// From a word of eight nibbles to the eight fp16 weights of one A fragment.
+// Dequantisation: a word of eight nibbles to the eight fp16 weights of one A fragment.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -36,7 +36,7 @@ W4A16_HOST_DEVICE inline uint32_t as_bits(half2 value) {
   return bits;
 }
 
-// a * b + c, rounded once. On the host, where tests walk the layout, through double, which holds the exact result.
+// Returns a * b + c, rounded once. The host version, for tests, uses double, which holds the exact result.
 W4A16_HOST_DEVICE inline half2 multiply_add(half2 a, half2 b, half2 c) {
 #if defined(__CUDA_ARCH__)
   return __hfma2(a, b, c);
@@ -59,25 +59,25 @@ W4A16_HOST_DEVICE inline half2 add(half2 a, half2 b) {
 constexpr uint32_t kLowNibbles = 0x00780078;   // bits 3 to 6 of both halves
 constexpr uint32_t kHighNibbles = 0x07800780;  // bits 7 to 10
 
-// -8 units as fp16, for the implicit zero point of 8: of the channel and of the channel + 8.
+// -8 units as fp16, for the implicit zero point of 8: for the channel, and for the channel + 8.
 W4A16_HOST_DEVICE constexpr uint16_t minus_eight_units(int upper) { return upper == 0 ? 0x8040 : 0x8400; }
 W4A16_HOST_DEVICE constexpr uint16_t minus_eight_large_units(int upper) { return upper == 0 ? 0xb000 : 0xc000; }
-constexpr uint16_t kLargeUnit = 0x7800;  // 2^15: large units in a unit
+constexpr uint16_t kLargeUnit = 0x7800;  // 2^15, the ratio of a unit to a large unit
 
 W4A16_HOST_DEVICE inline half2 splat(uint16_t bits) { return as_half2(bits * 0x10001u); }
 
-// What a pair of channels adds to q * unit * scale: -8 * scale, exactly, from scales as they are packed.
+// Returns -8 * scale of a pair of channels, exactly, from packed scales.
 W4A16_HOST_DEVICE inline half2 offset_of(half2 packed_scales) {
   const half2 minus_eight = as_half2(minus_eight_units(0) | static_cast<uint32_t>(minus_eight_units(1)) << 16);
-  return multiply_add(packed_scales, minus_eight, as_half2(0x80008000));  // -0 changes no product
+  return multiply_add(packed_scales, minus_eight, as_half2(0x80008000));  // adding -0 changes no product
 }
 
-// Dequantises one thread's eight nibbles of one m64k16 step. `scales` and `addends` hold a value for the channel and
-// one for the channel + 8: addends are offset_of(scales), or the zeros.
+// Dequantises one thread's eight nibbles of one m64k16 step. `scales` and `addends` each hold a value for the channel
+// and one for the channel + 8. The addends are offset_of(scales), or the zeros.
 //
-// q * unit comes out of the word by masking alone. A fused multiply-add with the packed scale rounds once, so the
-// weight is (q - 8) * scale, rounded once. With zeros, q - 8 comes first, exactly. Without scales that is all: the
-// channel's factor holds what is missing.
+// Masking the word gives q * unit. A fused multiply-add with the packed scale then gives (q - 8) * scale, rounded once.
+// With zeros, q - 8 is computed first, exactly. Without scales the result is q - 8 in units; the channel's factor
+// contains the scale.
 template <bool Scales, bool Zeros>
 W4A16_HOST_DEVICE inline void dequantize(uint32_t word, half2 scales, half2 addends, uint32_t (&fragment)[4]) {
   const uint32_t rotated = rotate_right(word, 8);

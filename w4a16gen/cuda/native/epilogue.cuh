@@ -1,4 +1,4 @@
-// From a tile's sums to the output: straight from registers, through shared memory, or summed over warpgroups and CTAs.
+// From accumulators to the output: directly from registers, or through shared memory.
 #pragma once
 
 #include "native/dequantize.cuh"
@@ -13,9 +13,9 @@ __device__ inline int first_channel(const Tile& tile, const Consumer& me, int fr
   return (tile.channel_block + me.warpgroup_m * S::Fragments + fragment) * kBlockChannels;
 }
 
-// The factors of a consumer thread's channels, alpha times the weight's own: two of every fragment, 16 * warp + lane /
-// 4 and the one 8 above it (PTX ISA, "Register Fragments for wgmma.mma_async"). They are read before the main loop,
-// which hides what that takes, unless registers are short.
+// Factors of a consumer thread's channels: alpha times the weight's own. A thread has two channels of every fragment,
+// 16 * warp + lane / 4 and the one 8 above (PTX ISA, "Register Fragments for wgmma.mma_async"). They are loaded before
+// the main loop, which hides the latency, unless registers are short.
 template <class S>
 struct ChannelFactors {
   float value[S::Fragments][2];
@@ -36,7 +36,7 @@ __device__ inline float channel_bias(const Parameters& p, int channel) {
   return p.bias != nullptr && channel < p.n ? __half2float(p.bias[channel]) : 0.f;
 }
 
-// The two channels, 8 apart, whose accumulators a thread has in one fragment.
+// The two channels, 8 apart, of a thread's accumulators in one fragment.
 struct PairOfChannels {
   float factor[2];
   float bias[2];
@@ -44,35 +44,22 @@ struct PairOfChannels {
   __device__ PairOfChannels(const Parameters& p, int lower, const float* factors)
       : factor{factors[0], factors[1]}, bias{channel_bias(p, lower), channel_bias(p, lower + 8)} {}
 
-  // Their outputs of tokens 8 * j + 2 * (lane % 4) and the next: accumulator 4 * j + 2 * upper + i is of token
-  // 8 * j + 2 * (lane % 4) + i.
-  template <int Sums>
-  __device__ uint32_t outputs(const float (&sum)[Sums], int j, int upper) const {
+  // The outputs of two tokens: accumulator 4 * j + 2 * upper + i belongs to token 8 * j + 2 * (lane % 4) + i.
+  template <int Count>
+  __device__ uint32_t outputs(const float (&sum)[Count], int j, int upper) const {
     const float* two = &sum[4 * j + 2 * upper];
     return as_bits(
         __floats2half2_rn(fmaf(factor[upper], two[0], bias[upper]), fmaf(factor[upper], two[1], bias[upper])));
   }
 };
 
-// Of the CTAs of a cluster that split K, the rank of the one that stores a warp's channels of a group of 8 tokens.
-template <class S>
-__device__ inline int owner_of(const Consumer& me, int group) {
-  return S::DividesOutputByTokens ? group / (S::Tokens / 8 / S::ClusterK) : me.warp / (4 / S::ClusterK);
-}
-
-// Of the warpgroups that divide K, whether this one has the sums of a piece: of one group of 8 tokens and one fragment.
-template <class S>
-__device__ inline bool owns_piece(const Consumer& me, int piece) {
-  return S::WarpgroupsK == 1 || piece % S::WarpgroupsK == me.warpgroup_k;
-}
-
-// 8x8 transpositions turn the tokens of a thread into channels, of which neighbouring lanes exchange two, so that a
-// warp writes its 16 channels of a token at once: whole sectors of 32 bytes, which the L2 cache need not fill from
-// memory.
+// Stores directly from registers. 8x8 transpositions turn a thread's tokens into channels, and neighbouring lanes swap
+// two of them. A warp then writes 16 channels of a token at once: whole sectors of 32 bytes, which L2 need not read
+// first.
 template <class S>
 __device__ inline void store_from_registers(const Parameters& p, const Tile& tile, int rank, const Consumer& me,
                                             const ChannelFactors<S>& factors, const Accumulators<S>& sum) {
-  const int upper = me.lane % 2;  // even lanes store channels of the lower 8, odd ones of the upper
+  const int upper = me.lane % 2;  // even lanes store the lower 8 channels, odd lanes the upper 8
 #pragma unroll
   for (int f = 0; f < S::Fragments; ++f) {
     const int first = first_channel<S>(tile, me, f) + me.warp * 16;
@@ -94,14 +81,14 @@ __device__ inline void store_from_registers(const Parameters& p, const Tile& til
   }
 }
 
-// Many tokens: boxes of 32 tokens x 64 channels go through shared memory, so that the copy engine writes whole rows of
+// Stores many tokens through shared memory, in boxes of 32 tokens x 64 channels. The copy engine writes whole rows of
 // 128 bytes while the warpgroup fills the other box.
 template <class S>
 __device__ inline void store_through_shared(const Parameters& p, const Shared<S>& shared, const Tile& tile, int rank,
                                             const Consumer& me, const ChannelFactors<S>& factors,
                                             const Accumulators<S>& sum) {
-  constexpr int kBoxes = S::Tokens / S::BoxTokens / S::ClusterK;         // of a fragment that this CTA stores
-  constexpr int kPendingReads = kBoxes * S::Fragments % 2 == 0 ? 1 : 0;  // a lone box returns to the same memory
+  constexpr int kBoxes = S::Tokens / S::BoxTokens / S::ClusterK;         // of a fragment, stored by this CTA
+  constexpr int kPendingReads = kBoxes * S::Fragments % 2 == 0 ? 1 : 0;  // a single box is reused at once
   const uint32_t boxes = shared.output(me.warpgroup_m);
   const int barrier = kWarpgroupBarrier + me.warpgroup_m;
   const bool stores = me.warp == 0 && me.lane == 0;

@@ -1,10 +1,11 @@
 // The native kernel: C^T = W^T A^T with 4-bit weights as WGMMA's register operand.
 //
-// One producer warpgroup fills a ring of stages: a thread fetches weights, another activations. The consumer warpgroups
-// divide the CTA's channels, and take stages in turn where there are more of them, which splits K within the CTA. The
-// CTAs of a cluster share operands, each fetched once for two of them, or split K again.
+// A producer warpgroup fills a ring of stages: one thread fetches weights, another one activations. The consumer
+// warpgroups divide the CTA's channels. If there are more warpgroups than blocks of 64 channels, they also split K by
+// taking stages in turn. The CTAs of a cluster multicast operands to each other, or split K again.
 #pragma once
 
+#include "native/epilogue.cuh"
 #include "native/producer.cuh"
 #include "native/reduce.cuh"
 #include "native/warp_mainloop.cuh"
@@ -15,10 +16,10 @@ template <class S, int Rows>
 __device__ inline void consume(const Parameters& p, const Shared<S>& shared, const Work& work, const Consumer& me) {
   Position<S::Stages> at;
   at.advance(me.warpgroup_k);
-  int skip = me.warpgroup_k;  // stages of the next tile that come before this warpgroup's first
+  int skip = me.warpgroup_k;  // stages of the next tile before this warpgroup's first one
   int turn = 0;
   if constexpr (S::ClusterK > 1 && kWaitsLate)
-    cluster_wait();  // all CTAs of the cluster run, and their barriers are ready
+    cluster_wait();  // all CTAs of the cluster run and have initialised their barriers
 #pragma unroll 1
   for (int index = work.first_tile; index < work.end_tile; index += work.tile_step, ++turn) {
     const Tile tile = tile_at<S>(p.tiling, work, index);
@@ -38,13 +39,13 @@ __device__ inline void consume(const Parameters& p, const Shared<S>& shared, con
     } else {
       consume_stages<S, Rows>(shared, mine, me, at, sum);
     }
-    wait_for_prerequisites();  // the kernel before may read what is written now, or have written the bias
-    // With four warpgroups and no spare registers, asked anew: what follows from it would otherwise occupy registers
-    // during the main loop. (With two it is the other way round, unless two exchanges follow: compiled.)
+    wait_for_prerequisites();  // the kernel before may read this output or write the bias
+    // Without spare registers the thread's role is computed again, since values derived from it would occupy registers
+    // during the main loop. With two warpgroups that pays only if two reductions follow (ptxas otherwise spills).
     constexpr bool kReducesTwice = S::WarpgroupsK > 1 && S::ClusterK > 1;
-    constexpr bool kIsShort = S::Warpgroups == 4 || (S::Accumulators == 128 && kReducesTwice);
-    constexpr bool kAsks = S::Reduces && !S::SpareRegisters && kIsShort;
-    const Consumer here = kAsks ? consumer_at<S>(thread_index()) : me;
+    constexpr bool kIsTight = S::Warpgroups == 4 || (S::Accumulators == 128 && kReducesTwice);
+    constexpr bool kRecomputesRole = S::Reduces && !S::SpareRegisters && kIsTight;
+    const Consumer here = kRecomputesRole ? consumer_at<S>(thread_index()) : me;
     if constexpr (S::Reduces) {
       if (!reduce<S>(p, shared, tile, index, work, here, turn, sum)) continue;
     }
@@ -71,7 +72,7 @@ __device__ inline void run(const Parameters& p) {
     if (warp == 0 && elected()) {
       if (p.dependents_start_early) launch_dependents();
       produce_weights<S>(p, shared, work);
-      launch_dependents();  // nothing is left to fetch: the next kernel may fetch its weights
+      launch_dependents();  // all weights are requested: the next kernel may fetch its own
     } else if (warp == 1 && elected()) {
       produce_activations<S>(p, shared, work);
     } else if (warp == 2) {
@@ -84,17 +85,16 @@ __device__ inline void run(const Parameters& p) {
     consume<S, Rows>(p, shared, work, consumer_at<S>(threadIdx.x));
   }
   if constexpr (S::Multicasts) {
-    // Nobody leaves while others tell it of free slots. Arriving must release: with relaxed arrivals a CTA left while
-    // such a message was on its way, which is a fault.
+    // No CTA exits while others may still arrive at its barriers. The arrival must release: with a relaxed one, a CTA
+    // exited before a remote arrival had landed, which is a fault.
     __syncwarp();
     cluster_arrive();
     cluster_wait();
   }
 }
 
-// Named is a type derived from the shape whose name is the kernel's, so that profilers and cuobjdump show it. Rows is
-// the number of scale rows in a block: the group size is the problem's, and each number of rows has a function of its
-// own.
+// `Named` derives from the shape and has the kernel's name, which profilers and cuobjdump then show. `Rows` is the
+// number of scale rows in a block, which follows from the problem's group size.
 template <class Named, int Rows>
 __global__ void __launch_bounds__(Named::Threads, Named::CtasPerSm)
     kernel(const __grid_constant__ Parameters parameters) {

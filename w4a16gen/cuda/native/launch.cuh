@@ -1,4 +1,4 @@
-// Target `native`: the host side of the native kernel.
+// The host side of target `native`: tensor maps, launch configuration, workspace, and the kernel's table entry.
 #pragma once
 
 #include <atomic>
@@ -11,7 +11,7 @@
 
 namespace w4a16::native {
 
-// A function of the driver, found at run time so that nothing links to the driver; null if it has none of the name.
+// Returns a driver function, or null if the driver has none of this name. Looking it up avoids linking to the driver.
 template <class FunctionType>
 FunctionType driver_function(const char* name) {
   void* found = nullptr;
@@ -20,7 +20,8 @@ FunctionType driver_function(const char* name) {
   return error == cudaSuccess ? reinterpret_cast<FunctionType>(found) : nullptr;
 }
 
-// A row-major fp16 matrix in boxes of 64 columns, swizzled; what lies outside reads as 0 and is not written.
+// Encodes the tensor map of a row-major fp16 matrix with swizzled boxes of 64 columns. Out-of-bounds elements read as 0
+// and are not written.
 inline bool encode_tensor_map(CUtensorMap* map, const void* matrix, int64_t rows, int64_t columns, int box_rows) {
   static const auto encode = driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
   if (encode == nullptr) return false;
@@ -33,8 +34,8 @@ inline bool encode_tensor_map(CUtensorMap* map, const void* matrix, int64_t rows
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-// The kernel's function for a number of scale rows, and per device how many of its clusters run at once (0: not asked)
-// and what the driver calls it.
+// A kernel's function for one number of scale rows. Per device: its driver handle, and how many clusters run at once (0
+// before the first launch).
 struct Function {
   const void* address;
   std::atomic<int> clusters_at_once[kMaxDevices] = {};
@@ -56,7 +57,7 @@ Function& function_for(int scale_rows) {
   }
 }
 
-// How a kernel is launched, apart from the grid. `attributes` must outlive it.
+// Returns the launch configuration without grid and stream. `attributes` must outlive it.
 template <class S>
 cudaLaunchConfig_t configuration_of(cudaLaunchAttribute* attributes) {
   cudaLaunchConfig_t configuration{};
@@ -71,7 +72,7 @@ cudaLaunchConfig_t configuration_of(cudaLaunchAttribute* attributes) {
   return configuration;
 }
 
-// Lets a function use its shared memory and finds how many clusters run at once, the first time on a device.
+// Before a function's first launch on a device: raises its shared memory limit and finds how many clusters run at once.
 template <class S>
 cudaError_t prepare(Function& function, const Launch& launch, int* clusters_at_once) {
   std::atomic<int>* known = launch.device < kMaxDevices ? &function.clusters_at_once[launch.device] : nullptr;
@@ -79,7 +80,7 @@ cudaError_t prepare(Function& function, const Launch& launch, int* clusters_at_o
   cudaError_t error =
       cudaFuncSetAttribute(function.address, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SharedBytes);
   if (error != cudaSuccess) return error;
-  // Two CTAs share an SM only if shared memory takes all of what it may.
+  // Two CTAs share an SM only if the carveout gives shared memory its maximum.
   error = cudaFuncSetAttribute(function.address, cudaFuncAttributePreferredSharedMemoryCarveout,
                                cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess) return error;
@@ -100,12 +101,13 @@ cudaError_t prepare(Function& function, const Launch& launch, int* clusters_at_o
   return cudaSuccess;
 }
 
-// Launches through the driver, which is 0.3 us faster than the runtime's 4 us (host of an H100, 2026-11); through the
-// runtime where the driver finds that this thread has no context yet, or another one than the function.
+// Launches through the driver, which takes 3.7 us on the host instead of the runtime's 4 us (host of an H100, 2026-11).
+// The runtime launches if this thread has no context yet, or another one than the function.
 inline cudaError_t launch_function(const Function& function, int device, const cudaLaunchConfig_t& configuration,
                                    void** arguments) {
   static const auto launch = driver_function<decltype(&cuLaunchKernelEx)>("cuLaunchKernelEx");
-  static_assert(sizeof(cudaLaunchAttribute) == sizeof(CUlaunchAttribute), "the two are one type by two names");
+  static_assert(sizeof(cudaLaunchAttribute) == sizeof(CUlaunchAttribute),
+                "the runtime's launch attribute is the driver's");
   const CUfunction loaded = device < kMaxDevices ? function.loaded[device].load(std::memory_order_relaxed) : nullptr;
   if (launch != nullptr && loaded != nullptr) {
     const CUlaunchConfig same{configuration.gridDim.x,
@@ -121,12 +123,12 @@ inline cudaError_t launch_function(const Function& function, int device, const c
     const CUresult result = launch(&same, loaded, arguments, nullptr);
     const bool other_context = result == CUDA_ERROR_INVALID_CONTEXT || result == CUDA_ERROR_INVALID_HANDLE ||
                                result == CUDA_ERROR_CONTEXT_IS_DESTROYED || result == CUDA_ERROR_NOT_INITIALIZED;
-    if (!other_context) return static_cast<cudaError_t>(result);  // the runtime's errors have the driver's numbers
+    if (!other_context) return static_cast<cudaError_t>(result);  // both use the same error numbers
   }
   return cudaLaunchKernelExC(&configuration, function.address, arguments);
 }
 
-// A number that no other launch has, and that memory holds by a chance of 2^-63.
+// Returns a number that no other launch has. Uninitialised memory equals it with probability 2^-63.
 inline uint64_t next_epoch() {
   static std::atomic<uint64_t> next = [] {
     std::random_device random;
@@ -135,7 +137,7 @@ inline uint64_t next_epoch() {
   return next.fetch_add(2, std::memory_order_relaxed);
 }
 
-// Of stream-K: what every CTA hands over.
+// Stream-K needs room for the partial sums of every work unit.
 template <class S>
 size_t workspace_bytes(const Problem& problem, int sm_count) {
   if (!S::StreamK) return 0;
@@ -145,9 +147,9 @@ size_t workspace_bytes(const Problem& problem, int sm_count) {
   return size_t{S::FixupBytes} * make_tiling<S>(&tiling, problem.m, layout.channel_blocks, layout.k_blocks, at_once);
 }
 
-// Whether the next kernel's CTAs may take their places as this one's leave, and fetch weights, or only when this one
-// has few of its own left to fetch (`LeftStages`): where SMs hold two CTAs and two grids fit at once. Early, chains of
-// 1 to 16 tokens take up to 8 % less time (28672x4096; H100, 2026-11).
+// Whether dependent launches may start as soon as this one runs. Otherwise they start when few weights are left to
+// fetch (StagesAtTrigger), where two CTAs share an SM and both grids fit at once. An early start shortens chains of 1
+// to 16 tokens by up to 8 % (28672x4096; H100, 2026-11).
 template <class S>
 constexpr bool dependents_start_early(int ctas, int clusters_at_once) {
   return S::CtasPerSm == 1 || 2 * ctas > clusters_at_once * S::ClusterSize;

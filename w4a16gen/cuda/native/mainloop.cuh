@@ -1,4 +1,4 @@
-// What a consumer warpgroup does with its stages: nibbles to fragments, fragments times activations.
+// The main loop of a consumer warpgroup: nibbles to fragments, fragments times activations.
 #pragma once
 
 #include "native/dequantize.cuh"
@@ -8,19 +8,16 @@
 
 namespace w4a16::native {
 
-// The A fragments of 64 channels x 64 k, one per k16 step.
-using Fragments = uint32_t[4][4];
-
 // The packed words of 64 channels x 64 k of one thread, and the scales (and zeros) of their groups.
 template <class S, int Rows>
 struct Packed {
   static constexpr int kGroups = Rows == 4 ? 2 : Rows == 0 ? 0 : 1;  // of these 64 k
   uint4 words;
-  uint32_t scales[kGroups + 1];  // one more than needed: there are no arrays of none
+  uint32_t scales[kGroups + 1];  // one more than needed, since an array cannot be empty
   uint32_t zeros[kGroups + 1];
 
-  // From the shared memory that holds a block, or half of one; `half` is which 64 of the block's k. Where one row is
-  // all of the block's, the scales of the second half are here already, unless another fragment's came between.
+  // Loads from the shared memory of a block or of half a block. `half` says which 64 of the block's k. With one scale
+  // row per block, the scales of the second half are loaded already, unless another fragment came between.
   __device__ void load(uint32_t block, const Consumer& me, int half) {
     words = load_shared(block + S::header_bytes(Rows) + words_offset(S::K == 64 ? 0 : half, me.warp, me.lane));
     if ((S::Fragments == 1 || S::ByWarps) && S::K == kBlockK && Rows == 1 && half == 1) return;
@@ -49,33 +46,15 @@ struct Packed {
   }
 };
 
-// A descriptor so many times 16 bytes further on: all of it, or its low word alone. Where a warpgroup has one fragment,
-// the former takes ptxas one instruction in place of three, and the loop is 8 % shorter. With two fragments it is the
-// other way round (256x64x128 took 0.7 % more time; H100, 2026-11), and with four warpgroups and many sums registers
-// run out.
+// Whether to add to all 64 bits of a descriptor instead of its low word. With one fragment per warpgroup this takes
+// ptxas one instruction instead of three and shortens the loop by 8 %. With two fragments the low word is faster
+// (256x64x128: 0.7 %; H100, 2026-11), and with four warpgroups and many accumulators registers run out.
 template <class S>
 constexpr bool k64BitDescriptorAdd = S::Fragments == 1 && (S::Warpgroups == 2 || S::SpareRegisters);
 
-template <bool Whole>
-__device__ inline uint64_t advance_descriptor(uint64_t from, int by) {
-  if constexpr (Whole) return from + static_cast<uint32_t>(by);
-  return descriptor(static_cast<uint32_t>(from) + by);
-}
-
-// Issues the WGMMAs of 64 channels x 64 k with the activations that a descriptor names.
-template <int Tokens, bool Whole>
-__device__ inline void multiply(float (&sum)[Tokens / 2], const Fragments& fragments, uint64_t activations) {
-  wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < 4; ++step) {
-    wgmma<Tokens>(sum, fragments[step], advance_descriptor<Whole>(activations, step * 2));  // 32 bytes
-  }
-  wgmma_commit();
-}
-
-// Tells the producers, of every CTA that fills this one's ring, that a warp is done with a slot: right after a
-// wgmma_wait, which all lanes have come to and which their reads of the slot went before. (A __syncwarp here makes
-// ptxas serialise WGMMAs where a warpgroup has two fragments: C7513.)
+// Signals the producers of every CTA that fills this CTA's ring that a warp is done with a slot. It follows a
+// wgmma_wait, after which the reads of all lanes are complete. A __syncwarp here would make ptxas serialise WGMMAs in
+// warpgroups with two fragments (C7513).
 template <class S>
 __device__ inline void release(const Shared<S>& shared, int slot, int lane) {
   if constexpr (S::Multicasts) {
@@ -91,23 +70,24 @@ __device__ inline void release(const Shared<S>& shared, int slot, int lane) {
   }
 }
 
-// Sums the stages of one tile that fall to this warpgroup.
+// Accumulates this warpgroup's stages of one tile.
 //
-// The work is done in pieces of 64 channels x 64 k. While the WGMMAs of one run, the next is dequantised into the other
-// of two buffers. Pieces alternate between the fragments, so that a buffer is as small as one piece.
+// The work is divided into pieces of 64 channels x 64 k. While the WGMMAs of one piece run, the next piece is
+// dequantised into the other of two buffers. Pieces alternate between the fragments, so that a buffer holds only one
+// piece.
 template <class S, int Rows>
 __device__ inline void consume_stages(const Shared<S>& shared, int stages, const Consumer& me, Position<S::Stages>& at,
                                       Accumulators<S>& sum) {
   constexpr bool kHalfStages = S::K != kBlockK;
-  constexpr bool kOnePiece = S::Fragments * S::Halves == 1;  // a stage is
+  constexpr bool kOnePiece = S::Fragments * S::Halves == 1;  // per stage
   Fragments fragments[2];
   Packed<S, Rows> packed;
   const uint64_t first = descriptor(descriptor_low(shared.activations(0)));
-  constexpr bool kWhole = k64BitDescriptorAdd<S>;
+  constexpr bool kAdd64 = k64BitDescriptorAdd<S>;
   uint32_t weights = 0;
-  int in_flight = -1;  // slot of the stage before, whose last WGMMAs may still be reading it
+  int in_flight = -1;  // slot of the stage before, which its last WGMMAs may still read
   const auto begin_stage = [&](int half) {
-    // A warpgroup that takes every second or fourth stage of 64 k meets the same half of every block.
+    // A warpgroup that takes every second or fourth stage of 64 k always has the same half of a block.
     if (kHalfStages && S::WarpgroupsK > 1) half = me.warpgroup_k % 2;
     barrier_wait(shared.full(at.slot), at.phase);
     weights = shared.weights(at.slot) + me.warpgroup_m * S::Fragments * S::BlockBytes;
@@ -124,7 +104,7 @@ __device__ inline void consume_stages(const Shared<S>& shared, int stages, const
         const int next = (f + 1) % S::Fragments;
         if (!ends) packed.load(weights + next * S::BlockBytes, me, next == 0 ? half + 1 : half);
       };
-      if constexpr (S::SpareRegisters) {  // the next piece's words arrive while this one is dequantised
+      if constexpr (S::SpareRegisters) {  // the next piece's words arrive while this piece is dequantised
         const Packed<S, Rows> now = packed;
         load_next_of_stage();
         now.dequantize_into(buffer);
@@ -136,14 +116,14 @@ __device__ inline void consume_stages(const Shared<S>& shared, int stages, const
         at.advance(S::WarpgroupsK);
         --stages;
       }
-      uint64_t activations = advance_descriptor<kWhole>(first, slot * (S::ActivationBytes / 16));
-      if (!kHalfStages) activations = advance_descriptor<kWhole>(activations, half * (S::HalfActivationBytes / 16));
-      multiply<S::Tokens, kWhole>(sum[f], buffer, activations);
+      uint64_t activations = advance_descriptor<kAdd64>(first, slot * (S::ActivationBytes / 16));
+      if (!kHalfStages) activations = advance_descriptor<kAdd64>(activations, half * (S::HalfActivationBytes / 16));
+      multiply<S::Tokens, kAdd64>(sum[f], buffer, activations);
       const bool more = ends && stages > 0;
       const int next_half = kHalfStages ? 1 - half : 0;
-      // A stage of one piece must be released before the next is waited for: the ring may hold just two.
+      // A stage of one piece is released before the wait for the next: the ring may hold only two.
       if (!kOnePiece && more) begin_stage(next_half);
-      wgmma_wait<1>();  // the WGMMAs of the piece before are done: its buffer is free, and its stage may be
+      wgmma_wait<1>();  // the WGMMAs of the piece before are done: its buffer is free, and perhaps its stage
       if (begins && in_flight >= 0) release<S>(shared, in_flight, me.lane);
       if (ends) in_flight = slot;
       if (kOnePiece && more) begin_stage(next_half);

@@ -5,7 +5,7 @@
 
 namespace w4a16::native {
 
-// Four 8x8 matrices; a lane's address is that of a row, of matrix lane / 8.
+// Loads four 8x8 matrices. Each lane has the address of one row, in matrix lane / 8.
 __device__ inline void load_matrices(uint32_t row, uint32_t (&matrices)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
@@ -13,7 +13,7 @@ __device__ inline void load_matrices(uint32_t row, uint32_t (&matrices)[4]) {
                : "memory");
 }
 
-// Adds 16 channels x 16 k times 16 k x 8 tokens.
+// sum[16 channels, 8 tokens] += weights[16, 16] x activations[16, 8].
 __device__ inline void multiply_by_warp(float (&sum)[4], const uint32_t (&weights)[4], uint32_t lower_k,
                                         uint32_t upper_k) {
   asm volatile(

@@ -1,5 +1,5 @@
-// Packing on the GPU: a canonical weight to layout `fragment_blocks_v2`. weights/layouts/fragments.py does the same in
-// numpy.
+// Packs a canonical weight into layout `fragment_blocks_v2` on the GPU, as w4a16gen/weights/layouts/fragments.py does
+// on the host.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -10,12 +10,12 @@
 namespace w4a16::native {
 
 struct PackParameters {
-  const uint8_t* q;    // [n, k], one value a byte
+  const uint8_t* q;    // [n, k], one value per byte
   const half* scales;  // [groups, n]
-  const half* zeros;   // the same, or null
+  const half* zeros;   // [groups, n], or null
   uint8_t* packed;
-  float* factors;    // of channels, within packed
-  uint32_t* faults;  // W4A16_FAULT_ bits are added here; may be null
+  float* factors;    // of channels, inside `packed`
+  uint32_t* faults;  // W4A16_FAULT_ bits are set here; may be null
   int n;
   int k;
   int groups;
@@ -61,10 +61,10 @@ __global__ void pack_factors(const PackParameters p, int channels) {
   p.factors[channel] = factor;
 }
 
-constexpr int kPackThreads = 2 * 128;  // each writes the four words of one thread of a warpgroup for 64 k
+constexpr int kPackThreads = 2 * 128;  // each writes the four words of one consumer thread for 64 k
 constexpr int kTilePitch = kBlockK + 8;
 
-// Reads 64 channels x 128 k into shared memory, eight values at a time; 8 where there are none.
+// Loads 64 channels x 128 k into shared memory, eight values at a time. Padding is 8, which stands for a weight of 0.
 __device__ inline void load_tile(const PackParameters& p, uint8_t (*tile)[kTilePitch], int first_channel, int first_k) {
   constexpr int kPieces = kBlockK / 8;
   for (int i = static_cast<int>(threadIdx.x); i < kBlockChannels * kPieces; i += kPackThreads) {
@@ -80,7 +80,7 @@ __device__ inline void load_tile(const PackParameters& p, uint8_t (*tile)[kTileP
   }
 }
 
-// Writes a block's rows of scales, or of zeros, times a power of two that each channel has.
+// Writes a block's rows of scales or of zeros, times each channel's power of two.
 template <bool Zeros>
 __device__ inline void pack_rows(const PackParameters& p, const half* values, bool are_scales, half* rows) {
   const int k_block = static_cast<int>(blockIdx.x);
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kPackThreads) pack_blocks(const PackParameters
   *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// Launches the packing of a whole weight; does not wait for it.
+// Launches the packing of a whole weight and does not wait for it.
 template <int Mode>
 cudaError_t pack(const Problem& problem, const w4a16_pack_arguments& given) {
   const PackedLayout layout(problem, Mode);

@@ -1,4 +1,4 @@
-// The ring of stages: where each lies in shared memory, and what fetches it.
+// The ring of stages: its place in shared memory, and the copies that fill it.
 #pragma once
 
 #include <cuda.h>
@@ -22,34 +22,34 @@ struct Parameters {
   int block_bytes;
   float alpha;
   Tiling tiling;
-  int activation_bytes;  // of a stage, where absent tokens are not fetched
+  int activation_bytes;  // of a stage, where out-of-bounds rows are not copied
   bool is_dependent;
   bool dependents_start_early;
-  uint8_t* workspace;  // of stream-K: what every CTA hands over
-  uint64_t epoch;      // what a flag holds when its sums are there: no other launch's
+  uint8_t* workspace;  // stream-K: the partial sums of every work unit
+  uint64_t epoch;      // stream-K: the value of a flag whose sums are complete, unique to this launch
 };
 
-// What racecheck, of compute-sanitizer, cannot follow is done otherwise in a build for it (docs/native.md).
+// compute-sanitizer's racecheck does not understand some of the synchronisation. -DW4A16_RACECHECK replaces it.
 #ifdef W4A16_RACECHECK
 constexpr bool kForRacecheck = true;
 #else
 constexpr bool kForRacecheck = false;
 #endif
 
-// Lanes of a warp that tell the producers of a free slot. To racecheck nothing orders the reads of those that do not.
+// Lanes of a warp that release a slot. Racecheck sees no order for the reads of lanes that do not arrive themselves.
 constexpr int kReleasingLanes = kForRacecheck ? kWarp : 1;
 
-// Whether the CTAs of a cluster that splits K await each other only when a role first needs to. Racecheck makes
-// waiting a meeting of all threads: consumers would wait for producers that wait for free slots, for ever.
+// Whether the CTAs of a cluster that splits K wait for each other only where a role first needs it. Racecheck turns
+// that wait into a barrier of all threads, where consumers and producers would deadlock.
 constexpr bool kWaitsLate = !kForRacecheck;
 
-// A place in the ring: which slot, and the parity of how often it came round.
+// A position in the ring: a slot, and the parity of the ring's round.
 template <int Stages>
 struct Position {
   int slot = 0;
   uint32_t phase = 0;
 
-  // By at most Stages.
+  // Advances by at most Stages.
   __device__ void advance(int by) {
     slot += by;
     if (slot >= Stages) {
@@ -59,8 +59,7 @@ struct Position {
   }
 };
 
-// Where everything lies in shared memory, which starts at a multiple of 1024 bytes, as tiles with 128-byte swizzle
-// must.
+// Addresses in shared memory, which starts at a multiple of 1024 bytes as the 128-byte swizzle needs.
 template <class S>
 struct Shared {
   uint32_t base;
@@ -80,12 +79,12 @@ struct Shared {
   __device__ uint32_t received(int buffer) const { return base + kReceived + buffer * S::ReceivedBytes; }
   __device__ uint32_t full(int slot) const { return base + kBarriers + slot * 8; }
   __device__ uint32_t empty(int slot) const { return base + kBarriers + (S::Stages + slot) * 8; }
-  // Of sums from the cluster.
+  // The barrier of partial sums from the cluster.
   __device__ uint32_t arrived(int buffer) const { return base + kBarriers + (2 * S::Stages + buffer) * 8; }
 };
 
-// CTAs whose shared memory a copy of this CTA fills, as bits of their ranks. They take turns: of `count` stages one
-// after the other, this CTA copies those whose number leaves the remainder `turn`.
+// How the CTAs of a cluster share one operand. A copy of this CTA fills the shared memory of all CTAs in `mask`. The
+// `count` CTAs take turns: this one copies the stages whose number has the remainder `turn`.
 struct Multicast {
   uint16_t mask;
   int count;
@@ -94,7 +93,7 @@ struct Multicast {
   __device__ bool is_turn(int stage) const { return stage % count == turn; }
 };
 
-// The first weights of each of the CTA's rows of blocks.
+// The first block of a tile in each of the CTA's rows of blocks.
 template <class S>
 struct WeightRows {
   const uint8_t* block[S::Blocks];
@@ -103,15 +102,14 @@ struct WeightRows {
     const int64_t row = static_cast<int64_t>(p.tiling.k_blocks) * p.block_bytes;
 #pragma unroll
     for (int b = 0; b < S::Blocks; ++b) {
-      // Blocks past the last channel are fetched as copies of the last one and never stored: all stages are of one
-      // size.
+      // Past the last channel the last row is read again and its results are not stored: all stages have one size.
       const int from = min(tile.channel_block + b, p.channel_blocks - 1);
       block[b] = p.weights + from * row + static_cast<int64_t>(tile.first_block) * p.block_bytes;
     }
   }
 };
 
-// Fetches the weights of one of a tile's stages into a slot that is free in all CTAs that receive them.
+// Fetches the weights of a stage into a slot that is free in all CTAs of the multicast.
 template <class S>
 __device__ inline void fetch_weights(const Parameters& p, const Shared<S>& shared, const WeightRows<S>& rows, int stage,
                                      int slot, bool is_turn, uint16_t mask) {
@@ -126,14 +124,14 @@ __device__ inline void fetch_weights(const Parameters& p, const Shared<S>& share
     const uint8_t* from = rows.block[b] + offset;
     if (stage % S::StagesPerBlock == 0) {
       bulk_copy<S::ClusterTokens>(to, from, header + S::Halves * S::HalfNibbleBytes, full, mask);
-    } else {  // the second half of a block lies apart from its scales
+    } else {  // the second half of a block does not follow its scales
       if (S::Scales) bulk_copy<S::ClusterTokens>(to, from, header, full, mask);
       bulk_copy<S::ClusterTokens>(to + header, from + header + S::HalfNibbleBytes, S::HalfNibbleBytes, full, mask);
     }
   }
 }
 
-// Has L2 fetch the weights of a tile's stages from `begin` on.
+// Prefetches the weights of a tile's stages from `begin` on into L2.
 template <class S>
 __device__ inline void prefetch_weights(const Parameters& p, const Tile& tile, int begin) {
   const WeightRows<S> rows(p, tile);
@@ -145,7 +143,7 @@ __device__ inline void prefetch_weights(const Parameters& p, const Tile& tile, i
   }
 }
 
-// The same for activations, in two steps.
+// Activations are fetched in two steps: the barrier expects their bytes, then the copies start.
 template <class S>
 __device__ inline void expect_activations(const Parameters& p, const Shared<S>& shared, int slot) {
   barrier_arrive_expecting(shared.full(slot), S::SkipsOutOfBoundsRows ? p.activation_bytes : S::ActivationBytes);

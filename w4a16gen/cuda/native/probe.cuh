@@ -1,14 +1,15 @@
-// What the GPU can do at most, for comparison with what kernels reach: reading bytes, and multiplying.
+// Probes that measure the GPU's limits: reading bytes, and multiplying on the tensor cores.
 #pragma once
 
 #include <algorithm>
 
 #include "library/kernel.h"
-#include "native/mainloop.cuh"
+#include "native/pipeline.cuh"
+#include "native/wgmma.cuh"
 
 namespace w4a16::native {
 
-constexpr int kReaders = 4;  // warps of a CTA that reads, each with a ring of its own
+constexpr int kReaders = 4;  // warps of a CTA, each with its own ring
 constexpr int kReaderStages = 3;
 constexpr int kReaderCopyBytes = 8192;
 constexpr int kProbeTokens = 256;
@@ -16,10 +17,9 @@ constexpr int kProbeThreads = 2 * kWarpgroup;
 constexpr int kProbeTileBytes = kProbeTokens * 64 * 2;
 constexpr int kProbeTiles = 4;
 
-// Reads `bytes` once, each CTA an equal part, and does nothing with them. Its warps ask for their first bytes as soon
-// as they start. Of dependent launches two read at a time, for which shared memory has room, and each ends after the
-// one before: where the next began to read only when the last bytes had been asked for, chains took up to 0.7 us more a
-// launch (H100, 2026-11).
+// Reads `bytes` once, each CTA an equal part, and discards them. Of dependent launches two read at a time, and each
+// ends after the one before. A launch that started reading after the last request of the one before would take up to
+// 0.7 us longer (H100, 2026-11).
 template <int Stages>
 __global__ void __launch_bounds__(kReaders* kWarp)
     probe_read(const uint8_t* data, int64_t bytes, int64_t bytes_per_cta) {
@@ -55,14 +55,15 @@ __global__ void __launch_bounds__(kReaders* kWarp)
   }
 }
 
-// Numbers of 0.5 to 1 of either sign, two to a word: what tensor cores are given decides how much power they take.
+// Two numbers of either sign with magnitudes from 0.5 to 1 in a word. The operands decide how much power tensor cores
+// take.
 __device__ inline uint32_t probe_operand(uint32_t seed) {
   uint32_t bits = seed * 2654435761u;
   bits = (bits ^ bits >> 15) * 2246822519u;
   return ((bits ^ bits >> 13) & 0x83ff83ff) | 0x38003800;
 }
 
-// Two warpgroups multiply operands that are there already, as fast as they can.
+// Two warpgroups multiply operands that are in registers and shared memory already.
 template <int Tokens>
 __global__ void __launch_bounds__(kProbeThreads) probe_multiply(int rounds, float* sums) {
   extern __shared__ __align__(1024) uint8_t memory[];
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(kProbeThreads) probe_multiply(int rounds, floa
     multiply<Tokens, true>(sum, fragments, descriptor(descriptor_low(tiles + round % kProbeTiles * kProbeTileBytes)));
     wgmma_wait<0>();
   }
-  if (sums == nullptr) return;  // nobody wants them, but the compiler must not know
+  if (sums == nullptr) return;  // the sums are not used, but the compiler must not know
   for (int i = 0; i < Tokens / 2; ++i) sums[i * kProbeThreads + threadIdx.x] = sum[i];
 }
 
@@ -120,7 +121,7 @@ inline cudaError_t launch_probe_multiply(int rounds, int sm_count, cudaStream_t 
   return cudaGetLastError();
 }
 
-// Of one round on one SM.
+// Operations of one round on one SM.
 constexpr int64_t kProbeFlops = int64_t{2} * 64 * kProbeTokens * 64 * (kProbeThreads / kWarpgroup);
 
 constexpr Probes kProbes{&launch_probe_read, &launch_probe_multiply, kProbeFlops};

@@ -1,4 +1,4 @@
-// The producer warpgroup: it makes the barriers and fetches weights and activations into the ring.
+// The producer warpgroup: it initialises the barriers and fetches weights and activations into the ring.
 #pragma once
 
 #include "native/pipeline.cuh"
@@ -6,23 +6,23 @@
 namespace w4a16::native {
 
 template <class S>
-__device__ inline Multicast weight_multicast(int rank) {  // the token tiles of the cluster
+__device__ inline Multicast weight_multicast(int rank) {  // among the cluster's token tiles
   const int first = rank % S::ClusterChannels;
   const int mask = S::ClusterTokens == 2 ? 1 << first | 1 << (first + S::ClusterChannels) : 1 << first;
   return {static_cast<uint16_t>(mask), S::ClusterTokens, rank / S::ClusterChannels % S::ClusterTokens};
 }
 
 template <class S>
-__device__ inline Multicast activation_multicast(int rank) {  // its channel tiles
+__device__ inline Multicast activation_multicast(int rank) {  // among its channel tiles
   const int first = rank / S::ClusterChannels * S::ClusterChannels;
   return {static_cast<uint16_t>((S::ClusterChannels == 2 ? 3 : 1) << first), S::ClusterChannels,
           rank % S::ClusterChannels};
 }
 
-// Makes the barriers and fetches the first weights. The first bytes are a launch's longest wait: the warps of the
-// producer warpgroup ask for them before anything else is ready, each for stages of its own. (Not where CTAs share
-// operands: when each fetched its first stages for itself, they ran apart, which cost up to 8 %.) Activations, which L2
-// tends to have, come later: whoever fetches them may have to wait for the kernel before, and would hold up the rest.
+// Initialises the barriers and fetches the first weights. The first bytes are a launch's longest wait, so the warps of
+// the producer warpgroup request them before anything else is ready, each for its own stages. CTAs that multicast do
+// not: they would drift apart, which takes up to 8 % longer. Activations come later, since they may have to wait for
+// the kernel before, and L2 usually holds them.
 template <class S>
 __device__ inline void prologue(const Parameters& p, const Shared<S>& shared, const Work& work, int warp) {
   constexpr int kProducerWarps = kWarpgroup / kWarp;
@@ -55,7 +55,7 @@ __device__ inline void prologue(const Parameters& p, const Shared<S>& shared, co
   if constexpr (S::Multicasts || (S::ClusterK > 1 && !kWaitsLate)) cluster_wait();
 }
 
-// Fetches one operand of all stages of all tiles but the first few, `skip` of them.
+// Fetches one operand of every stage of every tile, except the first `skip` stages.
 template <class S, class FetchTile>
 __device__ inline void produce(const Parameters& p, const Shared<S>& shared, const Work& work, int skip,
                                const FetchTile& fetch_tile) {
@@ -89,7 +89,7 @@ __device__ inline void produce_weights(const Parameters& p, const Shared<S>& sha
     };
   };
   int filled = S::PrologueStages;
-  if (S::CtasPerSm == 2 && p.is_dependent) {  // the launch before comes first (`FillPause`)
+  if (S::CtasPerSm == 2 && p.is_dependent) {  // the launch before has priority (FillPause)
     const Tile tile = tile_at<S>(p.tiling, work, work.first_tile);
     const auto fetch = fetch_tile(tile);
     const int stages = tile.blocks * S::StagesPerBlock;
@@ -109,9 +109,8 @@ __device__ inline void produce_activations(const Parameters& p, const Shared<S>&
   const Multicast multicast = activation_multicast<S>(work.rank);
   int skip = 0;
   if (S::CtasPerSm == 2 && p.is_dependent) {
-    // The weights are there when the kernel before ends, and activations are what is waited for: then nothing is left
-    // but to ask for them, as many as the ring holds. (To ask for 16 stages takes 0.5 us in place of 1.8: 4096x4096, m
-    // = 1. An ordinary launch has weights to wait for, and gets activations as their stages come.)
+    // The weights are there when the kernel before ends. The barriers already expect all activations of the ring, so
+    // that only their copies remain: requesting 16 stages takes 0.5 us instead of 1.8 (4096x4096, one token).
     const Tile tile = tile_at<S>(p.tiling, work, work.first_tile);
     skip = min(S::Stages, tile.blocks * S::StagesPerBlock);
     for (int stage = 0; stage < skip; ++stage) expect_activations<S>(p, shared, stage);
@@ -119,7 +118,7 @@ __device__ inline void produce_activations(const Parameters& p, const Shared<S>&
 #pragma unroll 4
     for (int stage = 0; stage < skip; ++stage) copy_activations<S>(p, shared, tile, stage, stage, multicast);
   } else {
-    wait_for_prerequisites();  // the kernel before may be writing them; it never writes weights
+    wait_for_prerequisites();  // the kernel before may write activations; it never writes weights
   }
   produce<S>(p, shared, work, skip, [&](const Tile& tile) {
     return [&, tile](int stage, int slot) {

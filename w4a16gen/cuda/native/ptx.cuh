@@ -1,4 +1,4 @@
-// The PTX that the native kernel is made of: barriers, copies, cluster and register control.
+// PTX instructions of the native kernels: barriers, copies, cluster and register control.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +9,9 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Whether this is the one thread that its warp elects. ptxas knows that no other thread is active behind it, and gives
-// the copies and barriers there their operands directly, where behind `lane == 0` it loops over the active threads: 60
-// cycles for each barrier and 100 for each copy (H200).
+// Whether this is the one thread that its warp elects. ptxas knows that no other thread is active in the branch. After
+// `lane == 0` it would loop over the active threads, which takes 60 cycles per barrier and 100 per copy (H200,
+// 2026-11).
 __device__ inline bool elected() {
   uint32_t is_elected;
   asm volatile(
@@ -38,7 +38,7 @@ __device__ inline void barrier_arrive_expecting(uint32_t barrier, uint32_t bytes
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Waits until the phase of this parity is complete.
+// Waits until the phase with this parity is complete.
 __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n"
@@ -59,12 +59,12 @@ __device__ inline void pause(uint32_t cycles) {
   }
 }
 
-// Bulk copies of the async proxy, which complete on a barrier. With more than one receiver the same offsets of shared
-// memory, data and barrier, are filled in every CTA of the cluster whose bit `receivers` has.
-template <int Receivers>
+// Bulk copies of the async proxy, which complete on a barrier. With Ctas > 1 the copy is multicast: it fills the same
+// offsets of shared memory, and completes on the same barrier, in every CTA of the cluster whose bit is set in `mask`.
+template <int Ctas>
 __device__ inline void bulk_copy(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier,
                                  uint16_t mask) {
-  if constexpr (Receivers == 1) {
+  if constexpr (Ctas == 1) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(destination),
         "l"(source), "r"(bytes), "r"(barrier)
@@ -78,15 +78,15 @@ __device__ inline void bulk_copy(uint32_t destination, const void* source, uint3
   }
 }
 
-// Into L2 alone.
+// Fetches into L2 only.
 __device__ inline void bulk_prefetch(const void* source, uint32_t bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
 }
 
-template <int Receivers>
+template <int Ctas>
 __device__ inline void tensor_copy(uint32_t destination, const void* map, int k, int token, uint32_t barrier,
                                    uint16_t mask) {
-  if constexpr (Receivers == 1) {
+  if constexpr (Ctas == 1) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
         "[%4];" ::"r"(destination),
@@ -101,7 +101,7 @@ __device__ inline void tensor_copy(uint32_t destination, const void* map, int k,
   }
 }
 
-// Writes a box of shared memory to global memory; what lies outside the tensor is not written.
+// Stores a box of shared memory to global memory. Elements outside the tensor are not written.
 __device__ inline void tensor_store(const void* map, int channel, int token, uint32_t source) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map),
                "r"(channel), "r"(token), "r"(source)
@@ -109,13 +109,13 @@ __device__ inline void tensor_store(const void* map, int channel, int token, uin
   asm volatile("cp.async.bulk.commit_group;");
 }
 
-// Waits until all but so many of this thread's stores have read their shared memory.
+// Waits until at most `Pending` of this thread's stores still have to read their shared memory.
 template <int Pending>
 __device__ inline void wait_for_store_reads() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(Pending) : "memory");
 }
 
-// Orders this thread's ordinary writes of shared memory before later reads of the async proxy.
+// Orders this thread's writes to shared memory before later accesses by the async proxy.
 __device__ inline void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ inline void prefetch_tensor_map(const void* map) {
@@ -132,19 +132,19 @@ __device__ inline void allocate_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
 }
 
-// Programmatic dependent launch: lets the next kernel of the stream start, or waits until the one before has finished
+// Programmatic dependent launch: lets the next kernel of the stream start; waits until the kernel before has finished
 // and its writes are visible. Both do nothing in an ordinary launch.
 __device__ inline void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
 __device__ inline void wait_for_prerequisites() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
-// Barrier among some warps of the CTA; 0 is __syncthreads's.
-// threadIdx.x, which the compiler does not remember from before.
+// threadIdx.x, read again instead of kept in a register.
 __device__ inline int thread_index() {
   int index;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
   return index;
 }
 
+// Barrier among some warps of the CTA. Number 0 belongs to __syncthreads.
 __device__ inline void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -153,8 +153,7 @@ __device__ inline void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// The cluster's barrier in its two halves. Arriving this way does not order memory: it follows a fence where that
-// matters.
+// The two halves of the cluster's barrier. A relaxed arrival does not order memory.
 __device__ inline void cluster_arrive_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
@@ -167,28 +166,28 @@ __device__ inline uint32_t cluster_rank() {
   return rank;
 }
 
-// The address of the same shared memory offset in another CTA of the cluster.
+// Returns the address of the same offset in another CTA's shared memory.
 __device__ inline uint32_t address_in_cluster(uint32_t address, uint32_t rank) {
   uint32_t remote;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
   return remote;
 }
 
-// Without `.release.cluster`, which costs a fence of all memory each time: what it tells of are reads of shared memory
-// that are over.
+// Arrives at a barrier of another CTA, without `.release.cluster`: it signals that reads of shared memory are done,
+// which needs no fence of all memory.
 __device__ inline void barrier_arrive_in_cluster(uint32_t remote_barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote_barrier) : "memory");
 }
 
-// Sends 16 bytes to another CTA's shared memory, counted by a barrier there.
-__device__ inline void send(uint32_t remote_address, float4 value, uint32_t remote_barrier) {
+// Stores 16 bytes to another CTA's shared memory and counts them on a barrier there.
+__device__ inline void store_in_cluster(uint32_t remote_address, float4 value, uint32_t remote_barrier) {
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
                    remote_address),
                "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(remote_barrier)
                : "memory");
 }
 
-// From memory that no kernel of the chain writes.
+// Loads from memory that no kernel of a chain of dependent launches writes.
 __device__ inline float load_constant(const float* address) {
   float value;
   asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(value) : "l"(address));
@@ -210,10 +209,6 @@ __device__ inline void store_shared_floats(uint32_t address, float4 value) {
                : "memory");
 }
 
-__device__ inline void store_shared_float(uint32_t address, float value) {
-  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
-}
-
 __device__ inline uint4 load_shared(uint32_t address) {
   uint4 value;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -229,7 +224,7 @@ __device__ inline uint32_t load_shared_word(uint32_t address) {
   return value;
 }
 
-// Makes what the warp has written before visible to whoever waits for the value.
+// Sets a flag after making the warp's earlier writes visible to the thread that waits for it.
 __device__ inline void publish(uint64_t* flag, uint64_t value) {
   asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
 }
@@ -241,7 +236,7 @@ __device__ inline void wait_until_published(const uint64_t* flag, uint64_t value
   } while (seen != value);
 }
 
-// Stores four 8x8 matrices of 16-bit values spread over a warp, transposed; eight lanes give the rows of each.
+// Stores four 8x8 matrices of 16-bit values, transposed. Each group of eight lanes has the row addresses of one.
 __device__ inline void store_transposed(uint32_t row, const uint32_t (&matrix)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(matrix[0]),
                "r"(matrix[1]), "r"(matrix[2]), "r"(matrix[3])

@@ -1,32 +1,33 @@
-// Sums of one tile that several hold are added up: over warpgroups, over the CTAs of a cluster, over CTAs of stream-K.
+// Reduces the partial sums of a tile: across warpgroups, across the CTAs of a cluster, and across stream-K work units.
 //
-// Sums meet in pieces: a thread's four of one group of 8 tokens and one fragment. A thread adds only what threads of
-// the same place in other warpgroups or CTAs have, so that each moves 16 bytes beside its neighbour's. All orders are
-// fixed.
+// The unit of reduction is a piece: the four accumulators that a thread has of 8 tokens and one fragment. A thread adds
+// only pieces of threads with its own place in other warpgroups or CTAs, so that each moves 16 bytes next to its
+// neighbour's. The order of all additions is fixed.
 #pragma once
 
-#include "native/epilogue.cuh"
+#include "native/pipeline.cuh"
+#include "native/roles.cuh"
 
 namespace w4a16::native {
 
 constexpr int kPieceBytes = 16;
 
-template <int Sums>
-__device__ inline float4 piece_of(const float (&sum)[Sums], int group) {
+template <int Count>
+__device__ inline float4 piece_of(const float (&sum)[Count], int group) {
   return make_float4(sum[4 * group], sum[4 * group + 1], sum[4 * group + 2], sum[4 * group + 3]);
 }
 
-template <int Sums>
-__device__ inline void add_piece(float (&sum)[Sums], int group, float4 other) {
+template <int Count>
+__device__ inline void add_piece(float (&sum)[Count], int group, float4 other) {
   sum[4 * group] += other.x;
   sum[4 * group + 1] += other.y;
   sum[4 * group + 2] += other.z;
   sum[4 * group + 3] += other.w;
 }
 
-// Calls visit(fragment, group, number) for all pieces of the groups from `begin` to `end`. (Also for those without
-// tokens of the problem: branches would keep loads from overlapping. Where registers are short, a warp barrier keeps
-// loads from being moved into registers that are not there.)
+// Calls visit(fragment, group, number) for all pieces of the groups of 8 tokens from `begin` to `end`. Groups past the
+// last token are included, since branches would keep loads from overlapping. Where registers are short, a warp barrier
+// keeps ptxas from hoisting loads.
 template <class S, class Visit>
 __device__ inline void for_pieces(int begin, int end, const Visit& visit) {
 #pragma unroll
@@ -37,13 +38,13 @@ __device__ inline void for_pieces(int begin, int end, const Visit& visit) {
   }
 }
 
-// Adds up the sums of the warpgroups that divide K, each piece in one of them.
+// Reduces across the warpgroups that split K. Each piece ends in one of them.
 template <class S>
 __device__ inline void reduce_warpgroups(const Shared<S>& shared, const Consumer& me, Accumulators<S>& sum) {
   constexpr int kPhaseGroups = S::ReductionTokens / 8;
   constexpr int kStride = S::WarpgroupsM * kWarpgroup * kPieceBytes;
   const uint32_t partials = shared.partials() + ((me.warpgroup_m * 4 + me.warp) * kWarp + me.lane) * kPieceBytes;
-  // Of a piece's WarpgroupsK - 1 places.
+  // The address of one of the WarpgroupsK - 1 partial sums of a piece.
   const auto place = [&](int piece, int index) {
     const int in_phase = piece % (kPhaseGroups * S::Fragments);
     return partials + (in_phase * (S::WarpgroupsK - 1) + index) * kStride;
@@ -51,7 +52,7 @@ __device__ inline void reduce_warpgroups(const Shared<S>& shared, const Consumer
   const int barrier = kWarpgroupBarrier + me.warpgroup_m;
 #pragma unroll
   for (int begin = 0; begin < S::Tokens / 8; begin += kPhaseGroups) {
-    if (begin > 0) named_barrier(barrier, S::WarpgroupsK * kWarpgroup);  // what these overwrite has been read
+    if (begin > 0) named_barrier(barrier, S::WarpgroupsK * kWarpgroup);  // the sums that these overwrite have been read
     for_pieces<S>(begin, begin + kPhaseGroups, [&](int f, int group, int piece) {
       if (owns_piece<S>(me, piece)) return;
       const int index = me.warpgroup_k - (me.warpgroup_k > piece % S::WarpgroupsK);
@@ -66,10 +67,10 @@ __device__ inline void reduce_warpgroups(const Shared<S>& shared, const Consumer
   }
 }
 
-// Adds up the sums of the CTAs of a cluster, each piece in the CTA that stores it: the others send it theirs. Returns
-// whether this warp stores any.
+// Reduces across the CTAs of a cluster. Each piece goes to the CTA that stores it. Returns whether this warp stores
+// any.
 //
-// No CTA reads another's memory, so each may leave as soon as it is done.
+// No CTA reads another's memory, so each may exit as soon as it is done.
 template <class S>
 __device__ inline bool reduce_cluster(const Shared<S>& shared, int rank, const Consumer& me, int turn,
                                       Accumulators<S>& sum) {
@@ -84,8 +85,8 @@ __device__ inline bool reduce_cluster(const Shared<S>& shared, int rank, const C
     const int owner = owner_of<S>(me, group);
     if (owner == rank || !owns_piece<S>(me, piece)) return;
     const int place = (rank - (rank > owner)) * kOwnPieces + piece % kOwnPieces;
-    send(address_in_cluster(received + place * kStride, owner), piece_of(sum[f], group),
-         address_in_cluster(arrived, owner));
+    store_in_cluster(address_in_cluster(received + place * kStride, owner), piece_of(sum[f], group),
+                     address_in_cluster(arrived, owner));
   });
   if (!S::DividesOutputByTokens && owner_of<S>(me, 0) != rank) return false;
   barrier_wait(arrived, turn / 2 % 2);
@@ -105,37 +106,38 @@ __device__ inline uint8_t* fixup_slot(const Parameters& p, int unit) {
   return p.workspace + static_cast<int64_t>(unit) * S::FixupBytes;
 }
 
-// Adds up the sums of a tile that shares of stream-K divide. The CTA with a tile's first k block stores it; the others
-// hand over their sums, of the first thing that they work on, through the workspace. Returns whether the tile is this
-// CTA's to store.
+// The stream-K fix-up: reduces across the work units that share a tile. The unit with the tile's first k block stores
+// it. Every other unit, for which this is the first tile, writes its partial sums to the workspace. Returns whether
+// this CTA stores the tile.
 //
-// Every warp has a flag of its own. It holds the launch's ticket once its sums are there, and is cleared when they have
-// been read, since a graph may launch again with the same ticket: so the workspace may hold anything before.
+// Every warp has a flag. It holds the launch's epoch once the warp's sums are complete, and is cleared when they have
+// been read, since a graph repeats a launch with the same epoch. The workspace may therefore hold anything before a
+// launch.
 template <class S>
 __device__ inline bool fix_up(const Parameters& p, const Tile& tile, int index, const Work& work, const Consumer& me,
                               Accumulators<S>& sum) {
   constexpr int kStride = S::WarpgroupsM * kWarpgroup * kPieceBytes;
   const int warp_m = me.warpgroup_m * 4 + me.warp;
-  const auto place = [&](uint8_t* slot, int piece) {
-    uint8_t* const of_warp = slot + S::FlagBytes + warp_m * kWarp * kPieceBytes;
+  const auto place = [&](uint8_t* partials, int piece) {
+    uint8_t* const of_warp = partials + S::FlagBytes + warp_m * kWarp * kPieceBytes;
     return reinterpret_cast<float4*>(of_warp + piece * kStride) + me.lane;
   };
   if (tile.first_block > 0) {
-    uint8_t* const slot = fixup_slot<S>(p, work.unit);
+    uint8_t* const partials = fixup_slot<S>(p, work.unit);
     for_pieces<S>(0, S::Tokens / 8, [&](int f, int group, int piece) {
-      if (owns_piece<S>(me, piece)) *place(slot, piece) = piece_of(sum[f], group);
+      if (owns_piece<S>(me, piece)) *place(partials, piece) = piece_of(sum[f], group);
     });
     named_barrier_arrive(kFixupBarrier, S::Consumers + kWarp);
     return false;
   }
   const int end = (index + 1) * p.tiling.k_blocks;
   for (int unit = work.unit + 1; unit_begin(p.tiling, unit) < end; ++unit) {
-    uint8_t* const slot = fixup_slot<S>(p, unit);
-    uint64_t* const flag = reinterpret_cast<uint64_t*>(slot) + me.warpgroup_k * S::WarpgroupsM * 4 + warp_m;
+    uint8_t* const partials = fixup_slot<S>(p, unit);
+    uint64_t* const flag = reinterpret_cast<uint64_t*>(partials) + me.warpgroup_k * S::WarpgroupsM * 4 + warp_m;
     if (me.lane == 0) wait_until_published(flag, p.epoch);
     __syncwarp();
     for_pieces<S>(0, S::Tokens / 8, [&](int f, int group, int piece) {
-      if (owns_piece<S>(me, piece)) add_piece(sum[f], group, __ldcg(place(slot, piece)));
+      if (owns_piece<S>(me, piece)) add_piece(sum[f], group, __ldcg(place(partials, piece)));
     });
     __syncwarp();
     if (me.lane == 0) *flag = 0;
@@ -143,11 +145,11 @@ __device__ inline bool fix_up(const Parameters& p, const Tile& tile, int index, 
   return true;
 }
 
-// What a warp of the producers does for them: it waits until all sums are on their way and memory has them, which would
-// hold up the consumers, and sets the flags.
+// The work of a spare producer warp: it waits until the stores of partial sums are visible and then sets the flags, so
+// that the consumers need not stall.
 template <class S>
 __device__ inline void publish_fixup(const Parameters& p, const Work& work) {
-  static_assert(kWarpgroupBarrier + S::Warpgroups <= kFixupBarrier, "no two uses of one named barrier at a time");
+  static_assert(kWarpgroupBarrier + S::Warpgroups <= kFixupBarrier, "named barriers must not overlap");
   if (work.first_block == 0) return;
   named_barrier(kFixupBarrier, S::Consumers + kWarp);
   const int lane = threadIdx.x % kWarp;
@@ -155,10 +157,11 @@ __device__ inline void publish_fixup(const Parameters& p, const Work& work) {
   if (lane < S::Consumers / kWarp) publish(flags + lane, p.epoch);
 }
 
-// Adds up what others have of this CTA's sums of a tile. Returns whether this warp stores any.
+// Reduces a tile's partial sums across warpgroups, cluster CTAs and stream-K work units. Returns whether this warp
+// stores any results.
 //
-// Two buffers suffice for what a cluster sends: a CTA sends the sums of tile i + 2 after it has received those of tile
-// i + 1, which were sent after all of the sender's warps were done with tile i.
+// Two buffers suffice for the sums from the cluster: a CTA sends those of tile i + 2 after it has received those of
+// tile i + 1, which were sent after all of the sender's warps were done with tile i.
 template <class S>
 __device__ inline bool reduce(const Parameters& p, const Shared<S>& shared, const Tile& tile, int index,
                               const Work& work, const Consumer& me, int turn, Accumulators<S>& sum) {

@@ -1,8 +1,8 @@
-// The main loop of kernels for few tokens whose warps multiply each by itself, with mma.sync.
+// The main loop of kernels for few tokens, whose warps multiply independently with mma.sync.
 //
-// A WGMMA of 8 tokens keeps the tensor cores busy for a moment, and a warpgroup's four warps waiting for each other.
-// Here no warp waits for another. What it computes is the same: an A fragment of mma.m16n8k16 is a warp's part of
-// WGMMA's, and so are its sums (PTX ISA, "Matrix Fragments for mma.m16n8k16").
+// A WGMMA of 8 tokens is short, and the four warps of a warpgroup wait for each other around it. Here no warp waits for
+// another. The fragments are the same: an A fragment of mma.m16n8k16, and its accumulators, are one warp's part of
+// those of WGMMA (PTX ISA, "Matrix Fragments for mma.m16n8k16").
 #pragma once
 
 #include "native/mainloop.cuh"
@@ -10,14 +10,14 @@
 
 namespace w4a16::native {
 
-// The B fragments of a stage's activations: of 64 k, 8 tokens and 32 k each.
+// The B fragments of a stage's activations, indexed by 64 k, 8 tokens and 32 k.
 template <class S>
 struct Activations {
   static constexpr int kGroups = S::Tokens / 8;
   uint32_t matrices[2][kGroups][2][4];
 
-  // `row` is the lane's of the first four matrices. What is 32 k further on lies 64 bytes further on, before the
-  // swizzle, which only turns bits over.
+  // `row` is the lane's row of the first four matrices. An offset of 32 k is one of 64 bytes before the swizzle, which
+  // is an exclusive or.
   __device__ void load(uint32_t row) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -33,14 +33,14 @@ struct Activations {
   }
 };
 
-// Sums the stages of one tile that fall to this warp's share of K. Two or four k16 steps one after the other have sums
-// of their own, which meet in the end: no mma waits for the one before.
+// Accumulates this warp's stages of one tile. Two or four successive k16 steps have separate accumulators, which are
+// added at the end, so that no mma waits for the one before.
 template <class S, int Rows>
 __device__ inline void consume_stages_by_warps(const Shared<S>& shared, int stages, const Consumer& me,
                                                Position<S::Stages>& at, Accumulators<S>& sum) {
   constexpr int kGroups = S::Tokens / 8;
   constexpr int kSteps = 4;
-  constexpr int kParts = kGroups > 1 ? 2 : 4;  // as many sums with 16 tokens as with 8
+  constexpr int kParts = kGroups > 1 ? 2 : 4;  // the same number of registers with 16 tokens as with 8
   float parts[kParts][S::Fragments][kGroups][4] = {};
   const uint32_t lane_row = me.lane % 8 * 128 + (me.lane / 8 ^ me.lane % 8) * 16;  // 128-byte swizzle
 #pragma unroll 1

@@ -1,4 +1,4 @@
-// WGMMA with 4-bit weights' fragments as its register operand and activations as its shared memory operand.
+// WGMMA with dequantised weights in registers and activations in shared memory.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +16,8 @@ __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
 }
 
-// WGMMA's descriptor of a K-major operand with 128-byte swizzle (PTX ISA, "Matrix Descriptor Format"): address and
-// stride count 16 bytes; 8 rows of 128 bytes lie 1024 bytes apart. Adding bytes / 16 to the low word moves the address.
+// WGMMA's descriptor of a K-major operand with 128-byte swizzle (PTX ISA, "Matrix Descriptor Format"). Address and
+// stride are in units of 16 bytes; groups of 8 rows are 1024 bytes apart. Adding to the low word moves the address.
 __device__ inline uint32_t descriptor_low(uint32_t address) { return address >> 4 & 0x3fff | 1 << 16; }
 
 __device__ inline uint64_t descriptor(uint32_t low) {
@@ -50,6 +50,27 @@ __device__ inline void wgmma(float (&sum)[Tokens / 2], const uint32_t (&a)[4], u
 template <int Tokens>
 __device__ inline void wgmma(float (&sum)[Tokens / 2], const uint32_t (&a)[4], uint64_t b) {
   wgmma<Tokens>(sum, a, b, std::make_index_sequence<Tokens / 2>{});
+}
+
+// The A fragments of 64 channels x 64 k, one per k16 step.
+using Fragments = uint32_t[4][4];
+
+// Moves a descriptor forward by `by` times 16 bytes.
+template <bool Add64>
+__device__ inline uint64_t advance_descriptor(uint64_t from, int by) {
+  if constexpr (Add64) return from + static_cast<uint32_t>(by);
+  return descriptor(static_cast<uint32_t>(from) + by);
+}
+
+// Issues the WGMMAs of 64 channels x 64 k with the activations of a descriptor.
+template <int Tokens, bool Add64>
+__device__ inline void multiply(float (&sum)[Tokens / 2], const Fragments& fragments, uint64_t activations) {
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    wgmma<Tokens>(sum, fragments[step], advance_descriptor<Add64>(activations, step * 2));  // 32 bytes
+  }
+  wgmma_commit();
 }
 
 }  // namespace w4a16::native
