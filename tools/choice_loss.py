@@ -1,13 +1,18 @@
-"""How much longer the chosen kernels take than the fastest, where all were timed."""
+"""How much longer the chosen kernels take than the fastest, by the packaged times.
+
+python tools/choice_loss.py        # prints the loss of each way to choose
+"""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from w4a16gen.choose.cost_model import CostModel
-from w4a16gen.choose.packaged_times import MEASURED_MODE, Neighbours, Reach
+from w4a16gen.choose.cost_model import CostModel, default_cost_model
+from w4a16gen.choose.packaged_times import MEASURED_MODE, Neighbours, Reach, default_reach
+from w4a16gen.choose.packaged_times import table as packaged_table
 from w4a16gen.choose.timing_table import TuningTable
 from w4a16gen.kernels.config import KernelConfig
 from w4a16gen.kernels.problem import Problem
@@ -35,8 +40,41 @@ def losses_by_layer(table: TuningTable, model: CostModel, reach: Reach) -> dict[
     return losses
 
 
+def losses_by_tokens(table: TuningTable, model: CostModel, reach: Reach) -> dict[str, dict[Problem, float]]:
+    """Return the loss in each problem if the table did not hold it, for two ways to choose.
+
+    Only problems with a time of the same layer at more tokens, but fewer than twice as many, are counted.
+
+    Returns:
+        By way: `estimate`, the corrected estimate; `next_tokens`, the kernel that was fastest at the next more tokens.
+    """
+    losses: dict[str, dict[Problem, float]] = {"estimate": {}, "next_tokens": {}}
+    for key, measured in table.times.items():
+        mode, problem = key
+        others = replace(table, times={other: times for other, times in table.times.items() if other != key})
+        following = others.best(mode, problem, dict.fromkeys(measured, ""))
+        if following is not None:
+            times = {kernel: time.microseconds for kernel, time in measured.items()}
+            losses["estimate"][problem] = loss_of(Neighbours(others, model, reach), problem, times)
+            losses["next_tokens"][problem] = times[following[0]] / min(times.values())
+    return losses
+
+
 def summary(losses: Iterable[float]) -> dict[str, float]:
     """Return geometric mean and worst of some losses, as shares: 0 is no loss."""
     values = list(losses)
     mean = math.exp(sum(map(math.log, values)) / len(values))
     return {"problems": len(values), "geometric_mean": round(mean - 1, 5), "worst": round(max(values) - 1, 5)}
+
+
+def main() -> None:
+    """Print the losses of the packaged times, model and reach."""
+    table, model, reach = packaged_table(), default_cost_model(), default_reach()
+    by_tokens = losses_by_tokens(table, model, reach)
+    losses = {"leave_one_layer_out": losses_by_layer(table, model, reach)}
+    losses |= {f"leave_one_problem_out_{way}": of_way for way, of_way in by_tokens.items()}
+    print(json.dumps({name: summary(of_way.values()) for name, of_way in losses.items()}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

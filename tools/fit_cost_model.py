@@ -15,14 +15,14 @@ import argparse
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from choice_loss import loss_of, losses_by_layer, summary
 from recorded import DATA_FOLDER, Recorded, read
-from scipy.optimize import least_squares
+from scipy.optimize import least_squares  # type: ignore[import-untyped]
 
 from w4a16gen.choose.cards import H100, Card, card_of
 from w4a16gen.choose.cost_model import MODEL_PATH, SCHEMA, CostModel
@@ -95,7 +95,7 @@ def fit(names: Sequence[str], samples: Sequence[Sample], start: CostModel, first
     centre = np.array([getattr(start, name) for name in names])
 
     def model_at(place: Vector) -> CostModel:
-        return replace(start, **dict(zip(names, (centre * np.exp(place)).tolist(), strict=True)))
+        return with_constants(start, dict(zip(names, (centre * np.exp(place)).tolist(), strict=True)))
 
     def residuals(place: Vector) -> Vector:
         return np.concatenate([errors(model_at(place), samples), PENALTY * place])
@@ -104,9 +104,14 @@ def fit(names: Sequence[str], samples: Sequence[Sample], start: CostModel, first
     return rounded(model_at(least_squares(residuals, begin, diff_step=1e-4).x), names)
 
 
+def with_constants(model: CostModel, constants: Mapping[str, float]) -> CostModel:
+    """Return the model with some constants replaced."""
+    return CostModel.from_json(asdict(model) | dict(constants))
+
+
 def rounded(model: CostModel, names: Sequence[str]) -> CostModel:
     """Return the model with the named constants at `DIGITS` significant digits."""
-    return replace(model, **{name: float(f"{getattr(model, name):.{DIGITS}g}") for name in names})
+    return with_constants(model, {name: float(f"{getattr(model, name):.{DIGITS}g}") for name in names})
 
 
 def refit(samples: Sequence[Sample], start: CostModel, first: CostModel | None = None) -> CostModel:
@@ -119,7 +124,7 @@ def refit(samples: Sequence[Sample], start: CostModel, first: CostModel | None =
         chosen = [sample for sample in samples if (sample.kernel is None) is of_cublas]
         if len(chosen) >= len(names):
             part = fit(names, chosen, start, first)
-            fitted = replace(fitted, **{name: getattr(part, name) for name in names})
+            fitted = with_constants(fitted, {name: getattr(part, name) for name in names})
     return fitted
 
 
@@ -158,6 +163,18 @@ def report_on(model: CostModel, fitted_to: Sequence[Sample], held_out: Sequence[
     }
 
 
+def source_of(files: Sequence[Path], records: Sequence[Recorded], fitted_to: Sequence[Sample]) -> str:
+    """Return where the constants come from."""
+    kernels = sum(sample.kernel is not None for sample in fitted_to)
+    dates = sorted({record.date for record in records})
+    names = ", ".join(path.name for path in files)
+    return (
+        f"Written by tools/fit_cost_model.py from {names}: {kernels} kernels in problems and "
+        f"{len(fitted_to) - kernels} problems of cuBLAS, recorded from {dates[0]} to {dates[-1]}. Nearly all "
+        f"kernels are those of space default. Not fitted: {', '.join(FIXED)}."
+    )
+
+
 def document(model: CostModel, source: str, reports: Mapping[str, object]) -> dict[str, object]:
     """Return the content of the package's data file."""
     return {
@@ -190,15 +207,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             elsewhere.setdefault(f"{sample.card.name}, {sample.card.sm_count} SMs", []).append(sample)
     if elsewhere:
         reports["other_cards"] = {name: errors_by_band(model, part) for name, part in sorted(elsewhere.items())}
-    kernels = sum(sample.kernel is not None for sample in known)
-    source = (
-        f"Written by tools/fit_cost_model.py from {', '.join(path.name for path in files)}: {kernels} kernel times and "
-        f"{len(known) - kernels} cuBLAS times, recorded {min(r.date for r in records)} to {max(r.date for r in records)}. "
-        f"Not fitted: {', '.join(FIXED)}."
-    )
     print(json.dumps(reports, indent=2))
     if not options.dry_run:
-        write_json(options.output, document(model, source, reports))
+        write_json(options.output, document(model, source_of(files, records, known), reports))
 
 
 if __name__ == "__main__":

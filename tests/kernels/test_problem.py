@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from paths import DATA
 
 from w4a16gen import KernelConfig, Library, Problem, QuantMode
-from w4a16gen.choose.cost_model import dense_microseconds
+from w4a16gen.choose.cost_model import default_cost_model
 from w4a16gen.errors import UnsupportedProblemError
 from w4a16gen.kernels.problem import MAX_DIMENSION, runnable, why_cannot_run
 from w4a16gen.kernels.spaces import enumerate_space
@@ -109,7 +109,7 @@ def test_the_estimate_of_dense_fp16_is_near_what_was_measured() -> None:
     recorded = json.loads((DATA / "h100_cublas.json").read_text())
     off = []
     for m, n, k, microseconds in recorded["problems"]:
-        off.append(math.log(dense_microseconds(Problem(m, n, k, k)) / microseconds))
+        off.append(math.log(default_cost_model().dense_microseconds(Problem(m, n, k, k)) / microseconds))
     assert len(off) == 105
     assert math.sqrt(sum(value**2 for value in off) / len(off)) < 0.05
     assert max(map(abs, off)) < 0.12

@@ -113,7 +113,7 @@ class Chooser:
     def estimates(
         self, problem: Problem, mode: QuantMode, device: Device | None = None
     ) -> list[tuple[KernelConfig, float]]:
-        """Return the native kernels that can run a problem with their estimated microseconds, fastest first.
+        """Return the native kernels that can run a problem with their estimated microseconds, the best first.
 
         Args:
             problem: the problem.

@@ -13,6 +13,7 @@ from w4a16gen.choose.cards import H100, Card
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.arrangement import native_arrangement
 from w4a16gen.kernels.config import KernelConfig, QuantMode, Scheduler, Target
+from w4a16gen.kernels.legality import CTA_TOKENS
 from w4a16gen.kernels.problem import Problem, runnable
 
 MODEL_PATH = Path(__file__).resolve().parent / "data" / "h100_cost_model.json"
@@ -154,12 +155,12 @@ class CostModel:
     def estimate(
         self, configs: Iterable[KernelConfig], mode: QuantMode, problem: Problem, card: Card = H100
     ) -> list[tuple[KernelConfig, float]]:
-        """Return the native kernels that can run a problem with their estimated microseconds, fastest first."""
+        """Return the native kernels that can run a problem with their estimated microseconds; see `in_preference`."""
         native = [config for config in runnable(configs, mode, problem) if config.target is Target.NATIVE]
         estimated = [
             (config, self.native_cycles(config, problem, card) / self.cycles_per_microsecond) for config in native
         ]
-        return sorted(estimated, key=lambda pair: (pair[1], pair[0]))
+        return in_preference(estimated, problem)
 
     def native_cycles(self, config: KernelConfig, problem: Problem, card: Card = H100) -> float:
         """Return the estimated SM cycles of a native kernel, its launch included."""
@@ -244,6 +245,18 @@ class CostModel:
         working = problem.flops / (rate * tensor)
         hidden = min(reading, working)
         return self.dense_launch_microseconds + max(reading, working) + self.dense_overlap_loss * hidden
+
+
+def in_preference(
+    estimated: Iterable[tuple[KernelConfig, float]], problem: Problem
+) -> list[tuple[KernelConfig, float]]:
+    """Return estimates fastest first, but those of oversized tiles last.
+
+    A tile is oversized if tokens fill at most half of it. `tune` and `bench` time no such kernels, because a smaller
+    tile does the same with less padding. So no estimate of them was ever checked.
+    """
+    fitting_tokens = 2 * max(problem.m, CTA_TOKENS[0])
+    return sorted(estimated, key=lambda pair: (pair[0].cta.tokens >= fitting_tokens, pair[1], pair[0]))
 
 
 @cache
