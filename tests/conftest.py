@@ -19,7 +19,7 @@ from w4a16gen.choose.overrides import kernels_of_environment
 from w4a16gen.kernels.config import ClusterShape, CtaShape, KernelConfig
 from w4a16gen.kernels.spaces import Filter, select
 from w4a16gen.runtime.artifact import Build
-from w4a16gen.runtime.default import BUILD_FOLDER_VARIABLE
+from w4a16gen.runtime.folders import BUILD_FOLDER_VARIABLE
 from w4a16gen.runtime.library import Library
 
 hypothesis.settings.register_profile("w4a16gen", deadline=None)  # no test judges time

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from w4a16gen.cli import builds, main
 from w4a16gen.kernels.spaces import enumerate_space
 from w4a16gen.runtime.artifact import Build
-from w4a16gen.runtime.default import BUILD_FOLDER_VARIABLE
+from w4a16gen.runtime.folders import BUILD_FOLDER_VARIABLE
 
 SHAPE = ["--cta", "128x128x64", "--cluster", "2x1x1"]
 

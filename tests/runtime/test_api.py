@@ -17,7 +17,7 @@ from w4a16gen.errors import NotBuiltError
 from w4a16gen.runtime import default as api
 from w4a16gen.runtime.arrays import _is_contiguous
 from w4a16gen.runtime.artifact import Build
-from w4a16gen.runtime.default import BUILD_FOLDER_VARIABLE
+from w4a16gen.runtime.folders import BUILD_FOLDER_VARIABLE
 from w4a16gen.weights.reference import Expectation, random_weight
 
 

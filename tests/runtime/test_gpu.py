@@ -18,7 +18,7 @@ from w4a16gen.errors import InvalidValueError, UnsupportedProblemError
 from w4a16gen.kernels.spaces import enumerate_space
 from w4a16gen.measure.probes import probe_multiply, probe_read
 from w4a16gen.runtime.arrays import DeviceArray
-from w4a16gen.runtime.default import BUILD_FOLDER_VARIABLE
+from w4a16gen.runtime.folders import BUILD_FOLDER_VARIABLE
 from w4a16gen.verify import numeric
 from w4a16gen.verify.numeric import NumericProof
 from w4a16gen.weights.quantized import Half, QuantizedWeight

@@ -26,7 +26,7 @@ from w4a16gen.errors import (
     W4A16Error,
 )
 from w4a16gen.runtime.artifact import Build
-from w4a16gen.runtime.default import BUILD_FOLDER_VARIABLE
+from w4a16gen.runtime.folders import BUILD_FOLDER_VARIABLE
 from w4a16gen.weights.packed import PackedWeight
 
 FGS = "w4a16_sm90_cutlass_fgs_cta128x64x64_cluster1x1x1_cooperative_streamk"

@@ -1,6 +1,5 @@
-"""The command line: arguments in, tables or JSON out; every decision is made elsewhere."""
+"""The command line: one file a command; arguments in, tables or JSON out."""
 
-from w4a16gen.cli import builds, kernels, timing, tuning
 from w4a16gen.cli.app import main
 
-__all__ = ["builds", "kernels", "main", "timing", "tuning"]
+__all__ = ["main"]

@@ -1,119 +1,153 @@
-"""Naming problems on the command line: one by one, or as the layers of known models."""
+"""Options that name problems: one by one, from a file, or as the layers of known models."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import wraps
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
-from w4a16gen.cli.app import Parsed, mode_option
+from w4a16gen.cli.help import WHICH_PROBLEMS, option
+from w4a16gen.cli.options import Parsed, count_option, mode_option
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.config import QuantMode
-from w4a16gen.kernels.problem import Problem
-from w4a16gen.measure.models import MODELS, model_problems
+from w4a16gen.kernels.problem import MAX_DIMENSION, Problem
 
+_Command = TypeVar("_Command", bound=Callable[..., Any])
 MODEL_TOKENS = (1, 16, 64, 256, 1024)
+_PROBLEM = re.compile(r"([0-9]{1,10})x([0-9]{1,10})x([0-9]{1,10})(?:,([0-9]{1,10}))?")
+_MODEL = re.compile(r"([^/,]+)(?:/([0-9]{1,10}))?(?:,([0-9]{1,10}))?")
+_SHOWN_CHARACTERS = 60
 
 
 def parse_problem(text: str) -> Problem:
-    """Read `MxNxK` or `MxNxK,GROUP`; the group is 128 unless given.
+    """Read `MxNxK` or `MxNxK,GROUP`; the group size is 128 unless given.
 
     Raises:
         InvalidValueError: if the text is anything else.
     """
-    shape, _, group = text.partition(",")
-    parts = [*shape.split("x"), group or "128"]
-    if len(parts) != 4 or not all(part.isdigit() and int(part) > 0 for part in parts):  # noqa: PLR2004
-        raise InvalidValueError(f"{text!r} must be MxNxK or MxNxK,GROUP, positive integers such as 16x4096x4096,128")
-    return Problem(*(int(part) for part in parts))
+    match = _PROBLEM.fullmatch(text)
+    numbers = [int(number or "128") for number in match.groups()] if match else []
+    if not numbers or not all(1 <= number <= MAX_DIMENSION for number in numbers):
+        raise InvalidValueError(
+            f"{text[:_SHOWN_CHARACTERS]!r} must be MxNxK or MxNxK,GROUP: tokens, output channels, K and group size, "
+            f"each 1 to {MAX_DIMENSION}, such as 16x4096x4096,128"
+        )
+    return Problem(*numbers)
 
 
 def read_problems(path: Path) -> list[Problem]:
-    """Read a file of problems.
+    """Read a file of problems: one a line, `#` begins a comment.
 
     Raises:
-        InvalidValueError: naming the line that is none.
+        InvalidValueError: if a line is no problem; the text names the line.
     """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InvalidValueError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InvalidValueError(f"{path} is not a text file: write one MxNxK[,GROUP] a line") from None
     problems = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         text = line.partition("#")[0].strip()
         try:
             problems += [parse_problem(text)] if text else []
         except InvalidValueError as error:
             raise InvalidValueError(f"{path}, line {number}: {error}") from None
+    if not problems:
+        raise InvalidValueError(f"{path} names no problem: write one MxNxK[,GROUP] a line")
     return problems
 
 
+def _model_names() -> Iterable[str]:
+    from w4a16gen.measure.models import MODELS
+
+    return MODELS
+
+
 def parse_model(text: str) -> tuple[str, int, int]:
-    """Read `NAME`, `NAME/GPUS`, or either and `,GROUP`; one GPU and groups of 128 unless given.
+    """Read `NAME`, `NAME/GPUS`, or either with `,GROUP`; one GPU and group size 128 unless given.
 
     Raises:
         InvalidValueError: if the text is anything else, or there is no such model.
     """
-    rest, comma, group = text.partition(",")
-    name, slash, gpus = rest.partition("/")
-    counts = (gpus if slash else "1", group if comma else "128")
-    if name not in MODELS or not all(count.isdigit() and int(count) > 0 for count in counts):
+    match = _MODEL.fullmatch(text)
+    name, gpus, group = (match[1], int(match[2] or 1), int(match[3] or 128)) if match else ("", 0, 0)
+    if name not in _model_names() or gpus < 1 or group < 1:
         raise InvalidValueError(
-            f"{text!r} must be NAME[/GPUS][,GROUP] such as llama-3-70b/8,128; the models are {', '.join(MODELS)}"
+            f"{text[:_SHOWN_CHARACTERS]!r} must be NAME[/GPUS][,GROUP] such as llama-3-70b/8,128; the models are "
+            f"{', '.join(_model_names())}"
         )
-    return name, int(counts[0]), int(counts[1])
+    return name, gpus, group
 
 
-def problems_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command what to time as `named`, problems with what each is called, and `mode`."""
+def problems_options(command: _Command) -> _Command:
+    """Add the options that name problems; the command gets problems, models, files, tokens and mode."""
+    for add in (
+        mode_option,
+        count_option(
+            "--tokens",
+            section=WHICH_PROBLEMS,
+            multiple=True,
+            default=MODEL_TOKENS,
+            show_default=True,
+            help="Token counts to use with --model. Repeatable.",
+        ),
+        option(
+            "--file",
+            "files",
+            multiple=True,
+            type=click.Path(path_type=Path, dir_okay=False, exists=True),
+            section=WHICH_PROBLEMS,
+            help="File with one MxNxK[,GROUP] a line; # begins a comment. Repeatable.",
+        ),
+        option(
+            "--model",
+            "models",
+            multiple=True,
+            type=Parsed("NAME[/GPUS][,GROUP]", parse_model, _model_names),
+            section=WHICH_PROBLEMS,
+            help="The linear layers of a model, divided among GPUs, such as llama-3-70b/8. Repeatable. An unknown name "
+            "lists the models.",
+        ),
+        option(
+            "--problem",
+            "problems",
+            multiple=True,
+            type=Parsed("MxNxK[,GROUP]", parse_problem),
+            section=WHICH_PROBLEMS,
+            help="Tokens, output channels, K, and the group size (128 unless given). Repeatable.",
+        ),
+    ):
+        command = add(command)
+    return command
 
-    @click.option(
-        "--problem",
-        "problems",
-        multiple=True,
-        type=Parsed("MxNxK[,GROUP]", parse_problem),
-        help="Tokens, output channels, K; may be repeated.",
-    )
-    @click.option(
-        "--model",
-        "models",
-        multiple=True,
-        type=Parsed("NAME[/GPUS][,GROUP]", parse_model),
-        help="The layers of a model on one of so many GPUs, such as llama-3-70b/8; may be repeated.",
-    )
-    @click.option(
-        "--file",
-        "files",
-        multiple=True,
-        type=click.Path(path_type=Path, dir_okay=False, exists=True),
-        help="A file of problems, MxNxK[,GROUP] a line; # begins a comment.",
-    )
-    @click.option(
-        "--tokens",
-        multiple=True,
-        type=click.IntRange(min=1),
-        default=MODEL_TOKENS,
-        show_default=True,
-        help="m of --model; may be repeated.",
-    )
-    @mode_option
-    @wraps(command)
-    def with_problems(
-        problems: Sequence[Problem],
-        models: Sequence[tuple[str, int, int]],
-        files: Sequence[Path],
-        tokens: Sequence[int],
-        mode: QuantMode,
-        **others: Any,
-    ) -> None:
-        named = [("", problem) for problem in problems]
-        for path in files:
-            named += [("", problem) for problem in read_problems(path)]
-        for name, gpus, group_size in models:
-            named += model_problems(name, tokens, tensor_parallel=gpus, group_size=group_size)
-        if not named:
-            raise click.UsageError("name what to time: --problem 16x4096x4096, --model llama-3-8b, or --file")
-        if not mode.is_grouped:
-            named = [(name, Problem(asked.m, asked.n, asked.k, asked.k)) for name, asked in named]
-        command(named=named, mode=mode, **others)
 
-    return with_problems
+def named_problems(
+    problems: Sequence[Problem],
+    models: Sequence[tuple[str, int, int]],
+    files: Sequence[Path],
+    tokens: Sequence[int],
+    mode: QuantMode,
+) -> list[tuple[str, Problem]]:
+    """Return the problems that the options name, each with its layer's name.
+
+    Raises:
+        InvalidValueError: if a file or a model cannot be used.
+        click.UsageError: if no problem is named.
+    """
+    from w4a16gen.measure.models import model_problems
+
+    named = [("", problem) for problem in problems]
+    for path in files:
+        named += [("", problem) for problem in read_problems(path)]
+    for name, gpus, group_size in models:
+        named += model_problems(name, tokens, tensor_parallel=gpus, group_size=group_size)
+    if not named:
+        raise click.UsageError("Specify at least one of --problem, --model, --file")
+    if not mode.is_grouped:
+        named = [(name, Problem(asked.m, asked.n, asked.k, asked.k)) for name, asked in named]
+    return named

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -21,8 +19,9 @@ from w4a16gen.runtime.arrays import (
     is_on_gpu,
     like_operand,
 )
-from w4a16gen.runtime.artifact import MANIFEST, WHEEL_PACKAGE, load_build
+from w4a16gen.runtime.artifact import load_build
 from w4a16gen.runtime.calls import GemmOptions, check_weight, checked_weight
+from w4a16gen.runtime.folders import folder_to_load
 from w4a16gen.runtime.library import Library
 from w4a16gen.weights import packed as packing
 from w4a16gen.weights.packed import PackedWeight
@@ -31,24 +30,6 @@ from w4a16gen.weights.storage import as_path
 
 if TYPE_CHECKING:
     from w4a16gen.runtime.typing import GpuArray, OutT, TensorT
-
-BUILD_FOLDER_VARIABLE = "W4A16GEN_BUILD_DIR"
-
-
-def default_build_folder() -> Path:
-    """Return the folder that builds go to and are loaded from: W4A16GEN_BUILD_DIR, or `build` in the current folder."""
-    return Path(os.environ.get(BUILD_FOLDER_VARIABLE) or "build")
-
-
-def _folder_to_load() -> Path:
-    """Return the default folder, or that of an installed wheel of kernels if there is no build in it."""
-    folder = default_build_folder()
-    if os.environ.get(BUILD_FOLDER_VARIABLE) or (folder / MANIFEST).exists():
-        return folder
-    installed = importlib.util.find_spec(WHEEL_PACKAGE)
-    if installed is None or installed.origin is None:
-        return folder
-    return Path(installed.origin).parent / "build"
 
 
 def load(folder: Path | str | None = None) -> Library:
@@ -76,7 +57,7 @@ def load(folder: Path | str | None = None) -> Library:
     """
     if folder is not None:
         return _load_from(as_path("folder", folder))
-    _InUse.library = _load_from(_folder_to_load())
+    _InUse.library = _load_from(folder_to_load())
     return _InUse.library
 
 

@@ -1,0 +1,103 @@
+"""`w4a16gen build`: compile and link kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from w4a16gen.cli.help import ExampleCommand
+from w4a16gen.cli.options import build_option, filter_options, generated_option, jobs_option, json_option
+from w4a16gen.cli.output import note, print_result
+from w4a16gen.cli.progress import show_progress, termination_interrupts
+from w4a16gen.cli.services import services
+from w4a16gen.errors import BuildError
+
+if TYPE_CHECKING:
+    from w4a16gen.build.pipeline import BuildReport
+    from w4a16gen.kernels.config import ClusterShape, CtaShape, QuantMode, Target
+    from w4a16gen.kernels.spaces import Filter
+
+
+def build_kernels(
+    wanted: Filter, spaces: Sequence[str], generated: Path, folder: Path | None, jobs: int | None
+) -> BuildReport:
+    """Select, emit, compile and link kernels; say what was done and which kernels failed."""
+    from w4a16gen.kernels.spaces import select_kernels
+    from w4a16gen.runtime.folders import default_build_folder
+
+    selection = select_kernels(wanted, spaces)
+    count = len(selection.configs)
+    note(f"{count} kernels of space {' + '.join(selection.spaces)}")
+    with termination_interrupts(), show_progress(f"Building {count} kernels", lines=True) as progress:
+        report: BuildReport = services().build(
+            selection.configs,
+            generated=generated,
+            folder=folder or default_build_folder(),
+            jobs=jobs,
+            progress=progress,
+        )
+    current = len(report.build.configs) - report.compiled
+    note(f"{report.compiled} kernels compiled, {current} up to date: {report.build.library}")
+    for failure in report.failures:
+        note(f"{failure.name}: {failure.summary}; log: {failure.log}", label="FAILED")
+    return report
+
+
+def build_as_json(report: BuildReport) -> dict[str, Any]:
+    """Return the members of the command's JSON object."""
+    failures = [
+        {"kernel": failure.name, "summary": failure.summary, "log": str(failure.log)} for failure in report.failures
+    ]
+    return {
+        "folder": str(report.build.folder),
+        "library": str(report.build.library),
+        "compiled": report.compiled,
+        "up_to_date": len(report.build.configs) - report.compiled,
+        "failures": failures,
+        "kernels": [config.name for config in report.build.configs],
+    }
+
+
+def failed_status(report: BuildReport) -> int:
+    """Return the exit status of a build; print a sentence if kernels failed."""
+    if not report.failures:
+        return 0
+    note(f"{len(report.failures)} kernels failed to compile; the library has the others", label="error:")
+    return BuildError.exit_code
+
+
+@click.command(
+    "build",
+    cls=ExampleCommand,
+    examples=(
+        ("w4a16gen build", "the default kernels, into ./build"),
+        ("w4a16gen build --cta 128x128x64 --cluster 2x1x1", "one shape in all three modes"),
+        ("w4a16gen build --space default --space trtllm -j 4", "also TensorRT-LLM's set, to compare by bench"),
+    ),
+)
+@filter_options
+@generated_option
+@build_option
+@jobs_option
+@json_option
+def command(
+    ctas: Sequence[CtaShape],
+    clusters: Sequence[ClusterShape],
+    modes: Sequence[QuantMode],
+    targets: Sequence[Target],
+    spaces: Sequence[str],
+    generated: Path,
+    folder: Path | None,
+    jobs: int | None,
+    as_json: bool,
+) -> int:
+    """Write, compile and link kernels. Only changed kernels are compiled again."""
+    from w4a16gen.kernels.spaces import Filter
+
+    report = build_kernels(Filter(ctas, clusters, modes, targets), spaces, generated, folder, jobs)
+    if as_json:
+        print_result("build", build_as_json(report))
+    return failed_status(report)

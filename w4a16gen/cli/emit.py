@@ -1,0 +1,138 @@
+"""`w4a16gen emit`: kernel sources, or TensorRT-LLM's instantiations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from w4a16gen.cli.help import FILES, METHOD, WHICH_KERNELS, ExampleCommand, option
+from w4a16gen.cli.options import (
+    TARGETS,
+    Parsed,
+    cluster_option,
+    cta_option,
+    json_option,
+    modes_option,
+    parse_target,
+    space_option,
+)
+from w4a16gen.cli.output import note, print_result
+from w4a16gen.errors import InvalidValueError
+
+if TYPE_CHECKING:
+    from w4a16gen.kernels.config import ClusterShape, CtaShape, QuantMode, Target
+
+TRTLLM = "trtllm"
+"""The target that stands for TensorRT-LLM's own source tree."""
+
+
+def parse_emitted_target(text: str) -> Target | str:
+    """Read a kernel family, or `trtllm`."""
+    if text == TRTLLM:
+        return text
+    try:
+        return parse_target(text)
+    except InvalidValueError as error:
+        raise InvalidValueError(f"{error}, {TRTLLM}") from None
+
+
+@click.command(
+    "emit",
+    cls=ExampleCommand,
+    examples=(
+        ("w4a16gen emit --cta 128x128x64 --cluster 2x1x1", "one shape in all three modes, into ./generated"),
+        ("w4a16gen emit --target trtllm --output DIR", "TensorRT-LLM's 63 kernels, for its source tree"),
+    ),
+)
+@cta_option
+@cluster_option
+@modes_option
+@option(
+    "--target",
+    "targets",
+    multiple=True,
+    type=Parsed("TARGET", parse_emitted_target, lambda: [*TARGETS, TRTLLM]),
+    section=WHICH_KERNELS,
+    help="Kernel family: native or cutlass, repeatable; or trtllm: TensorRT-LLM's own instantiations.",
+)
+@space_option
+@option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("generated"),
+    show_default=True,
+    section=FILES,
+    help="Folder to write to.",
+)
+@option(
+    "--remove-stale",
+    is_flag=True,
+    section=FILES,
+    help="Remove other kernel sources that an earlier call wrote there.",
+)
+@option(
+    "--mixed-input-schedules",
+    is_flag=True,
+    section=METHOD,
+    help="With --target trtllm: main loop schedules that end in MixedInput, as older releases have them.",
+)
+@json_option
+def command(
+    ctas: Sequence[CtaShape],
+    clusters: Sequence[ClusterShape],
+    modes: Sequence[QuantMode],
+    targets: Sequence[Target | str],
+    spaces: Sequence[str],
+    output: Path,
+    remove_stale: bool,
+    mixed_input_schedules: bool,
+    as_json: bool,
+) -> None:
+    """Write one source file for each kernel and print its path.
+
+    With --target trtllm, write explicit instantiations of TensorRT-LLM's own kernels, up to eight a file.
+    """
+    from w4a16gen.kernels.spaces import Filter, select_kernels
+
+    families = [target for target in targets if not isinstance(target, str)]
+    for_trtllm = len(families) < len(targets)
+    if for_trtllm and families:
+        raise click.UsageError("--target trtllm cannot be combined with another target: it writes other files")
+    if mixed_input_schedules and not for_trtllm:
+        raise click.UsageError("--mixed-input-schedules needs --target trtllm")
+    wanted = Filter(ctas, clusters, modes, families)
+    selection = select_kernels(wanted, spaces or ((TRTLLM,) if for_trtllm else ()))
+    where = f"space {' + '.join(selection.spaces)}"
+    if for_trtllm:
+        from w4a16gen.integrations.tensorrt_llm.emit import emit_trtllm
+
+        units = emit_trtllm(selection.configs, output, mixed_input=mixed_input_schedules, remove_stale=remove_stale)
+        files = units.files
+        written, removed = set(units.written), list(units.removed)
+        lines = [f"{path}\t{len(kernels)}" for path, kernels in files.items()]
+        sentence = f"{len(selection.configs)} kernels of {where} in {len(files)} files"
+    else:
+        from w4a16gen.build.emit import emit
+
+        emission = emit(selection.configs, output, remove_stale=remove_stale)
+        files = {path: [config] for path, config in zip(emission.paths, selection.configs, strict=True)}
+        written, removed = set(emission.written), list(emission.removed)
+        lines = [str(path) for path in files]
+        sentence = f"{len(selection.configs)} kernels of {where}"
+        if emission.stale:
+            sentence += f"; {len(emission.stale)} other sources in {output} (--remove-stale removes them)"
+    if as_json:
+        listed = [
+            {"path": str(path), "written": path in written, "kernels": [config.name for config in kernels]}
+            for path, kernels in files.items()
+        ]
+        result = {"spaces": list(selection.spaces), "folder": str(output), "files": listed}
+        print_result("emit", result | {"removed": [str(path) for path in removed]})
+    else:
+        for line in lines:
+            click.echo(line)
+    new = sum(path in written for path in files)
+    note(f"{sentence}: {new} files written, {len(files) - new} unchanged, {len(removed)} stale removed")

@@ -1,0 +1,176 @@
+"""`w4a16gen explain`: which kernel a call of gemm gets, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from w4a16gen.cli.help import OUTPUT, WHICH_KERNELS, ExampleCommand
+from w4a16gen.cli.options import (
+    SPACES,
+    build_option,
+    count_option,
+    dimension_arguments,
+    json_option,
+    mode_option,
+    problem_of,
+    wide_option,
+)
+from w4a16gen.cli.help import option
+from w4a16gen.cli.output import note, print_result
+from w4a16gen.cli.services import services
+from w4a16gen.cli.tables import Column, print_table
+from w4a16gen.kernels.config import KernelConfig, QuantMode
+
+if TYPE_CHECKING:
+    from w4a16gen.choose.chooser import Choice, Chooser
+    from w4a16gen.kernels.device import Device
+
+
+@dataclass(frozen=True)
+class _Kernels:
+    """The kernels to choose among, and the GPU to choose for."""
+
+    chooser: Chooser
+    device: Device | None
+    where: str
+    is_built: bool
+
+
+@click.command(
+    "explain",
+    cls=ExampleCommand,
+    examples=(
+        ("w4a16gen explain 16 4096 4096", "16 tokens, 4,096 output channels, K of 4,096"),
+        ("w4a16gen explain 1 28672 8192 --space native", "the best of all native kernels, built or not"),
+    ),
+)
+@dimension_arguments(least_tokens=1)
+@mode_option
+@option(
+    "--space",
+    "spaces",
+    multiple=True,
+    type=click.Choice(SPACES),
+    metavar="SPACE",
+    section=WHICH_KERNELS,
+    help=f"Choose among a named set instead of the build: {', '.join(SPACES)}. Repeatable: the union.",
+)
+@count_option("--top", section=OUTPUT, default=5, show_default=True, help="Kernels to show.")
+@wide_option
+@build_option
+@json_option
+def command(
+    m: int,
+    n: int,
+    k: int,
+    group_size: int | None,
+    mode: QuantMode,
+    spaces: Sequence[str],
+    top: int,
+    wide: bool,
+    folder: Path | None,
+    as_json: bool,
+) -> None:
+    """Show which kernel gemm picks for M tokens, N output channels and K, and the runners-up.
+
+    Without a build it picks among the kernels that `w4a16gen build` would build. No GPU is needed.
+    """
+    kernels = _kernels(spaces, folder)
+    problem = problem_of(m, n, k, group_size, mode)
+    choice = kernels.chooser.choose(problem, mode, device=kernels.device)
+    estimates = kernels.chooser.estimates(problem, mode)
+    fp16 = _dense_microseconds(problem, kernels.device)
+    rows = _rows(choice, estimates, top)
+    if as_json:
+        print_result(
+            "explain",
+            {
+                "problem": vars(problem),
+                "mode": mode.value,
+                "built": kernels.is_built,
+                "among": kernels.where,
+                "gpu": None if kernels.device is None else kernels.device.as_json(),
+                "kernel": choice.kernel.name,
+                "source": choice.source.value,
+                "microseconds": rows[0]["microseconds"],
+                "fp16_microseconds": round(fp16, 2),
+                "kernels": rows,
+            },
+        )
+        return
+    if not kernels.is_built:
+        note(f"No build is used: choosing among {kernels.where}.")
+    click.echo(choice.kernel.name)
+    note(f"Chosen by {choice.source.sentence}.")
+    expected = rows[0]["microseconds"]
+    if expected is not None:
+        note(_beside_fp16(fp16, expected))
+    columns = [
+        Column("kernel", keep=True, own_line=True),
+        Column("us", right=True, keep=True),
+        Column("time is", keep=True),
+    ]
+    cells = (
+        (
+            KernelConfig.parse(row["kernel"]).short_name,
+            "" if row["microseconds"] is None else f"{row['microseconds']:.1f}",
+            str(row["time_is"]),
+        )
+        for row in rows
+    )
+    print_table(f"{problem}, mode {mode}", columns, cells, wide=wide)
+    shape = f"{problem.m}x{problem.n}x{problem.k},{problem.group_size}"
+    note(f"To measure: w4a16gen bench --problem {shape} --mode {mode}")
+
+
+def _kernels(spaces: Sequence[str], folder: Path | None) -> _Kernels:
+    """Return the build's kernels, or those of a space if one is named or there is no build."""
+    from w4a16gen.choose.chooser import Chooser
+    from w4a16gen.kernels.spaces import Filter, select_kernels
+    from w4a16gen.runtime.artifact import MANIFEST
+    from w4a16gen.runtime.folders import folder_to_load
+
+    if not spaces and (folder is not None or (folder_to_load() / MANIFEST).exists()):
+        library = services().load(folder)
+        device = next(iter(library.hopper_devices()), None)
+        return _Kernels(library.chooser, device, f"the kernels of {library.build.folder}", is_built=True)
+    selection = select_kernels(Filter(), spaces)
+    driver = services().find_driver()
+    device = next((gpu for gpu in driver.gpus if gpu.is_hopper), None) if driver else None
+    where = f"the {len(selection.configs)} kernels of space {' + '.join(selection.spaces)}"
+    return _Kernels(Chooser(dict.fromkeys(selection.configs, ""), Path()), device, where, is_built=False)
+
+
+def _dense_microseconds(problem: Any, _device: Device | None) -> float:
+    from w4a16gen.choose import cost_model
+
+    return cost_model.dense_microseconds(problem)
+
+
+def _rows(choice: Choice, estimates: Sequence[tuple[KernelConfig, float]], top: int) -> list[dict[str, Any]]:
+    """Return the chosen kernel, then the fastest others by estimate, each with how its time is known."""
+    from w4a16gen.choose.chooser import ChoiceSource
+
+    measured = choice.source in (ChoiceSource.TUNING_TABLE, ChoiceSource.PACKAGED_TIMES)
+    microseconds = choice.microseconds or dict(estimates).get(choice.kernel)
+    how = "measured" if measured else "unknown" if microseconds is None else "an estimate"
+    rows = [(choice.kernel, microseconds, how)]
+    rows += [(config, us, "an estimate") for config, us in estimates if config != choice.kernel]
+    return [
+        {"kernel": config.name, "microseconds": None if us is None else round(us, 2), "time_is": known}
+        for config, us, known in rows[:top]
+    ]
+
+
+def _beside_fp16(fp16: float, expected: float) -> str:
+    if fp16 < expected:
+        return (
+            f"Dense FP16 would take about {fp16:.1f} us, less than {expected:.1f} us: at this many tokens the GEMM is "
+            "compute-bound, so 4-bit weights no longer help."
+        )
+    return f"Dense FP16 takes about {fp16:.1f} us, {fp16 / expected:.1f} times as long as {expected:.1f} us."

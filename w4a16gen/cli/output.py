@@ -1,0 +1,121 @@
+"""What commands print: results on standard output, everything else as sentences on standard error."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+import click
+
+SCHEMA_VERSIONS = {
+    "list": 1,
+    "emit": 1,
+    "build": 1,
+    "verify": 1,
+    "build-and-verify": 1,
+    "export": 1,
+    "clean": 1,
+    "run": 1,
+    "bench": 1,
+    "report": 1,
+    "tune": 1,
+    "explain": 1,
+    "audit": 1,
+    "doctor": 1,
+    "completion": 1,
+    "error": 1,
+}
+"""Version of the JSON object of each command, and of errors. docs/reference/json.md describes them all."""
+
+
+def terminal_width() -> int:
+    """Return the columns of the terminal, or 80 if there is none."""
+    return shutil.get_terminal_size((80, 24)).columns
+
+
+def note(text: str, *, label: str = "", color: str = "red") -> None:
+    """Print a sentence on standard error, wrapped between words on a terminal.
+
+    Args:
+        text: the sentence. Several lines are wrapped one by one.
+        label: a word in front of it, which a terminal shows in colour.
+        color: the label's colour.
+    """
+    labelled = f"{label} {text}" if label else text
+    if is_terminal(sys.stderr):
+        lines = (_wrap(line, terminal_width()) for line in labelled.splitlines() or [""])
+        labelled = "\n".join(lines)
+    if label and uses_color(sys.stderr):
+        labelled = click.style(label, fg=color, bold=True) + labelled[len(label) :]
+    click.echo(labelled, err=True)
+
+
+def _wrap(line: str, width: int) -> str:
+    indent = line[: len(line) - len(line.lstrip())]
+    return textwrap.fill(
+        line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, replace_whitespace=False
+    )
+
+
+def print_result(command: str, value: Mapping[str, Any]) -> None:
+    """Print the JSON object of a command, or of an error, with its schema.
+
+    Args:
+        command: the command's name, or `error`.
+        value: the other members.
+    """
+    schema = {"schema": f"w4a16gen.{command}/{SCHEMA_VERSIONS[command]}"}
+    rest = {key: member for key, member in value.items() if key != "schema"}
+    click.echo(json.dumps(schema | rest, indent=2))
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Return whether a stream is a terminal that can be written to."""
+    return stream is not None and not stream.closed and stream.isatty()
+
+
+def uses_color(stream: TextIO | None) -> bool:
+    """Return whether to colour what a stream shows; NO_COLOR and TERM=dumb forbid it."""
+    return is_terminal(stream) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def prepare_streams() -> None:
+    """Make the standard streams safe to write to.
+
+    A closed descriptor is opened on the null device, so that no file of a build takes its number. Characters that a
+    stream's encoding lacks are written as escapes.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
+
+
+def flush_output() -> None:
+    """Write out what is buffered for standard output.
+
+    Raises:
+        OSError: if it cannot be written, for example because the reader of a pipe has ended.
+    """
+    if sys.stdout is not None and not sys.stdout.closed:
+        sys.stdout.flush()
+
+
+def discard_output() -> None:
+    """Send the rest of standard output nowhere, so that the interpreter does not fail on it when it ends."""
+    try:
+        descriptor = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(descriptor, sys.stdout.fileno())
+        os.close(descriptor)
+    except (OSError, ValueError, AttributeError):
+        return

@@ -1,0 +1,71 @@
+"""The work behind the commands, as one object: tests pass stand-ins as click's context object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from w4a16gen.runtime.devices import Driver
+    from w4a16gen.runtime.library import Library
+
+
+def _load(folder: Path | None) -> Library:
+    from w4a16gen.runtime.default import load
+
+    return load(folder)
+
+
+def _find_driver() -> Driver | None:
+    from w4a16gen.runtime.devices import find_driver
+
+    return find_driver()
+
+
+def _run_one(*args: Any, **options: Any) -> Any:
+    from w4a16gen.measure.single import run
+
+    return run(*args, **options)
+
+
+def _bench(*args: Any, **options: Any) -> Any:
+    from w4a16gen.measure.bench import run_bench
+
+    return run_bench(*args, **options)
+
+
+
+
+def _build(*args: Any, **options: Any) -> Any:
+    from w4a16gen.build.pipeline import build
+
+    return build(*args, **options)
+
+
+def _verify(*args: Any, **options: Any) -> Any:
+    from w4a16gen.verify.report import verify
+
+    return verify(*args, **options)
+
+
+@dataclass(frozen=True)
+class Services:
+    """Functions that need a compiler, a build or a GPU."""
+
+    load: Callable[[Path | None], Library] = _load
+    find_driver: Callable[[], Driver | None] = _find_driver
+    build: Callable[..., Any] = _build
+    verify: Callable[..., Any] = _verify
+    run_one: Callable[..., Any] = _run_one
+    bench: Callable[..., Any] = _bench
+
+
+def services() -> Services:
+    """Return the services of the running command."""
+    found = click.get_current_context().find_object(Services)
+    return Services() if found is None else found
