@@ -9,7 +9,7 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from fakes.runner import Runner
 
 import w4a16gen
 from w4a16gen import QuantMode
@@ -51,11 +51,11 @@ def fresh_environment() -> Iterator[None]:
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> CliRunner:
+def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Runner:
     """Give a runner in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(BUILD_FOLDER_VARIABLE, raising=False)
-    return CliRunner()
+    return Runner()
 
 
 @pytest.fixture

@@ -15,11 +15,13 @@ import pytest
 from click.testing import CliRunner
 from fakes.devices import H100, H200, numbered
 from fakes.library import FakeLibrary
+from fakes.runner import Runner
 
 from w4a16gen import KernelConfig, Library, Problem, QuantMode
 from w4a16gen.choose.chooser import ChoiceSource
 from w4a16gen.choose.timing_table import TABLE, TuningTable
-from w4a16gen.cli import main, timing, tuning
+from w4a16gen.cli import main
+from w4a16gen.cli.services import Services
 from w4a16gen.kernels.spaces import enumerate_space
 from w4a16gen.measure import tune
 
@@ -64,11 +66,10 @@ class Stopwatch:
 
 
 @pytest.fixture
-def stopwatch(own_library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> Stopwatch:
+def stopwatch(cli: Runner, own_library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> Stopwatch:
     """Make `tune` run on the library and measure with a stand-in."""
     watch = Stopwatch()
-    for module in (timing, tuning):
-        monkeypatch.setattr(module, "load", lambda _folder: own_library)
+    cli.services = Services(load=lambda _folder: own_library)
     monkeypatch.setattr(tune, "measure", watch.measure)
     return watch
 
@@ -103,7 +104,7 @@ def test_tuning_goes_on_where_it_was_interrupted(
 
 
 def test_the_last_of_several_looks_at_a_kernel_counts(
-    cli: CliRunner, own_library: FakeLibrary, stopwatch: Stopwatch, monkeypatch: pytest.MonkeyPatch
+    cli: Runner, own_library: FakeLibrary, stopwatch: Stopwatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopwatch.interrupt_after = 3
     cli.invoke(main, TUNE)
@@ -119,7 +120,7 @@ def test_the_last_of_several_looks_at_a_kernel_counts(
         yield which[-1][-1], 0.5
 
     monkeypatch.setattr(tune, "measure", measure)
-    monkeypatch.setattr(tuning, "show_progress", show_progress)
+    cli.services = replace(cli.services, show_progress=show_progress)
     assert cli.invoke(main, TUNE).exit_code == 0
     problem = Problem(64, 512, 1024, 128)
     assert chosen(own_library, problem) == (stopwatch.measured[-1], 0.5)
@@ -160,7 +161,7 @@ def test_tuning_refuses_another_gpus_table_and_nothing_to_do(
     assert refused.exit_code == 2
     assert "do not go into a table of a GPU with 132" in " ".join(refused.stderr.split())
     assert path.read_text() == FOREIGN
-    assert "name what to time" in cli.invoke(main, ["tune"]).stderr
+    assert "Specify at least one of" in cli.invoke(main, ["tune"]).stderr
     assert stopwatch.measured == []
 
 
@@ -171,10 +172,10 @@ def test_tuning_for_chains_measures_dependent_launches_and_calls_choose_by_them(
     assert stopwatch.dependent == {True}
     assert TuningTable.read(own_library.build.folder / TABLE).dependent
     explained = json.loads(cli.invoke(main, ["explain", "50", "512", "1024", "--json"]).stdout)
-    assert explained["chosen"] == min(stopwatch.measured, key=KERNELS.index).name
+    assert explained["kernel"] == min(stopwatch.measured, key=KERNELS.index).name
     assert (explained["source"], explained["dependent"]) == ("tuning_table", True)
     shown = cli.invoke(main, ["explain", "50", "512", "1024"])
-    assert "the build's tuning table, which is of dependent launches" in " ".join(shown.stderr.split())
+    assert "the build's tuning table, for dependent launches" in " ".join(shown.stderr.split())
     count = len(stopwatch.measured)
     refused = cli.invoke(main, TUNE)
     assert refused.exit_code == 2
@@ -187,7 +188,7 @@ def test_explain_shows_what_was_measured(cli: CliRunner, own_library: FakeLibrar
     fastest = min(stopwatch.measured, key=KERNELS.index)
     shown = cli.invoke(main, ["explain", "50", "512", "1024", "--json"])
     explained = json.loads(shown.stdout)
-    assert (explained["chosen"], explained["source"]) == (fastest.name, "tuning_table")
+    assert (explained["kernel"], explained["source"]) == (fastest.name, "tuning_table")
     assert chosen(own_library, Problem(50, 512, 1024, 128))[0] == fastest
 
 

@@ -10,12 +10,14 @@ from typing import cast
 import pytest
 from click.testing import CliRunner
 from fakes.library import FakeLibrary
+from fakes.runner import Runner
 
 from w4a16gen import KernelConfig, Library, Problem, QuantMode, Target
 from w4a16gen.choose.cost_model import default_cost_model
 from w4a16gen.choose.overrides import kernels_of_environment
-from w4a16gen.cli import main, timing
+from w4a16gen.cli import main
 from w4a16gen.cli.problems import parse_problem
+from w4a16gen.cli.services import Services
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.spaces import enumerate_space
 from w4a16gen.measure import compare as sweep
@@ -92,31 +94,30 @@ def test_problems_are_read_with_and_without_a_group() -> None:
 def test_bench_needs_a_problem_and_a_build(cli: CliRunner) -> None:
     nothing = cli.invoke(main, ["bench"])
     assert nothing.exit_code == 2
-    assert "name what to time: --problem 16x4096x4096, --model llama-3-8b, or --file" in nothing.output
+    assert "Specify at least one of --problem, --model, --file" in nothing.output
     result = cli.invoke(main, ["bench", "--problem", "1x4096x4096"])
     assert result.exit_code == 3
     assert "No build found in build" in result.output
 
 
-def test_explain_names_the_choice_and_what_it_was_weighed_against(
-    cli: CliRunner, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_explain_names_the_choice_and_what_it_was_weighed_against(cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     configs = enumerate_space("default")
     library = FakeLibrary(configs, devices=[])
-    monkeypatch.setattr(timing, "load", lambda _folder: library)
+    cli.services = Services(load=lambda _folder: library)
     found = json.loads(cli.invoke(main, ["explain", "16", "4096", "5120", "--json", "--top", "3"]).stdout)
     chosen = library.choose(Problem(16, 4096, 5120, 128), QuantMode.FINEGRAINED_SCALE_ONLY).kernel.name
-    assert found["chosen"] == chosen == found["estimates"][0]["kernel"]
-    assert (found["source"], found["microseconds"]) == ("estimate", found["estimates"][0]["estimated_microseconds"])
-    assert len(found["estimates"]) == 3
+    assert found["kernel"] == chosen == found["kernels"][0]["kernel"]
+    assert (found["source"], found["microseconds"]) == ("estimate", found["kernels"][0]["microseconds"])
+    assert [row["basis"] for row in found["kernels"]] == ["estimate"] * 3
     assert found["problem"] == {"m": 16, "n": 4096, "k": 5120, "group_size": 128}
     known = json.loads(cli.invoke(main, ["explain", "16", "4096", "4096", "--json"]).stdout)
     assert known["source"] == "packaged_times"
     assert 4 < known["microseconds"] < 9
     shown = cli.invoke(main, ["explain", "16", "4096", "4096", "--mode", "cs"])
-    assert "bench --problem 16x4096x4096,4096" in shown.stderr
+    assert "bench --problem 16x4096x4096,4096 --mode cs" in shown.stderr
     assert "times as long" in shown.stderr
-    monkeypatch.setattr(timing, "load", lambda _folder: FakeLibrary(enumerate_space("trtllm"), devices=[]))
+    cutlass = FakeLibrary(enumerate_space("trtllm"), devices=[])
+    cli.services = Services(load=lambda _folder: cutlass)
     assert "cutlass" in cli.invoke(main, ["explain", "16", "4096", "4096"]).stdout
     monkeypatch.setenv("W4A16GEN_KERNELS", configs[0].name)
     kernels_of_environment.cache_clear()
@@ -124,20 +125,20 @@ def test_explain_names_the_choice_and_what_it_was_weighed_against(
     missing = cli.invoke(main, named_kernel)
     assert missing.exit_code == 3
     assert f"{configs[0].name}, which use_kernels or W4A16GEN_KERNELS names, is not in the build" in missing.stderr
-    monkeypatch.setattr(timing, "load", lambda _folder: library)
+    cli.services = Services(load=lambda _folder: library)
     named = cli.invoke(main, named_kernel)
-    assert json.loads(named.stdout)["chosen"] == configs[0].name
+    assert json.loads(named.stdout)["kernel"] == configs[0].name
     assert json.loads(named.stdout)["source"] == "override"
     wrong = cli.invoke(main, ["explain", "16", "4096", "4100"])
     assert wrong.exit_code == 2
     assert "k of 4100 must be a positive multiple of 8" in wrong.stderr
 
 
-def test_explain_says_where_dense_fp16_is_faster(cli: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explain_says_where_dense_fp16_is_faster(cli: Runner) -> None:
     slow = [config for config in enumerate_space("default") if config.cta.tokens == 8]
-    monkeypatch.setattr(timing, "load", lambda _folder: FakeLibrary(slow, devices=[]))
+    cli.services = Services(load=lambda _folder: FakeLibrary(slow, devices=[]))
     shown = cli.invoke(main, ["explain", "4000", "4096", "5120"])
-    assert "dense FP16 would take about 2" in shown.stderr
+    assert "Dense FP16 would take about 2" in shown.stderr
 
 
 def test_what_settles_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 from click.testing import CliRunner
 from fakes.library import FakeLibrary
+from fakes.runner import Runner
 
 from w4a16gen import Problem
-from w4a16gen.cli import main, timing
+from w4a16gen.cli import main
+from w4a16gen.cli.services import Services
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.problem import why_cannot_run
 from w4a16gen.kernels.spaces import enumerate_space
+from w4a16gen.measure import bench
 from w4a16gen.measure.models import MODELS, Model, model_problems
 from w4a16gen.measure.results import Comparison, Timing
 
@@ -64,16 +67,16 @@ def test_what_cannot_be_divided_says_why() -> None:
         model_problems("gpt-2", [1])
 
 
-def test_bench_times_the_layers_of_models(cli: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_times_the_layers_of_models(cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Problem] = []
 
     def compare(_library: object, problem: Problem, _mode: object, **_: object) -> Comparison:
         asked.append(problem)
         return Comparison(problem, KERNEL.mode, {KERNEL.name: 1.0}, 0, [Timing(KERNEL.name, [1.0])])
 
-    monkeypatch.setattr(timing, "load", lambda _folder: FakeLibrary([KERNEL]))
-    monkeypatch.setattr(timing, "tensor_peak", lambda _library, _device: None)
-    monkeypatch.setattr(timing, "compare", compare)
+    cli.services = Services(load=lambda _folder: FakeLibrary([KERNEL]))
+    monkeypatch.setattr(bench, "tensor_peak", lambda _library, _device: None)
+    monkeypatch.setattr(bench, "compare", compare)
     arguments = "bench --problem 1x64x64,64 --model llama-3-8b/2,64 --tokens 2 --tokens 4"
     done = cli.invoke(main, arguments.split())
     assert done.exit_code == 0, done.output

@@ -6,16 +6,21 @@ import importlib
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import click
-from click.shell_completion import CompletionItem
+from click.shell_completion import CompletionItem, shell_complete
 
 from w4a16gen import __version__
 from w4a16gen.cli.output import discard_output, flush_output, note, prepare_streams, print_result
 from w4a16gen.errors import EXIT_FAILED, EXIT_USAGE, W4A16Error
 
+PROGRAM = "w4a16gen"
+"""The program's name in help texts and for completion, however it was started."""
+COMPLETION_VARIABLE = "_W4A16GEN_COMPLETE"
+"""Set by the completion script; its value says what the shell asks for."""
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 """128 + SIGPIPE, as programs exit whose output nobody reads any more."""
@@ -40,7 +45,6 @@ SECTIONS: Mapping[str, Mapping[str, Entry]] = {
         "verify": Entry("verify", "command", "Prove a build: machine code anywhere, numerics on a GPU."),
         "build-and-verify": Entry("verify", "build_and_verify", "Build kernels, then prove them."),
         "export": Entry("export", "command", "Write a C++ package or a Python wheel of the build."),
-        "clean": Entry("clean", "command", "Remove files that the build no longer needs."),
     },
     "Speed": {
         "run": Entry("run", "command", "Run, check and time one GEMM on random data."),
@@ -99,29 +103,38 @@ class Application(click.Group):
         ]
         return items + click.Command.shell_complete(self, ctx, incomplete)
 
-    def main(  # type: ignore[override]
+    def main(
         self,
         args: Sequence[str] | None = None,
-        prog_name: str | None = None,
-        complete_var: str | None = None,
+        prog_name: str | None = None,  # noqa: ARG002
+        complete_var: str | None = None,  # noqa: ARG002
         standalone_mode: bool = True,  # noqa: ARG002
         **extra: Any,
     ) -> NoReturn:
-        """Run a command and exit with its status."""
+        """Run a command, or complete one for a shell, and exit with its status."""
         prepare_streams()
         arguments = sys.argv[1:] if args is None else list(args)
+        if instruction := os.environ.get(COMPLETION_VARIABLE):
+            sys.exit(shell_complete(self, {}, PROGRAM, COMPLETION_VARIABLE, instruction))
         try:
-            status = super().main(arguments, prog_name, complete_var, standalone_mode=False, **extra)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                status = self._run(arguments, extra)
             flush_output()
-        except Exception as error:  # noqa: BLE001  (no command ends in a traceback)
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  (no command ends in a traceback)
             status = _end(error, as_json="--json" in arguments)
-        sys.exit(status or 0)
+        sys.exit(status)
 
-    def make_context(
-        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
-    ) -> click.Context:
-        """Make the context; the program's name is the same however it was started."""
-        return super().make_context("w4a16gen" if info_name == "__main__.py" else info_name, args, parent, **extra)
+    def _run(self, arguments: list[str], extra: Mapping[str, Any]) -> int:
+        try:
+            with self.make_context(PROGRAM, arguments, **extra) as ctx:
+                return self.invoke(ctx) or 0
+        except click.exceptions.Exit as exit_:
+            return exit_.exit_code
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    note(str(message), label="warning:", color="yellow")
 
 
 class _Ending(NamedTuple):
@@ -132,7 +145,7 @@ class _Ending(NamedTuple):
     status: int
 
 
-def _end(error: Exception, *, as_json: bool) -> int:
+def _end(error: BaseException, *, as_json: bool) -> int:
     """Report an error and return the exit status."""
     if isinstance(error, BrokenPipeError):
         discard_output()
@@ -156,17 +169,16 @@ def _end(error: Exception, *, as_json: bool) -> int:
     return ending.status
 
 
-def _describe(error: Exception) -> _Ending:
+def _describe(error: BaseException) -> _Ending:
     kind = type(error).__name__
     if isinstance(error, W4A16Error):
         return _Ending(kind, str(error), error.exit_code)
     if isinstance(error, click.UsageError):
-        path = error.ctx.command_path if error.ctx else "w4a16gen"
         message = error.format_message()
-        if error.ctx and message == error.ctx.get_help():  # w4a16gen without a command
-            return _Ending(kind, f"Specify a command; see `{path} --help`", EXIT_USAGE)
-        return _Ending(kind, f"{message.rstrip('.')}. See `{path} --help`.", EXIT_USAGE)
-    if isinstance(error, click.Abort):
+        stop = "" if message.endswith((".", "?")) else "."
+        path = error.ctx.command_path if error.ctx else PROGRAM
+        return _Ending(kind, f"{message}{stop} See `{path} --help`.", EXIT_USAGE)
+    if isinstance(error, (KeyboardInterrupt, click.Abort)):
         done = "interrupted: finished work is kept; run the command again to continue"
         return _Ending("Interrupted", done, EXIT_INTERRUPTED)
     if isinstance(error, OSError) and error.strerror:
@@ -176,9 +188,14 @@ def _describe(error: Exception) -> _Ending:
     return _Ending(kind, f"{kind}: {error} ({hint})", EXIT_FAILED)
 
 
-@click.group(cls=Application, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(__version__, prog_name="w4a16gen")
-def main() -> None:
+@click.group(
+    cls=Application,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+@click.version_option(__version__, prog_name=PROGRAM)
+@click.pass_context
+def main(ctx: click.Context) -> int:
     """Generate, build, prove and run FP16 x uint4 GEMM kernels for NVIDIA Hopper GPUs.
 
     CTA and cluster shapes are CHANNELSxTOKENSxK. Problems are MxNxK: tokens, output channels, K.
@@ -196,6 +213,8 @@ def main() -> None:
         2  a wrong call
         3  a tool, a build or a GPU is missing
       130  interrupted
-    """
-
-
+    """  # noqa: D301  (click's mark of a paragraph that is not wrapped)
+    if ctx.invoked_subcommand is not None:
+        return 0
+    click.echo(ctx.get_help(), err=True)
+    return EXIT_USAGE

@@ -11,7 +11,7 @@ import click
 from w4a16gen.cli.help import ExampleCommand
 from w4a16gen.cli.options import build_option, filter_options, generated_option, jobs_option, json_option
 from w4a16gen.cli.output import note, print_result
-from w4a16gen.cli.progress import show_progress, termination_interrupts
+from w4a16gen.cli.progress import termination_interrupts
 from w4a16gen.cli.services import services
 from w4a16gen.errors import BuildError
 
@@ -31,7 +31,7 @@ def build_kernels(
     selection = select_kernels(wanted, spaces)
     count = len(selection.configs)
     note(f"{count} kernels of space {' + '.join(selection.spaces)}")
-    with termination_interrupts(), show_progress(f"Building {count} kernels", lines=True) as progress:
+    with termination_interrupts(), services().show_progress(f"Building {count} kernels", lines=True) as progress:
         report: BuildReport = services().build(
             selection.configs,
             generated=generated,

@@ -54,7 +54,7 @@ def parse_emitted_target(text: str) -> Target | str:
     "--target",
     "targets",
     multiple=True,
-    type=Parsed("TARGET", parse_emitted_target, lambda: [*TARGETS, TRTLLM]),
+    type=Parsed("TARGET", parse_emitted_target, lambda _: [*TARGETS, TRTLLM]),
     section=WHICH_KERNELS,
     help="Kernel family: native or cutlass, repeatable; or trtllm: TensorRT-LLM's own instantiations.",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from w4a16gen.cli.help import OUTPUT, WHICH_KERNELS, ExampleCommand
+from w4a16gen.cli.help import OUTPUT, WHICH_KERNELS, ExampleCommand, option
 from w4a16gen.cli.options import (
     SPACES,
     build_option,
@@ -20,10 +21,10 @@ from w4a16gen.cli.options import (
     problem_of,
     wide_option,
 )
-from w4a16gen.cli.help import option
 from w4a16gen.cli.output import note, print_result
 from w4a16gen.cli.services import services
 from w4a16gen.cli.tables import Column, print_table
+from w4a16gen.errors import NotBuiltError
 from w4a16gen.kernels.config import KernelConfig, QuantMode
 
 if TYPE_CHECKING:
@@ -80,11 +81,14 @@ def command(
 
     Without a build it picks among the kernels that `w4a16gen build` would build. No GPU is needed.
     """
+    from w4a16gen.choose.cards import card_of
+    from w4a16gen.choose.cost_model import default_cost_model
+
     kernels = _kernels(spaces, folder)
     problem = problem_of(m, n, k, group_size, mode)
     choice = kernels.chooser.choose(problem, mode, device=kernels.device)
-    estimates = kernels.chooser.estimates(problem, mode)
-    fp16 = _dense_microseconds(problem, kernels.device)
+    estimates = kernels.chooser.estimates(problem, mode, kernels.device)
+    fp16 = default_cost_model().dense_microseconds(problem, card_of(kernels.device))
     rows = _rows(choice, estimates, top)
     if as_json:
         print_result(
@@ -97,6 +101,7 @@ def command(
                 "gpu": None if kernels.device is None else kernels.device.as_json(),
                 "kernel": choice.kernel.name,
                 "source": choice.source.value,
+                "dependent": choice.dependent,
                 "microseconds": rows[0]["microseconds"],
                 "fp16_microseconds": round(fp16, 2),
                 "kernels": rows,
@@ -106,20 +111,21 @@ def command(
     if not kernels.is_built:
         note(f"No build is used: choosing among {kernels.where}.")
     click.echo(choice.kernel.name)
-    note(f"Chosen by {choice.source.sentence}.")
+    launches = ", for dependent launches" if choice.dependent else ""
+    note(f"Chosen by {choice.source.sentence}{launches}.")
     expected = rows[0]["microseconds"]
     if expected is not None:
         note(_beside_fp16(fp16, expected))
     columns = [
         Column("kernel", keep=True, own_line=True),
         Column("us", right=True, keep=True),
-        Column("time is", keep=True),
+        Column("basis", keep=True),
     ]
     cells = (
         (
             KernelConfig.parse(row["kernel"]).short_name,
             "" if row["microseconds"] is None else f"{row['microseconds']:.1f}",
-            str(row["time_is"]),
+            str(row["basis"]),
         )
         for row in rows
     )
@@ -135,21 +141,22 @@ def _kernels(spaces: Sequence[str], folder: Path | None) -> _Kernels:
     from w4a16gen.runtime.artifact import MANIFEST
     from w4a16gen.runtime.folders import folder_to_load
 
-    if not spaces and (folder is not None or (folder_to_load() / MANIFEST).exists()):
-        library = services().load(folder)
-        device = next(iter(library.hopper_devices()), None)
-        return _Kernels(library.chooser, device, f"the kernels of {library.build.folder}", is_built=True)
+    if not spaces:
+        try:
+            library = services().load(folder)
+        except NotBuiltError:
+            if folder is not None or os.path.lexists(folder_to_load() / MANIFEST):
+                raise  # the user named a folder, or the build there is damaged
+        else:
+            device = next(iter(library.hopper_devices()), None)
+            return _Kernels(library.chooser, device, f"the kernels of {library.build.folder}", is_built=True)
     selection = select_kernels(Filter(), spaces)
     driver = services().find_driver()
     device = next((gpu for gpu in driver.gpus if gpu.is_hopper), None) if driver else None
     where = f"the {len(selection.configs)} kernels of space {' + '.join(selection.spaces)}"
-    return _Kernels(Chooser(dict.fromkeys(selection.configs, ""), Path()), device, where, is_built=False)
-
-
-def _dense_microseconds(problem: Any, _device: Device | None) -> float:
-    from w4a16gen.choose import cost_model
-
-    return cost_model.dense_microseconds(problem)
+    return _Kernels(
+        Chooser(dict.fromkeys(selection.configs, ""), Path("no tuning table")), device, where, is_built=False
+    )
 
 
 def _rows(choice: Choice, estimates: Sequence[tuple[KernelConfig, float]], top: int) -> list[dict[str, Any]]:
@@ -158,11 +165,11 @@ def _rows(choice: Choice, estimates: Sequence[tuple[KernelConfig, float]], top: 
 
     measured = choice.source in (ChoiceSource.TUNING_TABLE, ChoiceSource.PACKAGED_TIMES)
     microseconds = choice.microseconds or dict(estimates).get(choice.kernel)
-    how = "measured" if measured else "unknown" if microseconds is None else "an estimate"
+    how = "measured" if measured else "unknown" if microseconds is None else "estimate"
     rows = [(choice.kernel, microseconds, how)]
-    rows += [(config, us, "an estimate") for config, us in estimates if config != choice.kernel]
+    rows += [(config, us, "estimate") for config, us in estimates if config != choice.kernel]
     return [
-        {"kernel": config.name, "microseconds": None if us is None else round(us, 2), "time_is": known}
+        {"kernel": config.name, "microseconds": None if us is None else round(us, 2), "basis": known}
         for config, us, known in rows[:top]
     ]
 

@@ -80,7 +80,7 @@ def command(
         _explain(wanted, spaces or ("default",), as_json=as_json, forbidden=forbidden)
         return
     if built:
-        configs = _of_build(wanted, folder)
+        configs: Sequence[KernelConfig] = _of_build(wanted, folder)
         where, value = "the build", {"built": True, "spaces": []}
     else:
         selection = select_kernels(wanted, spaces)
@@ -136,7 +136,9 @@ def _show(configs: Sequence[KernelConfig], *, wide: bool) -> None:
         for config in configs:
             click.echo(config.name)
     elif len(shapes) <= NAMED_SHAPES:
-        print_table(f"{title} of {len(shapes)} shapes", [Column("kernel", keep=True)], ([shape_pattern(s)] for s in shapes))
+        print_table(
+            f"{title} of {len(shapes)} shapes", [Column("kernel", keep=True)], ([shape_pattern(s)] for s in shapes)
+        )
         note("Names are w4a16_sm90_ and one of these, with one of the modes in braces. --wide lists every kernel.")
     else:
         columns = [
@@ -177,14 +179,14 @@ def _explain(wanted: Filter, spaces: Sequence[str], *, as_json: bool, forbidden:
 
 
 def _left_out(wanted: Filter, spaces: Sequence[str], *, forbidden: bool) -> Iterable[tuple[KernelConfig, Reason]]:
-    from w4a16gen.kernels.spaces import candidates, enumerate_space, why_not
+    from w4a16gen.kernels.spaces import Reason, ReasonKind, candidates, enumerate_space, why_not
 
     if forbidden:
         for config in wanted.select(candidates()):
             if why := why_not(config):
                 yield config, why
         return
-    inside = {config for space in spaces for config in enumerate_space(space)}
     for config in wanted.select(enumerate_space("all")):
-        if config not in inside and (why := why_not(config, spaces[0])):
-            yield config, why
+        reasons = [why_not(config, space) for space in spaces]
+        if None not in reasons:
+            yield config, Reason(ReasonKind.LEFT_OUT, "; ".join(reason.sentence for reason in reasons if reason))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +22,7 @@ else:
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _SHOWN_CHARACTERS = 60
+_INTEGER = re.compile(r"-?[0-9]{1,20}")
 SHAPE = "CHANNELSxTOKENSxK"
 KERNEL_NAME_START = "w4a16_sm90_"
 
@@ -29,7 +31,10 @@ class Parsed(Type):
     """A value that a function of this package parses; its error becomes a usage error."""
 
     def __init__(
-        self, name: str, parse: Callable[[str], Any], complete: Callable[[], Iterable[str]] = tuple
+        self,
+        name: str,
+        parse: Callable[[str], Any],
+        complete: Callable[[click.Context], Iterable[str]] = lambda _: (),
     ) -> None:
         """Take the name for help texts, the parser, and the values to complete."""
         self.name = name
@@ -53,7 +58,10 @@ class Parsed(Type):
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002
         """Return the values that begin with what was typed."""
-        return [CompletionItem(value) for value in self._complete() if value.startswith(incomplete)]
+        try:
+            return [CompletionItem(value) for value in self._complete(ctx) if value.startswith(incomplete)]
+        except Exception:  # noqa: BLE001  (a shell has no use for errors)
+            return []
 
 
 def parse_mode(text: str) -> QuantMode:
@@ -83,23 +91,36 @@ def _shapes(axis: str) -> list[str]:
     return [str(shape) for shape in sorted({getattr(config, axis) for config in enumerate_space("all")})]
 
 
-def complete_kernels() -> list[str]:
-    """Return the names of the build's kernels, or of the default space's if there is no build."""
+def complete_kernels(ctx: click.Context) -> list[str]:
+    """Return the long and short names of the build's kernels, or of the default space's if there is no build."""
     import json
 
     from w4a16gen.kernels.spaces import enumerate_space
     from w4a16gen.runtime.artifact import MANIFEST
     from w4a16gen.runtime.folders import folder_to_load
 
-    folder = click.get_current_context().params.get("folder") or folder_to_load()
+    folder = ctx.params.get("folder") or folder_to_load()
     try:
         kernels = json.loads((folder / MANIFEST).read_bytes())["kernels"]
-        return [str(kernel["name"]) for kernel in kernels]
+        names = [str(kernel["name"]) for kernel in kernels]
     except (OSError, ValueError, KeyError, TypeError):
-        return [config.name for config in enumerate_space("default")]
+        names = [config.name for config in enumerate_space("default")]
+    return [*names, *(name.removeprefix(KERNEL_NAME_START) for name in names)]
 
 
-MODE = Parsed("MODE", parse_mode, lambda: [mode.value for mode in QuantMode])
+def counts(least: int, most: int = MAX_DIMENSION) -> Parsed:
+    """Return the type of a whole number in a range."""
+
+    def parse(text: str) -> int:
+        number = int(text) if _INTEGER.fullmatch(text) else least - 1
+        if not least <= number <= most:
+            raise InvalidValueError(f"{text[:_SHOWN_CHARACTERS]!r} must be a whole number from {least} to {most}")
+        return number
+
+    return Parsed("COUNT", parse)
+
+
+MODE = Parsed("MODE", parse_mode, lambda _: [mode.value for mode in QuantMode])
 MODE_HELP = "cs: a scale per channel; fgs: a scale per group; fgsz: scales and zeros per group."
 TARGETS = [target.value for target in Target]
 SPACES = ("default", "trtllm-native", "trtllm", "native", "all")
@@ -109,7 +130,7 @@ cta_option = option(
     "--cta",
     "ctas",
     multiple=True,
-    type=Parsed(SHAPE, CtaShape.parse, lambda: _shapes("cta")),
+    type=Parsed(SHAPE, CtaShape.parse, lambda _: _shapes("cta")),
     section=WHICH_KERNELS,
     help="CTA shape: output channels, tokens, K. Repeatable.",
 )
@@ -117,7 +138,7 @@ cluster_option = option(
     "--cluster",
     "clusters",
     multiple=True,
-    type=Parsed(SHAPE, ClusterShape.parse, lambda: _shapes("cluster")),
+    type=Parsed(SHAPE, ClusterShape.parse, lambda _: _shapes("cluster")),
     section=WHICH_KERNELS,
     help="Cluster shape in CTAs: along output channels, tokens, K. Repeatable.",
 )
@@ -128,7 +149,7 @@ target_option = option(
     "--target",
     "targets",
     multiple=True,
-    type=Parsed("TARGET", parse_target, lambda: TARGETS),
+    type=Parsed("TARGET", parse_target, lambda _: TARGETS),
     section=WHICH_KERNELS,
     help="Kernel family: native or cutlass. Repeatable.",
 )
@@ -175,20 +196,17 @@ build_option = option(
 jobs_option = option(
     "--jobs",
     "-j",
-    type=click.IntRange(min=1),
-    metavar="COUNT",
+    type=counts(1),
     section=METHOD,
     help="Compilers to run at once.  [default: by cores and free memory]",
 )
 
 
-def count_option(*names: str, section: str, **attributes: Any) -> Callable[[_Command], _Command]:
-    """Add an option that takes a positive number."""
-    most = attributes.pop("most", MAX_DIMENSION)
-    least = attributes.pop("least", 1)
-    return option(
-        *names, section=section, type=click.IntRange(least, most), metavar="COUNT", **attributes
-    )
+def count_option(
+    *names: str, section: str, most: int = MAX_DIMENSION, **attributes: Any
+) -> Callable[[_Command], _Command]:
+    """Add an option that takes a positive whole number."""
+    return option(*names, section=section, type=counts(1, most), **attributes)
 
 
 def dimension_arguments(least_tokens: int) -> Callable[[_Command], _Command]:
@@ -199,7 +217,7 @@ def dimension_arguments(least_tokens: int) -> Callable[[_Command], _Command]:
             "--group-size", section=METHOD, help="Values of K that share a scale.  [default: 128; K in mode cs]"
         )(command)
         for name, least in (("k", 1), ("n", 1), ("m", least_tokens)):
-            command = click.argument(name, type=click.IntRange(least, MAX_DIMENSION))(command)
+            command = click.argument(name, metavar=name.upper(), type=counts(least))(command)
         return command
 
     return decorate
@@ -208,3 +226,14 @@ def dimension_arguments(least_tokens: int) -> Callable[[_Command], _Command]:
 def problem_of(m: int, n: int, k: int, group_size: int | None, mode: QuantMode) -> Problem:
     """Return the problem that M, N, K and --group-size name."""
     return Problem(m, n, k, group_size or (min(128, k) if mode.is_grouped else k))
+
+
+def parse_percent(text: str) -> float:
+    """Read a number from 0 to 100."""
+    try:
+        percent = float(text)
+    except ValueError:
+        percent = -1.0
+    if not 0 <= percent <= 100:  # noqa: PLR2004
+        raise InvalidValueError(f"{text[:_SHOWN_CHARACTERS]!r} must be a percentage, 0 to 100")
+    return percent

@@ -108,7 +108,7 @@ def problems_options(command: _Command) -> _Command:
             "--model",
             "models",
             multiple=True,
-            type=Parsed("NAME[/GPUS][,GROUP]", parse_model, _model_names),
+            type=Parsed("NAME[/GPUS][,GROUP]", parse_model, lambda _: _model_names()),
             section=WHICH_PROBLEMS,
             help="The linear layers of a model, divided among GPUs, such as llama-3-70b/8. Repeatable. An unknown name "
             "lists the models.",

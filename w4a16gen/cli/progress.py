@@ -5,18 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from w4a16gen.cli.output import is_terminal, note
+from w4a16gen.progress import Progress, no_progress
 
-Report = Callable[[int, int, str], None]
-"""Called with the steps done, the steps in all, and the step just done or under way."""
 _BAR_WIDTH = 20
 
 
 @contextmanager
-def show_progress(title: str, total: int | None = None, *, lines: bool = False) -> Iterator[Report]:
+def show_progress(title: str, total: int | None = None, *, lines: bool = False) -> Iterator[Progress]:
     """Show the progress of long work.
 
     Args:
@@ -30,7 +29,7 @@ def show_progress(title: str, total: int | None = None, *, lines: bool = False) 
     elif lines:
         yield _Tenths(title)
     else:
-        yield lambda _done, _total, _what: None
+        yield no_progress
 
 
 class _Tenths:
@@ -48,24 +47,29 @@ class _Tenths:
 
 
 @contextmanager
-def _bar(title: str, total: int | None) -> Iterator[Report]:
+def _bar(title: str, total: int | None) -> Iterator[Progress]:
     """Show bar, count and clock, then the title and the step, which is cut where the terminal ends."""
+    from rich import progress
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
     from rich.table import Column
     from rich.text import Text
 
-    class Clock(ProgressColumn):
+    class Clock(progress.ProgressColumn):
         """The time since the start. It runs on after the last step, while the result is put together."""
 
-        def render(self, task: Task) -> Text:
+        def render(self, task: progress.Task) -> Text:
             minutes, seconds = divmod(int(task.elapsed or 0), 60)
             return Text(f"{minutes}:{seconds:02d}")
 
     step = Column(no_wrap=True, overflow="crop", ratio=1)
-    columns = (BarColumn(_BAR_WIDTH), MofNCompleteColumn(), Clock(), TextColumn("{task.description}", None, markup=False, table_column=step))
+    columns = (
+        progress.BarColumn(_BAR_WIDTH),
+        progress.MofNCompleteColumn(),
+        Clock(),
+        progress.TextColumn("{task.description}", markup=False, table_column=step),
+    )
     console = Console(stderr=True, highlight=False)
-    with Progress(*columns, console=console, transient=True, expand=True) as bar:
+    with progress.Progress(*columns, console=console, transient=True, expand=True) as bar:
         task = bar.add_task(title, total=total)
 
         def report(done: int, total: int, what: str) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from w4a16gen.cli.progress import show_progress
+from w4a16gen.progress import Progress
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,8 +43,6 @@ def _bench(*args: Any, **options: Any) -> Any:
     return run_bench(*args, **options)
 
 
-
-
 def _build(*args: Any, **options: Any) -> Any:
     from w4a16gen.build.pipeline import build
 
@@ -63,6 +65,7 @@ class Services:
     verify: Callable[..., Any] = _verify
     run_one: Callable[..., Any] = _run_one
     bench: Callable[..., Any] = _bench
+    show_progress: Callable[..., AbstractContextManager[Progress]] = show_progress
 
 
 def services() -> Services:

@@ -56,7 +56,7 @@ def lay_out(columns: Sequence[Column], rows: Iterable[Sequence[str]], width: int
     if width is not None and _total(widths, [index for index in shown if columns[index].keep]) > width:
         below = next((index for index in shown if columns[index].own_line), None)
     beside = [index for index in shown if index != below]
-    hidden = []
+    hidden: list[str] = []
     for index in reversed(beside):
         if width is None or _total(widths, beside) <= width:
             break

@@ -14,7 +14,7 @@ from w4a16gen.cli.help import METHOD, OUTPUT, ExampleCommand, option
 from w4a16gen.cli.list import by_shape, shape_pattern
 from w4a16gen.cli.options import (
     build_option,
-    count_option,
+    counts,
     filter_options,
     generated_option,
     jobs_option,
@@ -22,7 +22,6 @@ from w4a16gen.cli.options import (
     wide_option,
 )
 from w4a16gen.cli.output import note, print_result
-from w4a16gen.cli.progress import show_progress
 from w4a16gen.cli.services import services
 from w4a16gen.cli.tables import Column, print_table
 from w4a16gen.errors import BuildError, InvalidValueError, NoHopperGpuError
@@ -58,7 +57,7 @@ def _prove(library: Library, generated: Path, *, sampled: bool = False, random_p
             f"{generated} has no source of the build's kernels: pass --generated-dir with the folder that "
             "`w4a16gen build` wrote them to"
         )
-    with show_progress("Proving", lines=True) as progress:
+    with services().show_progress("Proving", lines=True) as progress:
         proven: Report = services().verify(
             library, generated, sampled=sampled, drawn_problems=random_problems, progress=progress
         )
@@ -160,11 +159,10 @@ def _proof_row(
     section=METHOD,
     help="Run numerical checks on one kernel per shape, schedule and mode only, with small problems.",
 )
-@count_option(
+@option(
     "--random",
     "random_problems",
-    least=0,
-    most=MOST_RANDOM_PROBLEMS,
+    type=counts(0, MOST_RANDOM_PROBLEMS),
     default=0,
     section=METHOD,
     help="Also run this many random problems.",

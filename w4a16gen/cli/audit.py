@@ -1,0 +1,87 @@
+"""`w4a16gen audit`: a folder of sources that TensorRT-LLM's generator wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from w4a16gen.cli.help import FILES, ExampleCommand, option
+from w4a16gen.cli.options import json_option, wide_option
+from w4a16gen.cli.output import note, print_result
+from w4a16gen.cli.tables import Column, print_table
+from w4a16gen.errors import EXIT_FAILED
+
+if TYPE_CHECKING:
+    from w4a16gen.integrations.tensorrt_llm.audit import Audit
+
+
+@click.command(
+    "audit",
+    cls=ExampleCommand,
+    examples=(
+        ("w4a16gen audit generated", "which of the 63 W4A16 kernels are there, and what else is"),
+        ("w4a16gen audit generated --extract w4a16", "write the W4A16 instantiations only into ./w4a16"),
+    ),
+)
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False, exists=True))
+@option(
+    "--extract",
+    "output",
+    type=click.Path(path_type=Path, file_okay=False),
+    section=FILES,
+    help="Write the FP16 x uint4 instantiations into this folder, also those in mixed files.",
+)
+@wide_option
+@json_option
+def command(folder: Path, output: Path | None, wide: bool, as_json: bool) -> int:
+    """Audit a folder of .cu files from TensorRT-LLM's generator.
+
+    It reports which of the 63 FP16 x uint4 kernels for Hopper are present, missing or duplicated, and which other
+    kernels are there. Exit code 1 if the folder has anything but the 63, once each.
+    """
+    from w4a16gen.integrations.tensorrt_llm.audit import audit, extract
+
+    found = audit(folder)
+    extracted = extract(found, output) if output is not None else []
+    if as_json:
+        print_result("audit", {**found.as_json(), "extracted": [str(path) for path in extracted]})
+    else:
+        _show(found, folder, wide=wide)
+    foreign = ", ".join(f"{count} {types}" for types, count in sorted(found.foreign.items())) or "none"
+    note(
+        f"{len(found.kernels)} of 63 FP16 x uint4 kernels found; {len(found.missing)} missing, "
+        f"{len(found.duplicates)} duplicates, {len(found.unknown)} unknown; unrelated: {foreign}"
+    )
+    if output is not None:
+        note(f"Wrote {len(extracted)} files into {output}")
+    return 0 if found.ok else EXIT_FAILED
+
+
+def _show(found: Audit, folder: Path, *, wide: bool) -> None:
+    from w4a16gen.integrations.tensorrt_llm.audit import W4A16
+
+    columns = (
+        Column("file", keep=True, own_line=True),
+        Column(W4A16, right=True, keep=True),
+        Column("mixed"),
+        Column("others"),
+    )
+    rows = (
+        (
+            str(file.path.relative_to(folder)),
+            str(file.types[W4A16]),
+            "mixed" if file.is_mixed else "",
+            ", ".join(f"{count} {types}" for types, count in sorted(file.types.items()) if types != W4A16),
+        )
+        for file in found.files
+    )
+    print_table(f"{found.total} instantiations in {len(found.files)} files", columns, rows, wide=wide)
+    for label, names in (
+        ("missing", [config.name for config in found.missing]),
+        ("duplicate", [config.name for config in found.duplicates]),
+        ("unknown FP16 x uint4 kernel", found.unknown),
+    ):
+        for name in names:
+            click.echo(f"{label}: {name}")

@@ -1,0 +1,164 @@
+"""`w4a16gen bench`: time the built kernels side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from w4a16gen import __version__
+from w4a16gen.cli.help import METHOD, OUTPUT, ExampleCommand, option
+from w4a16gen.cli.options import Parsed, build_option, count_option, json_option, parse_percent, wide_option
+from w4a16gen.cli.output import note, print_result
+from w4a16gen.cli.problems import named_problems, problems_options
+from w4a16gen.cli.report import write_pages
+from w4a16gen.cli.services import services
+from w4a16gen.cli.tables import Column, print_table
+from w4a16gen.errors import BuildError
+
+if TYPE_CHECKING:
+    from w4a16gen.kernels.config import QuantMode
+    from w4a16gen.kernels.problem import Problem
+    from w4a16gen.measure.bench import Bench
+    from w4a16gen.measure.record import Row
+
+RIVAL_PACKAGES = "humming-kernels, torch"
+MOST_ROUNDS = 10_000
+COLUMNS = (
+    Column("M x N x K", keep=True),
+    Column("fastest kernel", keep=True, own_line=True),
+    Column("us", right=True, keep=True),
+    Column("vs FP16", right=True),
+    Column("gemm() us", right=True),
+    Column("dependent us", right=True),
+    Column("of floor", right=True),
+    Column("TFLOP/s", right=True),
+    Column("GB/s", right=True),
+    Column("floor us", right=True),
+    Column("vs other 4-bit", right=True),
+)
+
+
+@click.command(
+    "bench",
+    cls=ExampleCommand,
+    examples=(
+        ("w4a16gen bench --problem 16x4096x4096", "one problem"),
+        ("w4a16gen bench --model llama-3-8b --tokens 1 --tokens 16 --report out", "a model's layers, with plots"),
+        ("w4a16gen build --space default --space trtllm", "TensorRT-LLM's set beside ours; then bench shows both"),
+    ),
+)
+@problems_options
+@count_option("--finalists", section=METHOD, default=4, show_default=True, help="Kernels to time in turns.")
+@count_option(
+    "--rounds",
+    section=METHOD,
+    most=MOST_ROUNDS,
+    default=9,
+    show_default=True,
+    help="Timed repetitions per kernel; long problems use one-second blocks, a third as many.",
+)
+@option(
+    "--rivals/--no-rivals",
+    default=False,
+    section=METHOD,
+    help=f"Also time other 4-bit kernels, if installed: {RIVAL_PACKAGES}.",
+)
+@option(
+    "--smallest-set",
+    "slack",
+    type=Parsed("PERCENT", parse_percent),
+    section=OUTPUT,
+    help="Report the smallest kernel set within PERCENT of the fastest on every problem.",
+)
+@option(
+    "--report",
+    "report_folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    section=OUTPUT,
+    help="Write JSON lines, CSV, plots and an HTML page into this folder.",
+)
+@wide_option
+@build_option
+@json_option
+def command(
+    problems: Sequence[Problem],
+    models: Sequence[tuple[str, int, int]],
+    files: Sequence[Path],
+    tokens: Sequence[int],
+    mode: QuantMode,
+    finalists: int,
+    rounds: int,
+    rivals: bool,
+    slack: float | None,
+    report_folder: Path | None,
+    wide: bool,
+    folder: Path | None,
+    as_json: bool,
+) -> int:
+    """Time the built kernels on problems with cold L2, beside cuBLAS FP16 if torch is installed.
+
+    If kernels of several targets are built, the fastest of each target is printed for every problem.
+    """
+    from w4a16gen.measure.bench import BenchOptions
+    from w4a16gen.measure.rivals import RIVALS
+
+    named = named_problems(problems, models, files, tokens, mode)
+    measured: Bench = services().bench(
+        services().load(folder),
+        named,
+        mode,
+        BenchOptions(finalists, rounds, RIVALS if rivals else (), None if slack is None else slack / 100),
+        version=__version__,
+        report=report_folder,
+        tell=note,
+        show_progress=services().show_progress,
+    )
+    if not measured.cublas_timed:
+        note("torch is not installed: cuBLAS FP16 was not timed beside the kernels.")
+    written = [] if report_folder is None else write_pages(report_folder, measured.run, measured.rows)
+    if as_json:
+        print_result("bench", measured.as_json() | {"written": [str(path) for path in written]})
+    else:
+        _show(measured, mode, wide=wide)
+    if not measured.wrong:
+        return 0
+    note(f"wrong results: {', '.join(measured.wrong)}", label="error:")
+    return BuildError.exit_code
+
+
+def _show(measured: Bench, mode: QuantMode, *, wide: bool) -> None:
+    peak = measured.peak
+    if peak is not None:
+        note(f"The tensor cores reach {peak.burst:.0f} TFLOP/s for 0.1 ms, {peak.sustained:.0f} at the power limit.")
+    if measured.rows:
+        print_table(
+            f"{measured.gpu.name}, mode {mode}, cold L2, medians", COLUMNS, map(_cells, measured.rows), wide=wide
+        )
+    for name in measured.smallest_set:
+        click.echo(name)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    """Return the cells of a row, under COLUMNS."""
+    from w4a16gen.kernels.config import KernelConfig
+
+    def shown(value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}"
+
+    rival = row.best_rival_microseconds
+    return (
+        f"{row.m}x{row.shape}",
+        KernelConfig.parse(row.kernel).short_name,
+        shown(row.microseconds),
+        shown(row.speedup_over_fp16),
+        shown(row.chosen_microseconds),
+        shown(row.dependent_microseconds),
+        shown(row.share_of_floor),
+        f"{row.tflops:.0f}",
+        f"{row.gigabytes_per_second:.0f}",
+        shown(row.floor_microseconds),
+        shown(None if rival is None else rival / row.microseconds),
+    )
