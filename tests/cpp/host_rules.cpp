@@ -28,6 +28,7 @@ void print_constants() {
   print("mode fgs", w4a16::mode::fgs);
   print("mode fgsz", w4a16::mode::fgsz);
   print("DIMENSION_MULTIPLE", w4a16::kDimensionMultiple);
+  print("ALIGNMENT", w4a16::kPackedAlignment);
   print("MAX_DIMENSION", w4a16::kMaxDimension);
   print("NATIVE_GROUP_MULTIPLE", native::kGroupMultiple);
   print("WARPGROUP_THREADS", native::kWarpgroup);

@@ -12,7 +12,7 @@ from w4a16gen.kernels.device import Device
 from w4a16gen.runtime.artifact import Build
 
 
-class KnownCalls:
+class CallCache:
     """Stands in for the module's class: repeats any call with a number of tokens that it has been told of."""
 
     made: ClassVar[list[tuple[Any, ...]]] = []
@@ -23,7 +23,7 @@ class KnownCalls:
     def add(self, m: int, _kernel: int) -> None:
         self.known.add(m)
 
-    def gemm(self, *arguments: Any) -> str | None:
+    def try_launch(self, *arguments: Any) -> str | None:
         if arguments[0].shape[0] not in self.known:
             return None
         self.made.append(arguments)
@@ -37,7 +37,7 @@ class Module(ModuleType):
         super().__init__("_w4a16")
         self._module = module
         self._devices = devices
-        self.KnownCalls = KnownCalls
+        self.CallCache = CallCache
 
     def devices(self) -> list[dict[str, object]]:
         return [device.as_json() for device in self._devices]

@@ -14,7 +14,7 @@ from w4a16gen.kernels import arrangement
 from w4a16gen.kernels.arrangement import native_arrangement
 from w4a16gen.kernels.problem import DIMENSION_MULTIPLE, MAX_DIMENSION, NATIVE_GROUP_MULTIPLE
 from w4a16gen.kernels.spaces import enumerate_space
-from w4a16gen.weights.layouts.geometry import WeightGeometry
+from w4a16gen.weights.layouts.geometry import ALIGNMENT, WeightGeometry
 from w4a16gen.weights.packed import LAYOUTS, TARGET_LAYOUTS
 
 TILINGS = (
@@ -92,6 +92,7 @@ def test_constants_are_the_same_in_the_headers_and_in_python(rules: Path) -> Non
         "CUDA_ERROR": 4,
         **{f"mode {mode}": index for index, mode in enumerate(QuantMode)},
         "DIMENSION_MULTIPLE": DIMENSION_MULTIPLE,
+        "ALIGNMENT": ALIGNMENT,
         "MAX_DIMENSION": MAX_DIMENSION,
         "NATIVE_GROUP_MULTIPLE": NATIVE_GROUP_MULTIPLE,
         **{

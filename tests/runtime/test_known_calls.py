@@ -169,7 +169,7 @@ def recorded(stub: Path) -> Recorded:
 def calls(fake_library: Library, stub: Path) -> Any:
     """Give calls that are known for 16 tokens, by kernel 1."""
     module = fake_library.module
-    calls = module.KnownCalls(module.KernelLibrary(str(stub)), N, K, GROUP, BYTES, DEVICE)
+    calls = module.CallCache(module.KernelLibrary(str(stub)), N, K, GROUP, BYTES, DEVICE)
     calls.add(16, 1)
     return calls
 
@@ -182,7 +182,7 @@ def test_a_known_call_is_launched_with_what_the_tensors_say(kind: type[Tensor], 
     before = recorded.launches
     a = kind((16, K), offset=256)
     bias = kind((N,), address=1 << 23)
-    out = calls.gemm(a, WEIGHT, bias, None, 0.5, True)
+    out = calls.try_launch(a, WEIGHT, bias, None, 0.5, True)
     assert (type(out), out.shape, out.address) == (kind, (16, N), 1 << 22)
     assert (recorded.launches, recorded.kernel) == (before + 1, 1)
     problem = recorded.problem
@@ -192,7 +192,7 @@ def test_a_known_call_is_launched_with_what_the_tensors_say(kind: type[Tensor], 
     assert (recorded.workspace, recorded.workspace_bytes) == (0, 0)
     assert (recorded.alpha, recorded.dependent_launch) == (0.5, 1)
     mine = kind((16, N), address=1 << 24)
-    assert calls.gemm(a, WEIGHT, None, mine, 1.0, False) is mine
+    assert calls.try_launch(a, WEIGHT, None, mine, 1.0, False) is mine
     assert (recorded.bias, recorded.output, recorded.dependent_launch) == (0, 1 << 24, 0)
 
 
@@ -233,15 +233,15 @@ RIGHT: dict[str, Any] = {"a": Offering((16, K)), "w": WEIGHT, "bias": None, "out
 def test_a_call_that_is_not_as_known_is_left_alone(wrong: dict[str, Any], calls: Any, recorded: Recorded) -> None:
     before = recorded.launches
     given = RIGHT | wrong
-    assert calls.gemm(given["a"], given["w"], given["bias"], given["out"], given["alpha"], False) is None
+    assert calls.try_launch(given["a"], given["w"], given["bias"], given["out"], given["alpha"], False) is None
     assert recorded.launches == before
 
 
 def test_a_launch_that_fails_gives_no_output(calls: Any) -> None:
-    assert calls.gemm(RIGHT["a"], WEIGHT, None, None, 13.0, False) is None
+    assert calls.try_launch(RIGHT["a"], WEIGHT, None, None, 13.0, False) is None
 
 
 def test_a_strange_stride_of_a_single_row_does_not_matter(calls: Any, recorded: Recorded) -> None:
     calls.add(1, 0)
-    assert calls.gemm(Offering((1, K), given_strides=(7, 1)), WEIGHT, None, None, 1.0, False).shape == (1, N)
+    assert calls.try_launch(Offering((1, K), given_strides=(7, 1)), WEIGHT, None, None, 1.0, False).shape == (1, N)
     assert (recorded.kernel, recorded.problem.m) == (0, 1)

@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from fakes.machine import KnownCalls, LibraryOnGpus
+from fakes.machine import CallCache, LibraryOnGpus
 from fakes.torch import Tensor, fake_torch
 
 from w4a16gen import KernelConfig, Problem, QuantMode, use_kernels
@@ -109,7 +109,7 @@ def test_a_call_launches_what_is_named_though_calls_alike_are_remembered(library
 def test_a_usual_call_is_repeated_by_the_module_as_long_as_the_weight_lives(
     library: LibraryOnGpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(KnownCalls, "made", [])
+    monkeypatch.setattr(CallCache, "made", [])
     config = next(config for config in library.configs() if config.mode is MODE)
     weight = weight_for(config)
     a, out = Tensor((16, 1024)), Tensor((16, 512))
@@ -129,7 +129,7 @@ def test_a_usual_call_is_repeated_by_the_module_as_long_as_the_weight_lives(
     assert library.calls.has(weight)
     long_way = len(library.launches)
     assert library.gemm(a, weight, out=out, alpha=0.5, dependent_launch=True) == "repeated"
-    assert KnownCalls.made == [(a, weight.data, None, out, 0.5, True)]
+    assert CallCache.made == [(a, weight.data, None, out, 0.5, True)]
     assert len(library.launches) == long_way
     for arguments in unusual:
         assert library.gemm(a, weight, out=out, **arguments) is out

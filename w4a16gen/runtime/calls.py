@@ -119,7 +119,7 @@ class CallCache:
             return
         key = id(w)
         if key not in self._calls:
-            calls = self._bindings.module.KnownCalls(
+            calls = self._bindings.module.CallCache(
                 self._bindings.library, problem.n, problem.k, problem.group_size, launch.packed_bytes, device
             )
             self._calls[key] = weakref.ref(w, lambda _: self._calls.pop(key, None)), calls
@@ -135,7 +135,7 @@ class CallCache:
         known = self._calls.get(id(w))
         if known is None or is_in_block():
             return None
-        return known[1].gemm(a, w.data, bias, out, alpha, dependent_launch)
+        return known[1].try_launch(a, w.data, bias, out, alpha, dependent_launch)
 
 
 def check_weight(kernel: KernelConfig, w: PackedWeight) -> None:

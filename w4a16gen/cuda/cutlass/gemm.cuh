@@ -1,11 +1,11 @@
-// Target `cutlass`: CUTLASS's SM90 mixed-input collective as C^T = W^T A^T, with W as the register operand.
+// Target `cutlass`: CUTLASS's SM90 mixed-input collective computes C^T = W^T A^T, with W as the register operand.
 //
-// CUTLASS's own names keep its axis order: its M is our channels, its N our tokens.
+// CUTLASS's M is our output channels, its N our tokens.
 #pragma once
 
 #include <atomic>
 
-// Only SM90's half of CUTLASS's main loop builders: the umbrella header also pulls in SM100 and SM120.
+// Only the SM90 main loop builders. CUTLASS's umbrella header also includes SM100 and SM120.
 #include "cutlass/gemm/collective/builders/sm90_gmma_builder.inl"
 #include "cutlass/gemm/collective/collective_builder_decl.hpp"
 #include "cutlass/gemm/collective/collective_mma_decl.hpp"
@@ -43,10 +43,10 @@ using streamk = cutlass::gemm::StreamKScheduler;
 }  // namespace scheduler
 
 using Half = cutlass::half_t;
-using Weight = cutlass::int4b_t;  // q XOR 8 read as signed: exactly q - 8, without an operand for the 8
+using Weight = cutlass::int4b_t;  // q XOR 8 as a signed value is exactly q - 8, without an operand for the 8
 
-// D = factor * accumulator + bias in fp32, rounded once to fp16. The factor is alpha, times the channel's scale in
-// per-column mode: there the main loop multiplies by the exact q - 8 and no scale is fetched per K tile.
+// D = factor * accumulator + bias in fp32, rounded once to fp16. The factor is alpha, or in per-column mode alpha times
+// the channel's scale: the main loop then multiplies by the exact q - 8 and loads no scales.
 template <class Cta, bool ScalesChannels>
 struct Fusion {
   static constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
@@ -134,7 +134,7 @@ size_t workspace_bytes(const Problem& problem, int sm_count) {
   return Gemm::Operator::get_workspace_size(make_arguments<Gemm>(launch));
 }
 
-// Gives the device function a symbol that holds the kernel's name, for profilers and cuobjdump.
+// Puts the kernel's name into the device function's symbol, for profilers and cuobjdump.
 template <class Gemm>
 struct Named : Gemm::Operator {};
 
@@ -144,7 +144,7 @@ cudaError_t launch(const Launch& launch) {
   const auto* function = reinterpret_cast<const void*>(&cutlass::device_kernel<Named<Gemm>>);
   constexpr int kSharedBytes = Operator::SharedStorageSize;
 
-  // Raising the shared memory limit is per device and once; repeating it from two threads is harmless.
+  // The shared memory limit is raised once per device. Two threads may do so at once without harm.
   static std::atomic<uint64_t> raised{0};
   static_assert(kMaxDevices <= 64, "a bit per device");
   const uint64_t bit = launch.device < kMaxDevices ? uint64_t{1} << launch.device : 0;
@@ -157,7 +157,7 @@ cudaError_t launch(const Launch& launch) {
   const auto stream = static_cast<cudaStream_t>(launch.arguments.stream);
   const auto arguments = make_arguments<Gemm>(launch);
   void* workspace = launch.arguments.workspace;
-  // Stream-K clears its barriers with one asynchronous memset; the other schedulers do nothing here.
+  // Stream-K clears its barriers with an asynchronous memset. The other schedulers do nothing here.
   if (Operator::initialize_workspace(arguments, workspace, stream) != cutlass::Status::kSuccess) {
     const cudaError_t error = cudaGetLastError();
     return error == cudaSuccess ? cudaErrorInvalidValue : error;

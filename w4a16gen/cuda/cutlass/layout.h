@@ -1,8 +1,9 @@
-// Layout `kmajor_s4_v1`, which target `cutlass` reads: where the parts of a packed weight lie.
+// Layout `kmajor_s4_v1` of target `cutlass`: the sections of a packed weight, each aligned to 128 bytes.
 //
-// Three sections, each aligned to 128 bytes: the nibbles [n, k rounded up to 32], k contiguous, lower nibble first,
-// each holding q XOR 8, which read as a signed 4-bit value is q - 8; the scales, fp16 [k / group_size, n], n
-// contiguous; the zeros, the same shape, in the mode that has them. weights/layouts/kmajor.py writes the same layout.
+// - nibbles [n, k rounded up to 32], k contiguous, lower nibble first. A nibble is q XOR 8: as a signed value, q - 8.
+// - scales, fp16 [k / group_size, n], n contiguous.
+// - zeros, fp16 [k / group_size, n], in the mode that has them.
+// w4a16gen/weights/layouts/kmajor.py writes this layout; tests compare their sizes.
 #pragma once
 
 #include <cstddef>
@@ -22,7 +23,7 @@ struct PackedLayout {
 
   PackedLayout(const w4a16_problem& problem, bool has_zeros) {
     const auto align = [](size_t bytes) { return (bytes + 127) / 128 * 128; };
-    row_values = (problem.k + 31) / 32 * 32;  // TMA: 16-byte row strides
+    row_values = (problem.k + 31) / 32 * 32;  // TMA needs row strides of a multiple of 16 bytes
     const size_t scale_bytes =
         align(static_cast<size_t>(problem.k / problem.group_size) * static_cast<size_t>(problem.n) * 2);
     scales_offset = align(static_cast<size_t>(problem.n) * static_cast<size_t>(row_values) / 2);

@@ -14,6 +14,8 @@ using Problem = w4a16_problem;
 // GPUs of a process for which per-device state is kept. The CUDA runtime enumerates no more.
 constexpr int kMaxDevices = 64;
 
+constexpr int kPackedAlignment = 128;  // bytes, of packed weights, of the sections in them, and of workspaces
+
 // Quantisation modes, by the tags that kernel names have.
 namespace mode {
 constexpr w4a16_mode cs = W4A16_PER_COLUMN_SCALE_ONLY;

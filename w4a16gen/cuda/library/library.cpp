@@ -1,4 +1,4 @@
-// The C interface over the registry: every check that a launch needs, once, for all targets.
+// The C interface over the table of kernels. It checks every call once, for all kernel families.
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -12,6 +12,11 @@
 
 namespace w4a16 {
 namespace {
+
+// Bytes, as w4a16.h documents them.
+constexpr uintptr_t kTensorAlignment = 16;
+constexpr uintptr_t kHalfAlignment = 2;
+constexpr uintptr_t kNibbleRowAlignment = 8;  // of unpacked weights, which are read eight at a time
 
 struct Device {
   cudaError_t error = cudaErrorInitializationError;
@@ -47,7 +52,7 @@ Device query_device(int index) {
   return device;
 }
 
-// Properties of the current device. The driver is asked once per device; a failure belongs to the thread that met it.
+// Returns the properties of the current device. They are queried once per device; a failure is kept per thread only.
 const Device& current_device() {
   static std::mutex mutex;
   static std::array<Device, kMaxDevices> known;
@@ -96,10 +101,10 @@ std::string why_not_bytes(const char* name, size_t given, size_t needed, const c
 }
 
 std::string why_not_arguments(const w4a16_gemm_arguments& arguments, size_t packed_bytes) {
-  std::string sentence = why_not_pointer("activations", arguments.activations, 16);
-  if (sentence.empty()) sentence = why_not_pointer("packed weight", arguments.packed, 128);
-  if (sentence.empty()) sentence = why_not_pointer("output", arguments.output, 16);
-  if (sentence.empty() && arguments.bias != nullptr) sentence = why_not_pointer("bias", arguments.bias, 2);
+  std::string sentence = why_not_pointer("activations", arguments.activations, kTensorAlignment);
+  if (sentence.empty()) sentence = why_not_pointer("packed weight", arguments.packed, kPackedAlignment);
+  if (sentence.empty()) sentence = why_not_pointer("output", arguments.output, kTensorAlignment);
+  if (sentence.empty() && arguments.bias != nullptr) sentence = why_not_pointer("bias", arguments.bias, kHalfAlignment);
   if (sentence.empty() && arguments.packed_bytes != packed_bytes) {
     sentence = why_not_bytes("packed weight", arguments.packed_bytes, packed_bytes, "be exactly");
   }
@@ -110,29 +115,29 @@ std::string why_not_workspace(const w4a16_gemm_arguments& arguments, size_t need
   if (arguments.workspace_bytes < needed) {
     return why_not_bytes("workspace", arguments.workspace_bytes, needed, "be at least");
   }
-  return needed > 0 ? why_not_pointer("workspace", arguments.workspace, 128) : std::string();
+  return needed > 0 ? why_not_pointer("workspace", arguments.workspace, kPackedAlignment) : std::string();
 }
 
 std::string why_not_pack(const Kernel& kernel, const w4a16_pack_arguments& arguments, size_t packed_bytes) {
-  std::string sentence = why_not_pointer("q", arguments.q, 8);
-  if (sentence.empty()) sentence = why_not_pointer("scales", arguments.scales, 2);
+  std::string sentence = why_not_pointer("q", arguments.q, kNibbleRowAlignment);
+  if (sentence.empty()) sentence = why_not_pointer("scales", arguments.scales, kHalfAlignment);
   if (sentence.empty() && kernel.info.mode == W4A16_FINEGRAINED_SCALE_AND_ZEROS) {
-    sentence = why_not_pointer("zeros", arguments.zeros, 2);
+    sentence = why_not_pointer("zeros", arguments.zeros, kHalfAlignment);
   }
-  if (sentence.empty()) sentence = why_not_pointer("packed weight", arguments.packed, 128);
+  if (sentence.empty()) sentence = why_not_pointer("packed weight", arguments.packed, kPackedAlignment);
   if (sentence.empty() && arguments.packed_bytes != packed_bytes) {
     sentence = why_not_bytes("packed weight", arguments.packed_bytes, packed_bytes, "be exactly");
   }
   return sentence;
 }
 
-// The probes that come with some kernel, on a GPU that they run on; or null with the reason.
+// Returns the probes of the first family that has any, or null with the reason why they cannot run.
 const Probes* find_probes(const Device& device, w4a16_status* status, std::string* sentence) {
   const auto has_probes = [](const Kernel* kernel) { return kernel->probes != nullptr; };
   const Kernel* const* const found = std::find_if(kKernels, kKernels + kKernelCount, has_probes);
   if (found == kKernels + kKernelCount) {
     *status = W4A16_UNSUPPORTED;
-    *sentence = "this build holds no native kernel, with which the probes come";
+    *sentence = "this build holds no native kernel; only native kernels come with probes";
     return nullptr;
   }
   *status = W4A16_NO_HOPPER_GPU;
@@ -145,7 +150,7 @@ w4a16_status report_launch(const char* what, cudaError_t error, char* message, s
   return report(W4A16_CUDA_ERROR, std::string(what) + " failed: " + cudaGetErrorString(error), message, message_bytes);
 }
 
-// The kernel, or null with the reason: a bad index, a missing problem, a problem that the kernel cannot run.
+// Returns the kernel, or null with the reason: a wrong index, a null problem, or a problem that the kernel cannot run.
 const Kernel* find(int index, const w4a16_problem* problem, w4a16_status* status, std::string* sentence) {
   *status = W4A16_INVALID_ARGUMENT;
   if (index < 0 || index >= kKernelCount) {
@@ -227,7 +232,7 @@ w4a16_status w4a16_gemm(int kernel, const w4a16_problem* problem, const w4a16_ge
   if (found == nullptr) return report(status, sentence, message, message_bytes);
   if (arguments == nullptr) return report(W4A16_INVALID_ARGUMENT, "arguments must not be null", message, message_bytes);
   if (problem->m == 0) return report(W4A16_OK, {}, message, message_bytes);
-  // What needs no GPU is checked first, so that a wrong call reads the same on every machine.
+  // Checks without a GPU come first, so that a wrong call gets the same message on every machine.
   sentence = w4a16::why_not_arguments(*arguments, found->packed_bytes(*problem));
   if (!sentence.empty()) return report(W4A16_INVALID_ARGUMENT, sentence, message, message_bytes);
   const Device& device = w4a16::current_device();

@@ -1,5 +1,5 @@
-// Which problems a kernel can run: the rule of w4a16gen/kernels/problem.py, in the same words, for callers without
-// Python.
+// The rule that decides which problems a kernel can run, for callers without Python. w4a16gen/kernels/problem.py states
+// it in the same words; a test compares the two.
 #pragma once
 
 #include <cstdint>
@@ -9,10 +9,10 @@
 
 namespace w4a16 {
 
-constexpr int64_t kDimensionMultiple = 8;            // TMA: row strides are multiples of 16 bytes
+constexpr int64_t kDimensionMultiple = 8;            // TMA needs row strides of a multiple of 16 bytes
 constexpr int64_t kMaxDimension = int64_t{1} << 30;  // CUTLASS counts in int32 and rounds up to whole tiles
 
-// Empty if the kernel can run the problem.
+// Returns why the kernel cannot run the problem, or an empty string if it can.
 inline std::string why_not(const w4a16_kernel_info& kernel, const w4a16_problem& problem) {
   const auto text = [](int64_t value) { return std::to_string(value); };
   const struct {

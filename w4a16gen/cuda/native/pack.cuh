@@ -152,6 +152,7 @@ cudaError_t pack(const Problem& problem, const w4a16_pack_arguments& given) {
   p.scale_rows = layout.scale_rows;
   const auto stream = static_cast<cudaStream_t>(given.stream);
   const int channels = layout.channel_blocks * kBlockChannels;
+  cudaGetLastError();  // forget the failure of an earlier call, which is not this launch's
   pack_factors<Mode><<<(channels + kPackThreads - 1) / kPackThreads, kPackThreads, 0, stream>>>(p, channels);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;

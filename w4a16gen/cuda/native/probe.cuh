@@ -116,6 +116,7 @@ inline cudaError_t launch_probe_multiply(int rounds, int sm_count, cudaStream_t 
   const void* const function = reinterpret_cast<const void*>(&probe_multiply<kProbeTokens>);
   const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
+  cudaGetLastError();  // forget the failure of an earlier call, which is not this launch's
   probe_multiply<kProbeTokens>
       <<<static_cast<unsigned>(sm_count), kProbeThreads, kSharedBytes, stream>>>(rounds, nullptr);
   return cudaGetLastError();

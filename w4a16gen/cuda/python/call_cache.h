@@ -1,4 +1,4 @@
-// Calls of `gemm` that have been seen to be right, made again with as little as possible around the launch.
+// The fast path of `gemm`: repeats calls that have been validated.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -16,7 +16,7 @@ namespace w4a16 {
 
 namespace py = pybind11;
 
-// What a type of tensors offers. The table is null if they cannot be described.
+// A tensor type. Its table of functions is null if it has none.
 struct TensorType {
   py::object type;
   const dlpack::ExchangeApi* api = nullptr;
@@ -32,9 +32,9 @@ inline const dlpack::ExchangeApi* exchange_api_of(py::handle type) {
   return api == nullptr || api->describe == nullptr ? nullptr : api;
 }
 
-// Types are asked once. Held under the GIL; few types of tensors come by.
+// Returns the entry of an object's type, which is inspected once. The caller holds the GIL.
 inline const TensorType& tensor_type(py::handle object) {
-  static auto& known = *new std::deque<TensorType>();  // never destroyed: Python may be gone by then
+  static auto& known = *new std::deque<TensorType>();  // never destroyed, since Python may be gone by then
   PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
   for (const TensorType& found : known) {
     if (found.type.ptr() == type) return found;
@@ -45,11 +45,11 @@ inline const TensorType& tensor_type(py::handle object) {
   return known.back();
 }
 
-// The calls that are known for weights of one shape, group size, mode and layout on one GPU: for each number of tokens
-// the kernel that was chosen, one without a workspace.
-class KnownCalls {
+// Validated calls with weights of one shape, group size, mode and layout on one GPU: the chosen kernel for each number
+// of tokens. None of the kernels needs a workspace.
+class CallCache {
  public:
-  KnownCalls(const KernelLibrary& library, int64_t n, int64_t k, int64_t group_size, size_t packed_bytes, int device)
+  CallCache(const KernelLibrary& library, int64_t n, int64_t k, int64_t group_size, size_t packed_bytes, int device)
       : library_(library),
         n_(n),
         k_(k),
@@ -58,13 +58,13 @@ class KnownCalls {
         device_(device),
         columns_(n) {}
 
-  // Says that calls with m tokens, launched by this kernel, need no further checks but those of the tensors.
+  // Adds a validated call: with m tokens and this kernel, only the tensors remain to be checked.
   void add(int64_t m, int kernel) { kernels_[m] = {kernel, py::int_(m)}; }
 
-  // Launches, on the stream that the tensors' library is working on, and gives the output; or gives None, with nothing
-  // done, where anything is not as in the calls that are known. Whoever asked then goes the long way, which says what.
-  py::object gemm(const py::object& activations, const py::object& packed, const py::object& bias, py::object output,
-                  const py::object& alpha, const py::object& dependent_launch) const {
+  // Launches on the current stream of the tensors' library and returns the output. Returns None, without a launch, if
+  // anything differs from a cached call; the caller then takes the slow path, which reports the error.
+  py::object try_launch(const py::object& activations, const py::object& packed, const py::object& bias,
+                        py::object output, const py::object& alpha, const py::object& dependent_launch) const {
     const TensorType& type = tensor_type(activations);
     dlpack::Tensor a{};
     dlpack::Tensor weight{};
@@ -74,8 +74,8 @@ class KnownCalls {
     if (!describe(packed, tensor_type(packed), dlpack::kUint, 8, 1, &weight)) return py::none();
     w4a16_gemm_arguments arguments{};
     if (!read_alpha(alpha, &arguments.alpha)) return py::none();
-    arguments.dependent_launch = dependent_launch.is(Py_True) ? 1 : 0;
-    if (arguments.dependent_launch == 0 && !dependent_launch.is(Py_False)) return py::none();
+    arguments.dependent_launch = dependent_launch.ptr() == Py_True ? 1 : 0;
+    if (arguments.dependent_launch == 0 && dependent_launch.ptr() != Py_False) return py::none();
     arguments.activations = a.begin();
     arguments.packed = weight.begin();
     arguments.packed_bytes = static_cast<size_t>(weight.shape[0]);
@@ -88,7 +88,8 @@ class KnownCalls {
     const auto& [kernel, rows] = found->second;
     if (output.is_none()) {
       static PyObject* const name = PyUnicode_InternFromString("new_empty");
-      PyObject* const operands[] = {activations.ptr(), rows.ptr(), columns_.ptr()};  // a tuple takes 1 us longer
+      PyObject* const operands[] = {activations.ptr(), rows.ptr(),
+                                    columns_.ptr()};  // a call with a tuple takes 1 us longer
       output = py::reinterpret_steal<py::object>(PyObject_VectorcallMethod(name, operands, 3, nullptr));
       if (!output && !forget_error()) return py::none();
     }
@@ -116,7 +117,7 @@ class KnownCalls {
     return false;
   }
 
-  // Reads a float or an int that is finite or infinite in fp32. The slow path refuses the rest, or converts it.
+  // Reads a float or an int that fp32 can represent, also infinity. The slow path converts or refuses everything else.
   static bool read_alpha(const py::object& object, float* alpha) {
     if (!PyFloat_Check(object.ptr()) && !PyLong_CheckExact(object.ptr())) return false;
     const double value = PyFloat_AsDouble(object.ptr());
@@ -125,14 +126,15 @@ class KnownCalls {
     return !std::isnan(value) && std::isinf(*alpha) == std::isinf(value);
   }
 
-  // Whether an object is a tensor on the GPU of this type and number of dimensions, row-major and without gradients.
+  // Describes an object. Returns false unless it is a row-major tensor on the GPU with this type and number of
+  // dimensions, and without gradients.
   bool describe(const py::object& object, const TensorType& type, uint8_t code, uint8_t bits, int32_t dimensions,
                 dlpack::Tensor* tensor) const {
     if (type.api == nullptr) return false;
     if (type.has_gradients && code == dlpack::kFloat) {
       static PyObject* const name = PyUnicode_InternFromString("requires_grad");
       PyObject* const answer = PyObject_GetAttr(object.ptr(), name);
-      Py_XDECREF(answer);  // Py_False is immortal or held by others
+      Py_XDECREF(answer);  // Py_False outlives this reference
       if (answer != Py_False) return forget_error();
     }
     if (type.api->describe(object.ptr(), tensor) != 0) return forget_error();

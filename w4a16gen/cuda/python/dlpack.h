@@ -1,5 +1,5 @@
-// What is read of DLPack (dmlc.github.io/dlpack): a tensor's description, and the table of functions through which a
-// library of tensors (torch from 2.10 on) describes them without making Python objects.
+// The parts of DLPack (dmlc.github.io/dlpack) that are read: a tensor's description, and the table of functions with
+// which a tensor library (torch from 2.10 on) describes tensors without creating Python objects.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ struct Tensor {
   uint8_t type_bits;
   uint16_t type_lanes;
   int64_t* shape;
-  int64_t* strides;  // counted in values; null for row-major
+  int64_t* strides;  // in elements; null for row-major
   uint64_t byte_offset;
 
   void* begin() const { return static_cast<char*>(data) + byte_offset; }
@@ -35,7 +35,7 @@ struct Tensor {
   }
 };
 
-// DLPackExchangeAPI, from version 1.3 on. Functions return 0, or -1 with a Python exception set.
+// DLPackExchangeAPI of version 1.3. Functions return 0, or -1 with a Python exception set.
 struct ExchangeApi {
   uint32_t major_version;
   uint32_t minor_version;
@@ -43,7 +43,7 @@ struct ExchangeApi {
   void* allocate;
   void* managed_from_object;
   void* managed_to_object;
-  int (*describe)(void* object, Tensor* tensor);  // may be null; the description holds while the object lives
+  int (*describe)(void* object, Tensor* tensor);  // may be null; the description is valid while the object lives
   int (*current_stream)(int32_t device_type, int32_t device_id, void** stream);
 };
 

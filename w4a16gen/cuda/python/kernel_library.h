@@ -13,7 +13,7 @@
 
 namespace w4a16 {
 
-// A CUDA call that failed; Python sees w4a16gen.CudaError.
+// A failed CUDA call. In Python it is w4a16gen.errors.CudaError.
 struct CudaFailure : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -22,7 +22,7 @@ inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw CudaFailure(std::string(what) + " failed: " + cudaGetErrorString(error));
 }
 
-// Makes a device current for a scope. Where there is no CUDA, what is called next says so.
+// Makes a device current for a scope. Without CUDA it does nothing; the next call reports the error.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -41,12 +41,12 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// Room for the sentence of a call that fails.
+// A buffer for the sentence of a failed call.
 struct Message : std::array<char, 512> {
   Message() { front() = '\0'; }
 };
 
-// The library's functions, by the names that w4a16.h gives them.
+// The functions of w4a16.h in a library.
 class KernelLibrary {
  public:
   explicit KernelLibrary(const std::string& path) : handle_(dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL)) {

@@ -1,4 +1,4 @@
-// The thin pybind11 module: a kernel library opened by path, and the few CUDA objects that Python needs without torch.
+// The pybind11 module: a kernel library opened by path, and the CUDA objects that Python needs without torch.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "python/call_cache.h"
+#include "python/device_objects.h"
 #include "python/dlpack.h"
 #include "python/kernel_library.h"
 #include "python/workspaces.h"
@@ -16,7 +17,7 @@
 namespace w4a16 {
 namespace {
 
-// A status and its sentence; Python turns it into the exception of that status.
+// A status and its sentence, which Python turns into an exception.
 using Outcome = py::tuple;
 
 Outcome cuda_failure(const char* what, cudaError_t error) {
@@ -101,10 +102,10 @@ Outcome gemm(const KernelLibrary& library, int kernel, int64_t m, int64_t n, int
     }
     if (error == cudaSuccess) {
       status = library.gemm(kernel, &problem, &arguments, message.data(), message.size());
-      if (allocates && !in_graph) error = cudaFreeAsync(arguments.workspace, stream_handle);
+      if (allocates && !in_graph) error = Workspaces::instance().release(arguments.workspace, stream_handle);
     }
   }
-  if (error != cudaSuccess) return cuda_failure("allocating the workspace", error);
+  if (error != cudaSuccess) return cuda_failure("allocating or releasing the workspace", error);
   static auto& success = *new py::tuple(py::make_tuple(static_cast<int>(W4A16_OK), ""));  // outlives Python
   return status == W4A16_OK ? success : py::make_tuple(static_cast<int>(status), message.data());
 }
@@ -145,97 +146,6 @@ Outcome probe_multiply(const KernelLibrary& library, int rounds, uintptr_t strea
   return py::make_tuple(static_cast<int>(status), message.data(), flops);
 }
 
-// Device memory that is freed with its last Python reference.
-class DeviceBuffer {
- public:
-  DeviceBuffer(size_t bytes, int device) : bytes_(bytes), device_(device) {
-    const DeviceGuard guard(device);
-    check(cudaMalloc(&pointer_, bytes > 0 ? bytes : 1), "cudaMalloc");
-  }
-  ~DeviceBuffer() { cudaFree(pointer_); }
-  DeviceBuffer(const DeviceBuffer&) = delete;
-  DeviceBuffer& operator=(const DeviceBuffer&) = delete;
-
-  uintptr_t pointer() const { return reinterpret_cast<uintptr_t>(pointer_); }
-  size_t bytes() const { return bytes_; }
-  int device() const { return device_; }
-
-  void upload(const py::buffer& source, size_t offset) {
-    const py::buffer_info info = source.request();
-    const size_t size = static_cast<size_t>(info.size) * static_cast<size_t>(info.itemsize);
-    if (offset > bytes_ || size > bytes_ - offset) throw std::out_of_range("upload beyond the device buffer");
-    const DeviceGuard guard(device_);
-    check(cudaMemcpy(static_cast<char*>(pointer_) + offset, info.ptr, size, cudaMemcpyHostToDevice), "upload");
-    // From pageable memory it returns when its last 64 KB are staged, not yet copied: streams that do not wait for the
-    // default one would read what was there before.
-    check(cudaStreamSynchronize(cudaStreamLegacy), "upload");
-  }
-  void download(const py::buffer& destination, size_t offset) const {
-    const py::buffer_info info = destination.request(true);
-    const size_t size = static_cast<size_t>(info.size) * static_cast<size_t>(info.itemsize);
-    if (offset > bytes_ || size > bytes_ - offset) throw std::out_of_range("download beyond the device buffer");
-    const DeviceGuard guard(device_);
-    check(cudaMemcpy(info.ptr, static_cast<const char*>(pointer_) + offset, size, cudaMemcpyDeviceToHost), "download");
-  }
-
- private:
-  void* pointer_ = nullptr;
-  size_t bytes_;
-  int device_;
-};
-
-// A stream that can also record what is launched on it into a graph.
-class Stream {
- public:
-  explicit Stream(int device) : device_(device) {
-    const DeviceGuard guard(device);
-    check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
-    check(cudaEventCreate(&start_), "cudaEventCreate");
-    check(cudaEventCreate(&stop_), "cudaEventCreate");
-  }
-  ~Stream() {
-    if (graph_ != nullptr) cudaGraphExecDestroy(graph_);
-    cudaEventDestroy(start_);
-    cudaEventDestroy(stop_);
-    cudaStreamDestroy(stream_);
-  }
-  Stream(const Stream&) = delete;
-  Stream& operator=(const Stream&) = delete;
-
-  uintptr_t pointer() const { return reinterpret_cast<uintptr_t>(stream_); }
-  void synchronize() const {
-    const py::gil_scoped_release release;
-    check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
-  }
-  void begin_capture() const { check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "capture"); }
-  void end_capture() {
-    cudaGraph_t graph = nullptr;
-    check(cudaStreamEndCapture(stream_, &graph), "capture");
-    if (graph_ != nullptr) cudaGraphExecDestroy(graph_);
-    graph_ = nullptr;
-    const cudaError_t error = cudaGraphInstantiate(&graph_, graph, 0);
-    cudaGraphDestroy(graph);
-    check(error, "cudaGraphInstantiate");
-  }
-  void replay() const { check(cudaGraphLaunch(graph_, stream_), "cudaGraphLaunch"); }
-  void start_timer() const { check(cudaEventRecord(start_, stream_), "cudaEventRecord"); }
-  float stop_timer() const {
-    float milliseconds = 0;
-    const py::gil_scoped_release release;
-    check(cudaEventRecord(stop_, stream_), "cudaEventRecord");
-    check(cudaEventSynchronize(stop_), "cudaEventSynchronize");
-    check(cudaEventElapsedTime(&milliseconds, start_, stop_), "cudaEventElapsedTime");
-    return milliseconds;
-  }
-
- private:
-  int device_;
-  cudaStream_t stream_ = nullptr;
-  cudaEvent_t start_ = nullptr;
-  cudaEvent_t stop_ = nullptr;
-  cudaGraphExec_t graph_ = nullptr;
-};
-
 py::list devices() {
   int count = 0;
   py::list found;
@@ -253,7 +163,7 @@ py::list devices() {
   return found;
 }
 
-// The device that a pointer lives on, or -1 for host memory.
+// Returns the device of a pointer, or -1 for host memory.
 int pointer_device(uintptr_t pointer) {
   cudaPointerAttributes attributes{};
   if (cudaPointerGetAttributes(&attributes, reinterpret_cast<const void*>(pointer)) != cudaSuccess) {
@@ -264,7 +174,7 @@ int pointer_device(uintptr_t pointer) {
   return on_device ? attributes.device : -1;
 }
 
-// Copies device memory into a writable buffer, after the work of a stream.
+// Copies device memory into a writable buffer, in the order of a stream.
 Outcome copy_to_host(uintptr_t source, const py::buffer& destination, uintptr_t stream, int device) {
   const py::buffer_info info = destination.request(true);
   const size_t bytes = static_cast<size_t>(info.size) * static_cast<size_t>(info.itemsize);
@@ -289,6 +199,7 @@ bool is_capturing(uintptr_t stream, int device) {
   return status == cudaStreamCaptureStatusActive;
 }
 
+// Raises w4a16gen.errors.CudaError for CUDA calls that fail. pybind11 translates the rest.
 void translate(std::exception_ptr thrown) {
   try {
     std::rethrow_exception(std::move(thrown));
@@ -297,7 +208,7 @@ void translate(std::exception_ptr thrown) {
   }
 }
 
-// Reads a DLPack capsule, of DLManagedTensor, without taking it over; the capsule keeps the memory alive.
+// Describes the tensor of a DLPack capsule (DLManagedTensor) without consuming it. The capsule keeps the memory alive.
 py::tuple dlpack_view(const py::capsule& capsule) {
   const auto* tensor = static_cast<const dlpack::Tensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
   if (tensor == nullptr) throw py::error_already_set();
@@ -341,10 +252,10 @@ PYBIND11_MODULE(_w4a16, module) {
       .def("pack", &pack)
       .def("probe_read", &probe_read)
       .def("probe_multiply", &probe_multiply);
-  py::class_<KnownCalls>(module, "KnownCalls")
+  py::class_<CallCache>(module, "CallCache")
       .def(py::init<const KernelLibrary&, int64_t, int64_t, int64_t, size_t, int>(), py::keep_alive<1, 2>())
-      .def("add", &KnownCalls::add)
-      .def("gemm", &KnownCalls::gemm);
+      .def("add", &CallCache::add)
+      .def("try_launch", &CallCache::try_launch);
   py::class_<DeviceBuffer>(module, "DeviceBuffer")
       .def(py::init<size_t, int>())
       .def_property_readonly("pointer", &DeviceBuffer::pointer)

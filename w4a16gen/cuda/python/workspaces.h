@@ -1,9 +1,11 @@
-// Workspace of a launch whose caller passes none: allocated in stream order, or kept as long as the graph captured.
+// Workspaces of launches whose callers pass none: allocated in stream order, or owned by the graph that is captured.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -14,140 +16,178 @@
 
 namespace w4a16 {
 
-// Memory that launches recorded into one capture, on one stream, use in turn. The graph owns it through a user object.
-struct GraphWorkspace {
-  void* pointer = nullptr;
-  size_t bytes = 0;
-  int device = 0;
+// Lets this thread allocate and free memory while any thread captures. Such calls are not recorded, but would otherwise
+// fail and invalidate captures in the global mode.
+class RelaxedCaptureMode {
+ public:
+  RelaxedCaptureMode() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~RelaxedCaptureMode() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCaptureMode(const RelaxedCaptureMode&) = delete;
+  RelaxedCaptureMode& operator=(const RelaxedCaptureMode&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
+// Calls of `allocate` and `release` need the device to be current. The mutex is never held during a call of CUDA: CUDA
+// may run `retire` in another thread, or in this one, before such a call returns.
 class Workspaces {
  public:
   static Workspaces& instance() {
-    static auto& workspaces = *new Workspaces;  // never destroyed: graphs may outlive Python
+    static auto& workspaces = *new Workspaces;  // never destroyed, since graphs may outlive Python
     return workspaces;
   }
 
-  // Allocates for one launch. `in_graph` says that the memory belongs to a graph and must not be released.
+  // Allocates the workspace of one launch on a stream. `release` takes it back, unless it belongs to a graph.
   cudaError_t allocate(size_t bytes, int device, cudaStream_t stream, void** pointer, bool* in_graph) {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     unsigned long long id = 0;
     cudaGraph_t graph = nullptr;
     cudaError_t error = cudaStreamGetCaptureInfo(stream, &status, &id, &graph);
     if (error != cudaSuccess) return error;
+    if (status == cudaStreamCaptureStatusInvalidated) return cudaErrorStreamCaptureInvalidated;
     *in_graph = status == cudaStreamCaptureStatusActive;
     if (*in_graph) return allocate_in_graph(bytes, device, {id, stream}, graph, pointer);
-    free_retired();
+    free_retired(device);
     cudaMemPool_t pool = nullptr;
     error = pool_of(device, &pool);
     return error == cudaSuccess ? cudaMallocFromPoolAsync(pointer, bytes, pool, stream) : error;
   }
 
- private:
-  using Key = std::pair<unsigned long long, cudaStream_t>;  // capture, stream: launches of one key run in order
+  cudaError_t release(void* pointer, cudaStream_t stream) { return cudaFreeAsync(pointer, stream); }
 
+ private:
+  // A capture and one of its streams. The launches of one key run one after the other and share a workspace. The
+  // numbers of captures are unique in a process.
+  using Key = std::pair<unsigned long long, cudaStream_t>;
+
+  struct Memory {
+    void* pointer = nullptr;
+    size_t bytes = 0;
+    int device = 0;
+  };
+
+  // What the user object of a graph refers to.
   struct Owned {
-    GraphWorkspace workspace;
+    Memory memory;
     Key key;
   };
 
-  // Memory that stays with the pool when it is free, so that calls in a row do not ask the driver again.
+  // Free memory that a pool keeps, so that successive calls do not ask the driver.
   static constexpr uint64_t kKeptBytes = uint64_t{64} << 20;
 
   cudaError_t pool_of(int device, cudaMemPool_t* pool) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    cudaMemPool_t& known = pools_[device];
-    if (known == nullptr) {
-      cudaMemPoolProps properties{};
-      properties.allocType = cudaMemAllocationTypePinned;
-      properties.location.type = cudaMemLocationTypeDevice;
-      properties.location.id = device;
-      const cudaError_t error = cudaMemPoolCreate(&known, &properties);
-      if (error != cudaSuccess) return error;
-      uint64_t kept = kKeptBytes;
-      cudaMemPoolSetAttribute(known, cudaMemPoolAttrReleaseThreshold, &kept);
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      const auto known = pools_.find(device);
+      if (known != pools_.end()) {
+        *pool = known->second;
+        return cudaSuccess;
+      }
     }
-    *pool = known;
-    return cudaSuccess;
+    const RelaxedCaptureMode relaxed;
+    cudaMemPoolProps properties{};
+    properties.allocType = cudaMemAllocationTypePinned;
+    properties.location.type = cudaMemLocationTypeDevice;
+    properties.location.id = device;
+    cudaMemPool_t created = nullptr;
+    cudaError_t error = cudaMemPoolCreate(&created, &properties);
+    if (error != cudaSuccess) return error;
+    uint64_t kept = kKeptBytes;
+    error = cudaMemPoolSetAttribute(created, cudaMemPoolAttrReleaseThreshold, &kept);
+    bool is_first = false;
+    if (error == cudaSuccess) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      const auto [entry, inserted] = pools_.emplace(device, created);
+      *pool = entry->second;
+      is_first = inserted;
+    }
+    if (!is_first) cudaMemPoolDestroy(created);  // after an error, or if another thread was faster
+    return error;
   }
 
   cudaError_t allocate_in_graph(size_t bytes, int device, const Key& key, cudaGraph_t graph, void** pointer) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    GraphWorkspace& current = in_graphs_[key];
-    if (current.bytes < bytes) {
-      GraphWorkspace fresh = take_retired(bytes, device);
-      cudaError_t error = cudaSuccess;
-      if (fresh.pointer == nullptr) {
-        // cudaMalloc is not recorded; the thread's capture mode would forbid it all the same.
-        cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-        cudaThreadExchangeStreamCaptureMode(&mode);
-        error = cudaMalloc(&fresh.pointer, bytes);
-        cudaThreadExchangeStreamCaptureMode(&mode);
-        if (error != cudaSuccess) return error;
-        fresh = {fresh.pointer, bytes, device};
+    Memory memory;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      const auto known = in_graphs_.find(key);
+      if (known != in_graphs_.end() && known->second.bytes >= bytes) {
+        *pointer = known->second.pointer;
+        return cudaSuccess;
       }
-      auto owned = std::make_unique<Owned>(Owned{fresh, key});
-      cudaUserObject_t object = nullptr;
-      error = cudaUserObjectCreate(&object, owned.get(), &retire, 1, cudaUserObjectNoDestructorSync);
-      if (error != cudaSuccess) {
-        retired_.push_back(fresh);
-        return error;
-      }
-      owned.release();  // retire deletes it
-      error = cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove);
-      if (error != cudaSuccess) {
-        cudaUserObjectRelease(object, 1);
-        return error;
-      }
-      current = fresh;  // launches recorded before keep theirs: the graph holds every one of them
+      memory = take_retired(bytes, device);
     }
-    *pointer = current.pointer;
+    auto owned = std::make_unique<Owned>(Owned{memory, key});
+    if (owned->memory.pointer == nullptr) {
+      const RelaxedCaptureMode relaxed;
+      owned->memory = {nullptr, bytes, device};
+      const cudaError_t error = cudaMalloc(&owned->memory.pointer, bytes);
+      if (error != cudaSuccess) return error;
+    }
+    memory = owned->memory;
+    cudaUserObject_t object = nullptr;
+    cudaError_t error = cudaUserObjectCreate(&object, owned.get(), &retire, 1, cudaUserObjectNoDestructorSync);
+    if (error != cudaSuccess) {
+      retire(owned.release());
+      return error;
+    }
+    owned.release();  // belongs to the user object now
+    // Launches recorded before keep a smaller workspace: the graph owns every one of them.
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      in_graphs_[key] = memory;
+    }
+    error = cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove);
+    if (error != cudaSuccess) {
+      cudaUserObjectRelease(object, 1);
+      return error;
+    }
+    *pointer = memory.pointer;
     return cudaSuccess;
   }
 
-  // Takes memory of a graph that is gone: programs that only capture never come to free it.
-  GraphWorkspace take_retired(size_t bytes, int device) {
-    for (auto found = retired_.begin(); found != retired_.end(); ++found) {
-      if (found->device != device || found->bytes < bytes) continue;
-      const GraphWorkspace taken = *found;
-      retired_.erase(found);
-      return taken;
-    }
-    return {};
+  // Takes memory of a graph that is gone, or returns none. The caller holds the mutex.
+  Memory take_retired(size_t bytes, int device) {
+    const auto found = std::find_if(retired_.begin(), retired_.end(), [&](const Memory& memory) {
+      return memory.device == device && memory.bytes >= bytes;
+    });
+    if (found == retired_.end()) return {};
+    const Memory taken = *found;
+    retired_.erase(found);
+    return taken;
   }
 
-  // Runs when the last graph that holds the memory is gone. It must not call CUDA, so it only notes what is to be
-  // freed.
+  // Runs when the last graph that owns the memory is gone and its launches have finished. It must not call CUDA, so it
+  // only notes the memory.
   static void retire(void* argument) {
-    auto* owned = static_cast<Owned*>(argument);
+    const std::unique_ptr<Owned> owned(static_cast<Owned*>(argument));
     Workspaces& workspaces = instance();
-    {
-      const std::lock_guard<std::mutex> lock(workspaces.mutex_);
-      workspaces.retired_.push_back(owned->workspace);
-      const auto found = workspaces.in_graphs_.find(owned->key);
-      if (found != workspaces.in_graphs_.end() && found->second.pointer == owned->workspace.pointer) {
-        workspaces.in_graphs_.erase(found);
-      }
+    const std::lock_guard<std::mutex> lock(workspaces.mutex_);
+    workspaces.retired_.push_back(owned->memory);
+    const auto found = workspaces.in_graphs_.find(owned->key);
+    if (found != workspaces.in_graphs_.end() && found->second.pointer == owned->memory.pointer) {
+      workspaces.in_graphs_.erase(found);
     }
-    delete owned;
   }
 
-  void free_retired() {
-    std::vector<GraphWorkspace> retired;
+  void free_retired(int device) {
+    std::vector<Memory> unused;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      retired.swap(retired_);
+      if (retired_.empty()) return;
+      const auto others = std::partition(retired_.begin(), retired_.end(),
+                                         [&](const Memory& memory) { return memory.device != device; });
+      std::move(others, retired_.end(), std::back_inserter(unused));
+      retired_.erase(others, retired_.end());
     }
-    for (const GraphWorkspace& workspace : retired) {
-      const DeviceGuard guard(workspace.device);
-      cudaFree(workspace.pointer);
-    }
+    const RelaxedCaptureMode relaxed;
+    for (const Memory& memory : unused) cudaFree(memory.pointer);
   }
 
   std::mutex mutex_;
   std::map<int, cudaMemPool_t> pools_;
-  std::map<Key, GraphWorkspace> in_graphs_;
-  std::vector<GraphWorkspace> retired_;
+  std::map<Key, Memory> in_graphs_;
+  std::vector<Memory> retired_;
 };
 
 }  // namespace w4a16
