@@ -46,8 +46,8 @@ def test_a_tensor_is_seen_without_its_array_interface(torch: ModuleType) -> None
         (Tensor((3, 8), "torch.float8_e4m3fn"), "x of dtype float8_e4m3fn must be float16"),
         (Tensor((3, 8), contiguous=False), "x must be contiguous"),
         (Tensor((3, 9)), r"x of shape \[3, 9\] must be \[3, 8\]"),
-        (Tensor((3, 8), device=2), "x is on GPU 2, but the packed weight is on GPU 0"),
-        (Tensor((3, 8), is_cuda=False), "x is a Tensor in host memory"),
+        (Tensor((3, 8), device=2), "x on GPU 2 must be on GPU 0, like the packed weight"),
+        (Tensor((3, 8), is_cuda=False), "x of type Tensor must be on a GPU"),
         (Tensor((3, 8), requires_grad=True), "x requires gradients, which these kernels do not compute"),
     ],
 )
