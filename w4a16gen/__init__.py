@@ -1,4 +1,23 @@
-"""FP16 x uint4 GEMM kernels for NVIDIA Hopper GPUs: generate, build, prove, call."""
+"""FP16 x uint4 GEMM kernels for NVIDIA Hopper GPUs: generate, build, prove, call.
+
+Multiply FP16 activations by a 4-bit weight. On numpy arrays this runs anywhere; on GPU arrays it launches a kernel
+of the build that `w4a16gen build` made:
+
+    >>> import numpy as np
+    >>> import w4a16gen
+    >>> weight = np.random.default_rng(0).standard_normal((64, 256))
+    >>> packed = w4a16gen.pack_weight(w4a16gen.quantize(weight, group_size=128))
+    >>> activations = np.ones((4, 256), np.float16)
+    >>> w4a16gen.gemm(activations, packed).shape
+    (4, 64)
+
+With torch and a Hopper GPU:
+
+    packed = w4a16gen.to_device(packed)
+    result = w4a16gen.gemm(torch.ones(4, 256, dtype=torch.float16, device="cuda"), packed)
+
+Weights of 4-bit checkpoints go through `pack(q, scales, zero_points=...)`. Every error is a W4A16Error.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +26,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from w4a16gen.choose.overrides import use_kernels
-    from w4a16gen.errors import W4A16Error
+    from w4a16gen.errors import (
+        BuildError,
+        BuildLockedError,
+        CudaError,
+        InvalidValueError,
+        MissingToolError,
+        NoHopperGpuError,
+        NotBuiltError,
+        UnsupportedProblemError,
+        W4A16Error,
+    )
     from w4a16gen.kernels.config import ClusterShape, CtaShape, KernelConfig, QuantMode, Schedule, Scheduler, Target
     from w4a16gen.kernels.problem import Problem
     from w4a16gen.runtime.default import configs, gemm, load, pack, to_device
@@ -19,10 +48,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BuildError",
+    "BuildLockedError",
     "ClusterShape",
     "CtaShape",
+    "CudaError",
+    "InvalidValueError",
     "KernelConfig",
     "Library",
+    "MissingToolError",
+    "NoHopperGpuError",
+    "NotBuiltError",
     "PackedWeight",
     "Problem",
     "QuantMode",
@@ -30,6 +66,7 @@ __all__ = [
     "Schedule",
     "Scheduler",
     "Target",
+    "UnsupportedProblemError",
     "W4A16Error",
     "__version__",
     "configs",
@@ -44,7 +81,10 @@ __all__ = [
 
 _MODULES = {
     "choose.overrides": ("use_kernels",),
-    "errors": ("W4A16Error",),
+    "errors": (
+        *("BuildError", "BuildLockedError", "CudaError", "InvalidValueError", "MissingToolError", "NoHopperGpuError"),
+        *("NotBuiltError", "UnsupportedProblemError", "W4A16Error"),
+    ),
     "kernels.config": ("ClusterShape", "CtaShape", "KernelConfig", "QuantMode", "Schedule", "Scheduler", "Target"),
     "kernels.problem": ("Problem",),
     "runtime.default": ("configs", "gemm", "load", "pack", "to_device"),
@@ -56,14 +96,15 @@ _MODULES = {
 """The module of each public name. It is imported on first use, so that the command line starts without numpy."""
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
+if not TYPE_CHECKING:  # a type checker that sees this function would accept any misspelt name
 
-def __getattr__(name: str) -> Any:
-    """Import a public name on first use and keep it."""
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> Any:
+        """Import a public name on first use and keep it."""
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -47,11 +47,11 @@ class FakeLibrary(Library):
     def configs(self) -> list[KernelConfig]:
         return self.build.configs
 
-    def index_of(self, config: KernelConfig) -> int:
+    def index_of(self, config: KernelConfig | str) -> int:
         try:
-            return self.build.configs.index(config)
+            return self.build.configs.index(KernelConfig.of(config))
         except ValueError:
-            raise NotBuiltError(f"{config.name} is not in {self.build.folder}") from None
+            raise NotBuiltError(f"{config} is not in {self.build.folder}") from None
 
     def devices(self) -> list[Device]:
         return self.found

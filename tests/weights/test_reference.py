@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 
 from w4a16gen import QuantMode
-from w4a16gen.verify.numeric import compare_exact, cases
+from w4a16gen.verify.numeric import cases, compare_exact
 from w4a16gen.weights.quantized import Half, Nibbles, QuantizedWeight
 from w4a16gen.weights.reference import Expectation, dequantized_half, error_over_bound, random_weight
 

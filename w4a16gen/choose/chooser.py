@@ -100,15 +100,15 @@ class Chooser:
             if kernel.mode is mode and target in (None, kernel.target):
                 return self._override(kernel, problem)
         able = runnable(self._of_target(target), mode, problem)
+        if not able:
+            raise UnsupportedProblemError(self._why_none(target, mode, problem))
         if tuned := self._tuned(able, mode, problem, device):
             return tuned
         if known := packaged_times.fastest(able, mode, problem, device):
             return Choice(*known, ChoiceSource.PACKAGED_TIMES)
         if estimated := packaged_times.neighbours().estimate(able, mode, problem, card_of(device)):
             return Choice(*estimated[0], ChoiceSource.ESTIMATE)
-        if able:
-            return Choice(choose_cutlass(able, problem), None, ChoiceSource.RULE_OF_THUMB)
-        raise UnsupportedProblemError(self._why_none(target, mode, problem))
+        return Choice(choose_cutlass(able, problem), None, ChoiceSource.RULE_OF_THUMB)
 
     def estimates(
         self, problem: Problem, mode: QuantMode, device: Device | None = None

@@ -63,9 +63,12 @@ class QuantizedWeight:
     mode: QuantMode
 
     def __post_init__(self) -> None:
-        """Check every part; see the class."""
+        """Check every part, and keep arrays row-major, as layouts read them; see the class."""
         object.__setattr__(self, "group_size", integer("group_size", self.group_size))
         self.check()
+        for name in ("q", "scales", "zeros"):
+            if (array := getattr(self, name)) is not None:
+                object.__setattr__(self, name, np.ascontiguousarray(array))
 
     def check(self) -> None:
         """Check every part again: numpy arrays can be changed in place.

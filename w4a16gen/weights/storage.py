@@ -84,6 +84,8 @@ def as_path(name: str, path: Any) -> Path:
         InvalidValueError: if it is anything else, or holds a null character.
     """
     text = os.fspath(path) if isinstance(path, os.PathLike) else path
-    if not isinstance(text, str) or "\0" in text:
-        raise InvalidValueError(f"{name} {path!r:.80} must be text or a path")
+    if not isinstance(text, str):
+        raise InvalidValueError(f"{name} of type {type(path).__name__} must be text or a path")
+    if not text or "\0" in text:
+        raise InvalidValueError(f"{name} {text!r} must name a file or folder")
     return Path(text)

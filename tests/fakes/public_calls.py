@@ -1,0 +1,262 @@
+"""Every public call with arguments that are right, and a check of its result in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import w4a16gen
+from fakes.odd_values import NAME
+from w4a16gen import (
+    ClusterShape,
+    CtaShape,
+    KernelConfig,
+    Library,
+    PackedWeight,
+    Problem,
+    QuantizedWeight,
+    Target,
+    W4A16Error,
+)
+
+Arguments = dict[str, Any]
+HALF_ULP = 2.0**-11
+
+
+class Source:
+    """Right arguments for each call, drawn from a seed."""
+
+    def __init__(self, rng: np.random.Generator, folder: Path) -> None:
+        self.rng = rng
+        self.folder = folder
+        self.k = int(rng.choice([32, 64, 96, 128]))
+        self.n = int(rng.choice([8, 16, 24]))
+        self.group = int(rng.choice([32, self.k]))
+        self.target = [Target.NATIVE, Target.CUTLASS][int(rng.integers(2))]
+
+    def half(self, *shape: int, scale: float = 1.0) -> Any:
+        return (self.rng.standard_normal(shape) * scale).astype(np.float16)
+
+    def parts(self) -> Arguments:
+        """Return q, scales and sometimes zeros or zero points."""
+        rows = self.k // self.group
+        result: Arguments = {
+            "q": self.rng.integers(0, 16, (self.n, self.k)).astype(np.uint8),
+            "scales": self.half(rows, self.n, scale=0.02),
+        }
+        kind = self.rng.integers(4)
+        if kind == 0:
+            result["scales"] = result["scales"][0]
+            self.group = self.k
+        elif kind == 1:
+            result["zeros"] = (result["scales"] * 3.5).astype(np.float16)
+        elif kind == 2:
+            result["zero_points"] = self.rng.integers(0, 16, (rows, self.n))
+        return result
+
+    def quantized(self) -> QuantizedWeight:
+        weight = self.rng.standard_normal((self.n, self.k))
+        return w4a16gen.quantize(weight, group_size=self.group, zero_points=bool(self.rng.integers(2)))
+
+    def packed(self) -> PackedWeight:
+        return w4a16gen.pack_weight(self.quantized(), target=self.target)
+
+    def problem(self) -> Problem:
+        return Problem(4, self.n, self.k, self.group)
+
+    def file(self) -> Path:
+        return self.folder / f"{self.rng.integers(4)}.safetensors"
+
+
+def dequantized(q: Any, scales: Any, zeros: Any = None, zero_points: Any = None) -> Any:
+    """Return the weight in float64 [n, k], from parts that were accepted."""
+    q, scales = np.asarray(q).astype(np.float64), np.asarray(scales).astype(np.float64)
+    if scales.ndim == 1:
+        scales = scales[None]
+    size = q.shape[1] // scales.shape[0]
+    values = (q - 8) * np.repeat(scales, size, axis=0).T
+    if zero_points is not None:
+        zeros = ((8 - np.asarray(zero_points).astype(np.float64)) * scales).astype(np.float16)
+    if zeros is not None:
+        values = values + np.repeat(np.asarray(zeros).astype(np.float64), size, axis=0).T
+    return values
+
+
+def is_close(got: Any, exact: Any) -> bool:
+    """Return whether fp16 values are float64 values rounded once."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        rounded = exact.astype(np.float16)
+    same = (got == rounded) | (np.isnan(got) & np.isnan(rounded))
+    with np.errstate(invalid="ignore"):
+        near = np.abs(got.astype(np.float64) - exact) <= np.abs(exact) * HALF_ULP * 1.01 + 2.0**-24
+    return bool((same | near).all())
+
+
+def check_pack(arguments: Arguments, packed: Any) -> None:
+    kept = {name: arguments[name] for name in ("q", "scales", "zeros", "zero_points") if name in arguments}
+    assert np.array_equal(packed.unpack().dequantize(), dequantized(**kept))
+
+
+def check_gemm(arguments: Arguments, result: Any) -> None:
+    weight = arguments["w"].unpack().dequantize()
+    with np.errstate(over="ignore", invalid="ignore"):
+        product = np.asarray(arguments["a"]).astype(np.float64) @ weight.T
+        exact = np.float64(np.float32(float(arguments.get("alpha", 1)))) * product
+    bias = arguments.get("bias")
+    exact = exact if bias is None else exact + np.asarray(bias).astype(np.float64)
+    assert is_close(np.asarray(result), exact)
+    if arguments.get("out") is not None:
+        assert result is arguments["out"]
+
+
+def check_quantize(arguments: Arguments, result: Any) -> None:
+    weight = np.asarray(arguments["weight"]).astype(np.float64)
+    step = np.repeat(np.atleast_2d(result.scales).astype(np.float64), result.group_size, axis=0).T
+    assert (np.abs(result.dequantize() - weight) <= 1.02 * step + 1e-6).all()
+
+
+def check_pack_weight(arguments: Arguments, result: Any) -> None:
+    assert np.array_equal(result.unpack().dequantize(), arguments["weight"].dequantize())
+
+
+def check_file(arguments: Arguments, result: Any) -> None:
+    assert isinstance(result, PackedWeight)
+    assert np.isfinite(result.unpack().dequantize()).all()
+    assert arguments
+
+
+def nothing(_arguments: Arguments, _result: Any) -> None:
+    """Check nothing: the result is no number."""
+
+
+Make = Callable[[Source], Arguments]
+Check = Callable[[Arguments, Any], None]
+Call = tuple[Callable[..., Any], Make, Check, tuple[type[Exception], ...]]
+"""A function, its arguments, the check of its result, and the errors that it documents."""
+OURS = (W4A16Error,)
+FILES = (W4A16Error, OSError)
+
+
+def enter_use_kernels(first: Any, second: Any) -> None:
+    with w4a16gen.use_kernels(first, second):
+        pass
+
+
+def save(w: Any, path: Any) -> None:
+    if isinstance(w, PackedWeight):
+        w.save(path)
+
+
+def parse_member(kind: str, text: str) -> Call:
+    return getattr(w4a16gen, kind).parse, lambda _: {"value": text}, nothing, OURS
+
+
+def public_calls(library: Library) -> dict[str, Call]:
+    """Return every public function and class with arguments that are right, and a check of its result."""
+
+    def gemm_arguments(source: Source) -> Arguments:
+        w = source.packed()
+        m = int(source.rng.integers(0, 5))
+        result: Arguments = {"a": source.half(m, w.k), "w": w}
+        optional = {"alpha": 0.5, "bias": source.half(w.n), "out": source.half(m, w.n), "config": None}
+        optional |= {"workspace": None, "stream": None, "dependent_launch": False}
+        return result | {name: value for name, value in optional.items() if source.rng.integers(3) == 0}
+
+    def pack_arguments(source: Source) -> Arguments:
+        parts = source.parts()
+        return parts | {"group_size": source.group, "target": source.target}
+
+    def on_library(name: str, make: Make) -> Call:
+        return getattr(library, name), make, nothing, OURS
+
+    config = {"config": KernelConfig.parse(NAME)}
+    calls: dict[str, Call] = {
+        "gemm": (w4a16gen.gemm, gemm_arguments, check_gemm, OURS),
+        "pack": (w4a16gen.pack, pack_arguments, check_pack, OURS),
+        "pack_weight": (
+            w4a16gen.pack_weight,
+            lambda source: {"weight": source.quantized(), "target": str(source.target)},
+            check_pack_weight,
+            OURS,
+        ),
+        "quantize": (
+            w4a16gen.quantize,
+            lambda source: {
+                "weight": source.rng.standard_normal((source.n, source.k)),
+                "group_size": source.group,
+                "zero_points": bool(source.rng.integers(2)),
+            },
+            check_quantize,
+            OURS,
+        ),
+        "QuantizedWeight": (
+            QuantizedWeight,
+            lambda source: dict(vars(source.quantized())),
+            lambda _, weight: check_gemm(
+                {"a": np.ones((1, weight.k), np.float16), "w": w4a16gen.pack_weight(weight, target="cutlass")},
+                np.ones((1, weight.k)) @ weight.dequantize().T,
+            ),
+            OURS,
+        ),
+        "PackedWeight": (
+            lambda **fields: PackedWeight(**fields).unpack(),
+            lambda source: dict(vars(source.packed())),
+            nothing,
+            OURS,
+        ),
+        "PackedWeight.save": (
+            save,
+            lambda source: {"w": source.packed(), "path": source.file()},
+            nothing,
+            FILES,
+        ),
+        "PackedWeight.load": (PackedWeight.load, lambda source: {"path": source.file()}, check_file, FILES),
+        "load": (w4a16gen.load, lambda _: {"folder": str(library.build.folder)}, nothing, OURS),
+        "configs": (w4a16gen.configs, lambda _: {}, nothing, OURS),
+        "to_device": (w4a16gen.to_device, lambda source: {"value": source.packed(), "device": 0}, nothing, OURS),
+        "use_kernels": (
+            enter_use_kernels,
+            lambda _: {"first": NAME, "second": KernelConfig.parse(NAME)},
+            nothing,
+            OURS,
+        ),
+        "Problem": (Problem, lambda source: dict(vars(source.problem())), nothing, OURS),
+        "Problem.groups": (
+            lambda **fields: Problem(**fields).groups,
+            lambda source: dict(vars(source.problem())),
+            nothing,
+            OURS,
+        ),
+        "KernelConfig": (KernelConfig.parse, lambda _: {"name": NAME}, nothing, OURS),
+        "CtaShape": (CtaShape.parse, lambda _: {"text": "64x8x128"}, nothing, OURS),
+        "ClusterShape": (ClusterShape, lambda _: {"channels": 1, "tokens": 1, "k": 1}, nothing, OURS),
+        "Library": (Library, lambda _: {"build": library.build}, nothing, OURS),
+        "Library.gemm": (
+            library.gemm,
+            lambda source: gemm_arguments(source) | {"config": NAME},
+            nothing,
+            OURS,
+        ),
+        "Library.pack": on_library("pack", Source.parts),
+        "Library.to_device": on_library("to_device", lambda source: {"value": source.half(2, 2), "device": 0}),
+        "Library.choose": on_library("choose", lambda source: {"problem": source.problem(), "mode": "fgs"}),
+        "Library.index_of": on_library("index_of", lambda _: dict(config)),
+        "Library.kernel_for": on_library(
+            "kernel_for", lambda source: {"w": source.packed(), "problem": source.problem(), "config": NAME}
+        ),
+        "Library.why_cannot_run": on_library(
+            "why_cannot_run", lambda source: {"config": library.configs()[0], "problem": source.problem()}
+        ),
+        "Library.packed_bytes": on_library(
+            "packed_bytes", lambda source: {"config": library.configs()[0], "problem": source.problem()}
+        ),
+        "Library.workspace_bytes": on_library(
+            "workspace_bytes",
+            lambda source: {"config": library.configs()[0], "problem": source.problem(), "sm_count": 132, "device": 0},
+        ),
+    }
+    members = {"QuantMode": "fgs", "Schedule": "warps8", "Scheduler": "streamk", "Target": "native"}
+    return calls | {kind: parse_member(kind, text) for kind, text in members.items()}
