@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import w4a16gen
-from w4a16gen import InvalidValueError, PackedWeight, QuantizedWeight, QuantMode, Target, pack, pack_weight, quantize
+from w4a16gen import InvalidValueError, QuantizedWeight, QuantMode, Target, pack, pack_weight, quantize
 from w4a16gen.weights.reference import random_weight
 
 N, K, GROUP = 64, 256, 128

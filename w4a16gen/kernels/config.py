@@ -20,7 +20,7 @@ PREFIX = "w4a16_sm90_"
 _TRIPLE = re.compile(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})x([1-9][0-9]{0,8})")
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """Return a text in quotes; of anything else the type, for it may have no printable form."""
     return repr(value) if isinstance(value, str) else f"a value of type {type(value).__name__}"
 
@@ -53,7 +53,7 @@ class _Triple:
         match = _TRIPLE.fullmatch(text) if isinstance(text, str) else None
         if match is None:
             raise InvalidValueError(
-                f"{_shown(text)} must be CHANNELSxTOKENSxK, three positive integers such as 128x64x64"
+                f"{shown(text)} must be CHANNELSxTOKENSxK, three positive integers such as 128x64x64"
             )
         return cls(*(int(part) for part in match.groups()))
 
@@ -98,7 +98,7 @@ class _OrderedEnum(Enum):
         for member in cls:
             if isinstance(value, str) and member.value == value:
                 return member
-        raise InvalidValueError(f"{_shown(value)} is not one of {', '.join(str(member) for member in cls)}")
+        raise InvalidValueError(f"{shown(value)} is not one of {', '.join(str(member) for member in cls)}")
 
 
 class QuantMode(_OrderedEnum):
@@ -195,7 +195,7 @@ class KernelConfig:
         match = _NAME.fullmatch(name) if isinstance(name, str) else None
         if match is None:
             example = f"{PREFIX}native_fgs_cta64x16x128_cluster1x1x1_warps8_persistent"
-            raise InvalidValueError(f"{_shown(name)} is not a kernel name such as {example}")
+            raise InvalidValueError(f"{shown(name)} is not a kernel name such as {example}")
         return cls(
             target=Target(match["target"]),
             mode=QuantMode(match["mode"]),

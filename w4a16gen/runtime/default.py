@@ -289,7 +289,7 @@ def gemm(
             return repeated
     options = GemmOptions(bias, alpha, config, out, workspace, stream, dependent_launch)
     if is_on_gpu(a) or is_on_gpu(checked_weight(w).data):
-        return (library or load()).run_call(a, w, options)
+        return (library or load()).launcher.run(a, w, options)
     return _gemm_on_host(a, checked_weight(w), options)
 
 

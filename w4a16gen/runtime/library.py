@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any, overload
 
 from w4a16gen.choose.chooser import Choice, Chooser
@@ -14,27 +13,16 @@ from w4a16gen.kernels.config import KernelConfig, QuantMode, Target
 from w4a16gen.kernels.device import Device
 from w4a16gen.kernels.integers import integer
 from w4a16gen.kernels.problem import Problem
-from w4a16gen.runtime.arrays import (
-    ArrayView,
-    DeviceArray,
-    check,
-    check_activations_shape,
-    empty_like_library,
-    is_on_gpu,
-    is_torchs_stream,
-    stream_pointer,
-    upload,
-    view,
-)
+from w4a16gen.runtime.arrays import DeviceArray, is_on_gpu, upload
 from w4a16gen.runtime.artifact import Build
 from w4a16gen.runtime.bindings import Bindings, KernelInfo, numbers_of
 from w4a16gen.runtime.calls import LAYOUT_TARGETS, CallCache, GemmOptions, Launch, check_weight, checked_weight
 from w4a16gen.runtime.devices import first_hopper
+from w4a16gen.runtime.launcher import Launcher
 from w4a16gen.runtime.packing import GpuPacker
 from w4a16gen.weights.packed import PackedWeight
 from w4a16gen.weights.quantized import QuantizedWeight
 
-_LAUNCHES_KEPT = 1 << 16
 _MAX_SM_COUNT = 1 << 16
 
 
@@ -61,9 +49,9 @@ class Library:
         """The pybind11 module: `Stream` and `DeviceBuffer` for programs without torch."""
         self.chooser = Chooser(build.content_hashes, build.folder / TABLE)
         self.calls = CallCache(self.bindings)
+        self.launcher = Launcher(self.bindings, self.calls, self._plan_launch)
         self._packer = GpuPacker(self.bindings)
         self._indices = {info.config: index for index, info in enumerate(self.kernels)}
-        self._launch = lru_cache(maxsize=_LAUNCHES_KEPT)(self._plan_launch)
 
     @property
     def kernels(self) -> tuple[KernelInfo, ...]:
@@ -91,11 +79,28 @@ class Library:
         return first_hopper(self.devices())
 
     def why_cannot_run(self, config: KernelConfig, problem: Problem) -> str | None:
-        """Return the sentence by which the built library refuses a problem, or None if it can run it. Needs no GPU."""
+        """Return the sentence by which the built library refuses a problem, or None if it can run it. Needs no GPU.
+
+        Args:
+            config: the kernel.
+            problem: the problem.
+
+        Raises:
+            NotBuiltError: if the build does not hold the kernel.
+        """
         return self.bindings.why_cannot_run(self.index_of(config), problem)
 
     def packed_bytes(self, config: KernelConfig, problem: Problem) -> int:
-        """Return the bytes of the packed weight that a kernel reads. Needs no GPU."""
+        """Return the bytes of the packed weight that a kernel reads. Needs no GPU.
+
+        Args:
+            config: the kernel.
+            problem: the problem; m does not matter.
+
+        Raises:
+            NotBuiltError: if the build does not hold the kernel.
+            UnsupportedProblemError: if the kernel cannot run the problem.
+        """
         return self.bindings.packed_bytes(self.index_of(config), problem)
 
     def workspace_bytes(
@@ -262,71 +267,36 @@ class Library:
             NoHopperGpuError: if the arrays are on another kind of GPU.
             CudaError: if the launch fails.
         """
-        return self.run_call(a, w, GemmOptions(bias, alpha, config, out, workspace, stream, dependent_launch))
-
-    def run_call(self, a: Any, w: PackedWeight, options: GemmOptions) -> Any:
-        """Make one call of `gemm`: by the fast path if it can be repeated, otherwise with every check."""
-        if options.may_repeat:
-            repeated = self.calls.try_fast_path(
-                a, w, options.bias, options.out, options.alpha, options.dependent_launch
-            )
+        if config is None and workspace is None and stream is None:
+            repeated = self.calls.try_fast_path(a, w, bias, out, alpha, dependent_launch)
             if repeated is not None:
                 return repeated
-        w = checked_weight(w)
-        alpha, config, dependent = options.scalars()
-        seen = view("activations", a, self.module)
-        check_activations_shape(seen.shape, w.k)
-        data = view("packed weight", w.data, self.module)
-        device = data.device or 0
-        m = seen.shape[0]
-        check("activations", seen, dtype="<f2", shape=(m, w.k), device=data.device)
-        overrides = kernels_in_use() if config is None else ()
-        launch = self._launch(m, w.n, w.k, w.group_size, w.mode, w.layout, config, overrides, device)
-        check("packed weight", data, dtype="|u1", shape=(launch.packed_bytes,))
-        bias = None if options.bias is None else view("bias", options.bias, self.module)
-        if bias is not None:
-            check("bias", bias, dtype="<f2", shape=(w.n,), device=device)
-        address = stream_pointer(options.stream, a)
-        out = self._new_output(a, (m, w.n), device, address) if options.out is None else options.out
-        output = view("output", out, self.module)
-        check("output", output, dtype="<f2", shape=(m, w.n), device=device, written=True)
-        workspace = self._workspace(launch, a, options.workspace, device, address)
-        outcome = self.bindings.library.gemm(
-            launch.kernel_index,
-            *numbers_of(launch.problem),
-            *(seen.pointer, data.pointer, launch.packed_bytes),
-            *(0 if bias is None else bias.pointer, output.pointer, alpha),
-            *((0, launch.workspace_bytes) if workspace is None else (workspace.pointer, workspace.nbytes)),
-            *(address, dependent, device),
-        )
-        self.bindings.result_of(outcome)
-        if options.may_repeat:
-            self.calls.add(w, launch, device)
-        return out
+        return self.launcher.run(a, w, GemmOptions(bias, alpha, config, out, workspace, stream, dependent_launch))
 
     def _plan_launch(
         self,
+        w: PackedWeight,
         m: int,
-        n: int,
-        k: int,
-        group_size: int,
-        mode: QuantMode,
-        layout: str,
         config: KernelConfig | None,
         overrides: tuple[KernelConfig, ...],
         device: int,
     ) -> Launch:
-        problem = Problem(m, n, k, group_size)
-        weight = PackedWeight(None, layout, n, k, group_size, mode)
-        kernel = self._kernel_for(weight, problem, config, overrides, device)
+        problem = Problem(m, w.n, w.k, w.group_size)
+        kernel = self._kernel_for(w, problem, config, overrides, device)
         why = self.why_cannot_run(kernel, problem)
         workspace = 0 if why is not None else self.workspace_bytes(kernel, problem, device=device)
-        return Launch(kernel, self.index_of(kernel), problem, weight.nbytes, workspace)
+        return Launch(kernel, self.index_of(kernel), problem, w.nbytes, workspace)
 
     def kernel_for(
         self, w: PackedWeight, problem: Problem, config: KernelConfig | str | None = None, *, device: int = 0
     ) -> KernelConfig:
         """Return the kernel that `gemm` launches: the one named, or the one that `choose` returns.
+
+        Args:
+            w: the packed weight; only its layout and mode matter.
+            problem: the problem.
+            config: the kernel, or its name; None chooses one.
+            device: the CUDA device number.
 
         Raises:
             InvalidValueError: if the kernel that is named reads other weights, or the name is no kernel's.
@@ -353,27 +323,3 @@ class Library:
         self.index_of(config)
         check_weight(config, w)
         return config
-
-    def _new_output(self, a: Any, shape: tuple[int, int], device: int, stream: int) -> Any:
-        """Allocate the output. Torch does it in the order of the stream, in a capture from the graph's own pool.
-
-        Raises:
-            InvalidValueError: if a graph would write to memory that is freed with the array.
-        """
-        if not is_torchs_stream(a, stream) and self.module.is_capturing(stream, device):
-            raise InvalidValueError("pass out= in a capture: the graph writes into it at every replay")
-        return empty_like_library(a, self.module, shape, "<f2", device, stream=stream)
-
-    def _workspace(self, launch: Launch, a: Any, given: Any, device: int, stream: int) -> ArrayView | None:
-        """Return the workspace that was passed, or torch's if the launch is on torch's current stream.
-
-        None leaves it to the module, which allocates in the order of the stream, or for the graph that is captured.
-        """
-        if given is not None:
-            seen = view("workspace", given, self.module)
-            check("workspace", seen, dtype="|u1", shape=seen.shape, device=device, written=True)
-            return seen
-        if launch.workspace_bytes == 0 or not is_torchs_stream(a, stream):
-            return None
-        allocated = empty_like_library(a, self.module, (launch.workspace_bytes,), "|u1", device)
-        return view("workspace", allocated, self.module)

@@ -23,7 +23,10 @@ class GpuPacker:
     def __init__(self, bindings: Bindings) -> None:
         """Pack with this build."""
         self._bindings = bindings
-        self._module = bindings.module
+
+    @property
+    def _module(self) -> Any:
+        return self._bindings.module
 
     def pack(
         self, q: Any, scales: Any, zeros: Any, zero_points: Any, group_size: int | None, stream: Any

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.kernels.config import QuantMode, Target
+from w4a16gen.kernels.config import QuantMode, Target, shown
 from w4a16gen.kernels.integers import integer
 from w4a16gen.kernels.problem import NATIVE_GROUP_MULTIPLE
 from w4a16gen.weights import storage
@@ -58,7 +58,7 @@ class PackedWeight:
         """Check everything but the data, which is checked where it is used."""
         if not isinstance(self.layout, str) or self.layout not in LAYOUTS:
             raise InvalidValueError(
-                f"the weight is packed as {self.layout!r}, which is not one of {', '.join(LAYOUTS)}"
+                f"the weight is packed as {shown(self.layout)}, which is not one of {', '.join(LAYOUTS)}"
             )
         if not isinstance(self.mode, QuantMode):
             raise InvalidValueError(f"mode of type {type(self.mode).__name__} must be a QuantMode")
