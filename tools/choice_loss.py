@@ -52,7 +52,7 @@ def losses_by_tokens(table: TuningTable, model: CostModel, reach: Reach) -> dict
     for key, measured in table.times.items():
         mode, problem = key
         others = replace(table, times={other: times for other, times in table.times.items() if other != key})
-        following = others.best(mode, problem, dict.fromkeys(measured, ""))
+        following = others.fastest_at_more_tokens(mode, problem, dict.fromkeys(measured, ""))
         if following is not None:
             times = {kernel: time.microseconds for kernel, time in measured.items()}
             losses["estimate"][problem] = loss_of(Neighbours(others, model, reach), problem, times)

@@ -25,7 +25,7 @@ from recorded import DATA_FOLDER, Recorded, read
 from scipy.optimize import least_squares  # type: ignore[import-untyped]
 
 from w4a16gen.choose.cards import H100, Card, card_of
-from w4a16gen.choose.cost_model import MODEL_PATH, SCHEMA, CostModel
+from w4a16gen.choose.cost_model import MODEL_PATH, SCHEMA, CostModel, Work
 from w4a16gen.choose.packaged_times import MEASURED_MODE, Neighbours, default_reach, table
 from w4a16gen.files import write_json
 from w4a16gen.kernels.config import KernelConfig
@@ -57,15 +57,17 @@ class Sample:
     card: Card
     log_microseconds: float
     """Mean natural logarithm of its recorded times."""
+    work: Work | None
+    """The kernel's work, which depends on `FIXED` constants only; None for cuBLAS."""
 
     def estimate(self, model: CostModel) -> float:
         """Return the estimated microseconds."""
-        if self.kernel is None:
+        if self.work is None:
             return model.dense_microseconds(self.problem, self.card)
-        return model.native_cycles(self.kernel, self.problem, self.card) / model.cycles_per_microsecond
+        return model.cycles(self.work, self.card) / model.cycles_per_microsecond
 
 
-def samples_of(records: Sequence[Recorded]) -> list[Sample]:
+def samples_of(records: Sequence[Recorded], start: CostModel) -> list[Sample]:
     """Return one sample for each kernel, problem and card, in a fixed order."""
     pooled: dict[tuple[str, KernelConfig | None, Problem, Card], list[float]] = {}
     for record in records:
@@ -74,7 +76,10 @@ def samples_of(records: Sequence[Recorded]) -> list[Sample]:
         card = card_of(Device(0, record.gpu, HOPPER, record.sm_count))
         name = "" if record.kernel is None else record.kernel.name
         pooled.setdefault((name, record.kernel, record.problem, card), []).append(math.log(record.microseconds))
-    samples = [Sample(*key[1:], sum(logs) / len(logs)) for key, logs in pooled.items()]
+    samples = []
+    for (_, kernel, problem, card), logs in pooled.items():
+        work = None if kernel is None else start.work(kernel, problem, card)
+        samples.append(Sample(kernel, problem, card, sum(logs) / len(logs), work))
     return sorted(samples, key=lambda sample: (sample.card.name, *vars(sample.problem).values(), str(sample.kernel)))
 
 
@@ -163,6 +168,20 @@ def report_on(model: CostModel, fitted_to: Sequence[Sample], held_out: Sequence[
     }
 
 
+def of_h100(samples: Sequence[Sample]) -> list[Sample]:
+    """Return the samples of cards that share an H100's times, which constants are fitted to."""
+    return [sample for sample in samples if sample.card.shares_times_with(H100)]
+
+
+def errors_on_other_cards(model: CostModel, samples: Sequence[Sample]) -> dict[str, object]:
+    """Return the root-mean-square errors on cards that no constant is fitted to."""
+    by_card: dict[str, list[Sample]] = {}
+    for sample in samples:
+        if not sample.card.shares_times_with(H100):
+            by_card.setdefault(f"{sample.card.name}, {sample.card.sm_count} SMs", []).append(sample)
+    return {name: errors_by_band(model, part) for name, part in sorted(by_card.items())}
+
+
 def source_of(files: Sequence[Path], records: Sequence[Recorded], fitted_to: Sequence[Sample]) -> str:
     """Return where the constants come from."""
     kernels = sum(sample.kernel is not None for sample in fitted_to)
@@ -195,18 +214,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     files = [TIMES, *options.times]
     records = read(files)
-    samples = samples_of(records)
-    known = [sample for sample in samples if sample.card.shares_times_with(H100)]
     start = CostModel.read(START)
+    samples = samples_of(records, start)
+    known = of_h100(samples)
     model = refit(known, start)
-    held_out = samples_of(read([HELD_OUT]))
+    held_out = samples_of(read([HELD_OUT]), start)
     reports = {"start": report_on(start, known, held_out), "fitted": report_on(model, known, held_out)}
-    elsewhere: dict[str, list[Sample]] = {}
-    for sample in samples:
-        if not sample.card.shares_times_with(H100):
-            elsewhere.setdefault(f"{sample.card.name}, {sample.card.sm_count} SMs", []).append(sample)
-    if elsewhere:
-        reports["other_cards"] = {name: errors_by_band(model, part) for name, part in sorted(elsewhere.items())}
+    if other_cards := errors_on_other_cards(model, samples):
+        reports["other_cards"] = other_cards
     print(json.dumps(reports, indent=2))
     if not options.dry_run:
         write_json(options.output, document(model, source_of(files, records, known), reports))

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from pathlib import Path
 from random import Random
 
+import choice_loss
 import pytest
+import recorded
 from fakes.devices import H100, H100_PCIE, H200
 from fakes.library import chooser_of
 from hypothesis import given
 from hypothesis import strategies as st
-from paths import DATA
 
 from w4a16gen import KernelConfig, Problem, QuantMode
 from w4a16gen.choose import packaged_times
+from w4a16gen.choose.cards import H100 as H100_CARD
 from w4a16gen.choose.chooser import Choice, ChoiceSource
+from w4a16gen.choose.cost_model import default_cost_model
+from w4a16gen.choose.timing_table import Measured, TuningTable
+from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.config import Target
 from w4a16gen.kernels.device import Device
 from w4a16gen.kernels.problem import runnable
@@ -68,37 +73,72 @@ def test_the_times_count_on_the_gpu_that_they_are_of() -> None:
 
 
 def test_the_choice_for_a_layer_that_was_not_measured_is_near_the_fastest() -> None:
-    whole = packaged_times.table()
-    mode = packaged_times.MEASURED_MODE
-    losses = {}
-    for layer in sorted({(problem.n, problem.k) for _, problem in whole.times}):
-        others = {key: times for key, times in whole.times.items() if (key[1].n, key[1].k) != layer}
-        neighbours = packaged_times.Neighbours(replace(whole, times=others))
-        for (_, problem), times in whole.times.items():
-            if (problem.n, problem.k) == layer:
-                chosen = neighbours.estimate(times, mode, problem)[0][0]
-                losses[problem] = times[chosen].microseconds / min(time.microseconds for time in times.values())
-    assert len(losses) > 600
-    assert math.prod(losses.values()) ** (1 / len(losses)) < 1.01
-    assert sorted(losses.values())[int(0.995 * len(losses))] < 1.1
-    assert max(losses.values()) < 1.15
+    table, model, reach = packaged_times.table(), default_cost_model(), packaged_times.default_reach()
+    losses = sorted(choice_loss.losses_by_layer(table, model, reach).values())
+    assert len(losses) == 601
+    assert math.prod(losses) ** (1 / len(losses)) < 1.0042
+    assert losses[int(0.995 * len(losses))] < 1.08
+    assert losses[-1] < 1.11
+
+
+def test_the_choice_for_tokens_that_were_not_measured_is_near_the_fastest() -> None:
+    table, model, reach = packaged_times.table(), default_cost_model(), packaged_times.default_reach()
+    losses = choice_loss.losses_by_tokens(table, model, reach)
+    means = {way: math.prod(of.values()) ** (1 / len(of)) for way, of in losses.items()}
+    assert means["estimate"] < 1.003
+    assert max(losses["estimate"].values()) < 1.09
+    assert means["next_tokens"] > 1.09, "the reason why times of more tokens do not choose"
 
 
 def test_the_choice_in_ten_layers_that_had_no_part_in_any_constant() -> None:
-    recorded = json.loads((DATA / "h100_other_layers.json").read_text())
-    configs = [KernelConfig.parse(name) for name in recorded["kernels"]]
-    assert set(configs) == {config for config in DEFAULT if config.mode is packaged_times.MEASURED_MODE}
+    held_out: dict[Problem, dict[KernelConfig, float]] = {}
+    for row in recorded.read([recorded.DATA_FOLDER / "h100_held_out.csv.xz"]):
+        assert row.kernel is not None
+        held_out.setdefault(row.problem, {})[row.kernel] = row.microseconds
+    configs = [config for config in DEFAULT if config.mode is packaged_times.MEASURED_MODE]
     chooser = chooser_of(configs)
     losses = []
-    for row in recorded["problems"]:
-        problem = Problem(row["m"], row["n"], row["k"], recorded["group_size"])
+    for problem, times in held_out.items():
         assert all((problem.n, problem.k) != (known.n, known.k) for _, known in packaged_times.table().times)
         choice = chooser.choose(problem, packaged_times.MEASURED_MODE, device=H100)
-        taken = dict(zip(configs, row["microseconds"], strict=True))
-        losses.append(taken[choice.kernel] / min(time for time in taken.values() if time is not None))
+        losses.append(times[choice.kernel] / min(times.values()))
     assert len(losses) == 100
-    assert math.prod(losses) ** (1 / len(losses)) < 1.005
-    assert max(losses) < 1.07
+    assert math.prod(losses) ** (1 / len(losses)) < 1.0025
+    assert max(losses) < 1.04
+
+
+def test_a_file_that_holds_something_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    for text in ("", "{}", "[]", json.dumps({"schema": packaged_times.TIMES_SCHEMA, "gpu": "a GPU"})):
+        path.write_text(text)
+        with pytest.raises(InvalidValueError, match="is not a table of packaged times"):
+            packaged_times.read_times(path)
+    for text in ("", "{}", '{"schema": "w4a16gen.neighbours/1", "constants": {"layer_octaves": 0.7}}'):
+        path.write_text(text)
+        with pytest.raises(InvalidValueError, match="does not hold the reach of times"):
+            packaged_times.Reach.read(path)
+
+
+def test_the_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    text = packaged_times.TIMES_PATH.read_text()
+    source = json.loads(text)["source"]
+    assert packaged_times.times_as_text(packaged_times.table(), source) == text
+    path = tmp_path / "times.json"
+    path.write_text(text)
+    assert packaged_times.read_times(path) == packaged_times.table()
+
+
+def test_corrections_reach_similar_problems_only() -> None:
+    mode, near, far = packaged_times.MEASURED_MODE, Problem(100, 4096, 4096, 128), Problem(100, 65536, 16384, 128)
+    config = next(config for config in DEFAULT if config.mode is mode)
+    plain = dict(default_cost_model().estimate([config], mode, near))[config]
+    table = TuningTable("a GPU", 132, {(mode, near): {config: Measured(2 * plain, "")}})
+    neighbours = packaged_times.Neighbours(table)
+    assert neighbours.estimate([config], mode, near)[0][1] == pytest.approx(plain * 2**0.5), "one time, one prior"
+    alone = default_cost_model().estimate([config], mode, far)[0][1]
+    assert neighbours.estimate([config], mode, far)[0][1] == alone
+    elsewhere = default_cost_model().estimate([config], mode, near, H100_CARD.resized(114))[0][1]
+    assert neighbours.estimate([config], mode, near, H100_CARD.resized(114))[0][1] == elsewhere
 
 
 @given(

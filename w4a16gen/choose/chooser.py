@@ -148,8 +148,11 @@ class Chooser:
         table = self._tables[device]
         if table is None:
             return None
-        best = table.best(mode, problem, {config: self._hashes[config] for config in able})
-        return None if best is None else Choice(*best, ChoiceSource.TUNING_TABLE, table.dependent)
+        hashes = {config: self._hashes[config] for config in able}
+        found = table.fastest(mode, problem, hashes)
+        if found is None and not any(config.target is Target.NATIVE for config in able):
+            found = table.fastest_at_more_tokens(mode, problem, hashes)  # nothing estimates CUTLASS kernels
+        return None if found is None else Choice(*found, ChoiceSource.TUNING_TABLE, table.dependent)
 
     def _why_none(self, target: Target | None, mode: QuantMode, problem: Problem) -> str:
         of_mode = sorted(config for config in self._of_target(target) if config.mode is mode)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -25,10 +25,6 @@ TIMES_SCHEMA = "w4a16gen.packaged_times/1"
 NEIGHBOURS_SCHEMA = "w4a16gen.neighbours/1"
 MEASURED_MODE = QuantMode.FINEGRAINED_SCALE_ONLY
 MEASURED_GROUP_SIZE = 128
-TOKEN_STEP = 8
-"""Tiles have multiples of 8 tokens. Token counts that need as many steps of 8 therefore have the same waves of tiles.
-Times of other token counts do not choose: each of the table's 158 problems with another time above it, at fewer than
-twice the tokens, would lose 9.6 % in geometric mean to its choice, and 0.23 % to the corrected estimate."""
 
 
 def read_times(path: Path) -> TuningTable:
@@ -97,10 +93,9 @@ def fastest(
 ) -> tuple[KernelConfig, float] | None:
     """Return the kernel that was fastest in this problem, and its time.
 
-    Times of other tokens count if every kernel has as many tiles there; see `TOKEN_STEP`. They are of mode fgs and
-    group size 128. Other modes and groups take up to 4 % more or less in geometric mean (docs/native.md). We assume,
-    but have not measured, that the ranking is the same. Kernels are known by name only, so the table stays valid as
-    long as machine code does not get slower.
+    The times are of mode fgs and group size 128. Other modes and groups take up to 4 % more or less in geometric mean
+    (docs/native.md). We assume, but have not measured, that the ranking is the same. Kernels are known by name only, so
+    the table stays valid as long as machine code does not get slower.
 
     Args:
         configs: the kernels to choose among.
@@ -118,32 +113,9 @@ def fastest(
         for config in configs
         if config.target is Target.NATIVE and config.mode is mode
     }
-    for m in _measured_tokens(problem):
-        asked = Problem(m, problem.n, problem.k, MEASURED_GROUP_SIZE)
-        valid = table().valid(MEASURED_MODE, asked, dict.fromkeys(as_measured, ""))
-        if valid:
-            found = min(valid, key=lambda config: (valid[config], config))
-            return as_measured[found], valid[found]
-    return None
-
-
-def _measured_tokens(problem: Problem) -> list[int]:
-    """Return the tokens of the table that make as many tiles as a problem's, the nearest and then the larger first."""
-    alike = [m for m in _tokens_of_layers().get((problem.n, problem.k), ()) if _steps(m) == _steps(problem.m)]
-    return sorted(alike, key=lambda m: (abs(m - problem.m), -m))
-
-
-def _steps(m: int) -> int:
-    return -(-m // TOKEN_STEP)
-
-
-@cache
-def _tokens_of_layers() -> Mapping[tuple[int, int], Sequence[int]]:
-    tokens: dict[tuple[int, int], list[int]] = {}
-    for mode, problem in table().times:
-        if mode is MEASURED_MODE:
-            tokens.setdefault((problem.n, problem.k), []).append(problem.m)
-    return tokens
+    asked = replace(problem, group_size=MEASURED_GROUP_SIZE)
+    found = table().fastest(MEASURED_MODE, asked, dict.fromkeys(as_measured, ""))
+    return None if found is None else (as_measured[found[0]], found[1])
 
 
 @dataclass(frozen=True)

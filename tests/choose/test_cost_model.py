@@ -1,0 +1,111 @@
+"""The cost model: its data, and how estimates follow problem, kernel and card."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import FrozenInstanceError, asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from w4a16gen import KernelConfig, Problem, QuantMode
+from w4a16gen.choose.cards import H100, Card
+from w4a16gen.choose.cost_model import MODEL_PATH, SCHEMA, CostModel, default_cost_model
+from w4a16gen.errors import InvalidValueError
+from w4a16gen.kernels.spaces import enumerate_space
+
+MODE = QuantMode.FINEGRAINED_SCALE_ONLY
+NATIVE = [config for config in enumerate_space("native") if config.mode is MODE]
+MODEL = default_cost_model()
+
+
+def kernel(shape: str) -> KernelConfig:
+    """Return a native kernel by its short name."""
+    return KernelConfig.parse(f"w4a16_sm90_native_fgs_{shape}")
+
+
+def test_constants_are_frozen_and_named() -> None:
+    with pytest.raises(FrozenInstanceError):
+        MODEL.launch_cycles = 1.0  # type: ignore[misc]
+    assert CostModel.from_json(asdict(MODEL)) == MODEL
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"schema": "w4a16gen.cost_model/0"},
+        {"constants": {}},
+        {"constants": {**asdict(MODEL), "more": 1.0}},
+        {"constants": {**asdict(MODEL), "launch_cycles": "4730"}},
+        {"constants": {**asdict(MODEL), "launch_cycles": -1.0}},
+        {"constants": {**asdict(MODEL), "launch_cycles": float("nan")}},
+        {"constants": {**asdict(MODEL), "launch_cycles": True}},
+        {"constants": [1.0]},
+    ],
+    ids=lambda changes: f"{changes!r:.40}",
+)
+def test_other_data_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps({"schema": SCHEMA, "constants": asdict(MODEL), **changes}))
+    with pytest.raises(InvalidValueError, match="is not a cost model"):
+        CostModel.read(path)
+
+
+def test_the_data_says_where_it_comes_from_and_how_far_it_is_off() -> None:
+    value = json.loads(MODEL_PATH.read_text())
+    assert "tools/fit_cost_model.py" in value["source"]
+    before, after = value["residuals"]["start"], value["residuals"]["fitted"]
+    for part in ("rms_log_error", "rms_log_error_held_out"):
+        assert after[part]["kernels"]["all"] < before[part]["kernels"]["all"]
+    for part in ("choice_loss_leave_one_layer_out", "choice_loss_held_out"):
+        assert after[part]["geometric_mean"] <= before[part]["geometric_mean"]
+        assert after[part]["worst"] <= before[part]["worst"]
+
+
+@pytest.mark.parametrize("config", NATIVE[:: len(NATIVE) // 40], ids=str)
+def test_more_work_takes_longer_and_more_sms_take_less(config: KernelConfig) -> None:
+    times = [MODEL.native_cycles(config, Problem(m, 8192, 8192, 128)) for m in (1, 64, 512, 4096, 32768)]
+    assert times == sorted(times)
+    large = Problem(4096, 8192, 8192, 128)
+    by_sms = [MODEL.native_cycles(config, large, H100.resized(sms)) for sms in (132, 114, 78, 60, 16)]
+    assert by_sms == sorted(by_sms)
+    assert by_sms[0] < by_sms[-1] / 4
+
+
+def test_waves_of_tiles_are_counted_by_the_sms_of_the_card() -> None:
+    config = kernel("cta128x128x64_cluster1x1x2_warpgroups2_persistent")
+    problem = Problem(128, 128 * 66, 4096, 128)
+    assert MODEL.work(config, problem).waves == 1, "66 tiles, two CTAs each"
+    assert MODEL.work(config, problem, H100.resized(131)).waves == 2
+    assert MODEL.work(config, Problem(128, 128 * 67, 4096, 128)).waves == 2
+    assert MODEL.work(config, problem, H100.resized(1)).waves == 66
+
+
+def test_clusters_of_four_fit_less_well() -> None:
+    config = kernel("cta64x16x128_cluster1x1x4_warps8_persistent")
+    assert MODEL.work(config, Problem(16, 64 * 30, 4096, 128)).waves == 1
+    assert MODEL.work(config, Problem(16, 64 * 31, 4096, 128)).waves == 2
+
+
+def test_no_tokens_and_the_smallest_problems_have_an_estimate() -> None:
+    for config in NATIVE:
+        for problem in (Problem(0, 64, 128, 128), Problem(1, 8, 32, 32), Problem(0, 8, 8, 8)):
+            assert MODEL.native_cycles(config, problem) >= MODEL.launch_cycles
+
+
+def test_memory_and_tensor_cores_of_the_card_count() -> None:
+    reading, multiplying = Problem(1, 28672, 8192, 128), Problem(8192, 8192, 8192, 128)
+    few = kernel("cta64x8x128_cluster1x1x1_warps8_persistent")
+    many = kernel("cta256x128x64_cluster1x1x1_warpgroups2_persistent")
+    quick, slow = Card("quick memory", 132, 6.7, 989.0), Card("slow tensor cores", 132, 3.35, 148.0)
+    assert MODEL.native_cycles(few, reading, quick) < 0.8 * MODEL.native_cycles(few, reading)
+    assert MODEL.native_cycles(few, reading, slow) < 1.5 * MODEL.native_cycles(few, reading)
+    assert MODEL.native_cycles(many, multiplying, slow) > 4 * MODEL.native_cycles(many, multiplying)
+    assert MODEL.dense_microseconds(reading, quick) < 0.7 * MODEL.dense_microseconds(reading)
+    assert MODEL.dense_microseconds(multiplying, slow) > 4 * MODEL.dense_microseconds(multiplying)
+
+
+def test_problems_are_long_from_the_power_limit_on() -> None:
+    assert not MODEL.is_long(Problem(512, 8192, 8192, 128))
+    assert MODEL.is_long(Problem(1024, 8192, 8192, 128))
