@@ -10,6 +10,7 @@ import hypothesis
 import numpy as np
 import pytest
 from fakes.runner import Runner
+from fakes.workshop import Workshop
 
 import w4a16gen
 from w4a16gen import QuantMode
@@ -64,34 +65,54 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(20261123)
 
 
-def install_fake_nvcc(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make builds use the stand-in compiler."""
+def install_fake_nvcc(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make builds use the stand-ins for nvcc and CMake, which keep what they compile in `cache`."""
     nvcc = toolchain.find_nvcc()
     include = toolchain.find_cuda_include(nvcc) if nvcc else None
     assert include is not None, "the tests need the CUDA runtime headers: pip install 'w4a16gen[test]'"
-    script = folder / "nvcc"
-    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{Path(__file__).parent / "fakes" / "nvcc.py"}" "$@"\n')
-    script.chmod(0o755)
-    monkeypatch.setenv("W4A16GEN_NVCC", str(script))
+    for program, variable in (("nvcc", "W4A16GEN_NVCC"), ("cmake", "W4A16GEN_CMAKE")):
+        fake = Path(__file__).parent / "fakes" / f"{program}.py"
+        script = folder / program
+        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{fake}" "$@"\n')
+        script.chmod(0o755)
+        monkeypatch.setenv(variable, str(script))
+    monkeypatch.setenv("FAKE_CACHE", str(cache))
     monkeypatch.setenv("FAKE_NVCC_INCLUDE", str(include))
     monkeypatch.setenv("PYTHONPATH", str(Path(w4a16gen.__file__).resolve().parents[1]))
     toolchain.program_version.cache_clear()
 
 
+@pytest.fixture(scope="session")
+def fake_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of what the stand-in compilers have compiled in this session."""
+    return tmp_path_factory.mktemp("compiled")
+
+
 @pytest.fixture
-def fake_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fake_nvcc(tmp_path: Path, fake_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Use the stand-in compiler in one test."""
-    install_fake_nvcc(tmp_path, monkeypatch)
+    install_fake_nvcc(tmp_path, fake_cache, monkeypatch)
     yield
     toolchain.program_version.cache_clear()
 
 
+@pytest.fixture
+def workshop(tmp_path: Path, fake_nvcc: None, monkeypatch: pytest.MonkeyPatch) -> Workshop:
+    """Return an empty folder for builds; the stand-in compiler writes a line for every call."""
+    del fake_nvcc
+    made = Workshop(tmp_path / "workshop")
+    made.root.mkdir()
+    monkeypatch.setenv("FAKE_NVCC_LOG", str(made.calls))
+    monkeypatch.delenv(BUILD_FOLDER_VARIABLE, raising=False)
+    return made
+
+
 @pytest.fixture(scope="session")
-def fake_build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+def fake_build(tmp_path_factory: pytest.TempPathFactory, fake_cache: Path) -> Build:
     """Give a build of the 63 shapes whose kernels can be described but not launched."""
     folder = tmp_path_factory.mktemp("fake")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        install_fake_nvcc(folder, monkeypatch)
+        install_fake_nvcc(folder, fake_cache, monkeypatch)
         result = build(select("trtllm", Filter()), generated=folder / GENERATED, folder=folder / BUILD).build
     toolchain.program_version.cache_clear()
     return result

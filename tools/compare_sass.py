@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from w4a16gen.build.toolchain import INSTALL_CUDA, find_cuobjdump, require
+from w4a16gen.build.toolchain import require_cuobjdump
 
 _KERNEL = re.compile(r"w4a16_sm90_[a-z0-9_]+")
 _TEMPLATE_INTEGER = re.compile(r"L[a-z](\d+)E")
@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("before", type=Path, help="a built library")
     parser.add_argument("after", type=Path, help="another one")
     given = parser.parse_args(arguments)
-    cuobjdump = require("cuobjdump", find_cuobjdump(), INSTALL_CUDA)
+    cuobjdump = require_cuobjdump()
     before, after = (read_functions(cuobjdump, library) for library in (given.before, given.after))
     found = differences(before, after)
     print(*found, sep="\n", end="\n" if found else "")

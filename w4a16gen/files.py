@@ -1,17 +1,30 @@
-"""Writing files so that nothing half-written is ever left: a temporary file beside the target, then a rename."""
+"""Writing files so that nothing half-written is left: a temporary file beside the target, then a rename."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import tempfile
+import re
+import secrets
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+_TEMPORARY = re.compile(r"\..+\.(\d+)-[0-9a-f]{8}\.tmp")
+"""Names of temporary files: the target's name, the writer's process id, and a random number."""
+_SEAL = "sha256"
+_CHUNK_BYTES = 1 << 20
 
-def write_if_changed(path: Path, content: str | bytes) -> bool:
-    """Write a file atomically, text in UTF-8, unless it holds this already.
+
+def write_if_changed(path: Path, content: str | bytes, *, mode: int = 0o666) -> bool:
+    """Write a file atomically, text in UTF-8, unless it already has this content.
+
+    Args:
+        path: the file. Missing folders above it are made.
+        content: the whole content.
+        mode: permission bits of a new file, before the process's umask.
 
     Returns:
         Whether the file was written.
@@ -23,28 +36,100 @@ def write_if_changed(path: Path, content: str | bytes) -> bool:
     if path.is_file() and path.read_bytes() == data:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:  # noqa: PTH123
             file.write(data)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     return True
 
 
-def write_json(path: Path, value: Any) -> bool:
+def write_json(path: Path, value: Any, *, mode: int = 0o666) -> bool:
     """Write a value as JSON, indented and with a final newline; see `write_if_changed`."""
-    return write_if_changed(path, json.dumps(value, indent=2) + "\n")
+    return write_if_changed(path, json.dumps(value, indent=2) + "\n", mode=mode)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove the temporary files in a folder whose writers have ended, for example because they were killed."""
+    for path in folder.glob(".*.tmp"):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and not _is_running(int(match[1])):
+            path.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder; do nothing if there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def make_folder(path: Path, mode: int = 0o777) -> None:
+    """Make a folder with the folders above it. A file or a dangling link of that name is removed first."""
+    if not path.is_dir():
+        remove(path)
+        path.mkdir(mode, parents=True, exist_ok=True)
 
 
 def file_digest(path: Path) -> str:
-    """Give the SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
-def _digest(file: Any) -> str:
-    return hashlib.sha256(file.read()).hexdigest()
+def has_digest(path: Path, digest: str) -> bool:
+    """Return whether a path is a readable regular file with this SHA-256."""
+    try:
+        return path.is_file() and file_digest(path) == digest
+    except OSError:
+        return False
+
+
+def seal(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JSON object with a digest of its other members, so that later damage is noticed."""
+    rest = {key: member for key, member in value.items() if key != _SEAL}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return {**rest, _SEAL: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def read_sealed(path: Path, schema: str) -> dict[str, Any]:
+    """Read a JSON object that `seal` returned.
+
+    Args:
+        path: the file.
+        schema: what its member `schema` must be.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is no such object, has another schema, or was changed after it was sealed.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("it is not a regular file")
+    try:
+        value = json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(value, dict) or "schema" not in value:
+        raise ValueError("it has no schema")
+    if value["schema"] != schema:
+        raise ValueError(f"its schema is {str(value['schema'])[:40]!r}, not {schema!r}")
+    if value.get(_SEAL) != seal(value)[_SEAL]:
+        raise ValueError("its content does not match its digest")
+    return value

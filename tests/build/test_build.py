@@ -13,17 +13,19 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from fakes.workshop import CONFIGS, Workshop
 
-from w4a16gen import KernelConfig
-from w4a16gen.build.compile import KERNEL_BYTES, MAX_UNIT_KERNELS, UNIT_BYTES, plan_jobs, split_evenly
+from w4a16gen.build.link import STEPS
 from w4a16gen.build.pipeline import build
+from w4a16gen.build.units import COMPILE_COSTS, CompileCost, plan_jobs, plan_units, split_evenly
 from w4a16gen.cli import main
 from w4a16gen.errors import BuildLockedError
+from w4a16gen.kernels.config import Target
 from w4a16gen.kernels.spaces import enumerate_space
 from w4a16gen.runtime.artifact import Build, Manifest, load_build
-from w4a16gen.runtime.library import Library
 
-CONFIGS = enumerate_space("trtllm")[:4]
+CUTLASS_COST = COMPILE_COSTS[Target.CUTLASS]
+NATIVE_COST = COMPILE_COSTS[Target.NATIVE]
 BUILD_CS = ["build", "--space", "trtllm", "--mode", "cs"]
 COMMAND = [
     sys.executable,
@@ -44,44 +46,45 @@ COMMAND = [
 
 
 def calls(log: Path) -> list[list[str]]:
-    """Give the kernels of every call of the stand-in compiler."""
+    """Return the kernels of every call of the stand-in compiler."""
     return [line.split() for line in log.read_text().splitlines()] if log.exists() else []
 
 
-def run_build(folder: Path, configs: list[KernelConfig], jobs: int = 1) -> int:
-    """Build and give how many kernels were compiled."""
-    return build(configs, generated=folder / "generated", folder=folder / "build", jobs=jobs).compiled
-
-
-@pytest.mark.usefixtures("fake_nvcc")
-def test_only_what_changed_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    log = tmp_path / "calls"
-    monkeypatch.setenv("FAKE_NVCC_LOG", str(log))
-    assert run_build(tmp_path, CONFIGS[:3]) == 3
-    assert calls(log) == [[config.name for config in CONFIGS[:3]]], "one unit for one job"
-    library = load_build(tmp_path / "build").library
+def test_only_what_changed_is_compiled_again(workshop: Workshop) -> None:
+    assert workshop.build(CONFIGS[:3]).compiled == 3
+    assert calls(workshop.calls) == [[config.name for config in CONFIGS[:3]]], "one unit for one job"
+    library = load_build(workshop.folder).library
     before = library.stat().st_mtime_ns
-    assert run_build(tmp_path, CONFIGS[:3]) == 0
+    assert workshop.build(CONFIGS[:3]).compiled == 0
+    assert load_build(workshop.folder).library == library
     assert library.stat().st_mtime_ns == before, "nothing changed, so nothing is linked"
-    assert run_build(tmp_path, CONFIGS) == 1
-    assert calls(log)[1:] == [[CONFIGS[3].name]]
-    assert Library(load_build(tmp_path / "build")).configs() == CONFIGS
+    assert workshop.build(CONFIGS).compiled == 1
+    assert calls(workshop.calls)[1:] == [[CONFIGS[3].name]]
+    assert workshop.built() == CONFIGS
 
 
-@pytest.mark.usefixtures("fake_nvcc")
-def test_a_smaller_build_holds_nothing_of_the_larger(tmp_path: Path) -> None:
-    run_build(tmp_path, CONFIGS)
-    assert run_build(tmp_path, CONFIGS[:1]) == 1, "its unit held others too"
-    assert Library(load_build(tmp_path / "build")).configs() == CONFIGS[:1]
-    assert run_build(tmp_path, CONFIGS) == 0, "the larger unit is still there"
+def test_a_smaller_build_contains_nothing_of_the_larger(workshop: Workshop) -> None:
+    workshop.build(CONFIGS)
+    assert workshop.build(CONFIGS[:1]).compiled == 1, "its unit contained others too"
+    assert workshop.built() == CONFIGS[:1]
+    assert workshop.build(CONFIGS).compiled == 0, "the larger unit is still there"
+    assert workshop.built() == CONFIGS
 
 
-@pytest.mark.usefixtures("fake_nvcc")
-def test_a_damaged_object_record_is_compiled_again(tmp_path: Path) -> None:
-    run_build(tmp_path, CONFIGS[:1])
-    (record,) = (tmp_path / "build" / "objects").glob("*.json")
-    record.write_text("{")
-    assert run_build(tmp_path, CONFIGS[:1]) == 1
+def test_progress_knows_its_total_from_the_start_and_counts_linking(workshop: Workshop) -> None:
+    told: list[tuple[int, int, str]] = []
+    build(
+        CONFIGS[:2],
+        generated=workshop.generated,
+        folder=workshop.folder,
+        jobs=2,
+        progress=lambda done, total, what: told.append((done, total, what)),
+    )
+    assert {total for _, total, _ in told} == {2 + len(STEPS)}
+    assert told[0] == (0, 4, "compiling")
+    assert [done for done, _, _ in told] == sorted(done for done, _, _ in told)
+    assert (2, 4, "linking") in told
+    assert told[-1][0] == 4
 
 
 @pytest.mark.usefixtures("fake_nvcc")
@@ -127,7 +130,7 @@ def test_two_builds_in_one_folder_do_not_meet(tmp_path: Path, monkeypatch: pytes
         wait_for(lambda: bool(calls(log)))
         monkeypatch.setenv("FAKE_NVCC_SLEEP", "0")
         with pytest.raises(BuildLockedError, match="another process is building"):
-            run_build(tmp_path, CONFIGS[:1])
+            build(CONFIGS[:1], generated=tmp_path / "generated", folder=tmp_path / "build", jobs=1)
         second = subprocess.run(COMMAND, cwd=tmp_path, capture_output=True, text=True, check=False)  # noqa: S603
         assert second.returncode == 1
         assert "another process is building" in " ".join(second.stderr.split())
@@ -179,29 +182,33 @@ def test_the_manifest_says_what_each_kernel_cost(fake_build: Build) -> None:
     for kernel in manifest.kernels:
         assert kernel.compile_cpu_seconds >= 0
         assert kernel.compile_peak_bytes > 1e6
-        assert 1 <= kernel.unit_kernels <= MAX_UNIT_KERNELS
+        assert 1 <= kernel.unit_kernels <= CUTLASS_COST.max_kernels
     assert Manifest.from_json(json.loads(json.dumps(manifest.as_json()))) == manifest
 
 
 @pytest.mark.parametrize(
-    ("kernels", "cores", "memory", "expected"),
+    ("kernels", "cores", "memory", "cost", "expected"),
     [
-        (0, 8, 1e12, (0, 0)),
-        (1, 8, 1e12, (1, 1)),
-        (63, 16, 1e12, (16, 16)),
-        (63, 2, 24e9, (8, 2)),
-        (63, 2, UNIT_BYTES, (63, 1)),
-        (63, 2, 0, (63, 1)),
-        (24, 2, 24e9, (4, 2)),
-        (63, 64, 64e9, (63, 16)),
+        (0, 8, 1e12, CUTLASS_COST, (0, 0)),
+        (1, 8, 1e12, CUTLASS_COST, (1, 1)),
+        (63, 16, 1e12, CUTLASS_COST, (16, 16)),
+        (63, 2, 24e9, CUTLASS_COST, (8, 2)),
+        (63, 2, CUTLASS_COST.unit_bytes, CUTLASS_COST, (63, 1)),
+        (63, 2, 0, CUTLASS_COST, (63, 1)),
+        (24, 2, 24e9, CUTLASS_COST, (4, 2)),
+        (63, 64, 64e9, CUTLASS_COST, (63, 16)),
+        (60, 16, 8e9, NATIVE_COST, (32, 16)),
+        (60, 128, 6e9, NATIVE_COST, (60, 20)),
     ],
 )
-def test_units_fit_cores_and_memory(kernels: int, cores: int, memory: float, expected: tuple[int, int]) -> None:
-    units, jobs = plan_jobs(kernels, cores, memory)
+def test_units_fit_cores_and_memory(
+    kernels: int, cores: int, memory: float, cost: CompileCost, expected: tuple[int, int]
+) -> None:
+    units, jobs = plan_jobs(kernels, cores, memory, cost)
     assert (units, jobs) == expected
-    if memory > UNIT_BYTES and kernels:
+    if memory > cost.unit_bytes and kernels:
         largest = max(len(part) for part in split_evenly(enumerate_space("trtllm")[:kernels], units))
-        assert jobs * (UNIT_BYTES + KERNEL_BYTES * (largest - 1)) <= memory
+        assert jobs * cost.peak_bytes(largest) <= memory
 
 
 def test_units_cover_everything_once() -> None:
@@ -209,3 +216,10 @@ def test_units_cover_everything_once() -> None:
     parts = split_evenly(configs, 8)
     assert [config for part in parts for config in part] == configs
     assert {len(part) for part in parts} == {7, 8}
+
+
+def test_a_unit_is_of_one_family() -> None:
+    configs = [*enumerate_space("trtllm")[:5], *enumerate_space("default")[:5]]
+    units = plan_units(configs, cores=2, memory=24e9)
+    assert sorted(config for unit in units for config in unit) == sorted(configs)
+    assert [{config.target for config in unit} for unit in units] == [{Target.CUTLASS}] * 2 + [{Target.NATIVE}] * 2

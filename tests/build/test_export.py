@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import dataclasses
+import hashlib
 import json
 import os
 import subprocess
@@ -11,18 +14,19 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from packaging.metadata import Metadata
 from paths import EXAMPLES
 
 from w4a16gen import Library
 from w4a16gen.build import toolchain
-from w4a16gen.build.export import export_prefix, export_wheel
+from w4a16gen.build.export import export_prefix, export_wheel, licenses
 from w4a16gen.build.pipeline import build
 from w4a16gen.cli import main
 from w4a16gen.errors import InvalidValueError, NoHopperGpuError, UnsupportedProblemError
 from w4a16gen.kernels.config import CtaShape
 from w4a16gen.kernels.spaces import Filter, select
 from w4a16gen.measure.probes import probe_multiply
-from w4a16gen.runtime.artifact import Build
+from w4a16gen.runtime.artifact import Build, load_build
 
 EXAMPLE = EXAMPLES / "cpp"
 
@@ -136,6 +140,41 @@ def test_exporting_from_the_command_line(cli: CliRunner, fake_build: Build) -> N
         "lib/cmake/w4a16/w4a16-config-version.cmake",
         "lib/pkgconfig/w4a16.pc",
         "share/w4a16/manifest.json",
+        "share/licenses/w4a16/LICENSE",
+        "share/licenses/w4a16/NVIDIA-CUDA-EULA.txt",
+        "share/licenses/w4a16/CUTLASS.txt",
     }
     unbuilt = cli.invoke(main, ["export", "--prefix", "prefix"])
     assert unbuilt.exit_code == 3
+
+
+def test_a_wheel_carries_licences_and_true_hashes(fake_build: Build, tmp_path: Path) -> None:
+    wheel = export_wheel(fake_build, tmp_path, "0.1.0")
+    with zipfile.ZipFile(wheel) as archive:
+        info = "w4a16gen_kernels-0.1.0.dist-info"
+        metadata = Metadata.from_email(archive.read(f"{info}/METADATA"), validate=True)
+        assert metadata.license_expression == "Apache-2.0 AND LicenseRef-NVIDIA-CUDA-EULA AND BSD-3-Clause"
+        assert metadata.license_files == ["LICENSE", "NVIDIA-CUDA-EULA.txt", "CUTLASS.txt", "pybind11.txt"]
+        assert metadata.description_content_type == "text/markdown"
+        assert metadata.description
+        for name in metadata.license_files:
+            assert len(archive.read(f"{info}/licenses/{name}")) > 1000
+        for line in archive.read(f"{info}/RECORD").decode().splitlines():
+            name, digest, size = line.split(",")
+            if name != f"{info}/RECORD":
+                data = archive.read(name)
+                hashed = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+                assert (digest, size) == (f"sha256={hashed}", str(len(data)))
+
+
+def test_an_exported_build_can_be_loaded_and_names_no_folder_of_its_maker(fake_build: Build, tmp_path: Path) -> None:
+    with zipfile.ZipFile(export_wheel(fake_build, tmp_path, "0.1.0")) as archive:
+        archive.extractall(tmp_path / "site")
+    exported = load_build(tmp_path / "site" / "w4a16gen_kernels" / "build")
+    assert exported.configs == fake_build.configs
+    assert exported.sources is None
+
+
+def test_cutlass_is_licensed_only_where_it_is_used(fake_build: Build) -> None:
+    without = dataclasses.replace(fake_build, manifest=dataclasses.replace(fake_build.manifest, cutlass=""))
+    assert set(licenses(fake_build, with_module=False)) - set(licenses(without, with_module=False)) == {"CUTLASS.txt"}

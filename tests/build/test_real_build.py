@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from w4a16gen import KernelConfig, Library, Problem, QuantMode
 from w4a16gen.build import toolchain
-from w4a16gen.build.compile import FLAGS
 from w4a16gen.build.pipeline import build
+from w4a16gen.build.units import FLAGS
 from w4a16gen.cli import main
 from w4a16gen.kernels.arrangement import native_arrangement
 from w4a16gen.kernels.config import Scheduler

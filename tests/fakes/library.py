@@ -11,7 +11,7 @@ from w4a16gen.choose.chooser import Chooser
 from w4a16gen.choose.timing_table import TABLE
 from w4a16gen.errors import NotBuiltError
 from w4a16gen.kernels.device import Device
-from w4a16gen.runtime.artifact import Build, BuiltKernel, Manifest
+from w4a16gen.runtime.artifact import MODULE, Build, BuiltKernel, Manifest
 
 NOWHERE = Path("nowhere")
 """A folder that is not there."""
@@ -21,7 +21,20 @@ def manifest_of(configs: Iterable[KernelConfig]) -> Manifest:
     """Return the manifest of a build of these kernels."""
     kernels = tuple(BuiltKernel(config, f"hash of {config.name}", 1, 0.0, 0) for config in sorted(configs))
     names = tuple(kernel.config.name for kernel in kernels)
-    return Manifest("a compiler", "4.2.0", "a link", "a digest", names, (), kernels)
+    return Manifest(
+        compiler="a compiler",
+        cuda_version=(13, 0),
+        cutlass="4.2.0",
+        link_digest="a link",
+        libraries="lib-0123456789abcdef",
+        library_sha256="a digest",
+        module=MODULE,
+        module_sha256="another digest",
+        sources=None,
+        asked=names,
+        failed=(),
+        kernels=kernels,
+    )
 
 
 def build_of(configs: Iterable[KernelConfig], folder: Path = NOWHERE) -> Build:

@@ -1,13 +1,17 @@
 """A stand-in for nvcc: gives every kernel of a compile unit an entry that can be described but not launched.
 
 It lets the build's own machinery (units, failures, locks, interruption, linking) be tested in seconds. Nothing about
-kernels is proven with it. FAKE_NVCC_FAIL names kernels that fail, FAKE_NVCC_SLEEP delays, FAKE_NVCC_LOG counts calls.
+kernels is proven with it. FAKE_NVCC_FAIL names kernels that fail, FAKE_NVCC_SLEEP delays, FAKE_NVCC_LOG counts calls,
+FAKE_NVCC_SAY is printed and makes every compilation fail, FAKE_NVCC_EXIT is its exit code. FAKE_CACHE is the folder of
+objects that were compiled before.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -47,6 +51,9 @@ def main(arguments: list[str]) -> int:
         with Path(log).open("a") as file:
             file.write(" ".join(names) + "\n")
     time.sleep(float(os.environ.get("FAKE_NVCC_SLEEP", "0")))
+    if said := os.environ.get("FAKE_NVCC_SAY"):
+        print(said)
+        return int(os.environ.get("FAKE_NVCC_EXIT", "2"))
     failing = os.environ.get("FAKE_NVCC_FAIL")
     if failing and any(failing in name for name in names):
         print(f"{source}(1): error: this kernel cannot be compiled")
@@ -56,11 +63,20 @@ def main(arguments: list[str]) -> int:
     )
     generated = source.with_suffix(".cpp")
     generated.write_text(text)
+    output = Path(arguments[arguments.index("-o") + 1])
+    made = Path(os.environ["FAKE_CACHE"]) / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.o"
+    if made.exists():
+        shutil.copyfile(made, output)
+        return 0
     includes = [argument for argument in arguments if argument.startswith("-I")]
     includes.append(f"-isystem{os.environ['FAKE_NVCC_INCLUDE']}")
-    output = arguments[arguments.index("-o") + 1]
-    command = ["g++", "-std=c++17", "-fPIC", *includes, "-c", str(generated), "-o", output]
-    return subprocess.run(command, check=False).returncode  # noqa: S603
+    fresh = made.with_name(f".{made.name}.{os.getpid()}")
+    command = ["g++", "-std=c++17", "-fPIC", *includes, "-c", str(generated), "-o", str(fresh)]
+    returncode = subprocess.run(command, check=False).returncode  # noqa: S603
+    if returncode == 0:
+        fresh.replace(made)
+        shutil.copyfile(made, output)
+    return returncode
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 
 from w4a16gen import Library
-from w4a16gen.build.compile import CUDA_FOLDER
+from w4a16gen.build.headers import CUDA_FOLDER
 
 N, K, GROUP, BYTES, DEVICE, STREAM = 512, 1024, 128, 4096, 3, 77
 HALF, BYTE = (2, 16), (1, 8)

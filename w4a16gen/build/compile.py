@@ -1,60 +1,35 @@
-"""Compiling kernel sources into cached objects: content hashes, compile units, nvcc processes.
-
-Several kernels share one compile unit, because most of the compile time is shared between them: with nvcc 13.0 a unit
-of one CUTLASS kernel takes 31 to 46 CPU-seconds and 4 GB, a unit of six CTA shapes 100 CPU-seconds and 8.5 GB, and a
-unit of eight kernels of two CTA shapes 63 CPU-seconds and 5.1 GB (2 cores, 2026-11).
-"""
+"""Compiling kernels: nvcc processes, as many at once as cores and memory allow, and what becomes of failures."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-import json
 import os
-import re
+import shutil
 import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
-
-from w4a16gen.build.toolchain import Toolchain, cutlass_version, describe_compiler
-from w4a16gen.files import file_digest, write_if_changed, write_json
+from w4a16gen.build import causes
+from w4a16gen.build.headers import CUDA_FOLDER
+from w4a16gen.build.limits import usable_cores, usable_memory
+from w4a16gen.build.scratch import LOGS, OBJECTS, OWNER_VARIABLE, alias
+from w4a16gen.build.toolchain import Toolchain, child_environment
+from w4a16gen.build.units import COMPILE_COSTS, FLAGS, CompiledUnit, plan_units
+from w4a16gen.errors import BuildError
+from w4a16gen.files import file_digest, remove, write_if_changed, write_json
 from w4a16gen.kernels.config import KernelConfig
 from w4a16gen.kernels.render import render_kernel, render_unit, source_name
 
-CUDA_FOLDER = Path(__file__).resolve().parents[1] / "cuda"
-MAX_UNIT_KERNELS = 8
-UNIT_BYTES = 4.0e9
-"""Peak memory of a unit of one kernel (nvcc 13.0, target cutlass: 3.7 to 4.4 GB)."""
-KERNEL_BYTES = 0.9e9
-"""Peak memory that each further kernel of a unit adds."""
-FLAGS = (
-    "-std=c++17",
-    "-O3",
-    "-DNDEBUG",  # without it ptxas serialises the wgmma of CUTLASS's main loops (warning C7510)
-    "--expt-relaxed-constexpr",
-    "-gencode=arch=compute_90a,code=sm_90a",  # wgmma needs the a; sm_90 compiles to a kernel that traps
-    "-Xcompiler=-fPIC,-fvisibility=hidden",
-)
-_INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
 _SERIALISED = "wgmma.mma_async instructions are serialized"
-"""What ptxas says (C7510, C7512, C7514 and others) where it gives up overlapping WGMMAs."""
-
-
-@dataclass(frozen=True)
-class CompiledUnit:
-    """An object file, the kernels in it with their source hashes, and what compiling it cost."""
-
-    path: Path
-    hashes: Mapping[str, str]
-    cpu_seconds: float
-    peak_bytes: int
+"""Part of ptxas's warnings (C7510, C7512, C7514 and others) that it gives up overlapping WGMMAs."""
+_MEMORY_SHARE = 0.9
+"""Part of the usable memory that compilers may take."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +39,8 @@ class Failure:
     name: str
     log: Path
     summary: str
+    killed: bool = False
+    """Whether the compiler was killed, which another try with more memory may cure."""
 
 
 @dataclass
@@ -73,108 +50,33 @@ class Compilation:
     units: list[CompiledUnit] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     compiled: int = 0
-    """Kernels compiled in this call; the others were there already."""
-
-
-Progress = Callable[[int, int, str], None]
-"""Called with kernels done, kernels to do, and the kernel or unit just finished."""
-
-
-def included_headers(source: str) -> frozenset[Path]:
-    """Return the package's own headers that a source includes, directly or through one another."""
-    found: set[Path] = set()
-    texts = [source]
-    while texts:
-        paths = {CUDA_FOLDER / name for name in _INCLUDE.findall(texts.pop())}
-        added = {path for path in paths if path.is_file()} - found  # the others are CUTLASS's
-        found |= added
-        texts += [path.read_text() for path in added]
-    return frozenset(found)
-
-
-def kernel_hashes(configs: Iterable[KernelConfig], toolchain: Toolchain) -> dict[KernelConfig, str]:
-    """Return each kernel's content hash: its source, the headers that it includes, the flags and the compiler."""
-    cutlass = cutlass_version(toolchain.cutlass_include)
-    compiler = f"{describe_compiler(toolchain)}\n{cutlass}\n{' '.join(FLAGS)}\n"
-    headers: dict[tuple[str, ...], str] = {}
-    hashes = {}
-    for config in sorted(configs):
-        source = render_kernel(config)
-        includes = tuple(_INCLUDE.findall(source))
-        if includes not in headers:
-            paths = sorted(included_headers(source))
-            headers[includes] = "".join(f"{path.relative_to(CUDA_FOLDER)} {file_digest(path)}\n" for path in paths)
-        hashes[config] = hashlib.sha256(f"{headers[includes]}{compiler}{source}".encode()).hexdigest()
-    return hashes
-
-
-def plan_jobs(kernels: int, cores: int, memory: float) -> tuple[int, int]:
-    """Split kernels into compile units.
-
-    Args:
-        kernels: how many are to be compiled.
-        cores: how many processes may run at once.
-        memory: bytes that may be used.
-
-    Returns:
-        The number of units, as equal as possible, and how many of them to compile at once.
-    """
-    if kernels == 0:
-        return 0, 0
-    for jobs in range(min(cores, kernels), 0, -1):
-        size = min(MAX_UNIT_KERNELS, -(-kernels // jobs))
-        fitting = int(min(MAX_UNIT_KERNELS, (memory / jobs - UNIT_BYTES) // KERNEL_BYTES + 1))
-        if fitting >= 1 or jobs == 1:
-            size = max(1, min(size, fitting))
-            rounds = -(-kernels // (size * jobs))
-            return min(kernels, rounds * jobs), jobs
-    raise AssertionError  # jobs == 1 always returns
-
-
-def split_evenly(configs: Sequence[KernelConfig], parts: int) -> list[tuple[KernelConfig, ...]]:
-    """Cut a list into contiguous parts whose sizes differ by at most one."""
-    bounds = [len(configs) * part // parts for part in range(parts + 1)]
-    return [tuple(configs[start:stop]) for start, stop in itertools.pairwise(bounds)]
-
-
-def _load_unit(record: Path) -> CompiledUnit | None:
-    """Read an object's record; None if it or the object is missing or damaged."""
-    try:
-        value = json.loads(record.read_text())
-        unit = CompiledUnit(record.with_suffix(".o"), value["hashes"], value["cpu_seconds"], value["peak_bytes"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return unit if unit.path.is_file() else None
-
-
-def find_units(folder: Path, hashes: Mapping[KernelConfig, str]) -> list[CompiledUnit]:
-    """Choose cached objects that hold only kernels asked for, none of them twice; larger objects first."""
-    wanted = {config.name: digest for config, digest in hashes.items()}
-    units = [unit for record in sorted(folder.glob("*.json")) if (unit := _load_unit(record))]
-    chosen: list[CompiledUnit] = []
-    taken: set[str] = set()
-    for unit in sorted(units, key=lambda unit: -len(unit.hashes)):
-        fits = all(wanted.get(name) == digest for name, digest in unit.hashes.items())
-        if fits and not taken & unit.hashes.keys():
-            chosen.append(unit)
-            taken |= unit.hashes.keys()
-    return chosen
+    """Kernels compiled in this call; the others were cached."""
 
 
 class _Compiler:
-    """Runs nvcc, several processes at once, and can stop them all."""
+    """Runs nvcc, several processes at once, and can stop them all.
 
-    def __init__(self, toolchain: Toolchain, generated: Path, build: Path) -> None:
-        self._toolchain = toolchain
-        self._generated = generated
-        self._objects = build / "objects"
-        self._logs = build / "logs"
+    nvcc passes file names to a shell. It runs inside a folder with a safe path, and gets names relative to that.
+    """
+
+    def __init__(self, toolchain: Toolchain, build: Path, scratch: Path) -> None:
+        self._build = build
+        self._scratch = scratch
+        toolkit = alias(scratch, "toolkit", toolchain.nvcc.parent.parent)
+        self._tools = toolchain
+        self._nvcc = toolkit / toolchain.nvcc.parent.name / toolchain.nvcc.name
+        self._host_compiler = alias(scratch, "host_compiler", toolchain.host_compiler)
+        self._includes = ["."]
+        for name, folder in (("cuda", CUDA_FOLDER), ("cutlass", toolchain.cutlass_include)):
+            if folder is not None:
+                (scratch / name).symlink_to(folder)
+                self._includes.append(f"../{name}")
         self._running: set[int] = set()
         self._lock = threading.Lock()
         self._cancelled = False
 
     def cancel(self) -> None:
-        """Kill every running nvcc with its children; whatever they were writing is removed by their own threads."""
+        """Kill every running nvcc with its children."""
         with self._lock:
             self._cancelled = True
             for pid in self._running:
@@ -185,119 +87,182 @@ class _Compiler:
 
         Returns:
             The cached object, or the failure of the unit (named after its first kernel).
+
+        Raises:
+            BuildError: if the reason is the machine, not the source.
+            OSError: if something cannot be written.
         """
         digest = hashlib.sha256("\n".join(hashes[config] for config in configs).encode()).hexdigest()[:32]
         stem = configs[0].name if len(configs) == 1 else f"unit_{digest}"
-        log = self._logs / f"{stem}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        self._objects.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self._objects, prefix=".compiling-") as scratch:
-            source = Path(scratch) / "unit.cu"  # a kernel's own name would make it include itself
-            write_if_changed(source, render_unit([source_name(config) for config in configs]))
-            output = Path(scratch) / "unit.o"
-            returncode, cpu_seconds, peak_bytes = self._run(source, output, log)
-            text = log.read_text(errors="replace")
-            serialised = [line for line in text.splitlines() if _SERIALISED in line]
-            if returncode != 0 or serialised:
-                return Failure(configs[0].name, log, _summary(text, serialised, returncode))
+        log = self._build / LOGS / f"{stem}.log"
+        folder = Path(tempfile.mkdtemp(prefix="unit-", dir=self._scratch))
+        try:
+            for config in configs:
+                (folder / source_name(config)).write_text(render_kernel(config))
+            (folder / "unit.cu").write_text(render_unit([source_name(config) for config in configs]))
+            returncode, text, cpu_seconds, peak_bytes = self._run(folder)
+            if failure := self._failure(configs, log, returncode, text):
+                return failure
+            write_log(log, text)
             unit = CompiledUnit(
-                self._objects / f"{digest}.o",
+                self._build / OBJECTS / f"{digest}.o",
+                file_digest(folder / "unit.o"),
                 {config.name: hashes[config] for config in configs},
                 cpu_seconds,
                 peak_bytes,
             )
-            output.replace(unit.path)
-        record = {"hashes": dict(unit.hashes), "cpu_seconds": round(cpu_seconds, 1), "peak_bytes": peak_bytes}
-        write_json(unit.path.with_suffix(".json"), record)
+            put_in_place(folder / "unit.o", unit.path)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        record = unit.path.with_suffix(".json")
+        if record.is_symlink() or record.is_dir():
+            remove(record)
+        write_json(record, unit.as_json(), mode=0o644)
         return unit
 
-    def _run(self, source: Path, output: Path, log: Path) -> tuple[int, float, int]:
-        """Run nvcc; give its exit code, CPU-seconds and the peak bytes of its largest process."""
-        tools = self._toolchain
-        command = [
-            *(str(tools.nvcc), *FLAGS, f"-ccbin={tools.host_compiler}"),
-            *(f"-I{folder}" for folder in (self._generated.resolve(), CUDA_FOLDER, tools.cutlass_include)),
-            *("-c", str(source), "-o", str(output)),
-        ]
-        environment = {**os.environ, "TMPDIR": str(source.parent)}
-        with log.open("w") as file:
-            with self._lock:
-                if self._cancelled:
-                    return -signal.SIGKILL, 0.0, 0
-                process = subprocess.Popen(  # noqa: S603
-                    command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-                )
-                self._running.add(process.pid)
-            _, status, usage = os.wait4(process.pid, 0)
-            with self._lock:
-                self._running.discard(process.pid)
-            process.returncode = os.waitstatus_to_exitcode(status)
-        return process.returncode, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+    def _run(self, folder: Path) -> tuple[int, str, float, int]:
+        """Run nvcc on a unit; return its exit code, output, CPU-seconds and the peak bytes of its largest process."""
+        includes = [f"-I{include}" for include in self._includes]
+        command = [str(self._nvcc), *FLAGS, f"-ccbin={self._host_compiler}", *includes]
+        command += ["-c", "unit.cu", "-o", "unit.o"]
+        environment = child_environment(**{"TMPDIR": str(folder), OWNER_VARIABLE: str(self._scratch)})
+        with self._lock:
+            if self._cancelled:
+                return -signal.SIGKILL, "", 0.0, 0
+            process = subprocess.Popen(  # noqa: S603
+                command,
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            self._running.add(process.pid)
+        with process.stdout or open(os.devnull, "rb") as output:  # noqa: PTH123
+            text = output.read().decode(errors="replace")
+        _, status, usage = os.wait4(process.pid, 0)
+        with self._lock:
+            self._running.discard(process.pid)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        return process.returncode, text, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+
+    def _failure(self, configs: Sequence[KernelConfig], log: Path, returncode: int, text: str) -> Failure | None:
+        """Return why a unit failed; None if it did not.
+
+        Raises:
+            BuildError: if the reason is the machine, not the source.
+        """
+        serialised = [line.strip() for line in text.splitlines() if _SERIALISED in line]
+        if returncode == 0 and not serialised:
+            return None
+        if self._cancelled:
+            return Failure(configs[0].name, log, "the build was stopped")
+        folders = (self._scratch, self._build)
+        if causes.is_full(text, folders):
+            raise BuildError(causes.describe_full(folders))
+        write_log(log, text)
+        if cause := causes.describe_environment(text, self._tools):
+            raise BuildError(f"{cause}\nThe compiler's output: {log}")
+        if causes.is_killed(returncode, text):
+            memory = COMPILE_COSTS[configs[0].target].unit_bytes / 1e9
+            summary = f"the compiler was killed (out of memory?): compiling it takes about {memory:.1f} GB"
+            return Failure(configs[0].name, log, summary, killed=True)
+        return Failure(configs[0].name, log, serialised[0] if serialised else causes.summarise(text, returncode))
 
 
-def _summary(text: str, serialised: Sequence[str], returncode: int) -> str:
-    """Give the one line of nvcc's output that tells most."""
-    errors = [line for line in text.splitlines() if "error" in line or "fatal" in line]
-    if returncode < 0:
-        return f"nvcc was killed by signal {-returncode} (out of memory?)"
-    return (list(serialised) + errors + [f"nvcc exited with {returncode}"])[0].strip()[:300]
+def write_log(log: Path, text: str) -> None:
+    """Write what a compiler printed, over anything that has the log's name."""
+    if log.is_symlink() or log.is_dir():
+        remove(log)
+    write_if_changed(log, text)
+
+
+def put_in_place(fresh: Path, path: Path) -> None:
+    """Move a file to its place in the build's folder, which may be on another disk; until then nothing has its name."""
+    if path.is_dir() and not path.is_symlink():
+        remove(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    try:
+        shutil.move(fresh, beside)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def compile_kernels(
-    configs: Iterable[KernelConfig],
-    toolchain: Toolchain,
-    generated: Path,
-    build: Path,
+    configs: Sequence[KernelConfig],
+    hashes: Mapping[KernelConfig, str],
+    compiler: _Compiler,
     jobs: int | None = None,
-    progress: Progress = lambda _done, _total, _name: None,
+    finished: Callable[[int, str], None] = lambda _done, _name: None,
 ) -> Compilation:
-    """Compile what is not compiled yet; a kernel that fails does not stop the others.
+    """Compile kernels; one that fails does not stop the others.
 
-    A unit that fails is compiled again kernel by kernel, so that the failing ones are known by name. An interruption
-    kills the compilers, leaves nothing half-written, and the next call goes on from the finished units.
+    A unit that fails is compiled again kernel by kernel, so that the failing ones are known by name. After a compiler
+    was killed, which happens when memory runs out, only one runs at a time. An interruption kills the compilers.
 
     Args:
-        configs: the kernels wanted; their sources lie in `generated`.
-        toolchain: the tools.
-        generated: folder of the emitted sources.
-        build: folder of objects and logs.
-        jobs: compilers at once; None takes the cores, and fewer where memory is short.
-        progress: told after every finished unit.
+        configs: the kernels to compile.
+        hashes: the content hash of each.
+        compiler: runs nvcc.
+        jobs: compilers at once; None takes the usable cores, and fewer if memory is short.
+        finished: called after every unit with the number of kernels that are done, and the name of one of them.
+
+    Raises:
+        BuildError: if the machine, not the source, keeps kernels from compiling.
+        OSError: if something cannot be written.
     """
-    hashes = kernel_hashes(configs, toolchain)
-    result = Compilation(units=find_units(build / "objects", hashes))
-    have = {name for unit in result.units for name in unit.hashes}
-    missing = [config for config in hashes if config.name not in have]
-    memory = float("inf") if jobs else 0.9 * psutil.virtual_memory().available
-    units, workers = plan_jobs(len(missing), jobs or os.cpu_count() or 1, memory)
-    if not missing:
-        return result
-    compiler = _Compiler(toolchain, generated, build)
-    pool = ThreadPoolExecutor(workers)
-    pending: dict[Future[CompiledUnit | Failure], tuple[KernelConfig, ...]] = {}
+    result = Compilation()
+    at_once = jobs or usable_cores()
+    memory = float("inf") if jobs else _MEMORY_SHARE * usable_memory()
+    queue = deque(plan_units(configs, at_once, memory))
+    running: dict[Future[CompiledUnit | Failure], tuple[KernelConfig, ...]] = {}
 
-    def submit(part: tuple[KernelConfig, ...]) -> None:
-        pending[pool.submit(compiler.compile, part, hashes)] = part
+    def fits(part: Sequence[KernelConfig]) -> bool:
+        taken = sum(_peak_bytes(other) for other in running.values())
+        return not running or (len(running) < at_once and taken + _peak_bytes(part) <= memory)
 
+    pool = ThreadPoolExecutor(max(1, min(at_once, len(configs))))
     try:
-        for part in split_evenly(missing, units):
-            submit(part)
-        while pending:
-            for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                part, outcome = pending.pop(future), future.result()
-                if isinstance(outcome, Failure) and len(part) > 1:
-                    for config in part:
-                        submit((config,))
+        while queue or running:
+            while queue and fits(queue[0]):
+                part = queue.popleft()
+                running[pool.submit(compiler.compile, part, hashes)] = part
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                part, outcome = running.pop(future), future.result()
+                if isinstance(outcome, Failure) and (len(part) > 1 or (outcome.killed and at_once > 1)):
+                    at_once = 1 if outcome.killed else at_once
+                    queue.extend((config,) for config in part)
                     continue
                 if isinstance(outcome, Failure):
                     result.failures.append(outcome)
                 else:
                     result.units.append(outcome)
                     result.compiled += len(part)
-                progress(result.compiled + len(result.failures), len(missing), part[-1].name)
+                finished(result.compiled + len(result.failures), part[-1].name)
     except BaseException:
         compiler.cancel()
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     return result
+
+
+def _peak_bytes(part: Sequence[KernelConfig]) -> float:
+    return COMPILE_COSTS[part[0].target].peak_bytes(len(part))
+
+
+def describe_failures(failures: Sequence[Failure]) -> str:
+    """Name every kernel that failed, why, and one log; kernels that failed for one reason share a line."""
+    by_reason: dict[str, list[Failure]] = {}
+    for failure in failures:
+        by_reason.setdefault(failure.summary.replace(failure.name, "KERNEL"), []).append(failure)
+    lines = [f"{len(failures)} kernels failed to compile:"]
+    for alike in by_reason.values():
+        first = alike[0]
+        lines += [f"  {first.name}: {first.summary}", f"    log: {first.log}"]
+        if len(alike) > 1:
+            lines.append(f"    {len(alike) - 1} others for the same reason: " + ", ".join(f.name for f in alike[1:]))
+    return "\n".join(lines)

@@ -6,13 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from w4a16gen.files import write_if_changed, write_json
+from w4a16gen.errors import InvalidValueError, NotBuiltError
+from w4a16gen.files import read_sealed, remove_abandoned, seal, write_if_changed, write_json
 from w4a16gen.kernels.config import KernelConfig
 from w4a16gen.kernels.render import render_kernel, source_name
-from w4a16gen.runtime.artifact import MANIFEST
+from w4a16gen.runtime.artifact import MANIFEST, read_manifest
 
 SOURCES_SCHEMA = "w4a16gen.sources/1"
-"""What the manifest of a folder of sources says of itself."""
+"""Schema of the manifest of a folder of sources: its kind, and the version of its fields."""
 
 
 @dataclass(frozen=True)
@@ -22,31 +23,60 @@ class Emission:
     paths: tuple[Path, ...]
     written: tuple[Path, ...]
     stale: tuple[Path, ...]
+    """Sources of earlier calls that this call did not ask for, and that were not removed."""
     removed: tuple[Path, ...]
 
 
 def emit(configs: Iterable[KernelConfig], folder: Path, *, remove_stale: bool = False) -> Emission:
     """Write one source per configuration and a manifest into a folder.
 
-    Files that hold the right text already are not touched. Kernel sources of other configurations stay, unless
-    `remove_stale`; the manifest names this call's configurations only. Files that are not kernel sources are never
-    removed.
+    Files that have the right text already are not touched. Only files that an earlier call wrote, as the manifest
+    lists them, are ever removed.
+
+    Args:
+        configs: the kernels.
+        folder: where to write.
+        remove_stale: remove sources of earlier calls that this call does not ask for.
 
     Raises:
+        InvalidValueError: if the folder contains a build.
         OSError: if the folder cannot be made or written.
     """
     wanted = sorted(set(configs))
+    manifest = folder / MANIFEST
+    if _is_build(folder):
+        raise InvalidValueError(f"{folder} contains a build, whose manifest must stay: choose another --output")
     paths = tuple(folder / source_name(config) for config in wanted)
+    earlier = _listed(manifest)
+    stale = tuple(sorted(path for name in earlier if (path := folder / name).is_file() and path not in paths))
+    remove_abandoned(folder)
     written = [
         path for config, path in zip(wanted, paths, strict=True) if write_if_changed(path, render_kernel(config))
     ]
-    manifest = folder / MANIFEST
-    if write_json(manifest, {"schema": SOURCES_SCHEMA, "kernels": [config.as_json() for config in wanted]}):
-        written.append(manifest)
-    stale = tuple(sorted(set(folder.glob("w4a16_sm90_*.cu")) - set(paths)))
     removed: tuple[Path, ...] = ()
     if remove_stale:
         for path in stale:
-            path.unlink()
+            path.unlink(missing_ok=True)
         stale, removed = (), stale
+    listed = {"kernels": [config.as_json() for config in wanted], "stale": [path.name for path in stale]}
+    if write_json(manifest, seal({"schema": SOURCES_SCHEMA, **listed})):
+        written.append(manifest)
     return Emission(paths, tuple(written), stale, removed)
+
+
+def _is_build(folder: Path) -> bool:
+    try:
+        read_manifest(folder)
+    except NotBuiltError:
+        return False
+    return True
+
+
+def _listed(manifest: Path) -> set[str]:
+    """Return the names of the files that earlier calls wrote; none if the manifest is missing or damaged."""
+    try:
+        value = read_sealed(manifest, SOURCES_SCHEMA)
+        names = {source_name(KernelConfig.parse(kernel["name"])) for kernel in value["kernels"]}
+        return names | {source_name(KernelConfig.parse(Path(name).stem)) for name in value["stale"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()

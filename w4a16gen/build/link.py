@@ -1,116 +1,269 @@
-"""From objects to a build: CMake, the linker, and the manifest."""
+"""From objects to a kernel library and a module: CMake in a fresh folder, and a trial load in a child process."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pybind11
 
-from w4a16gen.build.compile import CUDA_FOLDER, CompiledUnit, Failure
-from w4a16gen.build.toolchain import Toolchain, cutlass_version, describe_compiler
-from w4a16gen.errors import BuildError, NotBuiltError
-from w4a16gen.files import file_digest, write_if_changed, write_json
+from w4a16gen.build import causes
+from w4a16gen.build.compile import put_in_place, write_log
+from w4a16gen.build.headers import CUDA_FOLDER, headers_of
+from w4a16gen.build.limits import usable_cores
+from w4a16gen.build.scratch import LOGS, OBJECTS, OWNER_VARIABLE, alias
+from w4a16gen.build.toolchain import Toolchain, child_environment, compiler_identity
+from w4a16gen.build.units import CompiledUnit
+from w4a16gen.errors import BuildError
+from w4a16gen.files import file_digest, has_digest, read_sealed, remove, seal, write_if_changed, write_json
 from w4a16gen.kernels.config import KernelConfig
 from w4a16gen.kernels.render import render_registry
-from w4a16gen.runtime.artifact import LIBRARY, MANIFEST, MODULE, Build, BuiltKernel, Manifest, load_build
+from w4a16gen.runtime.artifact import LIBRARIES_PREFIX, LIBRARY, MODULE
 
-_LINK_SOURCES = ("CMakeLists.txt", "w4a16.h", "library/*", "python/*")
-
-
-def _link(
-    units: Sequence[CompiledUnit],
-    asked: Sequence[KernelConfig],
-    toolchain: Toolchain,
-    folder: Path,
-    failures: Sequence[Failure],
-) -> Build:
-    """Link the units and the module with CMake, unless the same link is there already; write the manifest last."""
-    units = sorted(units, key=lambda unit: unit.path.name)
-    linked = [config for config in asked if any(config.name in unit.hashes for unit in units)]
-    registry = folder / "registry.cpp"
-    write_if_changed(registry, render_registry(linked))
-    digest = _link_digest(units, registry, toolchain)
-    try:
-        current = load_build(folder)
-        done = current.manifest.link_digest == digest
-    except NotBuiltError:
-        done = False
-    if not done:
-        (folder / MANIFEST).unlink(missing_ok=True)  # from here on until the new manifest there is no build
-        _run_cmake(units, registry, toolchain, folder)
-    manifest = Manifest(
-        compiler=describe_compiler(toolchain),
-        cutlass=cutlass_version(toolchain.cutlass_include),
-        link_digest=digest,
-        library_sha256=file_digest(folder / "lib" / LIBRARY),
-        asked=tuple(config.name for config in asked),
-        failed=tuple(failure.name for failure in failures),
-        kernels=tuple(_built_kernel(config, units) for config in linked),
-    )
-    write_json(folder / MANIFEST, manifest.as_json())
-    return Build(folder, manifest)
+STEPS = ("linking", "trial load")
+"""Steps of a link, for progress."""
+MODULE_SCHEMA = "w4a16gen.module/1"
+_LOAD_CHECK = Path(__file__).with_name("load_check.py")
+_LOAD_SECONDS = 300
+_SHOWN_LINES = 8
+_ERROR_WORDS = ("error", "undefined reference", "could not find", "fatal", "not found", "no such file")
 
 
-def _built_kernel(config: KernelConfig, units: Sequence[CompiledUnit]) -> BuiltKernel:
-    """Describe a linked kernel: its hash, and what compiling its unit cost in equal shares."""
-    unit = next(unit for unit in units if config.name in unit.hashes)
-    return BuiltKernel(
-        config=config,
-        content_hash=unit.hashes[config.name],
-        unit_kernels=len(unit.hashes),
-        compile_cpu_seconds=round(unit.cpu_seconds / len(unit.hashes), 1),
-        compile_peak_bytes=unit.peak_bytes,
-    )
+@dataclass(frozen=True)
+class Link:
+    """What is to be linked."""
+
+    units: Sequence[CompiledUnit]
+    configs: Sequence[KernelConfig]
+    """The kernels in the units, sorted."""
+    toolchain: Toolchain
+
+    @cached_property
+    def registry(self) -> str:
+        """The source of the library's table of kernels."""
+        return render_registry(self.configs)
+
+    @cached_property
+    def module_digest(self) -> str:
+        """Hash of everything that the module is made of."""
+        return _digest([*self._shared_parts(), *_source_parts("module.cpp"), pybind11.__version__, MODULE, sys.version])
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of everything that the library and the module are made of."""
+        objects = sorted(unit.sha256 for unit in self.units)
+        parts = [*self._shared_parts(), *_source_parts("library.cpp"), self.module_digest, self.registry, *objects]
+        return _digest(parts)
+
+    def _shared_parts(self) -> list[str]:
+        files = [CUDA_FOLDER / "CMakeLists.txt", *sorted(CUDA_FOLDER.rglob("*.map")), self.toolchain.cudart]
+        return [compiler_identity(self.toolchain), *map(file_digest, files)]
 
 
-def _link_digest(units: Sequence[CompiledUnit], registry: Path, toolchain: Toolchain) -> str:
-    """Give the hash of all that the library and the module are made of."""
-    parts = [unit.path.name for unit in units]
-    sources = [path for pattern in _LINK_SOURCES for path in sorted(CUDA_FOLDER.glob(pattern))]
-    parts += [file_digest(path) for path in (registry, *sources)]
-    parts += [describe_compiler(toolchain), pybind11.__version__, MODULE]
+@dataclass(frozen=True)
+class LinkedPair:
+    """A library and a module that a child process has loaded together."""
+
+    folder: str
+    """Name of their folder, in the build's folder."""
+    library_sha256: str
+    module_sha256: str
+
+
+def _digest(parts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _run_cmake(units: Sequence[CompiledUnit], registry: Path, toolchain: Toolchain, folder: Path) -> None:
-    """Configure and build the two targets, then put copies into place.
+def _source_parts(name: str) -> list[str]:
+    """Return digests of a source of the link and of the headers that it includes."""
+    sources = sorted(CUDA_FOLDER.rglob(name))
+    paths = [path for source in sources for path in (source, *headers_of(source.read_text(), source.parent).own)]
+    return [f"{path.relative_to(CUDA_FOLDER)} {file_digest(path)}" for path in paths]
 
-    The CMake tree stays, so that other kernels are linked without compiling the module again.
+
+def link(what: Link, build: Path, scratch: Path, report: Callable[[str], None]) -> LinkedPair:
+    """Link the library and the module, load them in a child process, and put them into the build's folder.
+
+    A failure costs one more try, in a fresh folder and without the cached module. The build that was there before stays
+    as it is: the pair gets a folder of its own.
+
+    Args:
+        what: the objects and the tools.
+        build: the build's folder.
+        scratch: an empty folder with a safe path.
+        report: called with the name of each step of `STEPS` that is done.
+
+    Raises:
+        BuildError: if linking fails twice, or what was linked cannot be loaded or contains other kernels; the text
+            names the log.
+        OSError: if something cannot be written.
+    """
+    log = build / LOGS / "link.log"
+    failure: BuildError | None = None
+    for attempt, cached_module in enumerate((_cached_module(what, build), None)):
+        folder = scratch / f"link-{attempt}"
+        try:
+            library, module = _run_cmake(what, build, folder, log, cached_module)
+            report(STEPS[0])
+            _check_load(library, module, what.configs, log)
+            report(STEPS[1])
+        except BuildError as error:
+            failure = failure or error
+            continue
+        finally:
+            if failure is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+        if cached_module is None:
+            _cache_module(what, build, module)
+        return _install(library, module, build, scratch)
+    raise failure or BuildError("linking failed")
+
+
+def _cached_module(what: Link, build: Path) -> Path | None:
+    """Return the module that was made of the same parts before, if it is undamaged."""
+    path = build / OBJECTS / f"{what.module_digest[:32]}.so"
+    try:
+        digest = read_sealed(path.with_suffix(".json"), MODULE_SCHEMA)["module_sha256"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return path if has_digest(path, digest) else None
+
+
+def _cache_module(what: Link, build: Path, module: Path) -> None:
+    path = build / OBJECTS / f"{what.module_digest[:32]}.so"
+    copy = module.with_suffix(".copy")
+    shutil.copyfile(module, copy)
+    put_in_place(copy, path)
+    record = path.with_suffix(".json")
+    if record.is_dir() or record.is_symlink():
+        remove(record)
+    write_json(record, seal({"schema": MODULE_SCHEMA, "module_sha256": file_digest(path)}), mode=0o644)
+
+
+def _definitions(what: Link, build: Path, folder: Path) -> Mapping[str, object]:
+    """Return CMake's variables; every path among them is safe."""
+    tools = what.toolchain
+    objects = alias(folder, "objects", build.resolve() / OBJECTS)
+    pybind = alias(folder, "pybind11", Path(pybind11.__file__).resolve().parent)
+    return {
+        "CMAKE_BUILD_TYPE": "Release",
+        "CMAKE_CXX_COMPILER": alias(folder, "compiler", tools.host_compiler),
+        "CMAKE_MAKE_PROGRAM": alias(folder, "ninja", tools.ninja),
+        "CMAKE_SUPPRESS_REGENERATION": "ON",  # the folder is fresh; a clock that was moved back would make Ninja loop
+        "Python_EXECUTABLE": alias(folder, "python", Path(sys.executable)),
+        "pybind11_DIR": pybind / Path(pybind11.get_cmake_dir()).relative_to(Path(pybind11.__file__).parent),
+        "W4A16_KERNEL_OBJECTS": ";".join(str(objects / unit.path.name) for unit in what.units),
+        "W4A16_REGISTRY": folder / "registry.cpp",
+        "W4A16_CUDA_INCLUDE": alias(folder, "cuda_include", tools.cuda_include),
+        "W4A16_CUDART": alias(folder, "libcudart_static.a", tools.cudart),
+    }
+
+
+def _run_cmake(what: Link, build: Path, folder: Path, log: Path, cached_module: Path | None) -> tuple[Path, Path]:
+    """Configure and build in a fresh folder, from copies of the sources; return the library and the module.
 
     Raises:
         BuildError: if CMake or the linker fails; the text names the log.
     """
-    key = f"{describe_compiler(toolchain)} {toolchain} {sys.executable} {pybind11.__version__}"
-    tree = folder / f"cmake-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    definitions = {
-        "CMAKE_BUILD_TYPE": "Release",
-        "CMAKE_CXX_COMPILER": toolchain.host_compiler,
-        "CMAKE_MAKE_PROGRAM": toolchain.ninja,
-        "Python_EXECUTABLE": sys.executable,
-        "pybind11_DIR": pybind11.get_cmake_dir(),
-        "W4A16_KERNEL_OBJECTS": ";".join(str(unit.path.resolve()) for unit in units),
-        "W4A16_REGISTRY": registry.resolve(),
-        "W4A16_CUDA_INCLUDE": toolchain.cuda_include,
-        "W4A16_CUDART": toolchain.cudart,
-    }
-    cmake = str(toolchain.cmake)
-    configure = [cmake, "-S", str(CUDA_FOLDER), "-B", str(tree), "-G", "Ninja"]
-    configure += [f"-D{name}={value}" for name, value in definitions.items()]
-    log = folder / "logs" / "link.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as file:
-        for command in (configure, [cmake, "--build", str(tree)]):
-            finished = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)  # noqa: S603
-            if finished.returncode != 0:
-                tail = "\n".join(log.read_text(errors="replace").splitlines()[-8:])
-                raise BuildError(f"linking failed, log in {log}:\n{tail}")
-    (folder / "lib").mkdir(exist_ok=True)
-    for name in (LIBRARY, MODULE):
-        copy = folder / "lib" / f".{name}.new"
-        shutil.copyfile(tree / name, copy)
-        copy.replace(folder / "lib" / name)  # a process that has the old file open keeps it
+    shutil.copytree(CUDA_FOLDER, folder / "source", ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    write_if_changed(folder / "registry.cpp", what.registry)
+    tree = folder / "tree"
+    cmake = str(what.toolchain.cmake)
+    configure = [cmake, "-S", str(folder / "source"), "-B", str(tree), "-G", "Ninja"]
+    configure += [f"-D{name}={value}" for name, value in _definitions(what, build, folder).items()]
+    targets = ["w4a16_kernels"] if cached_module else ["w4a16_kernels", "_w4a16"]
+    printed = ""
+    for command in (configure, [cmake, "--build", str(tree), "-j", str(usable_cores()), "--target", *targets]):
+        returncode, text = _run(command, folder)
+        printed += text
+        if returncode != 0:
+            _fail(what.toolchain, build, folder, log, printed)
+    write_log(log, printed)
+    return tree / LIBRARY, cached_module or tree / MODULE
+
+
+def _run(command: Sequence[str], folder: Path) -> tuple[int, str]:
+    """Run a program; if this process is interrupted, end it with all of its children."""
+    environment = child_environment(**{"TMPDIR": str(folder), OWNER_VARIABLE: str(folder.parent)})
+    with subprocess.Popen(  # noqa: S603
+        command,
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return process.returncode, output.decode(errors="replace")
+
+
+def _fail(tools: Toolchain, build: Path, folder: Path, log: Path, text: str) -> None:
+    """Raise the error of a failed link."""
+    folders = (folder, build)
+    if causes.is_full(text, folders):
+        raise BuildError(causes.describe_full(folders))
+    write_log(log, text)
+    if cause := causes.describe_environment(text, tools):
+        raise BuildError(f"{cause}\nThe output of CMake: {log}")
+    lines = text.splitlines()
+    telling = [line for line in lines if any(word in line.lower() for word in _ERROR_WORDS)] or lines
+    raise BuildError(f"linking failed, log: {log}\n" + "\n".join(telling[:_SHOWN_LINES]))
+
+
+def _check_load(library: Path, module: Path, configs: Sequence[KernelConfig], log: Path) -> None:
+    """Load the pair in a child process, and compare its kernels with those that were linked.
+
+    Raises:
+        BuildError: if it cannot be loaded, or contains other kernels.
+    """
+    command = [sys.executable, "-I", str(_LOAD_CHECK), str(module), str(library)]
+    try:
+        done = subprocess.run(  # noqa: S603
+            command, capture_output=True, text=True, errors="replace", check=False, timeout=_LOAD_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise BuildError(f"the linked library did not load within {_LOAD_SECONDS} s, log: {log}") from None
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        raise BuildError(f"the linked library ends the process that loads it ({name}), log: {log}")
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise BuildError(f"the linked library cannot be loaded ({reason}), log: {log}")
+    found, expected = json.loads(done.stdout), [config.name for config in configs]
+    if sorted(found) != sorted(expected):
+        differing = sorted(set(found) ^ set(expected))[:3] or ["one of them twice"]
+        raise BuildError(f"the linked library contains other kernels than its objects: {', '.join(differing)}")
+
+
+def _install(library: Path, module: Path, build: Path, scratch: Path) -> LinkedPair:
+    """Put the pair into a folder of the build that is named by its contents."""
+    digests = file_digest(library), file_digest(module)
+    name = LIBRARIES_PREFIX + _digest(digests)[:16]
+    if has_digest(build / name / LIBRARY, digests[0]) and has_digest(build / name / MODULE, digests[1]):
+        return LinkedPair(name, *digests)
+    fresh = scratch / name
+    fresh.mkdir(0o755)
+    for source, target in ((library, fresh / LIBRARY), (module, fresh / MODULE)):
+        write_if_changed(target, source.read_bytes(), mode=0o755)
+    remove(build / name)
+    if fresh.stat().st_dev == build.stat().st_dev:
+        fresh.rename(build / name)
+    else:
+        beside = build / f"{scratch.name}-libraries"
+        shutil.copytree(fresh, beside)
+        beside.rename(build / name)
+    return LinkedPair(name, *digests)

@@ -1,29 +1,36 @@
-"""Where the compiler, its parts, CMake and CUTLASS are, or what to install."""
+"""Where the compiler, its parts, CMake and CUTLASS are, and the environment that they run in."""
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from cuda.pathfinder import (  # type: ignore[import-untyped]
-    find_nvidia_binary_utility,
-    find_nvidia_header_directory,
-)
-
+from w4a16gen.build.install import INSTALL_COMPILER, install_cuda, pip_install
 from w4a16gen.errors import MissingToolError
 
-INSTALL_CUDA = "pip install 'w4a16gen[cuda]'"
 MIN_NVCC = (13, 0)
 """Oldest nvcc that the kernels have been compiled and proven with."""
-_CUDA_WHEELS = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-runtime")
+MIN_CMAKE = (3, 25)
+IGNORED_VARIABLES = (
+    *("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "OBJC_INCLUDE_PATH", "LIBRARY_PATH", "LD_RUN_PATH"),
+    *("CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CUDAFLAGS", "CC", "CXX", "CUDACXX", "CUDAHOSTCXX"),
+    *("NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS", "NVCC_CCBIN", "CUDA_INC_PATH", "CUDA_LIB_PATH"),
+    *("DEPENDENCIES_OUTPUT", "SUNPRO_DEPENDENCIES", "GCC_COMPARE_DEBUG", "DESTDIR", "VERBOSE", "MAKEFLAGS"),
+)
+"""Variables that compilers and CMake honour and that a build does not pass on: its result must not depend on them."""
+_IGNORED_PREFIXES = ("CMAKE_", "NINJA_")
+_HASHED_VARIABLES = ("COMPILER_PATH", "GCC_EXEC_PREFIX", "GCC_ROOT")
+"""Variables that select parts of the host compiler. They are passed on, and they are part of every content hash."""
 
 
 @dataclass(frozen=True)
@@ -33,59 +40,91 @@ class Toolchain:
     nvcc: Path
     cuda_include: Path
     cudart: Path
-    cutlass_include: Path
+    cutlass_include: Path | None
+    """CUTLASS's headers; only kernels that include them need them."""
     host_compiler: Path
     cmake: Path
     ninja: Path
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line of `doctor`: what was looked for, what was found, and the command that mends it."""
-
-    subject: str
-    ok: bool
-    detail: str
-    fix: str = ""
-
-    def as_json(self) -> dict[str, object]:
-        """Give the object that `doctor --json` prints."""
-        return {"subject": self.subject, "ok": self.ok, "detail": self.detail, "fix": self.fix}
+def child_environment(**extra: str) -> dict[str, str]:
+    """Return the environment of a compiler: this process's, without the variables that would change its result."""
+    ignored = {*IGNORED_VARIABLES, *(name for name in os.environ if name.startswith(_IGNORED_PREFIXES))}
+    kept = {name: value for name, value in os.environ.items() if name not in ignored}
+    return {**kept, "LC_ALL": "C", **extra}
 
 
 def _binary(name: str) -> Path | None:
     """Find a CUDA program: in the CUDA wheels, conda or CUDA_HOME, then on PATH."""
+    from cuda.pathfinder import find_nvidia_binary_utility  # type: ignore[import-untyped]  # noqa: PLC0415 - 80 ms
+
     found = find_nvidia_binary_utility(name) or shutil.which(name)
     return Path(found).absolute() if found else None
 
 
-def _script(name: str) -> Path | None:
-    """Find a program that a Python package installed beside this interpreter, or that PATH holds."""
-    beside = Path(sys.executable).parent / name
-    found = str(beside) if beside.is_file() else shutil.which(name)
+def find_packaged(name: str, folder_attribute: str) -> Path | None:
+    """Find a program of a Python package: where the package says, beside the interpreter, or on PATH.
+
+    Args:
+        name: of the package and of the program.
+        folder_attribute: of the package's attribute that names the folder of its programs.
+    """
+    folders = [Path(sys.executable).parent]
+    if importlib.util.find_spec(name) is not None:
+        package: Any = importlib.import_module(name)
+        folders.insert(0, Path(getattr(package, folder_attribute, folders[0])))
+    path = os.pathsep.join([*map(str, folders), os.environ.get("PATH", os.defpath)])
+    found = shutil.which(name, path=path)
     return Path(found).absolute() if found else None
 
 
+def _overridden(variable: str) -> Path | None:
+    """Return the program that a variable names.
+
+    Raises:
+        MissingToolError: if it is not an executable file.
+    """
+    override = os.environ.get(variable)
+    if override is None:
+        return None
+    path = Path(override)
+    if not path.is_file() or not os.access(path, os.X_OK):
+        raise MissingToolError(f"{variable}={override} is not an executable file: unset it, or name a program")
+    return path.absolute()
+
+
+def find_cmake() -> Path | None:
+    """Find CMake; W4A16GEN_CMAKE overrides the search.
+
+    Raises:
+        MissingToolError: if W4A16GEN_CMAKE is not an executable file.
+    """
+    return _overridden("W4A16GEN_CMAKE") or find_packaged("cmake", "CMAKE_BIN_DIR")
+
+
+def find_ninja() -> Path | None:
+    """Find Ninja."""
+    return find_packaged("ninja", "BIN_DIR")
+
+
 def require(name: str, found: Path | None, fix: str) -> Path:
-    """Give the path, or raise the error that says how to get the tool.
+    """Return the path, or raise the error that says how to get the tool.
 
     Raises:
         MissingToolError: if there is none.
     """
     if found is None:
-        raise MissingToolError(f"{name} was not found: {fix} (`w4a16gen doctor` shows all that is missing)")
+        raise MissingToolError(f"{name} was not found. Fix: {fix} (`w4a16gen doctor` shows everything that is missing)")
     return found
 
 
 def find_nvcc() -> Path | None:
-    """Find nvcc; W4A16GEN_NVCC overrides the search."""
-    override = os.environ.get("W4A16GEN_NVCC")
-    if override is not None:
-        path = Path(override)
-        if not path.is_file():
-            raise MissingToolError(f"W4A16GEN_NVCC={override} is not a file: unset it or name an nvcc")
-        return path.absolute()
-    return _binary("nvcc")
+    """Find nvcc; W4A16GEN_NVCC overrides the search.
+
+    Raises:
+        MissingToolError: if W4A16GEN_NVCC is not an executable file.
+    """
+    return _overridden("W4A16GEN_NVCC") or _binary("nvcc")
 
 
 def find_cutlass() -> Path | None:
@@ -95,7 +134,7 @@ def find_cutlass() -> Path | None:
     """
     override = os.environ.get("W4A16GEN_CUTLASS")
     if override is not None:
-        folder = Path(override)
+        folder = Path(override).absolute()
     else:
         spec = importlib.util.find_spec("cutlass_library")
         if spec is None or spec.origin is None:
@@ -104,10 +143,44 @@ def find_cutlass() -> Path | None:
     return folder if (folder / "cutlass" / "cutlass.h").is_file() else None
 
 
-def find_host_compiler() -> Path | None:
-    """Find the C++ compiler; CXX overrides the search."""
-    found = shutil.which(os.environ.get("CXX") or "g++")
-    return Path(found) if found else None
+def newest_supported_gcc(cuda_include: Path) -> int | None:
+    """Return the newest major version of gcc that nvcc's headers accept, or None if they do not say."""
+    header = cuda_include / "crt" / "host_config.h"
+    match = re.search(r"#if __GNUC__ > (\d+)", header.read_text(errors="replace")) if header.is_file() else None
+    return int(match[1]) if match else None
+
+
+def gcc_major(compiler: Path) -> int | None:
+    """Return a g++'s major version, or None if it is no g++."""
+    lines = program_version(compiler).splitlines()
+    match = re.search(r"(?:g\+\+|gcc|GCC)\S* .*?(\d+)\.\d+\.\d+", lines[0]) if lines else None
+    return int(match[1]) if match else None
+
+
+def find_host_compiler(cuda_include: Path | None = None) -> Path | None:
+    """Find the C++ compiler. CXX overrides the search.
+
+    The system's g++ is taken, or if nvcc does not support a g++ as new, the newest one on PATH that it supports.
+
+    Args:
+        cuda_include: nvcc's headers, which state what it supports; None takes any g++.
+
+    Raises:
+        MissingToolError: if CXX does not name a program.
+    """
+    override = os.environ.get("CXX")
+    if override:
+        found = shutil.which(override)
+        if found is None:
+            words = "; it must be one program, without arguments" if len(shlex.split(override)) > 1 else ""
+            raise MissingToolError(f"CXX={override} is not a program{words}: unset CXX, or set it to a g++")
+        return Path(found).absolute()
+    found = shutil.which("g++")
+    limit = newest_supported_gcc(cuda_include) if cuda_include else None
+    if limit is not None and (found is None or (gcc_major(Path(found)) or 0) > limit):
+        older = (shutil.which(f"g++-{major}") for major in range(limit, 8, -1))
+        found = next((path for path in older if path), found)
+    return Path(found).absolute() if found else None
 
 
 def find_cuda_include(nvcc: Path) -> Path | None:
@@ -115,6 +188,8 @@ def find_cuda_include(nvcc: Path) -> Path | None:
     for root in (nvcc.resolve().parent.parent, nvcc.parent.parent):
         if (root / "include" / "cuda_runtime_api.h").is_file():
             return root / "include"
+    from cuda.pathfinder import find_nvidia_header_directory  # noqa: PLC0415 - 80 ms
+
     header = find_nvidia_header_directory("cudart")
     return Path(header) if header else None
 
@@ -133,105 +208,85 @@ def find_cuobjdump() -> Path | None:
     return _binary("cuobjdump")
 
 
+def require_cuobjdump() -> Path:
+    """Return cuobjdump.
+
+    Raises:
+        MissingToolError: if it is not installed.
+    """
+    return require("cuobjdump", find_cuobjdump(), install_cuda())
+
+
 @cache
 def program_version(program: Path) -> str:
-    """Give what a program prints for --version."""
-    result = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)  # noqa: S603
+    """Return what a program prints for --version; nothing if it cannot be run."""
+    try:
+        result = subprocess.run(  # noqa: S603
+            [program, "--version"],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            env=child_environment(),
+        )
+    except OSError:
+        return ""
     return result.stdout + result.stderr
 
 
 def nvcc_version(nvcc: Path) -> tuple[int, int] | None:
-    """Give nvcc's release as (major, minor), or None if it does not tell."""
+    """Return nvcc's release as (major, minor), or None if it does not tell."""
     match = re.search(r"release (\d+)\.(\d+)", program_version(nvcc))
     return (int(match[1]), int(match[2])) if match else None
 
 
+def cuda_version(include: Path) -> tuple[int, int]:
+    """Return the release of the CUDA runtime as (major, minor), from its headers; (0, 0) if they do not tell."""
+    text = (include / "cuda_runtime_api.h").read_text(errors="replace")
+    match = re.search(r"#define CUDART_VERSION\s+(\d+)", text)
+    return (int(match[1]) // 1000, int(match[1]) % 1000 // 10) if match else (0, 0)
+
+
 def describe_compiler(toolchain: Toolchain) -> str:
-    """Give the versions of nvcc and the host compiler, for content hashes and reports."""
+    """Return the versions of nvcc and the host compiler, for content hashes and reports."""
     nvcc = program_version(toolchain.nvcc).strip().splitlines()
     host = program_version(toolchain.host_compiler).strip().splitlines()
     return f"{nvcc[-1] if nvcc else 'nvcc'}; {host[0] if host else 'host compiler'}"
 
 
+def compiler_identity(toolchain: Toolchain) -> str:
+    """Return what identifies the compilers in content hashes: versions, and variables that select their parts."""
+    variables = (f"{name}={os.environ[name]}" for name in _HASHED_VARIABLES if name in os.environ)
+    return "\n".join([describe_compiler(toolchain), *variables])
+
+
 def cutlass_version(include: Path) -> str:
-    """Give CUTLASS's version from its headers."""
+    """Return CUTLASS's version from its headers."""
     text = (include / "cutlass" / "version.h").read_text()
     parts = [re.search(rf"#define CUTLASS_{part} (\d+)", text) for part in ("MAJOR", "MINOR", "PATCH")]
     return ".".join(match[1] if match else "?" for match in parts)
 
 
 def find_toolchain() -> Toolchain:
-    """Find every tool of a build.
+    """Find every tool of a build. CUTLASS may be missing: see `Toolchain.cutlass_include`.
 
     Raises:
-        MissingToolError: naming the first tool that is not there and the command that installs it.
+        MissingToolError: naming the first tool that is missing and the command that installs it.
     """
-    nvcc = require("nvcc", find_nvcc(), INSTALL_CUDA)
+    nvcc = require("nvcc", find_nvcc(), install_cuda())
     version = nvcc_version(nvcc)
     if version is None or version < MIN_NVCC:
+        release = f"release {version[0]}.{version[1]}" if version else "no nvcc that tells its release"
         raise MissingToolError(
-            f"{nvcc} is release {version and '.'.join(map(str, version))}; {MIN_NVCC[0]}.{MIN_NVCC[1]} or newer is "
-            f"needed: {INSTALL_CUDA}"
+            f"{nvcc} is {release}; {MIN_NVCC[0]}.{MIN_NVCC[1]} or newer is needed. Fix: {install_cuda()}"
         )
-    include = require("cuda_runtime_api.h", find_cuda_include(nvcc), INSTALL_CUDA)
+    include = require("cuda_runtime_api.h", find_cuda_include(nvcc), install_cuda())
     return Toolchain(
         nvcc=nvcc,
         cuda_include=include,
-        cudart=require("libcudart_static.a", find_cudart(include), INSTALL_CUDA),
-        cutlass_include=require("CUTLASS's headers", find_cutlass(), "pip install nvidia-cutlass==4.2.0.0"),
-        host_compiler=require("g++", find_host_compiler(), "install g++ with the system's package manager"),
-        cmake=require("cmake", _script("cmake"), "pip install cmake"),
-        ninja=require("ninja", _script("ninja"), "pip install ninja"),
+        cudart=require("libcudart_static.a", find_cudart(include), install_cuda()),
+        cutlass_include=find_cutlass(),
+        host_compiler=require("g++", find_host_compiler(include), INSTALL_COMPILER),
+        cmake=require("cmake", find_cmake(), pip_install("cmake")),
+        ninja=require("ninja", find_ninja(), pip_install("ninja")),
     )
-
-
-def _wheel_releases() -> Finding:
-    """Check that the CUDA wheels, where they are used, are of one release."""
-    versions = {}
-    for wheel in _CUDA_WHEELS:
-        try:
-            versions[wheel] = importlib.metadata.version(wheel)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    releases = {".".join(version.split(".")[:2]) for version in versions.values()}
-    detail = ", ".join(f"{wheel} {version}" for wheel, version in versions.items()) or "no CUDA wheels installed"
-    mixed = len(releases) > 1
-    return Finding(
-        "CUDA wheels of one release", not mixed, detail, f"{INSTALL_CUDA} --force-reinstall" if mixed else ""
-    )
-
-
-def diagnose() -> list[Finding]:
-    """Look for everything that a build needs; never raises."""
-    findings = [_found("host compiler", find_host_compiler(), "install g++ with the system's package manager")]
-    try:
-        nvcc = find_nvcc()
-    except MissingToolError as error:
-        return [*findings, Finding("nvcc", ok=False, detail=str(error), fix="unset W4A16GEN_NVCC")]
-    version = nvcc_version(nvcc) if nvcc else None
-    if nvcc and (version is None or version < MIN_NVCC):
-        findings.append(Finding("nvcc", ok=False, detail=f"{nvcc}, release {version}", fix=INSTALL_CUDA))
-    else:
-        release = f", release {version[0]}.{version[1]}" if version else ""
-        findings.append(_found("nvcc", nvcc, INSTALL_CUDA, release))
-    include = find_cuda_include(nvcc) if nvcc else None
-    cutlass = find_cutlass()
-    findings += [
-        _wheel_releases(),
-        _found("CUDA runtime headers", include, INSTALL_CUDA),
-        _found("static CUDA runtime", find_cudart(include) if include else None, INSTALL_CUDA),
-        _found(
-            "CUTLASS headers",
-            cutlass,
-            "pip install nvidia-cutlass==4.2.0.0",
-            f", version {cutlass_version(cutlass)}" if cutlass else "",
-        ),
-        _found("cmake", _script("cmake"), "pip install cmake"),
-        _found("ninja", _script("ninja"), "pip install ninja"),
-        _found("cuobjdump", find_cuobjdump(), INSTALL_CUDA),
-    ]
-    return findings
-
-
-def _found(subject: str, path: Path | None, fix: str, suffix: str = "") -> Finding:
-    return Finding(subject, path is not None, f"{path}{suffix}" if path else "not found", "" if path else fix)

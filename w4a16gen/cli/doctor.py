@@ -83,7 +83,7 @@ def diagnose(folder: Path | None) -> list[Finding]:
     if build.level is Level.OK:
         tools = [Finding(tool.subject, _lighter(tool.level), tool.detail, tool.fix) for tool in tools]
     version = f"w4a16gen {__version__}, Python {platform.python_version()} in {sys.prefix}"
-    return [Finding("version", Level.OK, version), *tools, *_find_gpus(), _find_folder(folder), build]
+    return [Finding("version", Level.OK, version), *tools, *_find_gpus(_runtime(folder)), _find_folder(folder), build]
 
 
 def _lighter(level: Level) -> Level:
@@ -92,10 +92,10 @@ def _lighter(level: Level) -> Level:
 
 def _find_tools() -> list[Finding]:
     """Return what a build needs of this machine."""
-    from w4a16gen.build import toolchain
+    from w4a16gen.build import diagnose as build_needs
 
     try:
-        checks = toolchain.diagnose()
+        checks = build_needs.diagnose()
     except (W4A16Error, OSError, ValueError) as error:
         return [Finding("tools", Level.MISSING, str(error), "set W4A16GEN_NVCC, W4A16GEN_CUTLASS and CXX to files")]
     return [
@@ -103,8 +103,14 @@ def _find_tools() -> list[Finding]:
     ]
 
 
-def _find_gpus() -> list[Finding]:
-    """Return the driver and the GPUs: running kernels needs them, building and static proofs do not."""
+def _find_gpus(runtime: tuple[int, int]) -> list[Finding]:
+    """Return the driver and the GPUs: running kernels needs them, building and static proofs do not.
+
+    Args:
+        runtime: release of the CUDA runtime that the kernels contain, as (major, minor).
+    """
+    from w4a16gen.build.diagnose import driver_finding
+
     driver = services().find_driver()
     if driver is None:
         return [
@@ -115,16 +121,28 @@ def _find_gpus() -> list[Finding]:
                 "install NVIDIA's driver, on a machine with an H100, H200, H800 or GH200",
             )
         ]
-    version = "supports CUDA {}.{}".format(*driver.cuda_version)
+    found = driver_finding(driver.cuda_version, runtime)
     hopper = any(gpu.is_hopper for gpu in driver.gpus)
     shown = ", ".join(f"{gpu}, {gpu.sm_count} SMs" for gpu in driver.gpus) or "none"
     other = Finding(
         "Hopper GPU", Level.NOTE, f"not found; GPUs: {shown}", "run kernels on an H100, H200, H800 or GH200"
     )
     return [
-        Finding("NVIDIA driver", Level.OK, version),
+        Finding("NVIDIA driver", Level.OK if found.ok else Level.MISSING, found.detail, found.fix),
         Finding("Hopper GPU", Level.OK, shown) if hopper else other,
     ]
+
+
+def _runtime(folder: Path | None) -> tuple[int, int]:
+    """Return the release of the CUDA runtime in the build; without a build, in the toolkit."""
+    from w4a16gen.build.diagnose import toolkit_version
+    from w4a16gen.runtime.artifact import read_manifest
+    from w4a16gen.runtime.folders import folder_to_load
+
+    try:
+        return read_manifest(folder or folder_to_load()).cuda_version
+    except (W4A16Error, OSError, ValueError):
+        return toolkit_version()
 
 
 def _find_folder(folder: Path | None) -> Finding:
@@ -144,12 +162,12 @@ def _find_folder(folder: Path | None) -> Finding:
 def _find_build(folder: Path | None) -> Finding:
     """Return the build that `load` would load."""
     from w4a16gen.runtime.artifact import MANIFEST, load_build
-    from w4a16gen.runtime.folders import folder_to_load
+    from w4a16gen.runtime.folders import folder_to_load, load_default_build
 
     path = folder or folder_to_load()
     try:
         there = os.path.lexists(path / MANIFEST)
-        build = load_build(path)
+        build = load_build(folder) if folder else load_default_build()
     except (W4A16Error, OSError, ValueError) as error:
         level = Level.MISSING if there else Level.NOTE
         return Finding("build", level, str(error), "w4a16gen build")

@@ -186,6 +186,13 @@ generated_option = option(
     section=FILES,
     help="Folder of the kernel sources.",
 )
+sources_option = option(
+    "--generated-dir",
+    "generated",
+    type=click.Path(path_type=Path, file_okay=False),
+    section=FILES,
+    help="Folder of the kernel sources.  [default: the one that the build names]",
+)
 build_option = option(
     "--build-dir",
     "folder",

@@ -19,6 +19,7 @@ from w4a16gen.cli.options import (
     generated_option,
     jobs_option,
     json_option,
+    sources_option,
     wide_option,
 )
 from w4a16gen.cli.output import note, print_result
@@ -49,12 +50,13 @@ report_option = option(
 )
 
 
-def _prove(library: Library, generated: Path, *, sampled: bool = False, random_problems: int = 0) -> Report:
+def _prove(library: Library, generated: Path | None, *, sampled: bool = False, random_problems: int = 0) -> Report:
     from w4a16gen.kernels.render import source_name
 
-    if not any((generated / source_name(config)).is_file() for config in library.configs()):
+    sources = generated or library.build.sources
+    if sources is None or not any((sources / source_name(config)).is_file() for config in library.configs()):
         raise InvalidValueError(
-            f"{generated} has no source of the build's kernels: pass --generated-dir with the folder that "
+            f"{sources or 'the build'} has no source of the build's kernels: pass --generated-dir with the folder that "
             "`w4a16gen build` wrote them to"
         )
     with services().show_progress("Proving", lines=True) as progress:
@@ -150,7 +152,7 @@ def _proof_row(
         ("w4a16gen verify --random 20000 --require-gpu", "add 20,000 random problems; fail without a GPU"),
     ),
 )
-@generated_option
+@sources_option
 @build_option
 @gpu_option
 @option(
@@ -171,7 +173,7 @@ def _proof_row(
 @wide_option
 @json_option
 def command(
-    generated: Path,
+    generated: Path | None,
     folder: Path | None,
     require_gpu: bool,
     sample: bool,

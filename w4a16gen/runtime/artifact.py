@@ -1,8 +1,24 @@
-"""The format of a finished build on disk. Reading it imports nothing of what makes it."""
+"""The format of a finished build on disk. Reading it imports nothing that makes it.
+
+A build is a folder:
+
+    manifest.json          what the build contains, with a digest of every file that is loaded
+    lib-<digest>/          the kernel library and the pybind11 module, named by their contents
+    objects/               compiled kernels, kept for the next build
+    logs/                  what the compilers printed
+
+The manifest is replaced last. Until then it names the libraries of the build before, so a build that fails or is killed
+leaves the previous one in use.
+
+A build is code: loading one runs it. `load_build` checks that the files are the ones that the manifest describes, which
+finds damage. It cannot tell who wrote them: see `check_owner`.
+"""
 
 from __future__ import annotations
 
-import json
+import os
+import re
+import stat
 import sys
 import sysconfig
 from collections.abc import Mapping
@@ -11,17 +27,20 @@ from pathlib import Path
 from typing import Any
 
 from w4a16gen.errors import NotBuiltError
-from w4a16gen.files import file_digest
+from w4a16gen.files import file_digest, read_sealed, seal
 from w4a16gen.kernels.config import KernelConfig
 
 MANIFEST = "manifest.json"
-"""File name of a manifest, in a folder of sources or of a build."""
+"""File name of a manifest, in a folder of sources or of a build. Its schema says which."""
 SCHEMA = "w4a16gen.build/2"
-"""What a build's manifest says of itself: its kind, and the version of its fields."""
+"""Schema of a build's manifest: its kind, and the version of its fields."""
 LIBRARY = "libw4a16_kernels.so"
 MODULE = "_w4a16" + str(sysconfig.get_config_var("EXT_SUFFIX"))
 WHEEL_PACKAGE = "w4a16gen_kernels"
 """The package that a wheel of a build installs, with the build's folder in it."""
+LIBRARIES_PREFIX = "lib-"
+LIBRARIES = re.compile(rf"{LIBRARIES_PREFIX}[0-9a-f]{{16}}")
+"""Names of the folders of libraries."""
 _REBUILD = "run `w4a16gen build`"
 
 
@@ -31,7 +50,7 @@ class BuiltKernel:
 
     config: KernelConfig
     content_hash: str
-    """Hash of all that decides its machine code: source, headers, flags, compiler."""
+    """Hash of everything that decides its machine code: source, headers, flags, compiler."""
     unit_kernels: int
     """Kernels that were compiled together with it, itself included."""
     compile_cpu_seconds: float
@@ -59,14 +78,24 @@ class BuiltKernel:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a build says of itself. It is written last, so its presence means that the build is complete."""
+    """The description of a build. It is written last, so its presence means that the build is complete."""
 
     compiler: str
     """Versions of nvcc and the host compiler."""
+    cuda_version: tuple[int, int]
+    """Release of the CUDA runtime in the library, as (major, minor); (0, 0) if it is not known."""
     cutlass: str
+    """Version of the CUTLASS headers; empty if no kernel includes them."""
     link_digest: str
-    """Hash of all that was linked."""
+    """Hash of everything that was linked."""
+    libraries: str
+    """Name of the folder of the library and the module."""
     library_sha256: str
+    module: str
+    """File name of the module, which contains the Python version it is for."""
+    module_sha256: str
+    sources: str | None
+    """Path of the emitted sources, relative to the build's folder; None if they are not beside it, as in a wheel."""
     asked: tuple[str, ...]
     """Names of the kernels that were asked for."""
     failed: tuple[str, ...]
@@ -76,31 +105,46 @@ class Manifest:
 
     def as_json(self) -> dict[str, object]:
         """Return the manifest as its file holds it."""
-        return {
-            "schema": SCHEMA,
-            "compiler": self.compiler,
-            "cutlass": self.cutlass,
-            "link_digest": self.link_digest,
-            "library_sha256": self.library_sha256,
-            "asked": list(self.asked),
-            "failed": list(self.failed),
-            "kernels": [kernel.as_json() for kernel in self.kernels],
-        }
+        return seal(
+            {
+                "schema": SCHEMA,
+                "compiler": self.compiler,
+                "cuda_version": list(self.cuda_version),
+                "cutlass": self.cutlass,
+                "link_digest": self.link_digest,
+                "libraries": self.libraries,
+                "library_sha256": self.library_sha256,
+                "module": self.module,
+                "module_sha256": self.module_sha256,
+                "sources": self.sources,
+                "asked": list(self.asked),
+                "failed": list(self.failed),
+                "kernels": [kernel.as_json() for kernel in self.kernels],
+            }
+        )
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Manifest:
         """Read what `as_json` returns.
 
         Raises:
-            KeyError, TypeError, ValueError: if it is anything else.
+            KeyError, TypeError, ValueError, OverflowError: if it is anything else.
         """
-        if value["schema"] != SCHEMA:
-            raise ValueError(f"schema {value['schema']!r} must be {SCHEMA!r}")
+        major, minor = value["cuda_version"]
+        if not LIBRARIES.fullmatch(value["libraries"]):
+            raise ValueError(f"{value['libraries']!r} is not the name of a folder of libraries")
+        if Path(value["module"]).name != value["module"]:
+            raise ValueError(f"{value['module']!r} is not a file name")
         return cls(
             compiler=str(value["compiler"]),
+            cuda_version=(int(major), int(minor)),
             cutlass=str(value["cutlass"]),
             link_digest=str(value["link_digest"]),
+            libraries=str(value["libraries"]),
             library_sha256=str(value["library_sha256"]),
+            module=str(value["module"]),
+            module_sha256=str(value["module_sha256"]),
+            sources=None if value["sources"] is None else str(value["sources"]),
             asked=tuple(map(str, value["asked"])),
             failed=tuple(map(str, value["failed"])),
             kernels=tuple(BuiltKernel.from_json(kernel) for kernel in value["kernels"]),
@@ -117,12 +161,19 @@ class Build:
     @property
     def library(self) -> Path:
         """The shared library of kernels, C interface only."""
-        return self.folder / "lib" / LIBRARY
+        return self.folder / self.manifest.libraries / LIBRARY
 
     @property
     def module(self) -> Path:
-        """The pybind11 module for the running Python."""
-        return self.folder / "lib" / MODULE
+        """The pybind11 module, for one version of Python."""
+        return self.folder / self.manifest.libraries / self.manifest.module
+
+    @property
+    def sources(self) -> Path | None:
+        """The folder of the emitted sources, or None if the build does not name one."""
+        if self.manifest.sources is None:
+            return None
+        return Path(os.path.normpath(self.folder.absolute() / self.manifest.sources))
 
     @property
     def configs(self) -> list[KernelConfig]:
@@ -135,27 +186,67 @@ class Build:
         return {kernel.config: kernel.content_hash for kernel in self.manifest.kernels}
 
 
-def load_build(folder: Path) -> Build:
-    """Read a finished build from its folder.
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a build's folder, without looking at the libraries.
 
     Raises:
-        NotBuiltError: if there is none, or its library is not the one the manifest describes, or the module is for
-            another Python.
+        NotBuiltError: if there is none, or it is damaged or of another kind.
     """
     path = folder / MANIFEST
     try:
-        manifest = Manifest.from_json(json.loads(path.read_text()))
-    except FileNotFoundError:
+        return Manifest.from_json(read_sealed(path, SCHEMA))
+    except (FileNotFoundError, NotADirectoryError):
         raise NotBuiltError(
             f"No build found in {folder}. Run `w4a16gen build`, or set --build-dir or W4A16GEN_BUILD_DIR."
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise NotBuiltError(f"{path} cannot be read ({error.strerror}): {_REBUILD}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise NotBuiltError(f"{path} is not the manifest of a build ({error}): {_REBUILD}") from None
+
+
+def load_build(folder: Path) -> Build:
+    """Read a finished build from its folder, and check its library and its module against their digests.
+
+    Raises:
+        NotBuiltError: if there is no build, if the library or the module is missing or differs from the one that the
+            manifest describes, or if the module is for another version of Python.
+    """
+    manifest = read_manifest(folder)
     build = Build(folder, manifest)
-    for file in (build.library, build.module):
+    if manifest.module != MODULE:
+        version = ".".join(map(str, sys.version_info[:2]))
+        raise NotBuiltError(f"{build.module} is not for this Python {version}, which needs {MODULE}: {_REBUILD}")
+    for file, digest in ((build.library, manifest.library_sha256), (build.module, manifest.module_sha256)):
         if not file.is_file():
-            version = ".".join(map(str, sys.version_info[:2]))
-            raise NotBuiltError(f"{file} is missing (this is Python {version}): {_REBUILD}")
-    if file_digest(build.library) != manifest.library_sha256:
-        raise NotBuiltError(f"{build.library} is not the library that {path} describes: {_REBUILD}")
+            raise NotBuiltError(f"{file} is missing: {_REBUILD}")
+        try:
+            actual = file_digest(file)
+        except OSError as error:
+            raise NotBuiltError(f"{file} cannot be read ({error.strerror}): {_REBUILD}") from None
+        if actual != digest:
+            raise NotBuiltError(f"{file} is damaged: it differs from what {folder / MANIFEST} describes; {_REBUILD}")
     return build
+
+
+def check_owner(build: Build) -> None:
+    """Refuse a build that another user may have written. Loading a build runs its code.
+
+    A build that is found in the current folder was named by nobody. It is loaded only if its folder, its manifest, its
+    library and its module belong to the user or to root, and nobody else may write them. A build that is named by
+    `load(folder)`, `--build-dir` or `W4A16GEN_BUILD_DIR` is not checked.
+
+    Raises:
+        NotBuiltError: if a part belongs to another user, or its group or everybody may write it.
+    """
+    for path in (build.folder, build.folder / MANIFEST, build.library.parent, build.library, build.module):
+        for status in (path.lstat(), path.stat()):
+            name_it = f"name it with --build-dir or W4A16GEN_BUILD_DIR if you trust it: {build.folder}"
+            if status.st_uid not in {os.geteuid(), 0}:
+                raise NotBuiltError(f"{path} belongs to user {status.st_uid}, and a build is code; {name_it}")
+            is_link = stat.S_ISLNK(status.st_mode)  # a link's own permission bits mean nothing
+            if not is_link and status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise NotBuiltError(
+                    f"{path} may be written by other users, and a build is code; run `chmod -R go-w {build.folder}`, "
+                    f"or {name_it}"
+                )

@@ -21,7 +21,7 @@ from w4a16gen.runtime.arrays import (
 )
 from w4a16gen.runtime.artifact import load_build
 from w4a16gen.runtime.calls import GemmOptions, check_weight, checked_weight
-from w4a16gen.runtime.folders import folder_to_load
+from w4a16gen.runtime.folders import load_default_build
 from w4a16gen.runtime.library import Library
 from w4a16gen.weights import packed as packing
 from w4a16gen.weights.packed import PackedWeight
@@ -47,7 +47,8 @@ def load(folder: Path | str | None = None) -> Library:
 
     Raises:
         InvalidValueError: if the folder is neither text nor a path.
-        NotBuiltError: if there is no usable build in the folder.
+        NotBuiltError: if there is no usable build in the folder. Without a folder, also if the build in the current
+            folder may have been written by another user.
 
     Example:
         >>> import w4a16gen
@@ -57,7 +58,7 @@ def load(folder: Path | str | None = None) -> Library:
     """
     if folder is not None:
         return _load_from(as_path("folder", folder))
-    _InUse.library = _load_from(folder_to_load())
+    _InUse.library = _load_from(load_default_build().folder)
     return _InUse.library
 
 

@@ -6,7 +6,7 @@ import importlib.util
 import os
 from pathlib import Path
 
-from w4a16gen.runtime.artifact import MANIFEST, WHEEL_PACKAGE
+from w4a16gen.runtime.artifact import MANIFEST, WHEEL_PACKAGE, Build, check_owner, load_build
 
 BUILD_FOLDER_VARIABLE = "W4A16GEN_BUILD_DIR"
 
@@ -30,3 +30,17 @@ def folder_to_load() -> Path:
     if os.environ.get(BUILD_FOLDER_VARIABLE) or (folder / MANIFEST).exists():
         return folder
     return installed_build_folder() or folder
+
+
+def load_default_build() -> Build:
+    """Read the build that is used where no folder is named.
+
+    Raises:
+        NotBuiltError: if there is no usable build; or if it was found in the current folder, named by nobody, and
+            another user may have written it (see `check_owner`).
+    """
+    folder = folder_to_load()
+    build = load_build(folder)
+    if folder == Path("build") and not os.environ.get(BUILD_FOLDER_VARIABLE):
+        check_owner(build)
+    return build

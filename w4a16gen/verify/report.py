@@ -114,7 +114,7 @@ HEADINGS = (
 
 def verify(
     library: Library,
-    generated: Path,
+    generated: Path | None = None,
     *,
     sampled: bool = False,
     drawn_problems: int = 0,
@@ -124,7 +124,7 @@ def verify(
 
     Args:
         library: the loaded build.
-        generated: the folder that its sources were emitted to.
+        generated: the folder that its sources were emitted to; None takes the one that the build's manifest names.
         sampled: those of `numeric.sample` on small problems only, and short chains.
         drawn_problems: random problems to run beside the fixed cases.
         progress: called as the numerical proofs advance.

@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from w4a16gen.build.toolchain import INSTALL_CUDA, find_cuobjdump, require
+from w4a16gen.build.toolchain import require_cuobjdump
 from w4a16gen.errors import NotBuiltError
-from w4a16gen.kernels.config import Schedule
+from w4a16gen.kernels.config import KernelConfig, Schedule
 from w4a16gen.kernels.problem import Problem
-from w4a16gen.kernels.render import source_name
-from w4a16gen.runtime.artifact import Build
+from w4a16gen.kernels.render import render_kernel, source_name
 from w4a16gen.runtime.library import Library
 from w4a16gen.weights.layouts.geometry import WeightGeometry
 from w4a16gen.weights.packed import LAYOUTS, TARGET_LAYOUTS
@@ -61,8 +61,12 @@ class StaticProof:
         return not self.violations
 
 
-def _run(program: Path, *arguments: str) -> str:
-    finished = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)  # noqa: S603
+def _run(program: Path, option: str, library: Path) -> str:
+    """Run cuobjdump beside a library: it passes file names to a shell, and a folder may have any name."""
+    arguments = [option, library.name]
+    finished = subprocess.run(  # noqa: S603
+        [program.absolute(), *arguments], cwd=library.parent, capture_output=True, text=True, check=False
+    )
     if finished.returncode != 0 and "does not contain device code" not in finished.stderr:
         raise NotBuiltError(f"{program.name} {' '.join(arguments)} failed: {finished.stderr.strip()[:300]}")
     return finished.stdout
@@ -77,20 +81,20 @@ def read_code(library: Path) -> dict[str, KernelCode]:
         MissingToolError: if cuobjdump is not installed.
         NotBuiltError: if it cannot read the library.
     """
-    cuobjdump = require("cuobjdump", find_cuobjdump(), INSTALL_CUDA)
+    cuobjdump = require_cuobjdump()
     found: dict[str, KernelCode] = {}
 
     def kernel(symbol: str) -> KernelCode:
         name = _NAME.search(symbol)
         return found.setdefault(name[0] if name else symbol, KernelCode())
 
-    for block in re.split(r"^ ?Function ", _run(cuobjdump, "-res-usage", str(library)), flags=re.MULTILINE)[1:]:
+    for block in re.split(r"^ ?Function ", _run(cuobjdump, "-res-usage", library), flags=re.MULTILINE)[1:]:
         resources = _RESOURCES.search(block)
         if resources is not None:
             code = kernel(block.split(":", 1)[0])
             code.registers = max(code.registers, int(resources[1]))
             code.stack_bytes = max(code.stack_bytes, int(resources[2]) + int(resources[4]))
-    for block in re.split(r"^\s*Function : ", _run(cuobjdump, "-sass", str(library)), flags=re.MULTILINE)[1:]:
+    for block in re.split(r"^\s*Function : ", _run(cuobjdump, "-sass", library), flags=re.MULTILINE)[1:]:
         symbol, _, body = block.partition("\n")
         kernel(symbol).instructions.update(_INSTRUCTION.findall(body))
         kernel(symbol).register_hgmmas += len(_REGISTER_HGMMA.findall(body))
@@ -133,13 +137,31 @@ def _difference(left: str, a: set[str], right: str, b: set[str]) -> list[str]:
     ]
 
 
-def _foreign_violations(build: Build, generated: Path, symbols: set[str]) -> list[str]:
-    """Find type names of other kernels in the emitted files and the symbols."""
-    texts = {f"symbol {symbol}": symbol for symbol in symbols}
-    for config in build.configs:
-        path = generated / source_name(config)
-        if path.is_file():
-            texts[str(path)] = path.read_text()
+def _source_violations(names: Sequence[str], sources: Path | None) -> list[str]:
+    """Compare the emitted sources with what the renderer returns, and find type names of other kernels in them."""
+    if sources is None:
+        return ["the build does not name the folder of its sources: pass --generated-dir"]
+    missing, violations = [], []
+    for config in map(KernelConfig.parse, names):
+        path = sources / source_name(config)
+        try:
+            data = path.read_bytes()
+        except OSError:
+            missing.append(config.name)
+            continue
+        if data != render_kernel(config).encode():
+            violations.append(f"{path} differs from what the kernel was compiled from: run `w4a16gen build`")
+        violations += _foreign_violations({str(path): data.decode(errors="replace")})
+    if missing:
+        violations.append(
+            f"{sources} lacks the sources of {len(missing)} of {len(names)} kernels: pass --generated-dir, or run "
+            f"`w4a16gen build`; the first is {missing[0]}"
+        )
+    return violations
+
+
+def _foreign_violations(texts: Mapping[str, str]) -> list[str]:
+    """Find type names of other kernels in texts, which are given by what they are."""
     return [
         f"{where} names a foreign type: {match[0]}" for where, text in texts.items() if (match := FOREIGN.search(text))
     ]
@@ -161,7 +183,7 @@ def _packing_violations(library: Library) -> list[str]:
     return violations
 
 
-def prove(library: Library, generated: Path) -> StaticProof:
+def prove(library: Library, generated: Path | None = None) -> StaticProof:
     """Prove a build without a GPU.
 
     Asked = emitted = exported = in the machine code, with nothing missing and nothing foreign; every kernel has HGMMA
@@ -170,19 +192,18 @@ def prove(library: Library, generated: Path) -> StaticProof:
 
     Args:
         library: the loaded build.
-        generated: the folder that its sources were emitted to.
+        generated: the folder that its sources were emitted to; None takes the one that the build's manifest names.
     """
     build = library.build
     asked = set(build.manifest.asked)
     exported = {info.config.name for info in library.kernels}
-    emitted = {config.name for config in library.configs() if (generated / source_name(config)).is_file()}
     code = read_code(build.library)
     violations = [f"{name} was asked for but failed to compile" for name in build.manifest.failed]
-    violations += _difference("asked for", asked, "emitted", emitted)
+    violations += _source_violations(build.manifest.asked, generated or build.sources)
     violations += _difference("asked for", asked, "exported", exported)
     kernels_in_code = {name for name in code if not _BESIDE.search(name)}
     violations += _difference("exported", exported, "in the machine code", kernels_in_code)
-    violations += _foreign_violations(build, generated, set(code) | exported)
+    violations += _foreign_violations({f"symbol {symbol}": symbol for symbol in sorted(set(code) | exported)})
     violations += _packing_violations(library)
     for name in sorted(exported & code.keys()):
         violations += code_violations(name, code[name])

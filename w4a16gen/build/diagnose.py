@@ -1,0 +1,227 @@
+"""What a build and a call need, what this machine has, and the command that fixes what is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pybind11
+
+from w4a16gen.build import causes
+from w4a16gen.build.install import INSTALL_COMPILER, install_compiler, install_cuda, install_python_headers, pip_install
+from w4a16gen.build.scratch import alias
+from w4a16gen.build.toolchain import (
+    IGNORED_VARIABLES,
+    MIN_CMAKE,
+    MIN_NVCC,
+    child_environment,
+    cuda_version,
+    cutlass_version,
+    find_cmake,
+    find_cuda_include,
+    find_cudart,
+    find_cuobjdump,
+    find_cutlass,
+    find_host_compiler,
+    find_ninja,
+    find_nvcc,
+    find_toolchain,
+    gcc_major,
+    newest_supported_gcc,
+    nvcc_version,
+    program_version,
+)
+from w4a16gen.build.units import FLAGS
+from w4a16gen.errors import MissingToolError
+
+_CUDA_WHEELS = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-runtime")
+_DRIVER_OF_CUDA = {12: "525", 13: "580"}
+"""Oldest NVIDIA driver of each major release of CUDA, on Linux."""
+_TRIAL = "#include <cmath>\n#include <cuda_fp16.h>\n__global__ void trial(__half* value) { *value = hexp(*value); }\n"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of `doctor`: what was looked for, what was found, and the command that fixes it."""
+
+    subject: str
+    ok: bool
+    detail: str
+    fix: str = ""
+
+    def as_json(self) -> dict[str, object]:
+        """Return the object that `doctor --json` prints."""
+        return {"subject": self.subject, "ok": self.ok, "detail": self.detail, "fix": self.fix}
+
+
+def diagnose() -> list[Finding]:
+    """Look for everything that a build needs; never raises for what it is there to find."""
+    findings = [_nvcc(), *_toolkit(), _host_compiler(), *_linking_tools(), _cutlass(), _ignored_variables()]
+    if all(finding.ok for finding in findings):
+        findings.append(_trial_compilation())
+    return findings
+
+
+def driver_finding(driver: tuple[int, int] | None, runtime: tuple[int, int]) -> Finding:
+    """Return whether the NVIDIA driver can run kernels with a CUDA runtime.
+
+    Args:
+        driver: the newest CUDA release that the driver supports; None if there is no driver.
+        runtime: the release of the runtime in the build.
+    """
+    subject = "NVIDIA driver"
+    only = "only running kernels needs it; building and static proofs do not"
+    needed = _DRIVER_OF_CUDA.get(runtime[0])
+    newer = f"driver {needed} or newer" if needed else f"a driver for CUDA {runtime[0]}.0 or newer"
+    if driver is None:
+        return Finding(subject, ok=False, detail="not found", fix=f"install NVIDIA's {newer}: {only}")
+    supports = f"supports CUDA {driver[0]}.{driver[1]}"
+    if driver[0] < runtime[0]:
+        detail = f"{supports}; kernels built with CUDA {runtime[0]}.{runtime[1]} need {newer}"
+        return Finding(subject, ok=False, detail=detail, fix=f"install NVIDIA's {newer}")
+    return Finding(subject, ok=True, detail=supports)
+
+
+def toolkit_version() -> tuple[int, int]:
+    """Return the release of the CUDA runtime that a build would contain; the oldest supported one if there is none."""
+    include = _cuda_include()
+    version = cuda_version(include) if include else (0, 0)
+    return version if version > (0, 0) else MIN_NVCC
+
+
+def _found(subject: str, path: Path | None, fix: str, suffix: str = "") -> Finding:
+    return Finding(subject, path is not None, f"{path}{suffix}" if path else "not found", "" if path else fix)
+
+
+def _attempt(find: Callable[[], Path | None]) -> tuple[Path | None, str]:
+    """Run a search; return what it found, and what is wrong with the variable that overrides it."""
+    try:
+        return find(), ""
+    except MissingToolError as error:
+        return None, str(error)
+
+
+def _nvcc() -> Finding:
+    nvcc, wrong = _attempt(find_nvcc)
+    if wrong:
+        return Finding("nvcc", ok=False, detail=wrong, fix="unset W4A16GEN_NVCC")
+    if nvcc is None:
+        return _found("nvcc", nvcc, install_cuda())
+    version = nvcc_version(nvcc)
+    release = f"{nvcc}, release {version[0]}.{version[1]}" if version else f"{nvcc} does not tell its release"
+    if version is None or version < MIN_NVCC:
+        detail = f"{release}; {MIN_NVCC[0]}.{MIN_NVCC[1]} or newer is needed"
+        override = "unset W4A16GEN_NVCC; " if "W4A16GEN_NVCC" in os.environ else ""
+        return Finding("nvcc", ok=False, detail=detail, fix=f"{override}{install_cuda()}")
+    return Finding("nvcc", ok=True, detail=release)
+
+
+def _cuda_include() -> Path | None:
+    nvcc, _ = _attempt(find_nvcc)
+    return find_cuda_include(nvcc) if nvcc else None
+
+
+def _toolkit() -> list[Finding]:
+    include = _cuda_include()
+    cudart = find_cudart(include) if include else None
+    return [
+        _wheel_releases(),
+        _found("CUDA runtime headers", include, install_cuda()),
+        _found("static CUDA runtime", cudart, install_cuda()),
+        _found("cuobjdump", find_cuobjdump(), install_cuda()),
+    ]
+
+
+def _wheel_releases() -> Finding:
+    """Check that the CUDA wheels, where they are used, are of one release."""
+    versions = {}
+    for wheel in _CUDA_WHEELS:
+        try:
+            versions[wheel] = importlib.metadata.version(wheel)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    releases = {".".join(version.split(".")[:2]) for version in versions.values()}
+    detail = ", ".join(f"{wheel} {version}" for wheel, version in versions.items()) or "no CUDA wheels installed"
+    mixed = len(releases) > 1
+    return Finding(
+        "CUDA wheels of one release", not mixed, detail, f"{install_cuda()} --force-reinstall" if mixed else ""
+    )
+
+
+def _host_compiler() -> Finding:
+    include = _cuda_include()
+    compiler, wrong = _attempt(lambda: find_host_compiler(include))
+    if wrong:
+        return Finding("host compiler", ok=False, detail=wrong, fix="unset CXX")
+    if compiler is None:
+        return _found("host compiler", None, INSTALL_COMPILER)
+    major, limit = gcc_major(compiler), newest_supported_gcc(include) if include else None
+    version = f", g++ {major}" if major else ""
+    if major and limit and major > limit:
+        fix = f"{install_compiler(limit)}; or a newer nvcc: {install_cuda()} --upgrade"
+        return Finding("host compiler", ok=False, detail=f"{compiler}{version}; nvcc supports {limit} at most", fix=fix)
+    return Finding("host compiler", ok=True, detail=f"{compiler}{version}")
+
+
+def _linking_tools() -> list[Finding]:
+    cmake, wrong = _attempt(find_cmake)
+    version = re.search(r"version (\d+)\.(\d+)", program_version(cmake)) if cmake else None
+    is_old = version is not None and (int(version[1]), int(version[2])) < MIN_CMAKE
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    found = [
+        _found("cmake", cmake, pip_install("cmake"), f", version {version[1]}.{version[2]}" if version else ""),
+        _found("ninja", find_ninja(), pip_install("ninja")),
+        Finding("pybind11", ok=True, detail=f"version {pybind11.__version__}"),
+        _found("Python.h", header if header.is_file() else None, install_python_headers()),
+    ]
+    if wrong:
+        found[0] = Finding("cmake", ok=False, detail=wrong, fix="unset W4A16GEN_CMAKE")
+    elif is_old:
+        needed = f"{MIN_CMAKE[0]}.{MIN_CMAKE[1]} or newer is needed"
+        found[0] = Finding("cmake", ok=False, detail=f"{found[0].detail}; {needed}", fix=pip_install("cmake"))
+    return found
+
+
+def _cutlass() -> Finding:
+    folder = find_cutlass()
+    if folder is None:
+        detail = "not found; only kernels of target cutlass need them"
+        return Finding("CUTLASS headers", ok=True, detail=detail, fix=pip_install("nvidia-cutlass"))
+    return Finding("CUTLASS headers", ok=True, detail=f"{folder}, version {cutlass_version(folder)}")
+
+
+def _ignored_variables() -> Finding:
+    present = [name for name in IGNORED_VARIABLES if name in os.environ and name != "CXX"]
+    detail = f"not passed on to compilers: {', '.join(present)}" if present else "none that a build ignores"
+    return Finding("compiler variables", ok=True, detail=detail)
+
+
+def _trial_compilation() -> Finding:
+    """Compile a file of one line, which shows whether nvcc, g++ and the C library fit each other."""
+    tools = find_toolchain()
+    with tempfile.TemporaryDirectory(prefix="w4a16gen-") as name:
+        folder = Path(name)
+        (folder / "trial.cu").write_text(_TRIAL)
+        nvcc = alias(folder, "toolkit", tools.nvcc.parent.parent) / tools.nvcc.parent.name / tools.nvcc.name
+        done = subprocess.run(  # noqa: S603
+            [nvcc, *FLAGS, f"-ccbin={tools.host_compiler}", "-c", "trial.cu", "-o", "trial.o"],
+            cwd=folder,
+            env=child_environment(TMPDIR=name),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+    text = done.stdout + done.stderr
+    if done.returncode == 0:
+        return Finding("trial compilation", ok=True, detail="nvcc, g++ and the C library fit each other")
+    cause = causes.describe_environment(text, tools)
+    sentence, _, fix = (cause or causes.summarise(text, done.returncode)).partition(" Fix: ")
+    return Finding("trial compilation", ok=False, detail=sentence, fix=fix or install_cuda())

@@ -1,0 +1,132 @@
+"""Temporary folders of a build, with names that no shell can misread, and what killed builds leave behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+from w4a16gen.build.lock import LOCK
+from w4a16gen.errors import BuildError, NotBuiltError
+from w4a16gen.files import remove, remove_abandoned
+from w4a16gen.runtime.artifact import LIBRARIES, LIBRARIES_PREFIX, read_manifest
+
+OWNER_VARIABLE = "W4A16GEN_SCRATCH"
+"""Set in the environment of every compiler, to the scratch folder of its build: orphans are found by it."""
+OBJECTS = "objects"
+LOGS = "logs"
+_PREFIX = ".scratch-"
+_OUTSIDE = "w4a16gen-"
+_SAFE = re.compile(r"[A-Za-z0-9_./+-]+")
+"""Paths without anything that nvcc's shell, CMake's lists or Ninja's rules treat specially."""
+
+
+def is_safe(path: Path) -> bool:
+    """Return whether compilers and CMake can take a path as it is."""
+    return _SAFE.fullmatch(str(path)) is not None
+
+
+@contextmanager
+def scratch_folder(build: Path) -> Iterator[Path]:
+    """Make a temporary folder for one build, and remove it at the end.
+
+    It lies in the build's folder if that path is safe, and otherwise in the system's folder of temporary files, with a
+    link to it in the build's folder.
+
+    Raises:
+        BuildError: if there is no folder with a safe path.
+        OSError: if it cannot be made.
+    """
+    if is_safe(build.resolve()):
+        folder = link = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=build.resolve()))
+    else:
+        folder = Path(tempfile.mkdtemp(prefix=_OUTSIDE, dir=_safe_temporary_folder()))
+        link = build / f"{_PREFIX}{folder.name}"
+        link.symlink_to(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            remove(link)
+
+
+def _safe_temporary_folder() -> Path:
+    candidates = [Path(tempfile.gettempdir()).resolve(), Path("/tmp"), Path("/var/tmp")]  # noqa: S108 - mkdtemp is safe
+    for folder in candidates:
+        if is_safe(folder) and os.access(folder, os.W_OK):
+            return folder
+    raise BuildError(
+        "the build's folder has a name that compilers cannot take, and so has every folder of temporary files: choose "
+        "a --build-dir of letters, digits and the signs . _ - +, or set TMPDIR to such a folder"
+    )
+
+
+def alias(scratch: Path, name: str, path: Path) -> Path:
+    """Return a safe path of a file or folder: its own, or if that is not safe, a link to it in a scratch folder."""
+    if is_safe(path):
+        return path
+    link = scratch / name
+    if not link.is_symlink():
+        link.symlink_to(path)
+    return link
+
+
+def remove_leftovers(build: Path) -> None:
+    """Remove what killed builds left in a folder, and libraries that the manifest no longer names.
+
+    Their compilers, which may still run, are ended first. The caller holds the build's lock, so no other build uses
+    any of it.
+    """
+    scratches = {path: path.resolve() for path in build.glob(f"{_PREFIX}*")}
+    if scratches:
+        _end_orphans({folder.name for folder in scratches.values()})
+    for path, folder in scratches.items():
+        if path.is_symlink() and folder.name.startswith(_OUTSIDE) and folder.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
+        remove(path)
+    for folder in (build, build / OBJECTS, build / LOGS):
+        remove_abandoned(folder)
+    try:
+        current = read_manifest(build).libraries
+    except NotBuiltError:
+        current = ""
+    for path in library_folders(build):
+        if path.name != current:
+            remove(path)
+
+
+def library_folders(build: Path) -> list[Path]:
+    """Return the folders of libraries in a build's folder: the manifest's, and those of earlier builds."""
+    return sorted(path for path in build.glob(f"{LIBRARIES_PREFIX}*") if LIBRARIES.fullmatch(path.name))
+
+
+def _end_orphans(scratches: set[str]) -> None:
+    """End the compilers whose environment names a scratch folder of one of these names."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if Path(process.environ().get(OWNER_VARIABLE, "")).name in scratches:
+                process.send_signal(signal.SIGKILL)
+                process.wait(timeout=5)
+
+
+def make_folders(build: Path) -> None:
+    """Make the folders of a build.
+
+    Where a build was made before, files and links that took the place of its folders are removed.
+
+    Raises:
+        OSError: if a folder cannot be made, or a file has its name where no build was made before.
+    """
+    was_built = (build / LOCK).exists()
+    for folder in (build, build / OBJECTS, build / LOGS):
+        if was_built and folder != build and not folder.is_dir():
+            remove(folder)
+        folder.mkdir(0o755, parents=True, exist_ok=True)
