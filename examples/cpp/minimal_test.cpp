@@ -1,4 +1,6 @@
-// Multiplies, checks and times one problem in all modes: minimal_test M N K. Without a GPU it says so, with code 3.
+// Checks and times every kernel of the library on one problem in all modes: minimal_test M N K. Also checks wrong calls.
+//
+// Exit codes: 0 success, 1 a wrong result or a failed call, 2 wrong usage, 3 no GPU: only wrong calls were checked.
 #include <w4a16/runner.h>
 
 #include <cmath>
@@ -17,7 +19,7 @@ void check(cudaError_t error) {
   }
 }
 
-// fp16 bits, of numbers that are in its normal range or 0; rounded to nearest even.
+// Converts to fp16 bits, rounded to nearest even. The number is 0 or in the normal range of fp16.
 uint16_t to_half(float value) {
   uint32_t bits;
   static_assert(sizeof(bits) == sizeof(value));
@@ -42,7 +44,7 @@ Value* to_device(const std::vector<Value>& values) {
   return static_cast<Value*>(pointer);
 }
 
-// Whether every kernel of a mode gives the product; prints the fastest.
+// Returns whether every kernel of a mode computes the product. Prints the fastest one.
 template <w4a16::QuantOp Op>
 bool run(int m, int n, int k, int group_size) {
   constexpr bool kZeros = Op == w4a16::QuantOp::FinegrainedScaleAndZeros;
@@ -136,8 +138,9 @@ bool run(int m, int n, int k, int group_size) {
       fastest = config.name();
     }
   }
-  std::printf("mode %d, group %5d: %zu kernels, %d wrong; %8.2f us with warm L2, %s\n", static_cast<int>(Op),
-              group_size, configs.size(), failed, best * 1e3, fastest.c_str());
+  std::printf("mode %-4s group size %5d: %zu kernels, %d wrong; fastest %8.2f us, %5.1f TFLOP/s with warm L2: %s\n",
+              runner.mode().c_str(), group_size, configs.size(), failed, best * 1e3, 2e-9 * m * n * k / best,
+              fastest.c_str());
   for (const void* pointer :
        {static_cast<const void*>(device_a), static_cast<const void*>(device_scales),
         static_cast<const void*>(device_zeros), static_cast<const void*>(device_bias),
@@ -147,22 +150,22 @@ bool run(int m, int n, int k, int group_size) {
   return failed == 0 && !configs.empty();
 }
 
-// Whether a call throws an error that says this.
+// Returns whether a call throws an error whose sentence contains `expected`.
 template <class Call>
 bool is_refused(const char* expected, const Call& call) {
   try {
     call();
   } catch (const w4a16::Error& error) {
     if (std::string(error.what()).find(expected) != std::string::npos) return true;
-    std::printf("refused with: %s\n", error.what());
+    std::printf("expected \"%s\" in: %s\n", expected, error.what());
   }
   return false;
 }
 
-// Weights that are not this library's, and wrong calls; none of it gets as far as a GPU.
+// Returns whether wrong calls are refused. None of them reaches a GPU.
 bool refuses_what_is_wrong() {
   w4a16::FinegrainedRunner runner;
-  const w4a16::GemmConfig config = runner.getConfigs().at(0);
+  const w4a16::GemmConfig config = runner.getConfigs().front();
   alignas(128) static char foreign[1024];
   bool ok = is_refused("B was not packed by this runner", [&] {
     runner.gemm(foreign, foreign, nullptr, nullptr, nullptr, foreign, 1, 64, 128, 128, config, nullptr, 0, nullptr);
@@ -170,14 +173,14 @@ bool refuses_what_is_wrong() {
   ok &= is_refused("is packed as kmajor_s4_v1", [&] { runner.adopt(foreign, 1024, "kmajor_s4_v1", 64, 128, 128); });
   ok &= is_refused("must be", [&] { runner.adopt(foreign, 1024, runner.layout(), 64, 128, 128); });
   ok &= is_refused("group size 48 must be 128 (= k)", [&] { runner.getPackedSize(64, 128, 48); });
-  ok &= is_refused("is no kernel of this mode", [&] { runner.getConfig("fast"); });
+  ok &= is_refused("'fast' is no kernel of mode fgs", [&] { runner.getConfig("fast"); });
   runner.adopt(foreign, runner.getPackedSize(64, 128, 128), runner.layout(), 64, 128, 128);
   ok &= is_refused("B was packed for n = 64, k = 128, group size 128, not for n = 64, k = 256", [&] {
     runner.gemm(foreign, foreign, nullptr, nullptr, nullptr, foreign, 1, 64, 256, 128, config, nullptr, 0, nullptr);
   });
   w4a16::PerColumnRunner other;
-  ok &= is_refused("is of another mode", [&] {
-    runner.gemm(foreign, foreign, nullptr, nullptr, nullptr, foreign, 1, 64, 128, 128, other.getConfigs().at(0),
+  ok &= is_refused("is not of mode fgs", [&] {
+    runner.gemm(foreign, foreign, nullptr, nullptr, nullptr, foreign, 1, 64, 128, 128, other.getConfigs().front(),
                 nullptr, 0, nullptr);
   });
   return ok;
@@ -195,7 +198,7 @@ int main(int count, char** arguments) {
     if (!refuses_what_is_wrong()) return 1;
     int devices = 0;
     if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-      std::printf("no GPU: wrong calls are refused; nothing was multiplied\n");
+      std::printf("No CUDA GPU: argument checks passed, no GEMM was run\n");
       return 3;
     }
     bool ok = run<w4a16::QuantOp::PerColumnScaleOnly>(m, n, k, k);
@@ -203,7 +206,7 @@ int main(int count, char** arguments) {
       ok &= run<w4a16::QuantOp::FinegrainedScaleOnly>(m, n, k, group_size);
       ok &= run<w4a16::QuantOp::FinegrainedScaleAndZeros>(m, n, k, group_size);
     }
-    std::printf("%s\n", ok ? "all right" : "WRONG");
+    std::printf("%s\n", ok ? "all results are right" : "some results are WRONG");
     return ok ? 0 : 1;
   } catch (const w4a16::Error& error) {
     std::fprintf(stderr, "%s\n", error.what());

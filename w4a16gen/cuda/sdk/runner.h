@@ -1,5 +1,26 @@
-// C++ on top of w4a16.h: a runner for half x uint4, one per quant mode, with the calls that users of TensorRT-LLM's
-// CutlassFpAIntBGemmRunner know. Needs the CUDA runtime's headers; neither Python nor CUTLASS.
+// A C++ runner for C[m, n] = alpha * A[m, k] x W[k, n] + bias[n] with fp16 activations and 4-bit weights. It has the
+// calls of TensorRT-LLM's CutlassFpAIntBGemmRunner. It needs the headers of the CUDA runtime, but neither Python nor
+// CUTLASS.
+//
+//     w4a16::FinegrainedRunner runner;
+//     const w4a16::GemmConfig config = runner.getConfigs().front();
+//     cudaMalloc(&packed, runner.getPackedSize(n, k, group_size));
+//     runner.preprocess(packed, weights, scales, nullptr, n, k, group_size);           // once per weight
+//     const size_t bytes = runner.getWorkspaceSize(m, n, k, config);
+//     if (bytes > 0) cudaMalloc(&workspace, bytes);
+//     runner.gemm(a, packed, scales, nullptr, nullptr, 1.0f, c, m, n, k, group_size, config, workspace, bytes, stream);
+//
+// Memory:     A, C, scales, zeros, bias, packed weights and workspaces are on the current device, row-major, fp16 where
+//             they hold numbers. A and C are aligned to 16 bytes, packed weights and workspaces to 128 (cudaMalloc:
+//             256).
+// Sizes:      n and k are multiples of 8. A group size is k, or a multiple of 32 that divides k.
+// Devices:    every call uses the current device. A runner may be used on several.
+// Threads:    every call may be made from several threads. gemm takes a lock for a look-up of the weight.
+// Allocation: preprocess and pack allocate device memory and synchronise the stream. The other calls do neither, so
+// that
+//             gemm may be captured into a graph.
+// Lifetime:   a runner remembers the address of a packed weight. Call forget() before the memory holds something else.
+// Errors:     calls throw w4a16::Error, with a sentence that names the value, the rule and the way out.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -17,30 +38,30 @@
 
 namespace w4a16 {
 
-// How a weight is scaled; see w4a16_mode.
+// The quantisation mode; see w4a16_mode.
 enum class QuantOp {
   PerColumnScaleOnly = W4A16_PER_COLUMN_SCALE_ONLY,
   FinegrainedScaleOnly = W4A16_FINEGRAINED_SCALE_ONLY,
   FinegrainedScaleAndZeros = W4A16_FINEGRAINED_SCALE_AND_ZEROS,
 };
 
-// Which way the plain weights lie in memory, two to a byte, the first in the low four bits.
+// The order of plain 4-bit weights in memory. A byte holds two, the first one in the low four bits.
 enum class WeightOrder {
-  KByN,  // k rows of n: what TensorRT-LLM's quantiser gives
-  NByK,  // n rows of k: a row for each output channel
+  KByN,  // k rows of n, as TensorRT-LLM's quantiser writes them
+  NByK,  // n rows of k, one row per output channel
 };
 
-// What four bits mean: 0 to 15 for -8 to 7, or two's complement.
+// The meaning of four bits: 0 to 15 for -8 to 7, or two's complement.
 enum class WeightBits { Unsigned, Signed };
 
-// What a wrong call or a failing GPU throws: a sentence that names the value, the rule and the way out.
+// Thrown by wrong calls and failures of CUDA.
 class Error : public std::runtime_error {
  public:
   Error(w4a16_status code, const std::string& sentence) : std::runtime_error(sentence), status(code) {}
   w4a16_status status;
 };
 
-// One of a library's kernels: the axis order of triples is channels (n), tokens (m), k.
+// One kernel of the library. The axes of info.cta and info.cluster are channels (n), tokens (m), k.
 struct GemmConfig {
   int kernel = -1;
   w4a16_kernel_info info{};
@@ -50,7 +71,7 @@ struct GemmConfig {
 
 namespace detail {
 
-struct Text {
+struct Message {
   char buffer[512] = "";
 
   void check(w4a16_status status) const {
@@ -78,39 +99,53 @@ class Scratch {
 
 }  // namespace detail
 
-// Runs the native kernels of one mode. May be used from several threads.
+// The kernels of one mode.
 //
-// Scales and zeros are packed with the weights, so that one copy fetches both. The calls take them all the same, where
-// TensorRT-LLM's do, and check that they are those of the packing; null means so too.
+// Packed weights contain their scales and zeros, so that one copy fetches all. gemm takes scales and zeros as
+// TensorRT-LLM's runner does, and checks that they are those of the packed weight. Null skips the check.
 template <QuantOp Op>
 class Runner {
  public:
+  // Throws if the library holds no native kernel of this mode. Weights are packed in the layout of native kernels;
+  // kernels of target cutlass need w4a16.h and weights packed by Python.
   Runner() {
+    bool has_mode = false;
     for (int kernel = 0; kernel < w4a16_kernel_count(); ++kernel) {
       GemmConfig config{kernel, {}};
       w4a16_get_kernel_info(kernel, &config.info);
-      const bool is_native = std::string(config.info.target) == "native";
-      if (is_native && config.info.mode == static_cast<int>(Op)) configs_.push_back(config);
+      if (config.info.mode != static_cast<int>(Op)) continue;
+      has_mode = true;
+      if (std::string(config.info.target) == "native") configs_.push_back(config);
     }
+    if (!configs_.empty()) return;
+    const std::string what = has_mode ? " holds only cutlass kernels of mode " : " holds no kernel of mode ";
+    throw Error(W4A16_UNSUPPORTED, "the library" + what + mode() + ": this runner needs a native one, as " +
+                                       "`w4a16gen build` without --space builds; see w4a16_gemm for the others");
   }
 
-  // Every kernel of this mode in the library.
+  // The tag of the mode in kernel names.
+  static std::string mode() {
+    return Op == QuantOp::PerColumnScaleOnly ? "cs" : Op == QuantOp::FinegrainedScaleOnly ? "fgs" : "fgsz";
+  }
+
+  // Returns every native kernel of this mode; there is at least one.
   std::vector<GemmConfig> getConfigs() const { return configs_; }
 
-  // The kernel of this canonical name.
+  // Returns the kernel with this canonical name.
   GemmConfig getConfig(const std::string& name) const {
     for (const GemmConfig& config : configs_) {
       if (config.name() == name) return config;
     }
-    throw Error(W4A16_INVALID_ARGUMENT, name + " is no kernel of this mode in the library: getConfigs() lists them");
+    throw Error(W4A16_INVALID_ARGUMENT,
+                "'" + name + "' is no kernel of mode " + mode() + " in the library: getConfigs() lists its kernels");
   }
 
-  // Bytes of workspace for a problem on the current device: exactly what a kernel needs, or the most that any does.
+  // Returns the bytes of workspace that a kernel needs for a problem on the current device, or the most that any needs.
   size_t getWorkspaceSize(int m, int n, int k, const GemmConfig& config) const {
     const w4a16_problem problem{m, n, k, k};
-    detail::Text text;
+    detail::Message message;
     size_t bytes = 0;
-    text.check(w4a16_workspace_bytes(config.kernel, &problem, 0, &bytes, text.buffer, sizeof(text.buffer)));
+    message.check(w4a16_workspace_bytes(config.kernel, &problem, 0, &bytes, message.buffer, sizeof(message.buffer)));
     return bytes;
   }
   size_t getWorkspaceSize(int m, int n, int k) const {
@@ -119,48 +154,57 @@ class Runner {
     return most;
   }
 
-  // Bytes of a packed weight, scales and zeros included. Needs no GPU.
+  // Returns the bytes of a packed weight with its scales and zeros. Needs no GPU.
   size_t getPackedSize(int n, int k, int group_size) const {
     const w4a16_problem problem{0, n, k, group_size};
-    detail::Text text;
+    detail::Message message;
     size_t bytes = 0;
-    text.check(w4a16_packed_bytes(any().kernel, &problem, &bytes, text.buffer, sizeof(text.buffer)));
+    message.check(w4a16_packed_bytes(any().kernel, &problem, &bytes, message.buffer, sizeof(message.buffer)));
     return bytes;
   }
 
-  // Packs plain weights, which are in host memory, into `packed` on the current device; returns when it is done.
+  // Packs plain 4-bit weights of k x n values, in host or device memory, into `packed`. A host thread reorders them;
+  // `pack` needs none.
   //
-  // scales is half [k / group_size, n] ([n] in per-column mode, where group_size is k), zeros the same or null, both on
-  // the device: a weight is (q - 8) * scale + zero, q being 0 to 15. A zero point zp means zero = (8 - zp) * scale.
+  // scales is fp16 [k / group_size, n], or [n] in per-column mode, where group_size is k. zeros has the same shape, or
+  // is null in modes without zeros. Both are on the device. A weight is (q - 8) * scale + zero with q from 0 to 15; a
+  // zero point zp is zero = (8 - zp) * scale.
   void preprocess(void* packed, const void* weights, const void* scales, const void* zeros, int n, int k,
                   int group_size, WeightOrder order = WeightOrder::KByN, WeightBits bits = WeightBits::Signed,
                   cudaStream_t stream = nullptr) {
-    const size_t bytes = getPackedSize(n, k, group_size);  // checks the numbers
+    getPackedSize(n, k, group_size);  // checks the sizes
     if (weights == nullptr) throw Error(W4A16_INVALID_ARGUMENT, "weights must not be null");
-    const std::vector<uint8_t> values = spread(static_cast<const uint8_t*>(weights), n, k, order, bits);
-    const detail::Scratch on_device(values.size());
-    const detail::Scratch faults(sizeof(uint32_t));
-    detail::check_cuda(cudaMemcpyAsync(on_device.get(), values.data(), values.size(), cudaMemcpyHostToDevice, stream),
+    std::vector<uint8_t> nibbles(static_cast<size_t>(n) * static_cast<size_t>(k) / 2);
+    detail::check_cuda(cudaMemcpyAsync(nibbles.data(), weights, nibbles.size(), cudaMemcpyDefault, stream),
+                       "reading the weights");
+    detail::check_cuda(cudaStreamSynchronize(stream), "reading the weights");
+    const std::vector<uint8_t> values = spread(nibbles.data(), n, k, order, bits);
+    const detail::Scratch q(values.size());
+    detail::check_cuda(cudaMemcpyAsync(q.get(), values.data(), values.size(), cudaMemcpyHostToDevice, stream),
                        "copying the weights");
+    pack(packed, q.get(), scales, zeros, n, k, group_size, stream);
+  }
+
+  // Packs weights that are on the device: q is uint8 [n, k], one value from 0 to 15 per byte, aligned to 8 bytes.
+  // scales and zeros are as for `preprocess`.
+  void pack(void* packed, const void* q, const void* scales, const void* zeros, int n, int k, int group_size,
+            cudaStream_t stream = nullptr) {
+    const size_t bytes = getPackedSize(n, k, group_size);
+    const detail::Scratch faults(sizeof(uint32_t));
     detail::check_cuda(cudaMemsetAsync(faults.get(), 0, sizeof(uint32_t), stream), "clearing");
     const w4a16_problem problem{0, n, k, group_size};
-    const w4a16_pack_arguments arguments{on_device.get(), scales, zeros, packed, bytes, faults.get(), stream};
-    detail::Text text;
-    text.check(w4a16_pack(any().kernel, &problem, &arguments, text.buffer, sizeof(text.buffer)));
+    const w4a16_pack_arguments arguments{q, scales, zeros, packed, bytes, faults.get(), stream};
+    detail::Message message;
+    message.check(w4a16_pack(any().kernel, &problem, &arguments, message.buffer, sizeof(message.buffer)));
     uint32_t found = 0;
     detail::check_cuda(cudaMemcpyAsync(&found, faults.get(), sizeof(found), cudaMemcpyDeviceToHost, stream), "copying");
     detail::check_cuda(cudaStreamSynchronize(stream), "packing");
-    if ((found & W4A16_FAULT_NOT_FINITE) != 0) {
-      throw Error(W4A16_INVALID_ARGUMENT, "scales and zeros must be finite");
-    }
-    if (found != 0) {
-      throw Error(W4A16_UNSUPPORTED,
-                  "scales or zeros lie too far below their channel's largest scale for layout " + layout());
-    }
+    check_faults(found);
     remember(packed, {n, k, group_size, scales, zeros});
   }
 
-  // Takes a weight that was packed elsewhere, such as by w4a16gen.pack, for what its layout's name says it is.
+  // Accepts a weight that was packed elsewhere, for example by w4a16gen.pack. Its layout cannot be recognised from its
+  // bytes, so the caller passes the layout's name.
   void adopt(const void* packed, size_t packed_bytes, const std::string& packed_layout, int n, int k, int group_size) {
     if (packed_layout != layout()) {
       throw Error(W4A16_UNSUPPORTED, "the weight is packed as " + packed_layout + ", but these kernels read " +
@@ -173,16 +217,16 @@ class Runner {
     remember(packed, {n, k, group_size, nullptr, nullptr});
   }
 
-  // Forgets a packed weight, before its memory holds something else.
+  // Forgets a packed weight.
   void forget(const void* packed) {
     const std::lock_guard<std::mutex> lock(mutex_);
     weights_.erase(packed);
   }
 
-  // The name of the layout that these kernels read.
+  // Returns the name of the packed layout that these kernels read.
   std::string layout() const { return any().info.layout; }
 
-  // C[m, n] = alpha * A[m, k] x B + bias, per-column: scales [n].
+  // Per-column mode without a bias: C = alpha * A x B, with scales [n].
   void gemm(const void* A, const void* B, const void* scales, float alpha, void* C, int m, int n, int k,
             const GemmConfig& config, void* workspace, size_t workspace_bytes, cudaStream_t stream) const {
     gemm(A, B, scales, nullptr, nullptr, alpha, C, m, n, k, k, config, workspace, workspace_bytes, stream);
@@ -192,14 +236,17 @@ class Runner {
     gemm(A, B, scales, 1.0f, C, m, n, k, config, workspace, workspace_bytes, stream);
   }
 
-  // The same, fine-grained: scales and zeros [k / group_size, n], bias [n] or null; in per-column mode with k as the
-  // group size, to have a bias there too.
+  // Every mode: C = alpha * A x B + biases, with biases [n] or null. In per-column mode group_size is k.
+  //
+  // A dependent launch may start, and fetch weights, while earlier kernels of the stream still run. These must not
+  // write the packed weight; they may write A and read or write C.
   void gemm(const void* A, const void* B, const void* scales, const void* zeros, const void* biases, float alpha,
             void* C, int m, int n, int k, int group_size, const GemmConfig& config, void* workspace,
-            size_t workspace_bytes, cudaStream_t stream) const {
+            size_t workspace_bytes, cudaStream_t stream, bool dependent_launch = false) const {
     check_weight(B, {n, k, group_size, scales, zeros});
     if (config.info.mode != static_cast<int>(Op)) {
-      throw Error(W4A16_INVALID_ARGUMENT, config.name() + " is of another mode than this runner: see getConfigs()");
+      throw Error(W4A16_INVALID_ARGUMENT,
+                  "kernel '" + config.name() + "' is not of mode " + mode() + ": take one of getConfigs()");
     }
     const w4a16_problem problem{m, n, k, group_size};
     w4a16_gemm_arguments arguments{};
@@ -212,13 +259,15 @@ class Runner {
     arguments.workspace_bytes = workspace_bytes;
     arguments.stream = stream;
     arguments.alpha = alpha;
-    detail::Text text;
-    text.check(w4a16_gemm(config.kernel, &problem, &arguments, text.buffer, sizeof(text.buffer)));
+    arguments.dependent_launch = dependent_launch ? 1 : 0;
+    detail::Message message;
+    message.check(w4a16_gemm(config.kernel, &problem, &arguments, message.buffer, sizeof(message.buffer)));
   }
   void gemm(const void* A, const void* B, const void* scales, const void* zeros, const void* biases, void* C, int m,
             int n, int k, int group_size, const GemmConfig& config, void* workspace, size_t workspace_bytes,
-            cudaStream_t stream) const {
-    gemm(A, B, scales, zeros, biases, 1.0f, C, m, n, k, group_size, config, workspace, workspace_bytes, stream);
+            cudaStream_t stream, bool dependent_launch = false) const {
+    gemm(A, B, scales, zeros, biases, 1.0f, C, m, n, k, group_size, config, workspace, workspace_bytes, stream,
+         dependent_launch);
   }
 
  private:
@@ -230,9 +279,17 @@ class Runner {
     const void* zeros;
   };
 
-  const GemmConfig& any() const {
-    if (configs_.empty()) throw Error(W4A16_UNSUPPORTED, "the library holds no native kernel of this mode");
-    return configs_.front();
+  const GemmConfig& any() const { return configs_.front(); }  // all read the same layout
+
+  void check_faults(uint32_t faults) const {
+    if ((faults & W4A16_FAULT_VALUE) != 0) throw Error(W4A16_INVALID_ARGUMENT, "q must hold values from 0 to 15");
+    if ((faults & W4A16_FAULT_NOT_FINITE) != 0) {
+      throw Error(W4A16_INVALID_ARGUMENT, "scales and zeros must be finite");
+    }
+    if (faults != 0) {
+      throw Error(W4A16_UNSUPPORTED,
+                  "scales or zeros lie too far below their channel's largest scale for layout " + layout());
+    }
   }
 
   void remember(const void* packed, const Weight& weight) {
@@ -244,9 +301,8 @@ class Runner {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = weights_.find(packed);
     if (found == weights_.end()) {
-      throw Error(
-          W4A16_INVALID_ARGUMENT,
-          "B was not packed by this runner: preprocess plain weights, or adopt() a weight of layout " + layout());
+      throw Error(W4A16_INVALID_ARGUMENT,
+                  "B was not packed by this runner: call preprocess or pack, or adopt a weight of layout " + layout());
     }
     const Weight& known = found->second;
     const auto text = [](const Weight& weight) {
@@ -259,21 +315,36 @@ class Runner {
     const bool same_scales = asked.scales == nullptr || known.scales == nullptr || asked.scales == known.scales;
     const bool same_zeros = asked.zeros == nullptr || known.zeros == nullptr || asked.zeros == known.zeros;
     if (!same_scales || !same_zeros) {
-      throw Error(W4A16_INVALID_ARGUMENT, "B was packed with other scales or zeros: they are in it, pack it again");
+      throw Error(W4A16_INVALID_ARGUMENT,
+                  "B was packed with other scales or zeros, which it contains: pack it again or pass null");
     }
   }
 
-  // One byte for each value of 0 to 15, [n, k].
+  // Returns one byte per weight, 0 to 15, in the order [n, k].
   static std::vector<uint8_t> spread(const uint8_t* weights, int n, int k, WeightOrder order, WeightBits bits) {
-    const int64_t rows = order == WeightOrder::KByN ? k : n;
-    const int64_t columns = order == WeightOrder::KByN ? n : k;
-    const uint8_t flip = bits == WeightBits::Signed ? 8 : 0;  // two's complement to offset by 8
+    constexpr int64_t kBlock = 64;  // rows are transposed in blocks that fit into the cache
+    const bool transposes = order == WeightOrder::KByN;
+    const int64_t rows = transposes ? k : n;
+    const int64_t columns = transposes ? n : k;
+    const uint8_t flip = bits == WeightBits::Signed ? 0x88 : 0;  // two's complement to offset by 8
     std::vector<uint8_t> values(static_cast<size_t>(rows * columns));
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t column = 0; column < columns; ++column) {
-        const int64_t at = row * columns + column;  // n and k are even
-        const uint8_t value = (weights[at / 2] >> (at % 2 * 4) & 15) ^ flip;
-        values[static_cast<size_t>(order == WeightOrder::KByN ? column * rows + row : at)] = value;
+    uint8_t block[kBlock][kBlock];
+    for (int64_t top = 0; top < rows; top += kBlock) {
+      const int64_t height = std::min(rows - top, kBlock);
+      for (int64_t left = 0; left < columns; left += kBlock) {
+        const int64_t width = std::min(columns - left, kBlock);  // even, as n and k are
+        for (int64_t row = 0; row < height; ++row) {
+          const uint8_t* from = weights + ((top + row) * columns + left) / 2;
+          for (int64_t column = 0; column < width; column += 2) {
+            const uint8_t pair = from[column / 2] ^ flip;
+            (transposes ? block[column][row] : block[row][column]) = pair & 15;
+            (transposes ? block[column + 1][row] : block[row][column + 1]) = pair >> 4;
+          }
+        }
+        for (int64_t line = 0; line < (transposes ? width : height); ++line) {
+          const int64_t at = transposes ? (left + line) * rows + top : (top + line) * columns + left;
+          std::copy_n(block[line], transposes ? height : width, values.begin() + at);
+        }
       }
     }
     return values;
