@@ -1,0 +1,58 @@
+"""Layers of checkpoints, written by the rules of each format, with the parts that a reader must get back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+N, K, GROUP_SIZE = 64, 256, 64
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""The channel that each four bits of a word hold, lowest first."""
+
+
+def _words(values: npt.NDArray[Any], order: tuple[int, ...] = tuple(range(8))) -> npt.NDArray[np.int32]:
+    """Pack the last axis, eight values a word, value `order[i]` into the bits from 4 * i on."""
+    eights = values.astype(np.uint32).reshape(*values.shape[:-1], -1, 8)
+    words = np.zeros(eights.shape[:-1], np.uint32)
+    for place, index in enumerate(order):
+        words |= eights[..., index] << np.uint32(4 * place)
+    return words.view(np.int32)
+
+
+def parts() -> dict[str, npt.NDArray[Any]]:
+    """Return what a layer means: q [n, k], scales and zero points [k / group size, n], activations, and g_idx."""
+    rng = np.random.default_rng(5)
+    groups = K // GROUP_SIZE
+    return {
+        "q": rng.integers(0, 16, (N, K)).astype(np.uint8),
+        "scales": rng.uniform(0.01, 0.02, (groups, N)).astype(np.float16),
+        "zero_points": rng.integers(1, 16, (groups, N)).astype(np.uint8),
+        "a": rng.standard_normal((4, K)).astype(np.float16),
+        "g_idx": rng.permutation(np.repeat(np.arange(groups), GROUP_SIZE)).astype(np.int32),
+    }
+
+
+def tensors(name: str) -> dict[str, Any]:
+    """Return a layer's tensors as a format stores them, and its sizes."""
+    part = parts()
+    common = {"k": K, "n": N, "a": part["a"], "scales": part["scales"], "g_idx": part["g_idx"]}
+    if name == "gptq":  # version 1: eight values of K in a word, zero points less 1
+        stored = part["zero_points"] - 1
+        return {**common, "qweight": _words(part["q"]).T.copy(), "qzeros": _words(stored)}
+    if name == "awq":
+        qweight = _words(part["q"].T.copy(), AWQ_ORDER)
+        return {**common, "qweight": qweight, "qzeros": _words(part["zero_points"], AWQ_ORDER)}
+    if name == "compressed-tensors":
+        return {**common, "weight_packed": _words(part["q"]), "weight_scale": part["scales"].T.copy()}
+    raise ValueError(name)
+
+
+def expected_weight(*, zero_points: bool, g_idx: npt.NDArray[np.int32] | None = None) -> npt.NDArray[np.float64]:
+    """Return (q - zero point) * scale in float64 [n, k]."""
+    part = parts()
+    group = np.arange(K) // GROUP_SIZE if g_idx is None else g_idx
+    points = part["zero_points"].astype(np.float64)[group].T if zero_points else 8.0
+    weight: npt.NDArray[np.float64] = (part["q"] - points) * part["scales"].astype(np.float64)[group].T
+    return weight

@@ -1,0 +1,195 @@
+"""Every code block of README and manual runs here, or says what it needs that is not here."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import install_fake_nvcc
+from docs.checkpoints import tensors
+from docs.pages import PAGES, Block, blocks_of, name_of, with_outputs
+from paths import EXAMPLES, ROOT
+from w4a16gen.build import toolchain
+from w4a16gen.runtime.artifact import Build
+
+CPP_HEADERS = ROOT / "w4a16gen" / "cuda"
+RUN_BY_CI = ("main command", "test command")
+NEEDS = ("gpu", "network", "nvcc")
+GIVEN = ("gptq", "awq", "compressed-tensors")
+CPP_VARIABLES = """extern void *packed, *workspace, *c;
+extern const void *host_int4, *scales, *a;
+extern int m, n, k;
+extern cudaStream_t stream;"""
+"""What the C++ of the README takes for declared."""
+NETWORK_COMMANDS = (
+    r"git clone https://github\.com/w4a16gen/w4a16gen( && cd w4a16gen)?",
+    r"python3 -m venv \.venv && \. \.venv/bin/activate",
+    r"pip install (-e )?'?(\.|w4a16gen)(\[(?P<extra>\w+)\])?'?",
+    r"pip install dist/w4a16gen_kernels-[\w.-]+\.whl",
+)
+"""What blocks that need a network may do; they are read, not run."""
+
+
+def every_block() -> list[Block]:
+    return [block for page in PAGES for block in blocks_of(page)]
+
+
+def pages_with(language: str) -> list[Path]:
+    return [page for page in PAGES if any(is_run(block, language) for block in blocks_of(page))]
+
+
+def is_run(block: Block, language: str) -> bool:
+    """Return whether a block runs on a machine without GPU and network."""
+    return block.language == language and block.marker not in (*RUN_BY_CI, "needs", "output")
+
+
+@pytest.mark.parametrize("block", every_block(), ids=str)
+def test_every_block_is_run_or_says_what_it_needs(block: Block) -> None:
+    if block.marker == "needs":
+        assert block.argument in NEEDS
+    elif block.marker == "given":
+        assert block.argument in GIVEN
+    elif block.is_output:
+        assert block.language in ("text", "json")
+        assert block.argument in ("", "relaxed")
+    else:
+        assert block.marker in ("", *RUN_BY_CI)
+        assert block.language in ("python", "bash", "c", "cpp", "cmake")
+
+
+@pytest.mark.parametrize("page", pages_with("python"), ids=name_of)
+def test_python_blocks_run_one_after_the_other(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {}
+    for block, output in with_outputs(blocks_of(page)):
+        if not is_run(block, "python"):
+            continue
+        if block.given_name:
+            scope |= tensors(block.given_name)
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(block.text, str(block), "exec"), scope)  # noqa: S102
+        check_output(block, output, printed.getvalue())
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder in which `w4a16gen` is this package, and builds use the stand-in compiler."""
+    folder = tmp_path_factory.mktemp("manual")
+    tools = folder / "tools"
+    tools.mkdir()
+    command = tools / "w4a16gen"
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m w4a16gen "$@"\n')
+    command.chmod(0o755)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        install_fake_nvcc(folder, monkeypatch)
+        monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+        monkeypatch.setenv("COLUMNS", "80")
+        for name in ("W4A16GEN_BUILD_DIR", "W4A16GEN_KERNELS"):
+            monkeypatch.delenv(name, raising=False)
+        (folder / "work").mkdir()
+        yield folder / "work"
+    toolchain.program_version.cache_clear()
+
+
+@pytest.mark.parametrize("page", pages_with("bash"), ids=name_of)
+def test_bash_blocks_run_one_after_the_other(page: Path, workspace: Path) -> None:
+    if page.name != "quickstart.md":  # which builds itself
+        shell("w4a16gen build", workspace)
+    for block, output in with_outputs(blocks_of(page)):
+        if is_run(block, "bash"):
+            check_output(block, output, shell(block.text, workspace))
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("block", [block for block in every_block() if block.needs("nvcc")], ids=str)
+def test_blocks_that_need_nvcc_run_beside_a_real_build(
+    block: Block, real_build: Build, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{workspace.parent / 'tools'}{os.pathsep}{os.environ['PATH']}")
+    shell(block.text, real_build.folder.parent)
+
+
+def shell(script: str, folder: Path) -> str:
+    """Run a script and return what it printed on both streams."""
+    command = ["bash", "-euo", "pipefail", "-c", script]
+    done = subprocess.run(  # noqa: S603
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    assert done.returncode == 0, f"{script}\n{done.stdout}"
+    return done.stdout
+
+
+def check_output(block: Block, output: Block | None, printed: str) -> None:
+    """Fail if a block prints something else than the page shows."""
+    if output is None:
+        return
+    shown = [line.rstrip() for line in output.text.strip().splitlines()]
+    found = "\n".join(line.rstrip() for line in printed.strip().splitlines())
+    if output.argument == "relaxed":
+        shown, found = [relaxed(line) for line in shown], relaxed(found)
+    pattern = "".join(r"(?:.*\n)*?" if line == "..." else f"{re.escape(line)}\n" for line in shown)
+    assert re.fullmatch(pattern, found + "\n"), f"{block} prints\n{found}"
+
+
+def relaxed(text: str) -> str:
+    """Return a text without its numbers, its paths, and the widths that follow from them."""
+    text = re.sub(r"[\w.~+-]*(/[\w.~+-]+)+", "PATH", text)
+    text = re.sub(r"\d[\d.,]*", "N", text)
+    return re.sub(r"[ \u2500\u2501]+", " ", text)
+
+
+@pytest.mark.parametrize(
+    "block", [block for block in every_block() if block.language in ("c", "cpp")], ids=str
+)
+def test_c_and_cpp_blocks_compile(block: Block, tmp_path: Path) -> None:
+    tools = toolchain.find_toolchain()
+    (tmp_path / "w4a16").mkdir()
+    (tmp_path / "w4a16" / "runner.h").write_text(f'#include "{CPP_HEADERS / "sdk" / "runner.h"}"\n')
+    text = block.text
+    if "main(" not in text:
+        head, rest = text.split("\n\n", 1)
+        text = f"{head}\n{CPP_VARIABLES}\nvoid example() {{\n{rest}}}\n"
+    source = tmp_path / f"program.{block.language}"
+    source.write_text(text)
+    compiler = [str(tools.host_compiler), *(["-x", "c"] if block.language == "c" else ["-std=c++17"])]
+    command = [*compiler, "-fsyntax-only", "-Wall", "-Wextra", "-Werror", f"-I{tmp_path}", f"-I{CPP_HEADERS}"]
+    done = subprocess.run(  # noqa: S603
+        [*command, "-isystem", str(tools.cuda_include), str(source)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("block", [block for block in every_block() if block.language == "cmake"], ids=str)
+def test_cmake_blocks_are_those_of_the_example(block: Block) -> None:
+    example = (EXAMPLES / "cpp" / "CMakeLists.txt").read_text().splitlines()
+    assert [line for line in block.text.splitlines() if line not in example] == []
+
+
+@pytest.mark.parametrize("block", [block for block in every_block() if block.needs("network")], ids=str)
+def test_blocks_that_need_a_network_install_what_there_is(block: Block) -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    for line in block.text.splitlines():
+        found = [match for command in NETWORK_COMMANDS if (match := re.fullmatch(command, line))]
+        assert found, line
+        extra = found[0].groupdict().get("extra")
+        assert extra is None or re.search(rf"^{extra} = \[", project, re.MULTILINE), extra
+
+
+def test_the_readme_has_the_two_commands_that_ci_reads() -> None:
+    found = {block.marker: block.text for block in blocks_of(ROOT / "README.md") if block.marker in RUN_BY_CI}
+    assert set(found) == set(RUN_BY_CI)
+    assert all(text.startswith("python3 -m venv .venv && .venv/bin/pip install ") for text in found.values())
+    assert found["main command"].endswith(".venv/bin/w4a16gen build-and-verify\n")
+    assert found["test command"].endswith(".venv/bin/pytest\n")
