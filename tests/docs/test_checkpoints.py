@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from paths import ROOT
 
 from docs.checkpoints import expected_weight, parts, tensors
 from docs.pages import blocks_of
-from paths import ROOT
 
 PAGE = ROOT / "docs" / "guides" / "gptq-awq.md"
 LARGEST_ROUNDING = 0.0035 * 0.02

@@ -7,9 +7,9 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
+from paths import ROOT
 
 from docs.pages import PAGES, name_of, sentences_of
-from paths import ROOT
 
 MEAN_WORDS = 20
 LONGEST_WORDS = 30

@@ -1,0 +1,1 @@
+"""The tests of README and manual, and how they read the pages."""

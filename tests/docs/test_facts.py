@@ -1,0 +1,88 @@
+"""Facts of the manual that follow from the code or from recorded measurements: commands, spaces, variables, figures."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import geometric_mean
+
+import pytest
+from click.testing import CliRunner
+from paths import ROOT
+
+from docs.pages import PAGES, blocks_of
+from w4a16gen import errors
+from w4a16gen.cli import main
+from w4a16gen.kernels.spaces import SPACES, enumerate_space
+
+DOCS = ROOT / "docs"
+BURST_TFLOPS = 859.5
+"""The tensor cores' burst peak that was measured beside the times of the CSV file."""
+
+
+def commands() -> list[str]:
+    """Return the commands that the manual's shell blocks and its inline code use."""
+    inline = [name for page in PAGES for name in re.findall(r"`w4a16gen ([a-z-]+)", page.read_text())]
+    shell = [block.text for page in PAGES for block in blocks_of(page) if block.language == "bash"]
+    return sorted({*inline, *(name for text in shell for name in re.findall(r"\bw4a16gen ([a-z][a-z-]*)", text))})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_of_the_manual_exists(cli: CliRunner, command: str) -> None:
+    assert cli.invoke(main, [command, "--help"]).exit_code == 0
+
+
+def test_the_reference_describes_every_command() -> None:
+    text = (DOCS / "reference" / "cli.md").read_text()
+    assert [name for name in main.commands if not re.search(rf"^#+ .*\b{name}\b", text, re.MULTILINE)] == []
+
+
+def test_spaces_have_the_sizes_that_the_guide_gives() -> None:
+    text = (DOCS / "guides" / "building.md").read_text()
+    rows = re.findall(r"^\| `([a-z-]+)` \| ([\d,]+) \|", text, re.MULTILINE)
+    sizes = {name: int(size.replace(",", "")) for name, size in rows}
+    assert sizes == {name: len(enumerate_space(name)) for name in SPACES}
+
+
+def test_every_environment_variable_is_described() -> None:
+    described = set(re.findall(r"`(W4A16GEN_\w+|CXX)`", (DOCS / "reference" / "environment.md").read_text()))
+    sources = "\n".join(path.read_text() for path in (ROOT / "w4a16gen").rglob("*.py"))
+    assert described - {"CXX"} == set(re.findall(r"\bW4A16GEN_[A-Z]+(?:_[A-Z]+)*", sources)) - {"W4A16GEN_"}
+
+
+def test_exit_codes_are_those_of_the_errors() -> None:
+    text = (DOCS / "reference" / "exit-codes.md").read_text()
+    described = {int(code) for code in re.findall(r"^\| (\d+) \|", text, re.MULTILINE)}
+    classes = [value for value in vars(errors).values() if isinstance(value, type)]
+    assert {value.exit_code for value in classes if issubclass(value, errors.W4A16Error)} <= described
+    assert {0, 130} <= described
+
+
+def measured() -> Iterator[tuple[int, float, float]]:
+    """Yield tokens, speed-up over cuBLAS and share of the floor of every recorded problem."""
+    for row in csv.DictReader((DOCS / "assets" / "h100-2026-11-26.csv").read_text().splitlines()):
+        m, n, k = (int(row[name]) for name in "mnk")
+        floor = max(float(row["floor_us"]), 2 * m * n * k / BURST_TFLOPS / 1e6)
+        yield m, float(row["cublas_us"]) / float(row["us"]), floor / float(row["us"])
+
+
+def figures(page: Path, tokens: str) -> list[float]:
+    """Return the speed-up and the share of the floor that a page shows for a token count."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.read_text().splitlines()]
+    if page.name == "README.md":
+        column = next(line.index(tokens) for line in lines if line[0] == "tokens")
+        return [float(line[column]) for line in lines if re.match(r"speed-up over|share of the", line[0])]
+    row = next(line for line in lines if line[0].split(",")[0] == tokens and "(" in line[1])
+    return [float(row[1].split(" ")[0]), float(row[2])]
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "performance.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("tokens", ["1", "16", "32", "64", "128", "256", "512 to 8192"])
+def test_speed_ups_follow_from_the_recorded_times(page: Path, tokens: str) -> None:
+    counts = [int(count) for count in tokens.split(" to ")]
+    rows = [(speed_up, share) for m, speed_up, share in measured() if counts[0] <= m <= counts[-1]]
+    shown = figures(page, tokens)
+    for number, values in enumerate(zip(*rows, strict=True)):
+        assert shown[number] == pytest.approx(geometric_mean(values), abs=0.051 if number == 0 else 0.0051)
