@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from docs.pages import PAGES, Block, blocks_of, name_of
-from w4a16gen.runtime.default import BUILD_FOLDER_VARIABLE
+from w4a16gen.runtime.folders import BUILD_FOLDER_VARIABLE
 
 pytestmark = pytest.mark.gpu
 PYTHON_PAGES = [
