@@ -86,3 +86,27 @@ def test_speed_ups_follow_from_the_recorded_times(page: Path, tokens: str) -> No
     shown = figures(page, tokens)
     for number, values in enumerate(zip(*rows, strict=True)):
         assert shown[number] == pytest.approx(geometric_mean(values), abs=0.051 if number == 0 else 0.0051)
+
+
+FOREIGN_MESSAGES = ("Killed", "unspecified launch failure")
+"""Messages on the page that other programs print."""
+
+
+def messages() -> list[str]:
+    """Return the messages that the page on troubles names in the first column of its tables."""
+    rows = re.findall(r"^\| ([^|]+) \|", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    found = [re.match(r"`([^`]+)`", row) for row in rows]
+    return [match[1] for match in found if match and " " in match[1] and match[1] not in FOREIGN_MESSAGES]
+
+
+@pytest.fixture(scope="module")
+def sources() -> str:
+    """All text of the package, parts of one message joined, and what is filled in replaced by `...`."""
+    paths = [path for ending in ("py", "h", "cpp") for path in (ROOT / "w4a16gen").rglob(f"*.{ending}")]
+    text = re.sub(r'"\s+f?r?"', "", "\n".join(path.read_text() for path in paths))
+    return re.sub(r"\{[^{}]*(\{[^{}]*\}[^{}]*)*\}", "...", text)
+
+
+@pytest.mark.parametrize("message", messages())
+def test_the_messages_on_the_page_of_troubles_are_printed(message: str, sources: str) -> None:
+    assert re.search(".*".join(re.escape(part.strip()) for part in message.split("...")), sources), message
