@@ -1,4 +1,4 @@
-"""How far a kernel's fp16 result may lie from the exact one, element by element; docs/concepts/numerics.md derives it."""
+"""How far a kernel's fp16 result may lie from the exact one, by element; docs/concepts/numerics.md derives it."""
 
 from __future__ import annotations
 
