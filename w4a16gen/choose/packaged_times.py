@@ -94,8 +94,8 @@ def fastest(
     """Return the kernel that was fastest in this problem, and its time.
 
     The times are of mode fgs and group size 128. Other modes and groups take up to 4 % more or less in geometric mean
-    (docs/performance.md). We assume, but have not measured, that the ranking is the same. Kernels are known by name only, so
-    the table stays valid as long as machine code does not get slower.
+    (docs/performance.md). We assume, but have not measured, that the ranking is the same. Kernels are known by name
+    only, so the table stays valid as long as machine code does not get slower.
 
     Args:
         configs: the kernels to choose among.
