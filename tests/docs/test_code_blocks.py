@@ -89,7 +89,7 @@ def test_python_blocks_run_one_after_the_other(page: Path, tmp_path: Path, monke
 
 
 @pytest.fixture(scope="session")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def workspace(tmp_path_factory: pytest.TempPathFactory, fake_cache: Path) -> Iterator[Path]:
     """A folder in which `w4a16gen` is this package, and builds use the stand-in compiler."""
     folder = tmp_path_factory.mktemp("manual")
     tools = folder / "tools"
@@ -98,7 +98,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m w4a16gen "$@"\n')
     command.chmod(0o755)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        install_fake_nvcc(folder, monkeypatch)
+        install_fake_nvcc(folder, fake_cache, monkeypatch)
         monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
         monkeypatch.setenv("COLUMNS", "80")
         for name in ("W4A16GEN_BUILD_DIR", "W4A16GEN_KERNELS"):
