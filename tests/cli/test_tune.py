@@ -19,7 +19,7 @@ from fakes.runner import Runner
 
 from w4a16gen import KernelConfig, Library, Problem, QuantMode
 from w4a16gen.choose.chooser import ChoiceSource
-from w4a16gen.choose.timing_table import TABLE, TuningTable
+from w4a16gen.choose.timing_table import SCHEMA, TABLE, TuningTable
 from w4a16gen.cli import main
 from w4a16gen.cli.services import Services
 from w4a16gen.kernels.spaces import enumerate_space
@@ -27,7 +27,7 @@ from w4a16gen.measure import tune
 
 MODE = QuantMode.FINEGRAINED_SCALE_ONLY
 KERNELS = [config for config in enumerate_space("trtllm") if config.mode is MODE]
-FOREIGN = json.dumps({"schema": 1, "gpu": "a GPU", "sm_count": 132, "times": []})
+FOREIGN = json.dumps({"schema": SCHEMA, "gpu": "a GPU", "sm_count": 132, "times": []})
 
 
 @pytest.fixture

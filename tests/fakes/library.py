@@ -6,11 +6,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fakes.devices import H100
-from w4a16gen import KernelConfig, Library
+from w4a16gen import KernelConfig, Library, Problem
 from w4a16gen.choose.chooser import Chooser
 from w4a16gen.choose.timing_table import TABLE
 from w4a16gen.errors import NotBuiltError
 from w4a16gen.kernels.device import Device
+from w4a16gen.kernels.problem import why_cannot_run
 from w4a16gen.runtime.artifact import MODULE, Build, BuiltKernel, Manifest
 
 NOWHERE = Path("nowhere")
@@ -65,6 +66,10 @@ class FakeLibrary(Library):
             return self.build.configs.index(KernelConfig.of(config))
         except ValueError:
             raise NotBuiltError(f"{config} is not in {self.build.folder}") from None
+
+    def why_cannot_run(self, config: KernelConfig | str, problem: Problem) -> str | None:
+        self.index_of(config)
+        return why_cannot_run(KernelConfig.of(config), problem)
 
     def devices(self) -> list[Device]:
         return self.found

@@ -21,10 +21,15 @@ else:
     Type = click.ParamType  # generic from click 8.4 on only
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
-_SHOWN_CHARACTERS = 60
+_SHOWN_CHARACTERS = 100
 _INTEGER = re.compile(r"-?[0-9]{1,20}")
 SHAPE = "CHANNELSxTOKENSxK"
 KERNEL_NAME_START = "w4a16_sm90_"
+
+
+def shortened(text: str) -> str:
+    """Return the begin of a text that is too long for a message."""
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
 
 class Parsed(Type):
@@ -48,9 +53,9 @@ class Parsed(Type):
         try:
             return self._parse(value)
         except InvalidValueError as error:
-            self.fail(str(error), param, ctx)
+            self.fail(str(error).replace(value, shortened(value)), param, ctx)
         except ValueError:
-            self.fail(f"{value[:_SHOWN_CHARACTERS]!r}... is not a valid {self.name}", param, ctx)
+            self.fail(f"{shortened(value)!r} is not a valid {self.name}", param, ctx)
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:  # noqa: ARG002
         """Return the name as help shows it."""
@@ -114,7 +119,7 @@ def counts(least: int, most: int = MAX_DIMENSION) -> Parsed:
     def parse(text: str) -> int:
         number = int(text) if _INTEGER.fullmatch(text) else least - 1
         if not least <= number <= most:
-            raise InvalidValueError(f"{text[:_SHOWN_CHARACTERS]!r} must be a whole number from {least} to {most}")
+            raise InvalidValueError(f"{text!r} must be a whole number from {least} to {most}")
         return number
 
     return Parsed("COUNT", parse)
@@ -242,5 +247,5 @@ def parse_percent(text: str) -> float:
     except ValueError:
         percent = -1.0
     if not 0 <= percent <= 100:  # noqa: PLR2004
-        raise InvalidValueError(f"{text[:_SHOWN_CHARACTERS]!r} must be a percentage, 0 to 100")
+        raise InvalidValueError(f"{text!r} must be a percentage, 0 to 100")
     return percent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -62,16 +63,29 @@ def _wrap(line: str, width: int) -> str:
     )
 
 
-def print_result(command: str, value: Mapping[str, Any]) -> None:
-    """Print the JSON object of a command, or of an error, with its schema.
+def result(command: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the JSON object of a command, or of an error, with its schema. Numbers that are not finite become null.
 
     Args:
         command: the command's name, or `error`.
         value: the other members.
     """
     schema = {"schema": f"w4a16gen.{command}/{SCHEMA_VERSIONS[command]}"}
-    rest = {key: member for key, member in value.items() if key != "schema"}
-    click.echo(json.dumps(schema | rest, indent=2))
+    finite = _finite({key: member for key, member in value.items() if key != "schema"})
+    return schema | dict(finite)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(member) for key, member in value.items()}
+    return [_finite(member) for member in value] if isinstance(value, (list, tuple)) else value
+
+
+def print_result(command: str, value: Mapping[str, Any]) -> None:
+    """Print the JSON object of a command, or of an error; see `result`."""
+    click.echo(json.dumps(result(command, value), indent=2))
 
 
 def is_terminal(stream: TextIO | None) -> bool:

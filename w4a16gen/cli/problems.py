@@ -10,16 +10,15 @@ from typing import Any, TypeVar
 import click
 
 from w4a16gen.cli.help import WHICH_PROBLEMS, option
-from w4a16gen.cli.options import Parsed, count_option, mode_option
+from w4a16gen.cli.options import Parsed, count_option, mode_option, shortened
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.config import QuantMode
 from w4a16gen.kernels.problem import MAX_DIMENSION, Problem
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 MODEL_TOKENS = (1, 16, 64, 256, 1024)
-_PROBLEM = re.compile(r"([0-9]{1,10})x([0-9]{1,10})x([0-9]{1,10})(?:,([0-9]{1,10}))?")
+_PROBLEM = re.compile(r"([0-9]{1,10})x([0-9]{1,10})x([0-9]{1,10})(?:,([0-9]{0,10}))?")
 _MODEL = re.compile(r"([^/,]+)(?:/([0-9]{1,10}))?(?:,([0-9]{1,10}))?")
-_SHOWN_CHARACTERS = 60
 
 
 def parse_problem(text: str) -> Problem:
@@ -32,7 +31,7 @@ def parse_problem(text: str) -> Problem:
     numbers = [int(number or "128") for number in match.groups()] if match else []
     if not numbers or not all(1 <= number <= MAX_DIMENSION for number in numbers):
         raise InvalidValueError(
-            f"{text[:_SHOWN_CHARACTERS]!r} must be MxNxK or MxNxK,GROUP: tokens, output channels, K and group size, "
+            f"{shortened(text)!r} must be MxNxK or MxNxK,GROUP: tokens, output channels, K and group size, "
             f"each 1 to {MAX_DIMENSION}, such as 16x4096x4096,128"
         )
     return Problem(*numbers)
@@ -78,7 +77,7 @@ def parse_model(text: str) -> tuple[str, int, int]:
     name, gpus, group = (match[1], int(match[2] or 1), int(match[3] or 128)) if match else ("", 0, 0)
     if name not in _model_names() or gpus < 1 or group < 1:
         raise InvalidValueError(
-            f"{text[:_SHOWN_CHARACTERS]!r} must be NAME[/GPUS][,GROUP] such as llama-3-70b/8,128; the models are "
+            f"{shortened(text)!r} must be NAME[/GPUS][,GROUP] such as llama-3-70b/8,128; the models are "
             f"{', '.join(_model_names())}"
         )
     return name, gpus, group

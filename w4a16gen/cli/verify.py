@@ -22,7 +22,7 @@ from w4a16gen.cli.options import (
     sources_option,
     wide_option,
 )
-from w4a16gen.cli.output import note, print_result
+from w4a16gen.cli.output import note, print_result, result
 from w4a16gen.cli.services import services
 from w4a16gen.cli.tables import Column, print_table
 from w4a16gen.errors import BuildError, InvalidValueError, NoHopperGpuError
@@ -71,7 +71,7 @@ def _tell(proven: Report, report: Path | None, *, wide: bool, as_json: bool) -> 
     from w4a16gen.files import write_if_changed
 
     if report is not None:
-        write_if_changed(report.with_suffix(".json"), json.dumps(proven.value, indent=2) + "\n")
+        write_if_changed(report.with_suffix(".json"), json.dumps(result("verify", proven.value), indent=2) + "\n")
         write_if_changed(report.with_suffix(".md"), proven.markdown())
     if not as_json:
         columns, rows = proof_table(proven.value, wide=wide)
@@ -227,5 +227,6 @@ def build_and_verify(
     proven = _prove(services().load(built.build.folder), generated)
     _tell(proven, report, wide=wide, as_json=as_json)
     if as_json:
-        print_result("build-and-verify", {"build": build_as_json(built), "verify": proven.value})
+        proofs = {key: member for key, member in proven.value.items() if key != "schema"}
+        print_result("build-and-verify", {"build": build_as_json(built), "verify": proofs})
     return _status(proven, require_gpu=require_gpu) or failed_status(built)
