@@ -19,10 +19,11 @@ from w4a16gen.cli.tables import Column, print_table
 from w4a16gen.errors import BuildError
 
 if TYPE_CHECKING:
-    from w4a16gen.kernels.config import QuantMode
+    from w4a16gen.kernels.config import QuantMode, Target
     from w4a16gen.kernels.problem import Problem
     from w4a16gen.measure.bench import Bench
     from w4a16gen.measure.record import Row
+    from w4a16gen.measure.results import Comparison
 
 RIVAL_PACKAGES = "humming-kernels, torch"
 MOST_ROUNDS = 10_000
@@ -39,6 +40,9 @@ COLUMNS = (
     Column("floor us", right=True),
     Column("vs other 4-bit", right=True),
 )
+
+_FRONT = 4
+"""Columns in front of those of targets."""
 
 
 @click.command(
@@ -134,11 +138,37 @@ def _show(measured: Bench, mode: QuantMode, *, wide: bool) -> None:
     if peak is not None:
         note(f"The tensor cores reach {peak.burst:.0f} TFLOP/s for 0.1 ms, {peak.sustained:.0f} at the power limit.")
     if measured.rows:
-        print_table(
-            f"{measured.gpu.name}, mode {mode}, cold L2, medians", COLUMNS, map(_cells, measured.rows), wide=wide
-        )
+        columns, rows = bench_table(measured)
+        print_table(f"{measured.gpu.name}, mode {mode}, cold L2, medians", columns, rows, wide=wide)
     for name in measured.smallest_set:
         click.echo(name)
+
+
+def bench_table(measured: Bench) -> tuple[Sequence[Column], Sequence[Sequence[str]]]:
+    """Return the table of a bench run: a row a problem, with a column a target if kernels of several were timed."""
+    comparisons = [found for found in measured.comparisons if found.kernels]
+    fastest = [_fastest_by_target(found) for found in comparisons]
+    targets = sorted({target for times in fastest for target in times})
+    if len(targets) < 2:  # noqa: PLR2004
+        return COLUMNS, [_cells(row) for row in measured.rows]
+    front = COLUMNS[:_FRONT]
+    columns = (*front, *(Column(f"{target} us", right=True, keep=True) for target in targets), *COLUMNS[_FRONT:])
+    rows = []
+    for row, times in zip(measured.rows, fastest, strict=True):
+        cells = _cells(row)
+        of_targets = (f"{times[target]:.2f}" if target in times else "" for target in targets)
+        rows.append((*cells[:_FRONT], *of_targets, *cells[_FRONT:]))
+    return columns, rows
+
+
+def _fastest_by_target(found: Comparison) -> dict[Target, float]:
+    """Return the time of the fastest kernel of each target that was timed."""
+    from w4a16gen.kernels.config import KernelConfig
+
+    times: dict[Target, float] = {}
+    for timing in reversed(found.kernels):
+        times[KernelConfig.parse(timing.contender).target] = timing.median
+    return times
 
 
 def _cells(row: Row) -> tuple[str, ...]:

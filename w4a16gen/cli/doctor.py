@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import sys
-import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -16,7 +15,7 @@ import click
 from w4a16gen import __version__
 from w4a16gen.cli.help import ExampleCommand
 from w4a16gen.cli.options import build_option, json_option
-from w4a16gen.cli.output import is_terminal, note, print_result, terminal_width, uses_color
+from w4a16gen.cli.output import note, print_result, uses_color, wrapped
 from w4a16gen.cli.services import services
 from w4a16gen.errors import EXIT_MISSING, W4A16Error
 
@@ -175,21 +174,12 @@ def _find_build(folder: Path | None) -> Finding:
 
 
 def _lines(finding: Finding) -> Iterator[str]:
-    """Yield a finding's lines. Lines are broken between words only, so that paths and commands can be copied."""
+    """Yield a finding's lines."""
     colors = {Level.OK: "green", Level.NOTE: "yellow", Level.MISSING: "red"}
     label = finding.level.value.ljust(_INDENT)
-    text = _wrap(f"{label}{finding.subject}: {finding.detail}")
+    lines = wrapped(f"{label}{finding.subject}: {finding.detail}", sys.stdout, _INDENT)
     if uses_color(sys.stdout):
-        text[0] = click.style(label, fg=colors[finding.level], bold=True) + text[0][_INDENT:]
-    yield from text
+        lines[0] = click.style(label, fg=colors[finding.level], bold=True) + lines[0][_INDENT:]
+    yield from lines
     if finding.fix:
-        yield f"{'':{_INDENT}}fix: {finding.fix}"
-
-
-def _wrap(line: str) -> list[str]:
-    if not is_terminal(sys.stdout):
-        return [line]
-    indent = " " * _INDENT
-    return textwrap.wrap(
-        line, terminal_width(), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )
+        yield from wrapped(f"{'':{_INDENT}}fix: {finding.fix}", sys.stdout, len("fix: "))

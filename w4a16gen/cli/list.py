@@ -13,7 +13,7 @@ import click
 
 from w4a16gen.cli.help import OUTPUT, WHICH_KERNELS, ExampleCommand, option
 from w4a16gen.cli.options import build_option, filter_options, json_option, wide_option
-from w4a16gen.cli.output import is_terminal, note, print_result
+from w4a16gen.cli.output import is_terminal, note, print_result, wrapped
 from w4a16gen.cli.services import services
 from w4a16gen.cli.tables import Column, print_table
 from w4a16gen.errors import InvalidValueError
@@ -106,13 +106,18 @@ def _of_build(wanted: Filter, folder: Path | None) -> list[KernelConfig]:
     return found
 
 
-def shape_pattern(configs: Sequence[KernelConfig]) -> str:
-    """Return one short name for kernels that differ in mode only; a shell expands its braces."""
+def shape_pattern(configs: Sequence[KernelConfig], modes: str | None = None) -> str:
+    """Return one short name for kernels that differ in mode only.
+
+    Args:
+        configs: the kernels.
+        modes: what stands for their modes; None takes braces, which a shell expands.
+    """
     first = configs[0]
     if len(configs) == 1:
         return first.short_name
-    modes = ",".join(str(config.mode) for config in configs)
-    return first.short_name.replace(f"_{first.mode}_", f"_{{{modes}}}_", 1)
+    listed = ",".join(str(config.mode) for config in configs)
+    return first.short_name.replace(f"_{first.mode}_", f"_{modes or f'{{{listed}}}'}_", 1)
 
 
 def by_shape(configs: Iterable[KernelConfig]) -> list[list[KernelConfig]]:
@@ -171,7 +176,8 @@ def _explain(wanted: Filter, spaces: Sequence[str], *, as_json: bool, forbidden:
         print_result("list", {"built": False, "spaces": list(spaces), "kernels": kernels})
     elif is_terminal(sys.stdout):
         for why, count in Counter(why for _, why in left_out).most_common():
-            click.echo(f"{count:6}  {why.sentence}")
+            for line in wrapped(f"{count:<8}{why.sentence}", sys.stdout, 8):
+                click.echo(line)
     else:
         for config, why in left_out:
             click.echo(f"{config.name}\t{why}")

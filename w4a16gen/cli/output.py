@@ -47,20 +47,32 @@ def note(text: str, *, label: str = "", color: str = "red") -> None:
         label: a word in front of it, which a terminal shows in colour.
         color: the label's colour.
     """
-    labelled = f"{label} {text}" if label else text
-    if is_terminal(sys.stderr):
-        lines = (_wrap(line, terminal_width()) for line in labelled.splitlines() or [""])
-        labelled = "\n".join(lines)
+    lines = wrapped(f"{label} {text}" if label else text, sys.stderr)
     if label and uses_color(sys.stderr):
-        labelled = click.style(label, fg=color, bold=True) + labelled[len(label) :]
-    click.echo(labelled, err=True)
+        lines[0] = click.style(label, fg=color, bold=True) + lines[0][len(label) :]
+    click.echo("\n".join(lines), err=True)
 
 
-def _wrap(line: str, width: int) -> str:
-    indent = line[: len(line) - len(line.lstrip())]
-    return textwrap.fill(
-        line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, replace_whitespace=False
+def wrapped(text: str, stream: TextIO | None, indent: int = 0) -> list[str]:
+    """Return the lines of a text, broken between words to fit a terminal; words, paths and options stay whole.
+
+    Args:
+        text: the text. Each of its lines is broken by itself.
+        stream: where it goes. If it is no terminal, lines stay as they are.
+        indent: columns to indent continued lines by, beside those of the line itself.
+    """
+    lines = text.splitlines() or [""]
+    if not is_terminal(stream):
+        return lines
+    return [part for line in lines for part in _wrap(line, terminal_width(), indent)]
+
+
+def _wrap(line: str, width: int, indent: int) -> list[str]:
+    hanging = " " * (len(line) - len(line.lstrip()) + indent)
+    parts = textwrap.wrap(
+        line, width, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False, replace_whitespace=False
     )
+    return parts or [""]
 
 
 def result(command: str, value: Mapping[str, Any]) -> dict[str, Any]:

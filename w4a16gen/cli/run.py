@@ -103,7 +103,7 @@ def _show(chosen: Plan, outcome: Outcome) -> None:
     lines = {
         "GPU": f"{outcome.gpu}, {outcome.gpu.sm_count} SMs",
         "Problem": f"m={problem.m} n={problem.n} k={problem.k}, group size {problem.group_size}, mode {chosen.mode}",
-        "Kernel": chosen.config.name,
+        "Kernel": chosen.config.short_name,
         "Able": f"{len(chosen.candidates)} of {chosen.built} built kernels can run the problem",
         "Workspace": f"{outcome.workspace_bytes} bytes",
         "Correctness": f"{verdict}: error {outcome.error_over_bound:.3f} of the bound, {outcome.checked_rows} rows",

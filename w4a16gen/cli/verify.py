@@ -26,9 +26,10 @@ from w4a16gen.cli.output import note, print_result, result
 from w4a16gen.cli.services import services
 from w4a16gen.cli.tables import Column, print_table
 from w4a16gen.errors import BuildError, InvalidValueError, NoHopperGpuError
+from w4a16gen.kernels.config import QuantMode
 
 if TYPE_CHECKING:
-    from w4a16gen.kernels.config import ClusterShape, CtaShape, QuantMode, Target
+    from w4a16gen.kernels.config import ClusterShape, CtaShape, Target
     from w4a16gen.runtime.library import Library
     from w4a16gen.verify.report import Report
 
@@ -75,7 +76,7 @@ def _tell(proven: Report, report: Path | None, *, wide: bool, as_json: bool) -> 
         write_if_changed(report.with_suffix(".md"), proven.markdown())
     if not as_json:
         columns, rows = proof_table(proven.value, wide=wide)
-        print_table("Proofs", columns, rows, wide=wide)
+        print_table("Proofs (error: the largest, as a share of its bound)", columns, rows, wide=wide)
     for violation in proven.violations():
         note(violation, label="FAILED")
     note(proven.summary())
@@ -104,7 +105,7 @@ def proof_table(value: dict[str, Any], *, wide: bool) -> tuple[Sequence[Column],
     columns = [
         Column("kernel", keep=True, own_line=True),
         Column("checks", right=True, keep=True),
-        Column("error/bound", right=True),
+        Column("error", right=True),
         Column("registers", right=True),
         Column("stages", right=True),
         Column("shared KiB", right=True),
@@ -132,7 +133,7 @@ def _proof_row(
         return f"{max(values) / divisor:.{digits}f}" if values else ""
 
     return (
-        shape_pattern(group),
+        shape_pattern(group, modes="*" if len(group) == len(QuantMode) else None),
         f"{passed}/{passed + failed}" if proofs else "not run",
         f"{max(proof['worst_error_over_bound'] for proof in proofs):.3f}" if proofs else "",
         largest("registers"),
