@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import w4a16gen
-from w4a16gen import QuantMode, pack_weight, quantize
-from w4a16gen.errors import NotBuiltError
+from w4a16gen import Problem, QuantMode, pack_weight, quantize
+from w4a16gen.errors import InvalidValueError, NotBuiltError
 from w4a16gen.runtime import default as api
 from w4a16gen.runtime.arrays import _is_contiguous
-from w4a16gen.runtime.artifact import Build
+from w4a16gen.runtime.artifact import MANIFEST, Build
 from w4a16gen.runtime.folders import BUILD_FOLDER_VARIABLE
 from w4a16gen.weights.reference import Expectation, random_weight
 
@@ -81,3 +84,80 @@ def test_the_default_build_is_looked_for_again_only_when_loaded(
     assert w4a16gen.load(fake_build.folder) is first, "the same library is loaded once"
     monkeypatch.chdir(fake_build.folder.parent)
     assert w4a16gen.load(fake_build.folder.name) is first
+
+
+def test_a_build_that_was_replaced_on_disk_is_loaded_beside_the_old_one(fake_build: Build, tmp_path: Path) -> None:
+    folder = tmp_path / "build"
+    shutil.copytree(fake_build.folder, folder, ignore=shutil.ignore_patterns("cmake-*", "objects"))
+    before = w4a16gen.load(folder)
+    replacement = tmp_path / "replacement"
+    shutil.copytree(folder, replacement)
+    text = (replacement / MANIFEST).read_text()
+    (replacement / MANIFEST).write_text(text.replace(fake_build.manifest.link_digest, "another link"))
+    shutil.rmtree(folder)
+    replacement.rename(folder)
+    after = w4a16gen.load(folder)
+    assert after is not before
+    assert w4a16gen.load(str(folder)) is after
+    assert after.configs() == before.configs() == fake_build.configs
+    problem = Problem(4, 64, 128, 128)
+    assert after.packed_bytes(after.configs()[0], problem) == before.packed_bytes(before.configs()[0], problem)
+
+
+@pytest.mark.parametrize(
+    ("folder", "error", "text"),
+    [
+        ("/dev/null", NotBuiltError, "in /dev/null"),
+        ("nowhere", NotBuiltError, "No build found in nowhere"),
+        (Path(__file__), NotBuiltError, "No build can be read in"),
+        ("x" * 5000, NotBuiltError, "No build can be read in"),
+        (b"build", InvalidValueError, "folder of type bytes must be text or a path"),
+        (3, InvalidValueError, "folder of type int must be text or a path"),
+        ("a\0b", InvalidValueError, "must name a file or folder"),
+        ("", InvalidValueError, "must name a file or folder"),
+    ],
+    ids=repr,
+)
+def test_a_folder_that_is_no_build_is_refused(folder: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        w4a16gen.load(folder)
+
+
+ALPHA = "alpha of .* must be one finite or infinite float"
+HOST: list[tuple[str, dict[str, Any], str]] = [
+    *(
+        (f"alpha {value!r}", {"alpha": value}, ALPHA)
+        for value in (None, "1", True, 1j, [1.0], np.ones(2), np.array(1.0))
+    ),
+    ("alpha of NaN", {"alpha": float("nan")}, "alpha of nan must be one finite or infinite float"),
+    ("alpha beyond fp32", {"alpha": 1e300}, r"alpha of 1e\+300 must fit in fp32"),
+    ("alpha beyond float64", {"alpha": 10**400}, "alpha must fit in fp32"),
+    ("a quantised weight", {"w": quantize(np.ones((8, 64)), group_size=64)}, r"pass w4a16gen.pack_weight\(w\)"),
+    ("an array for a weight", {"w": np.ones((8, 64))}, r"w of type ndarray .* pass w4a16gen.pack\(q, scales\)"),
+    ("no weight", {"w": None}, "w of type NoneType must be a PackedWeight"),
+    ("a number for a kernel", {"config": 3}, "a value of type int is not a kernel name"),
+    ("three axes", {"a": np.ones((1, 3, 64), np.float16)}, r"must be \[m, 64\]: pass a.reshape\(-1, 64\)"),
+    ("one token", {"a": np.ones(64, np.float16)}, r"for one token, pass a\[None\]"),
+    ("transposed", {"a": np.ones((64, 3), np.float16)}, "they look transposed"),
+    ("masked", {"a": np.ma.ones((3, 64), np.float16)}, "activations of type MaskedArray must be a numpy array"),
+    ("masked bias", {"bias": np.ma.ones(8, np.float16)}, "bias of type MaskedArray must be a numpy array"),
+    ("read-only output", {"out": np.broadcast_to(np.float16(0), (3, 8))}, "output is read-only"),
+    ("a dependent launch of text", {"dependent_launch": "no"}, "dependent_launch of type str must be True or False"),
+]
+
+
+@pytest.mark.parametrize(("change", "text"), [row[1:] for row in HOST], ids=[row[0] for row in HOST])
+def test_a_slip_is_refused_in_words(change: dict[str, Any], text: str) -> None:
+    arguments: dict[str, Any] = {
+        "a": np.ones((3, 64), np.float16),
+        "w": pack_weight(quantize(np.ones((8, 64)), group_size=64)),
+    }
+    with pytest.raises(InvalidValueError, match=text):
+        w4a16gen.gemm(**(arguments | change))
+
+
+@pytest.mark.parametrize("alpha", [2, np.float32(2), np.int8(2), Fraction(2), float("inf"), -float("inf"), 0.0])
+def test_alpha_is_one_number(alpha: Any) -> None:
+    packed = pack_weight(quantize(np.ones((8, 64)), group_size=64))
+    got = w4a16gen.gemm(np.ones((1, 64), np.float16), packed, alpha=alpha)
+    assert (got == np.float16(float(alpha) * 64)).all()

@@ -62,9 +62,15 @@ def test_completion_shows_public_names_only() -> None:
 def test_error_classes_are_at_the_top_level_with_their_exit_codes() -> None:
     codes = {name: getattr(w4a16gen, name).exit_code for name in w4a16gen.__all__ if name.endswith("Error")}
     assert codes == {
-        "W4A16Error": 1, "BuildError": 1, "BuildLockedError": 1, "CudaError": 1,
-        "InvalidValueError": 2, "UnsupportedProblemError": 2,
-        "MissingToolError": 3, "NoHopperGpuError": 3, "NotBuiltError": 3,
+        "W4A16Error": 1,
+        "BuildError": 1,
+        "BuildLockedError": 1,
+        "CudaError": 1,
+        "InvalidValueError": 2,
+        "UnsupportedProblemError": 2,
+        "MissingToolError": 3,
+        "NoHopperGpuError": 3,
+        "NotBuiltError": 3,
     }
 
 

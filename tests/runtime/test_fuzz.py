@@ -20,6 +20,7 @@ import w4a16gen
 from w4a16gen import Library
 from w4a16gen.runtime import default
 from w4a16gen.runtime.artifact import Build
+from w4a16gen.runtime.folders import BUILD_FOLDER_VARIABLE
 
 CALLS = int(os.environ.get("W4A16GEN_FUZZ_CALLS", "2500"))
 SEED = int(os.environ.get("W4A16GEN_FUZZ_SEED", "20261128"))
@@ -67,7 +68,7 @@ def test_odd_calls_raise_documented_errors_and_give_no_wrong_number(
     fake_library: Library, fake_build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(default.BUILD_FOLDER_VARIABLE, str(fake_build.folder))
+    monkeypatch.setenv(BUILD_FOLDER_VARIABLE, str(fake_build.folder))
     monkeypatch.setattr(default, "_InUse", type("InUse", (), {"library": None}))
     rng, pool = np.random.default_rng(SEED), odd_values()
     calls = public_calls(fake_library)

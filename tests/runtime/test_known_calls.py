@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 
 from w4a16gen import Library
@@ -234,6 +235,28 @@ def test_a_call_that_is_not_as_known_is_left_alone(wrong: dict[str, Any], calls:
     before = recorded.launches
     given = RIGHT | wrong
     assert calls.try_launch(given["a"], given["w"], given["bias"], given["out"], given["alpha"], False) is None
+    assert recorded.launches == before
+
+
+@pytest.mark.parametrize(
+    "alpha", [None, "1", True, 1j, [1.0], np.ones(2), np.float32(1), float("nan"), 1e300, 10**400], ids=repr
+)
+def test_an_alpha_that_is_no_plain_number_is_left_to_the_slow_path(alpha: Any, calls: Any, recorded: Recorded) -> None:
+    before = recorded.launches
+    assert calls.gemm(RIGHT["a"], WEIGHT, None, None, alpha, False) is None
+    assert recorded.launches == before
+
+
+@pytest.mark.parametrize("alpha", [2, 0.1, -0.0, float("inf"), -float("inf"), np.float64(0.5), 1e-300])
+def test_finite_and_infinite_numbers_are_alpha(alpha: Any, calls: Any, recorded: Recorded) -> None:
+    assert calls.gemm(RIGHT["a"], WEIGHT, None, None, alpha, False) is not None
+    assert recorded.alpha == np.float32(alpha)
+
+
+@pytest.mark.parametrize("dependent", [None, 1, 0, "no", np.bool_(1)])
+def test_a_dependent_launch_is_true_or_false(dependent: Any, calls: Any, recorded: Recorded) -> None:
+    before = recorded.launches
+    assert calls.gemm(RIGHT["a"], WEIGHT, None, None, 1.0, dependent) is None
     assert recorded.launches == before
 
 

@@ -29,7 +29,7 @@ from w4a16gen.weights.reference import gemm_reference
 from w4a16gen.weights.storage import as_path
 
 if TYPE_CHECKING:
-    from w4a16gen.runtime.typing import GpuArray, OutT, TensorT
+    from w4a16gen.runtime.typing import GpuArray, OutT, Tensor, TensorT
 
 
 def load(folder: Path | str | None = None) -> Library:
@@ -104,7 +104,7 @@ def to_device(value: PackedWeight, device: int = 0) -> PackedWeight: ...
 
 
 @overload
-def to_device(value: npt.NDArray[Any], device: int = 0) -> DeviceArray: ...
+def to_device(value: npt.NDArray[Any] | Tensor, device: int = 0) -> DeviceArray: ...
 
 
 def to_device(value: Any, device: int = 0) -> Any:
@@ -178,7 +178,7 @@ def pack(
 
 @overload
 def gemm(
-    a: npt.NDArray[np.float16],
+    a: npt.NDArray[Any],
     w: PackedWeight,
     *,
     bias: npt.NDArray[np.float16] | None = None,
