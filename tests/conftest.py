@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from w4a16gen.build import toolchain
 from w4a16gen.build.pipeline import build
 from w4a16gen.choose.overrides import kernels_of_environment
 from w4a16gen.kernels.config import ClusterShape, CtaShape, KernelConfig
-from w4a16gen.kernels.spaces import Filter, select
+from w4a16gen.kernels.spaces import Filter, enumerate_space, select
 from w4a16gen.runtime.artifact import Build
 from w4a16gen.runtime.folders import BUILD_FOLDER_VARIABLE
 from w4a16gen.runtime.library import Library
@@ -135,3 +136,23 @@ def real_build(tmp_path_factory: pytest.TempPathFactory) -> Build:
 def real_library(real_build: Build) -> Library:
     """Load the real build."""
     return Library(real_build)
+
+
+@pytest.fixture(scope="session")
+def gpu_library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    """Return a build of the spaces trtllm, trtllm-native and default; skip without a Hopper GPU.
+
+    W4A16GEN_BUILD_DIR names a build that is there already.
+    """
+    if not Path("/dev/nvidiactl").exists():
+        pytest.skip("this machine has no NVIDIA GPU")
+    given = os.environ.get(BUILD_FOLDER_VARIABLE)
+    if given:
+        found = w4a16gen.load(given)
+    else:
+        folder = tmp_path_factory.mktemp("gpu")
+        every = {kernel for space in ("trtllm", "trtllm-native", "default") for kernel in enumerate_space(space)}
+        found = Library(build(sorted(every), generated=folder / GENERATED, folder=folder / BUILD).build)
+    if not found.hopper_devices():
+        pytest.skip("this machine has no Hopper GPU")
+    return found

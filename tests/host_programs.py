@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from w4a16gen.build import toolchain
-from w4a16gen.build.headers import CUDA_FOLDER
 from w4a16gen.build.emit import emit
+from w4a16gen.build.headers import CUDA_FOLDER
 from w4a16gen.kernels.config import KernelConfig
 from w4a16gen.kernels.render import render_unit, source_name
 

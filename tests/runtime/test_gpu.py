@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from w4a16gen import KernelConfig, Library, PackedWeight, Problem, QuantMode, Target, load, pack_weight
-from w4a16gen.build.pipeline import build
+from w4a16gen import KernelConfig, Library, PackedWeight, Problem, QuantMode, Target, pack, pack_weight
 from w4a16gen.errors import InvalidValueError, UnsupportedProblemError
 from w4a16gen.kernels.spaces import enumerate_space
 from w4a16gen.measure.probes import probe_multiply, probe_read
 from w4a16gen.runtime.arrays import DeviceArray
-from w4a16gen.runtime.folders import BUILD_FOLDER_VARIABLE
 from w4a16gen.verify import numeric
 from w4a16gen.verify.numeric import NumericProof
 from w4a16gen.weights.quantized import Half, QuantizedWeight
@@ -30,26 +27,16 @@ EVERY = enumerate_space("trtllm") + NATIVE
 STREAM_K = KernelConfig.parse("w4a16_sm90_native_fgs_cta256x64x128_cluster1x1x1_warpgroups2_streamk")
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    """Give a build of the spaces trtllm, trtllm-native and default on a machine with a Hopper GPU; skip elsewhere."""
-    given = os.environ.get(BUILD_FOLDER_VARIABLE)
-    if not Path("/dev/nvidiactl").exists():
-        pytest.skip("this machine has no NVIDIA GPU")
-    if given:
-        found = load(given)
-    else:
-        folder = tmp_path_factory.mktemp("gpu")
-        found = Library(build(EVERY, generated=folder / "generated", folder=folder / "build").build)
-    if not found.hopper_devices():
-        pytest.skip("this machine has no Hopper GPU")
-    return found
+@pytest.fixture
+def library(gpu_library: Library) -> Library:
+    """Return the build of every kernel."""
+    return gpu_library
 
 
 @pytest.fixture(scope="session")
-def proofs(library: Library) -> dict[str, NumericProof]:
+def proofs(gpu_library: Library) -> dict[str, NumericProof]:
     """Run the numerical proofs of every kernel once."""
-    return {proof.name: proof for proof in numeric.prove(library)}
+    return {proof.name: proof for proof in numeric.prove(gpu_library)}
 
 
 @pytest.mark.parametrize("config", EVERY, ids=str)
@@ -311,19 +298,66 @@ def test_packing_on_the_gpu_gives_the_same_bytes(library: Library, mode: QuantMo
     assert np.array_equal(packed.data.to_host(), expected.data)
 
 
-def test_packing_on_the_gpu_refuses_what_packing_on_the_host_refuses(library: Library) -> None:
-    q = np.full((16, 64), 3, np.uint8)
-    scales = np.ones((2, 16), np.float16)
-    given = library.to_device
-    with pytest.raises(InvalidValueError, match="q holds values above 15"):
-        library.pack(given(q + np.uint8(13)), given(scales))
-    scales[:, 9] = 60000, 6e-8
-    with pytest.raises(InvalidValueError, match="too far below the channel's largest scale"):
-        library.pack(given(q), given(scales))
-    with pytest.raises(InvalidValueError, match="scales of dtype float32 must be float16"):
-        library.pack(given(q), given(scales.astype(np.float32)))
-    with pytest.raises(InvalidValueError, match="group size 48 must divide k = 64"):
-        library.pack(given(q), given(scales), group_size=48)
+def _refusal(call: Callable[[], object]) -> str:
+    with pytest.raises(InvalidValueError) as error:
+        call()
+    return str(error.value)
+
+
+SCALES = np.ones((2, 64), np.float16)
+POINTS = np.arange(128).reshape(2, 64) % 16
+TOO_FAR = SCALES.copy()
+TOO_FAR[:, 9] = 60000, 6e-8
+REFUSED: list[tuple[str, dict[str, Any]]] = [
+    *(
+        (f"{name} of {value} in {len(shape)} axes", {name: np.full(shape, value, np.float16)})
+        for name, shape in (("scales", (2, 64)), ("scales", (64,)), ("zeros", (2, 64)))
+        for value in (np.nan, np.inf, -np.inf)
+    ),
+    ("raw zero points", {"scales": SCALES * np.float16(0.01), "zeros": POINTS.astype(np.float16)}),
+    ("zero points above 15", {"zero_points": POINTS + 1}),
+    ("zero points transposed", {"zero_points": POINTS.T.copy()}),
+    ("zero points of floats", {"zero_points": SCALES}),
+    ("zeros and zero points", {"zeros": SCALES, "zero_points": POINTS}),
+    ("zero points per column", {"scales": SCALES[0], "zero_points": POINTS[0]}),
+    ("scales of fp32", {"scales": SCALES.astype(np.float32)}),
+    ("scales transposed", {"scales": SCALES.T.copy()}),
+    ("scales of another n", {"scales": SCALES[:, :8].copy()}),
+    ("zeros of another shape", {"zeros": SCALES[:1].copy()}),
+    ("a group size that does not divide", {"group_size": 48}),
+    ("a group size of text", {"group_size": "128"}),
+    ("too wide a range", {"scales": TOO_FAR}),
+]
+
+
+@pytest.mark.parametrize("change", [row[1] for row in REFUSED], ids=[row[0] for row in REFUSED])
+def test_packing_on_the_gpu_refuses_what_packing_on_the_host_refuses(library: Library, change: dict[str, Any]) -> None:
+    given: dict[str, Any] = {"q": np.full((64, 256), 3, np.uint8), "scales": SCALES} | change
+    on_gpu: dict[str, Any] = {
+        name: library.to_device(part) if isinstance(part, np.ndarray) else part for name, part in given.items()
+    }
+    on_host, there = _refusal(lambda: pack(**given)), _refusal(lambda: library.pack(**on_gpu))
+    if "too far below" in on_host:  # the kernel does not tell which channel
+        assert "too far below the channel's largest scale" in there
+    else:
+        assert there == on_host
+
+
+def test_packing_on_the_gpu_refuses_values_above_15(library: Library) -> None:
+    q = library.to_device(np.full((64, 256), 16, np.uint8))
+    assert "q holds values above 15" in _refusal(lambda: library.pack(q, library.to_device(SCALES)))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64])
+def test_zero_points_on_the_gpu_give_the_same_bytes(library: Library, dtype: type[np.integer[Any]]) -> None:
+    rng = np.random.default_rng(5)
+    q = rng.integers(0, 16, (64, 256)).astype(np.uint8)
+    scales, points = rng.uniform(0.001, 0.1, (2, 64)).astype(np.float16), POINTS.astype(dtype)
+    expected = pack(q, scales, zero_points=points)
+    packed = library.pack(*map(library.to_device, (q, scales)), zero_points=library.to_device(points))
+    assert packed.mode is expected.mode is QuantMode.FINEGRAINED_SCALE_AND_ZEROS
+    assert np.array_equal(packed.data.to_host(), expected.data)
+    assert np.array_equal(packed.to_host().unpack().q, q)
 
 
 def test_arrays_with_only_dlpack_work(library: Library) -> None:

@@ -28,7 +28,7 @@ class GemmOptions:
     """Everything of a call of `gemm` beside its activations and weight; see `Library.gemm`."""
 
     bias: Any = None
-    alpha: float = 1.0
+    alpha: float | np.floating[Any] = 1.0
     config: KernelConfig | str | None = None
     out: Any = None
     workspace: Any = None
@@ -125,7 +125,7 @@ class CallCache:
             self._calls[key] = weakref.ref(w, lambda _: self._calls.pop(key, None)), calls
         self._calls[key][1].add(problem.m, launch.kernel_index)
 
-    def try_fast_path(self, a: Any, w: PackedWeight, bias: Any, out: Any, alpha: float, dependent_launch: bool) -> Any:
+    def try_fast_path(self, a: Any, w: PackedWeight, bias: Any, out: Any, alpha: Any, dependent_launch: bool) -> Any:
         """Repeat a call that has been validated.
 
         Returns:

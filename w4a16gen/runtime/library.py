@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, overload
 
+import numpy as np
+
 from w4a16gen.choose.chooser import Choice, Chooser
 from w4a16gen.choose.overrides import kernels_in_use
 from w4a16gen.choose.timing_table import TABLE
@@ -235,7 +237,7 @@ class Library:
         w: PackedWeight,
         *,
         bias: Any = None,
-        alpha: float = 1.0,
+        alpha: float | np.floating[Any] = 1.0,
         config: KernelConfig | str | None = None,
         out: Any = None,
         workspace: Any = None,

@@ -20,7 +20,16 @@ _NO_DECLARATORS = frozenset(
      "__typeof__", "explicit"}
 )  # fmt: skip
 """Words before a parenthesis that does not open a function's parameters."""
-_NO_CALLS = _NO_DECLARATORS | {"static_assert", "_Static_assert", "asm", "__asm__", "__asm", "_Pragma", "__pragma", "requires"}
+_NO_CALLS = _NO_DECLARATORS | {
+    "static_assert",
+    "_Static_assert",
+    "asm",
+    "__asm__",
+    "__asm",
+    "_Pragma",
+    "__pragma",
+    "requires",
+}
 _ELABORATIONS = frozenset({"typename", "class", "struct", "enum", "union"})
 _SAME_NAMES = {"__half": "half", "nv_bfloat16": "__nv_bfloat16", "tuple": "Shape", "C": "Int"}
 """Other names of the same types."""

@@ -193,7 +193,9 @@ class _Scanner:
             begin = statement[template].begin
             made = declarations.parse_declarator(statement[template + 1 :], self._aliases)
             if boundary != ";" or made is None or declarations.has_second_template(statement, template):
-                self.report(begin, f"the instantiation of {made.name if made and made.name else 'a template'} does not end")
+                self.report(
+                    begin, f"the instantiation of {made.name if made and made.name else 'a template'} does not end"
+                )
             if made is not None:
                 self._found(made, begin, max(begin + 1, last.end if last and boundary == ";" else statement[-1].end))
             if is_crossed:

@@ -127,9 +127,7 @@ class Macros:
                 made.append(token)
         return made
 
-    def _expand(
-        self, token: Token, stream: Tokens, hidden: frozenset[str], depth: int
-    ) -> tuple[list[Token], int]:
+    def _expand(self, token: Token, stream: Tokens, hidden: frozenset[str], depth: int) -> tuple[list[Token], int]:
         """Return an expansion, and where its call ends."""
         macro = self.table[token.text]
         if macro is None:

@@ -203,7 +203,9 @@ class Preprocessor:
         branch.is_certain = is_sure and not branch.may_be_taken
         branch.is_in_every_build = branch.is_certain and (branch.parent is None or branch.parent.is_in_every_build)
         branch.condition = "" if is_sure else _text(condition)
-        branch.taken = [taken or value not in {0, None} for value, taken in zip((ours, any_build), branch.taken, strict=True)]
+        branch.taken = [
+            taken or value not in {0, None} for value, taken in zip((ours, any_build), branch.taken, strict=True)
+        ]
         branch.may_be_taken |= possible[1]
         texts = tuple(token.text for token in condition)
         for form in _FORMS:
@@ -219,7 +221,9 @@ class Preprocessor:
         if not branch.is_certain:
             for name in branch.changed:
                 macro = self.macros.table.get(name)
-                self.macros.table[name] = Macro(macro.parameters, macro.body, False) if macro else Macro(None, (), False)
+                self.macros.table[name] = (
+                    Macro(macro.parameters, macro.body, False) if macro else Macro(None, (), False)
+                )
         if branch.parent is not None:
             branch.parent.changed += branch.changed
         branch.changed = []
@@ -244,7 +248,9 @@ class Preprocessor:
                 name = operand[1].text if operand[0].text == "(" and len(operand) > 1 else operand[0].text
                 at += 4 if operand[0].text == "(" else 2
                 value = self._is_defined(name, of_any=of_any)
-                made = Token(Kind.WORD, "__unknown", 0, 0) if value is None else Token(Kind.NUMBER, str(int(value)), 0, 0)
+                made = (
+                    Token(Kind.WORD, "__unknown", 0, 0) if value is None else Token(Kind.NUMBER, str(int(value)), 0, 0)
+                )
                 tokens.append(made)
             else:
                 tokens.append(token)

@@ -83,7 +83,7 @@ class Source:
         opening = _RAW_OPENING.match(self.raw, self.origin(quote))
         if opening is None:
             return -1
-        closing = f"){opening[1]}\""
+        closing = f'){opening[1]}"'
         found = self.raw.find(closing, opening.end())
         if found < 0:
             return -1
@@ -195,7 +195,9 @@ class _Lexer:
         """Yield a word, and what only a word can introduce; return where to go on, or None at the end."""
         if end < self._stop and text[end] == '"' and word in _RAW_PREFIXES:
             after = self._source.raw_literal_end(end)
-            yield Token(Kind.LITERAL if after >= 0 else Kind.STRAY, text[begin : max(after, end)], begin, max(after, end))
+            yield Token(
+                Kind.LITERAL if after >= 0 else Kind.STRAY, text[begin : max(after, end)], begin, max(after, end)
+            )
             return after if after >= 0 else None
         if self._directive_name:
             self._directive_name = False
