@@ -1,0 +1,252 @@
+"""C++ chooses what Python chooses: sdk/chooser.h, compiled for the host, and the file that it reads."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fakes.devices import H100, H100_PCIE, H200, H800
+from fakes.library import build_of
+from paths import CPP, ROOT
+
+from w4a16gen import Problem, QuantMode
+from w4a16gen.choose import packaged_times
+from w4a16gen.choose.choice_file import choice_text, fnv1a
+from w4a16gen.choose.chooser import Chooser
+from w4a16gen.choose.overrides import KERNELS_VARIABLE, kernels_of_environment
+from w4a16gen.choose.timing_table import TABLE, Measured, add_times, one_time
+from w4a16gen.errors import NotBuiltError, W4A16Error
+from w4a16gen.kernels.config import Target
+from w4a16gen.kernels.device import Device
+from w4a16gen.kernels.problem import why_cannot_run
+from w4a16gen.kernels.spaces import enumerate_space
+
+DEFAULT = enumerate_space("default")
+HASHES = build_of(DEFAULT).content_hashes
+FGS = QuantMode.FINEGRAINED_SCALE_ONLY
+DEVICES = (H100, None, H200, H800, H100_PCIE, replace(H100, sm_count=16), Device(0, "NVIDIA H20", (9, 0), 78))
+Question = tuple[QuantMode, Problem, Device | None]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compile the chooser with strict warnings."""
+    path = tmp_path_factory.mktemp("chooser") / "choose_kernels"
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Werror"]
+    source = CPP / "choose_kernels.cpp"
+    subprocess.run(["g++", *flags, f"-I{ROOT / 'w4a16gen' / 'cuda'}", str(source), "-o", str(path)], check=True)  # noqa: S603, S607
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_overrides(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let a test set the variable that names kernels, which Python reads once per process."""
+    monkeypatch.delenv(KERNELS_VARIABLE, raising=False)
+    kernels_of_environment.cache_clear()
+    yield
+    kernels_of_environment.cache_clear()
+
+
+def ask_cpp(program: Path, choice_file: Path, questions: Sequence[Question]) -> list[str]:
+    """Return the program's answers."""
+    lines = []
+    for mode, problem, device in questions:
+        gpu = "" if device is None else f" {device.sm_count} {device.name}"
+        lines.append(f"{mode} {problem.m} {problem.n} {problem.k} {problem.group_size}{gpu}\n")
+    command = [str(program), str(choice_file)]
+    asked = subprocess.run(command, input="".join(lines), capture_output=True, text=True, check=True, env=os.environ)  # noqa: S603
+    return asked.stdout.splitlines()
+
+
+def ask_python(chooser: Chooser, question: Question) -> tuple[str, float, str]:
+    """Return Python's answer for a weight that native kernels read."""
+    mode, problem, device = question
+    choice = chooser.choose(problem, mode, device=device, target=Target.NATIVE)
+    return choice.kernel.name, choice.microseconds or 0.0, choice.source.value
+
+
+def assert_same(program: Path, folder: Path, questions: Sequence[Question], table: Path) -> list[str]:
+    """Check that C++ gives Python's answers; return the sources of the choices."""
+    choice_file = folder / "choice.txt"
+    choice_file.write_text(choice_text(HASHES, table))
+    chooser = Chooser(HASHES, table)
+    sources = []
+    answers = ask_cpp(program, choice_file, questions)
+    for question, answer in zip(questions, answers, strict=True):
+        name, microseconds, source = ask_python(chooser, question)
+        kernel, time, cpp_source = answer.split(" ")
+        assert (kernel, cpp_source) == (name, source), question
+        assert float(time) == pytest.approx(microseconds, rel=1e-12), question
+        sources.append(source)
+    return sources
+
+
+def random_questions(count: int, seed: int) -> list[Question]:
+    """Return random problems in all modes on all kinds of GPU; some are of layers of the packaged times."""
+    rng = random.Random(seed)  # noqa: S311
+    layers = sorted({(problem.n, problem.k) for _, problem in packaged_times.table().times})
+    questions: list[Question] = []
+    for _ in range(count):
+        mode = rng.choice(list(QuantMode))
+        n, k = rng.choice(layers) if rng.random() < 0.3 else (8 * rng.randint(1, 4096), 64 * rng.randint(1, 512))
+        m = rng.choice([0, 1, rng.randint(1, 64), round(2 ** rng.uniform(0, 20))])
+        group = rng.choice([size for size in (32, 64, 128, 256, k) if k % size == 0]) if mode.is_grouped else k
+        questions.append((mode, Problem(m, n, k, group), rng.choice(DEVICES)))
+    return questions
+
+
+def test_cpp_and_python_agree_on_every_problem_of_the_packaged_times(program: Path, tmp_path: Path) -> None:
+    problems = [problem for _, problem in packaged_times.table().times]
+    questions: list[Question] = [(FGS, problem, H100) for problem in problems]
+    assert assert_same(program, tmp_path, questions, tmp_path / TABLE) == ["packaged_times"] * 601
+
+
+def test_cpp_and_python_agree_on_random_problems(program: Path, tmp_path: Path) -> None:
+    sources = assert_same(program, tmp_path, random_questions(2000, seed=1), tmp_path / TABLE)
+    assert sources.count("estimate") > 1000
+    assert sources.count("packaged_times") > 30
+
+
+def test_cpp_and_python_agree_where_the_build_has_a_tuning_table(program: Path, tmp_path: Path) -> None:
+    rng = random.Random(2)  # noqa: S311
+    table = tmp_path / TABLE
+    questions = random_questions(300, seed=3)
+    for mode, problem, _ in questions[:60]:
+        for kernel in rng.sample([config for config in DEFAULT if config.mode is mode], 3):
+            if problem.m > 0 and why_cannot_run(kernel, problem) is None:
+                stale = rng.random() < 0.2
+                measured = Measured(float(rng.randint(5, 9)), "hash of other code" if stale else HASHES[kernel])
+                add_times(table, one_time(H100, problem, kernel, measured))
+    on_h100 = [(mode, problem, rng.choice([H100, None])) for mode, problem, _ in questions]
+    sources = assert_same(program, tmp_path, on_h100, table)
+    assert sources.count("tuning_table") > 20
+    choice_file = tmp_path / "choice.txt"
+    for question in on_h100[:20]:
+        elsewhere = (question[0], question[1], H200)
+        (answer,) = ask_cpp(program, choice_file, [elsewhere])
+        assert "tuning_table" not in answer, "the table is of another GPU"
+
+
+def test_cpp_honours_the_environment_variable_as_python_does(
+    program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions = random_questions(50, seed=4)
+    named = [config for config in DEFAULT if config.mode is not QuantMode.PER_COLUMN_SCALE_ONLY][3::7]
+    cutlass = enumerate_space("trtllm")[0]
+    monkeypatch.setenv(KERNELS_VARIABLE, f" {cutlass.name}, {named[0].name} ,,\t{named[-1].name}")
+    sources = assert_same(program, tmp_path, questions, tmp_path / TABLE)
+    assert sources.count("override") == sum(
+        mode in {config.mode for config in (named[0], named[-1])} for mode, _, _ in questions
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "fast",
+        "w4a16_sm90_native_fgs_cta064x8x128_cluster1x1x1_warps8_persistent",
+        "w4a16_sm90_native_fgs_cta64x8x128_cluster1x1x1_warps8_persistent_",
+        "w4a16_sm90_native_fgs_cta64x8x128_cluster0x1x1_warps8_persistent",
+        "w4a16_sm90_native_fgs_cta64x8x128_cluster1x1x1_warps9_persistent",
+        "w4a16_sm90_marlin_fgs_cta64x8x128_cluster1x1x1_warps8_persistent",
+        "w4a16_sm90_native_fgx_cta64x8x128_cluster1x1x1_warps8_persistent",
+        "w4a16_sm90_native_fgs_cta64x8x128_cluster1x1x1_warps8_streamk",
+    ],
+)
+def test_cpp_refuses_the_names_that_python_refuses(
+    program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    choice_file = tmp_path / "choice.txt"
+    choice_file.write_text(choice_text(HASHES, tmp_path / TABLE))
+    question = (FGS, Problem(16, 4096, 4096, 128), H100)
+    monkeypatch.setenv(KERNELS_VARIABLE, text)
+    with pytest.raises(W4A16Error) as refused:
+        ask_python(Chooser(HASHES, tmp_path / TABLE), question)
+    (answer,) = ask_cpp(program, choice_file, [question])
+    if isinstance(refused.value, NotBuiltError):
+        assert answer == f"error {text}, which {KERNELS_VARIABLE} names, is not in the build"
+    else:
+        assert answer == f"error '{text}' is not a kernel name"
+
+
+def test_a_mode_without_native_kernels_has_no_choice(program: Path, tmp_path: Path) -> None:
+    choice_file = tmp_path / "choice.txt"
+    fgs = {config: "hash" for config in DEFAULT if config.mode is FGS}
+    choice_file.write_text(choice_text(fgs, tmp_path / TABLE))
+    question = (QuantMode.PER_COLUMN_SCALE_ONLY, Problem(16, 4096, 4096, 4096), H100)
+    assert ask_cpp(program, choice_file, [question]) == ["error the build holds no native kernel of mode cs"]
+    choice_file.write_text(choice_text({}, tmp_path / TABLE))
+    (answer,) = ask_cpp(program, choice_file, [(FGS, Problem(16, 4096, 4096, 128), H100)])
+    assert answer == "error the build holds no native kernel of mode fgs"
+
+
+def with_end(lines: Sequence[str]) -> str:
+    """Return a file with the right last line."""
+    text = "".join(f"{line}\n" for line in lines)
+    return f"{text}end {len(lines)} {fnv1a(text.encode()):016x}\n"
+
+
+def refusal_of(program: Path, choice_file: Path) -> str:
+    """Return what the program says of a file, and check that it ends without a signal."""
+    asked = subprocess.run([str(program), str(choice_file)], input="", capture_output=True, text=True, check=False)  # noqa: S603
+    assert asked.returncode in {0, 1}
+    return asked.stderr
+
+
+def test_a_damaged_file_is_refused_in_one_sentence(program: Path, tmp_path: Path) -> None:
+    choice_file = tmp_path / "choice.txt"
+    whole = choice_text(HASHES, tmp_path / TABLE).encode()
+    rng = random.Random(5)  # noqa: S311
+    damaged = [whole[: rng.randrange(len(whole))] for _ in range(20)]
+    for _ in range(20):
+        place = rng.randrange(len(whole))
+        damaged.append(whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1 :])
+    damaged += [b"", b"\n", b"\n\n", whole + b"x", whole[1:], bytes(1000)]
+    for data in damaged:
+        choice_file.write_bytes(data)
+        assert "is damaged" in refusal_of(program, choice_file)
+        assert "run `w4a16gen export --prefix` again" in refusal_of(program, choice_file)
+    choice_file.unlink()
+    assert "cannot be read: run `w4a16gen export --prefix` again" in refusal_of(program, choice_file)
+    choice_file.mkdir()
+    assert "run `w4a16gen export --prefix` again" in refusal_of(program, choice_file)
+
+
+def test_every_line_is_checked(program: Path, tmp_path: Path) -> None:
+    choice_file = tmp_path / "choice.txt"
+    add_times(tmp_path / TABLE, one_time(H100, Problem(1, 64, 128, 128), DEFAULT[0], Measured(1.0, HASHES[DEFAULT[0]])))
+    lines = choice_text(HASHES, tmp_path / TABLE).splitlines()[:-1]
+    first = {}
+    for place, line in enumerate(lines):
+        first.setdefault(line.split(" ")[0], place)
+    assert {"constant", "h100", "card", "timed", "kernel", "packaged", "tuned_on", "tuned"} <= first.keys()
+    choice_file.write_text(with_end(lines))
+    assert refusal_of(program, choice_file) == ""
+    for word, place in first.items():
+        fields = lines[place].split(" ")
+        changes = [[*fields[:at], value, *fields[at + 1 :]] for at in range(len(fields)) for value in ("x", "-1", "")]
+        changes.append(fields[:1])
+        # These lines end with a GPU's name, which may be any text.
+        name_from = {"h100": 4, "card": 4, "tuned_on": 2}.get(word)
+        if name_from is None:
+            changes += [fields[:-1], [*fields, "1"]]
+        for change in changes:
+            if change != fields and (name_from is None or change[:name_from] != fields[:name_from]):
+                choice_file.write_text(with_end([*lines[:place], " ".join(change), *lines[place + 1 :]]))
+                assert "is damaged" in refusal_of(program, choice_file), change
+    choice_file.write_text(with_end([line for line in lines if not line.startswith("h100")]))
+    assert "does not describe the H100" in refusal_of(program, choice_file)
+
+
+def test_the_text_depends_on_the_build_only(tmp_path: Path) -> None:
+    kernels = list(HASHES)
+    random.Random(6).shuffle(kernels)  # noqa: S311
+    text = choice_text(HASHES, tmp_path / TABLE)
+    assert choice_text({config: HASHES[config] for config in kernels}, tmp_path / TABLE) == text
+    assert text.isascii()
+    assert "cutlass" not in choice_text(build_of(enumerate_space("trtllm")).content_hashes, tmp_path / TABLE)
