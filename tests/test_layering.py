@@ -19,7 +19,7 @@ ALLOWED = {
     "weights": {"kernels"},
     "choose": {"kernels"},
     "runtime": {"kernels", "weights", "choose"},
-    "build": {"kernels", "runtime.artifact"},
+    "build": {"kernels", "runtime.artifact", "choose.choice_file", "choose.timing_table"},
     "measure": {"kernels", "weights", "choose", "runtime"},
     "verify": {"kernels", "weights", "runtime", "build.toolchain"},
     "integrations": {"kernels", "weights", "runtime"},

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from w4a16gen.build.headers import CUDA_FOLDER
+from w4a16gen.choose.choice_file import CHOICE_FILE, choice_text
+from w4a16gen.choose.timing_table import TABLE
 from w4a16gen.files import write_if_changed
 from w4a16gen.kernels.render import render_text
 from w4a16gen.runtime.artifact import LIBRARY, MANIFEST, WHEEL_PACKAGE, Build
@@ -65,7 +67,7 @@ def export_prefix(build: Build, prefix: Path, version: str) -> list[Path]:
     name = LIBRARY.removeprefix("lib").removesuffix(".so")
     texts = {
         "include/w4a16.h": (CUDA_FOLDER / "w4a16.h").read_text(),
-        "include/w4a16/runner.h": (CUDA_FOLDER / "sdk" / "runner.h").read_text(),
+        **{f"include/w4a16/{header.name}": header.read_text() for header in sorted((CUDA_FOLDER / "sdk").glob("*.h"))},
         "lib/cmake/w4a16/w4a16-config.cmake": render_text(
             "export/w4a16-config.cmake.jinja", version=version, library=LIBRARY
         ),
@@ -74,6 +76,7 @@ def export_prefix(build: Build, prefix: Path, version: str) -> list[Path]:
         ),
         "lib/pkgconfig/w4a16.pc": render_text("export/w4a16.pc.jinja", version=version, name=name),
         "share/w4a16/manifest.json": _manifest_text(build),
+        CHOICE_FILE: choice_text(build.content_hashes, build.folder / TABLE),
     }
     for file, (_, text) in licenses(build, with_module=False).items():
         texts[f"share/licenses/w4a16/{file}"] = text

@@ -35,6 +35,7 @@
 #include <vector>
 
 #include "../w4a16.h"
+#include "default_chooser.h"
 
 namespace w4a16 {
 
@@ -268,6 +269,30 @@ class Runner {
             cudaStream_t stream, bool dependent_launch = false) const {
     gemm(A, B, scales, zeros, biases, 1.0f, C, m, n, k, group_size, config, workspace, workspace_bytes, stream,
          dependent_launch);
+  }
+
+  // Returns the kernel for a problem on the current device. It is the one that w4a16gen.gemm takes in Python: by
+  // W4A16GEN_KERNELS, the build's tuning table, measured times, or an estimate. Call it once per shape: it takes some
+  // microseconds. The default chooser needs share/w4a16/choice.txt beside the library's folder.
+  GemmConfig chooseConfig(int m, int n, int k, int group_size) const {
+    try {
+      return chooseConfig(m, n, k, group_size, default_chooser());
+    } catch (const ChoiceError& error) {
+      throw Error(W4A16_INVALID_ARGUMENT, error.what());
+    }
+  }
+  GemmConfig chooseConfig(int m, int n, int k, int group_size, const Chooser& chooser) const {
+    constexpr const char* kModes[] = {"cs", "fgs", "fgsz"};
+    const w4a16_problem problem{m, n, k, group_size};
+    char message[512] = "";
+    const w4a16_status status = w4a16_can_implement(any().kernel, &problem, message, sizeof(message));
+    if (status != W4A16_OK) throw Error(status, message);
+    try {
+      const char* const mode = kModes[static_cast<int>(Op)];
+      return getConfig(chooser.choose(mode, m, n, k, group_size, current_gpu(), overrides_of_environment()).kernel);
+    } catch (const ChoiceError& error) {
+      throw Error(W4A16_INVALID_ARGUMENT, error.what());
+    }
   }
 
  private:
