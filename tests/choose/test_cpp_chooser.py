@@ -221,7 +221,7 @@ def test_every_line_is_checked(program: Path, tmp_path: Path) -> None:
     choice_file = tmp_path / "choice.txt"
     add_times(tmp_path / TABLE, one_time(H100, Problem(1, 64, 128, 128), DEFAULT[0], Measured(1.0, HASHES[DEFAULT[0]])))
     lines = choice_text(HASHES, tmp_path / TABLE).splitlines()[:-1]
-    first = {}
+    first: dict[str, int] = {}
     for place, line in enumerate(lines):
         first.setdefault(line.split(" ")[0], place)
     assert {"constant", "h100", "card", "timed", "kernel", "packaged", "tuned_on", "tuned"} <= first.keys()

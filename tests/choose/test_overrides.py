@@ -5,12 +5,19 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from fakes.library import FakeLibrary
 
-from w4a16gen import Library, Problem, QuantMode, use_kernels
+from w4a16gen import Problem, QuantMode, use_kernels
 from w4a16gen.choose.overrides import KERNELS_VARIABLE, kernels_in_use, kernels_of_environment
 from w4a16gen.errors import InvalidValueError, NotBuiltError
 from w4a16gen.kernels.spaces import enumerate_space
 from w4a16gen.weights.packed import TARGET_LAYOUTS, PackedWeight
+
+
+@pytest.fixture
+def library() -> FakeLibrary:
+    """Return a library of CUTLASS kernels."""
+    return FakeLibrary(enumerate_space("trtllm"))
 
 
 def name_in_environment(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
@@ -20,43 +27,43 @@ def name_in_environment(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
 
 
 def test_kernels_are_named_for_a_block_or_by_the_environment(
-    fake_library: Library, monkeypatch: pytest.MonkeyPatch
+    library: FakeLibrary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mode = QuantMode.FINEGRAINED_SCALE_ONLY
     problem = Problem(16, 512, 1024, 128)
-    first, second = [config for config in fake_library.configs() if config.mode is mode][:2]
+    first, second = [config for config in library.configs() if config.mode is mode][:2]
     weight = PackedWeight(None, TARGET_LAYOUTS[first.target], problem.n, problem.k, problem.group_size, mode)
-    chosen = fake_library.kernel_for(weight, problem)
+    chosen = library.kernel_for(weight, problem)
     for named in (first, second):
         with use_kernels(named.name):
-            assert fake_library.kernel_for(weight, problem) == named
-            assert fake_library.kernel_for(weight, problem, chosen) == chosen, "the call comes first"
+            assert library.kernel_for(weight, problem) == named
+            assert library.kernel_for(weight, problem, chosen) == chosen, "the call comes first"
     name_in_environment(monkeypatch, f"{second.name}, {first.name},")
-    assert fake_library.kernel_for(weight, problem) == second
+    assert library.kernel_for(weight, problem) == second
     with use_kernels(first):
-        assert fake_library.kernel_for(weight, problem) == first
+        assert library.kernel_for(weight, problem) == first
         with use_kernels():
-            assert fake_library.kernel_for(weight, problem) == chosen
-        assert fake_library.kernel_for(weight, problem) == first
-    other = next(config for config in fake_library.configs() if config.mode is QuantMode.PER_COLUMN_SCALE_ONLY)
+            assert library.kernel_for(weight, problem) == chosen
+        assert library.kernel_for(weight, problem) == first
+    other = next(config for config in library.configs() if config.mode is QuantMode.PER_COLUMN_SCALE_ONLY)
     name_in_environment(monkeypatch, other.name)
-    assert fake_library.kernel_for(weight, problem) == chosen, "kernels of another mode do not count"
+    assert library.kernel_for(weight, problem) == chosen, "kernels of another mode do not count"
     name_in_environment(monkeypatch, "")
-    assert fake_library.kernel_for(weight, problem) == chosen
+    assert library.kernel_for(weight, problem) == chosen
 
 
-def test_what_is_named_for_all_calls_is_checked(fake_library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_named_for_all_calls_is_checked(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem(16, 512, 1024, 128)
     mode = QuantMode.FINEGRAINED_SCALE_ONLY
     missing = next(config for config in enumerate_space("native") if config.mode is mode)
     weight = PackedWeight(None, TARGET_LAYOUTS[missing.target], 512, 1024, 128, missing.mode)
     with use_kernels(missing), pytest.raises(NotBuiltError, match=missing.name):
-        fake_library.kernel_for(weight, problem)
+        library.kernel_for(weight, problem)
     with pytest.raises(InvalidValueError, match="'kernel' is not a kernel name"), use_kernels("kernel"):
         pass
     name_in_environment(monkeypatch, "kernel")
     with pytest.raises(InvalidValueError, match="W4A16GEN_KERNELS: 'kernel' is not a kernel name"):
-        fake_library.kernel_for(weight, problem)
+        library.kernel_for(weight, problem)
 
 
 def test_kernels_are_named_for_one_thread_only() -> None:
