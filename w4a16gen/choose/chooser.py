@@ -9,11 +9,10 @@ from pathlib import Path
 
 from w4a16gen.choose import packaged_times
 from w4a16gen.choose.cards import card_of
-from w4a16gen.choose.cost_model import choose_cutlass
 from w4a16gen.choose.overrides import kernels_in_use
 from w4a16gen.choose.timing_table import TuningTable, table_for
 from w4a16gen.errors import NotBuiltError, UnsupportedProblemError
-from w4a16gen.kernels.config import KernelConfig, QuantMode, Target
+from w4a16gen.kernels.config import KernelConfig, QuantMode, Scheduler, Target
 from w4a16gen.kernels.device import Device
 from w4a16gen.kernels.problem import Problem, runnable, why_cannot_run
 
@@ -108,7 +107,7 @@ class Chooser:
             return Choice(*known, ChoiceSource.PACKAGED_TIMES)
         if estimated := packaged_times.neighbours().estimate(able, mode, problem, card_of(device)):
             return Choice(*estimated[0], ChoiceSource.ESTIMATE)
-        return Choice(choose_cutlass(able, problem), None, ChoiceSource.RULE_OF_THUMB)
+        return Choice(_choose_cutlass(able, problem), None, ChoiceSource.RULE_OF_THUMB)
 
     def estimates(
         self, problem: Problem, mode: QuantMode, device: Device | None = None
@@ -162,3 +161,21 @@ class Chooser:
                 "shows its kernels"
             )
         return f"no built kernel can run {problem}: {why_cannot_run(of_mode[-1], problem)}"
+
+
+def _choose_cutlass(found: Sequence[KernelConfig], problem: Problem) -> KernelConfig:
+    """Return one of CUTLASS's kernels by a rule of thumb.
+
+    The token tile is the smallest that covers m, or the largest in the build: padded tokens cost tensor-core time, and
+    more token tiles read the weights more often. Then comes stream-K, which keeps all SMs busy when tiles are few. Then
+    comes the larger cluster if several token tiles can share activations, then the listing order.
+    """
+    largest = max(config.cta.tokens for config in found)
+
+    def preference(config: KernelConfig) -> tuple[object, ...]:
+        tokens = config.cta.tokens if config.cta.tokens >= problem.m else 2 * largest - config.cta.tokens
+        cluster = config.cluster.channels * config.cluster.tokens
+        wide = problem.m > config.cta.tokens
+        return (tokens, config.scheduler is not Scheduler.STREAM_K, -cluster if wide else cluster, config)
+
+    return min(found, key=preference)

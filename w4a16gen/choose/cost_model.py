@@ -263,21 +263,3 @@ def in_preference(
 def default_cost_model() -> CostModel:
     """Return the model with the constants that come with the package."""
     return CostModel.read(MODEL_PATH)
-
-
-def choose_cutlass(found: list[KernelConfig], problem: Problem) -> KernelConfig:
-    """Return one of CUTLASS's kernels by a rule of thumb.
-
-    The token tile is the smallest that covers m, or the largest in the build: padded tokens cost tensor-core time, and
-    more token tiles read the weights more often. Then comes stream-K, which keeps all SMs busy when tiles are few. Then
-    comes the larger cluster if several token tiles can share activations, then the listing order.
-    """
-    largest = max(config.cta.tokens for config in found)
-
-    def preference(config: KernelConfig) -> tuple[object, ...]:
-        tokens = config.cta.tokens if config.cta.tokens >= problem.m else 2 * largest - config.cta.tokens
-        cluster = config.cluster.channels * config.cluster.tokens
-        wide = problem.m > config.cta.tokens
-        return (tokens, config.scheduler is not Scheduler.STREAM_K, -cluster if wide else cluster, config)
-
-    return min(found, key=preference)
