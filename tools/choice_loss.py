@@ -17,6 +17,7 @@ from w4a16gen.choose.timing_table import TuningTable
 from w4a16gen.kernels.config import KernelConfig
 from w4a16gen.kernels.problem import Problem
 
+NOTABLE = 0.1
 Times = Mapping[KernelConfig, float]
 """Microseconds of each kernel in one problem."""
 
@@ -25,6 +26,15 @@ def loss_of(neighbours: Neighbours, problem: Problem, times: Times) -> float:
     """Return the time of the kernel that would be chosen without any table, over the fastest: 1 or more."""
     chosen = neighbours.estimate(times, MEASURED_MODE, problem)[0][0]
     return times[chosen] / min(times.values())
+
+
+def losses_of_estimate(table: TuningTable, model: CostModel, reach: Reach) -> dict[Problem, float]:
+    """Return the loss in each problem of a table if estimates were not corrected at all."""
+    alone = Neighbours(replace(table, times={}), model, reach)
+    return {
+        problem: loss_of(alone, problem, {kernel: time.microseconds for kernel, time in times.items()})
+        for (_, problem), times in table.times.items()
+    }
 
 
 def losses_by_layer(table: TuningTable, model: CostModel, reach: Reach) -> dict[Problem, float]:
@@ -64,14 +74,21 @@ def summary(losses: Iterable[float]) -> dict[str, float]:
     """Return geometric mean and worst of some losses, as shares: 0 is no loss."""
     values = list(losses)
     mean = math.exp(sum(map(math.log, values)) / len(values))
-    return {"problems": len(values), "geometric_mean": round(mean - 1, 5), "worst": round(max(values) - 1, 5)}
+    above = sum(value > 1 + NOTABLE for value in values)
+    return {
+        "problems": len(values),
+        "geometric_mean": round(mean - 1, 5),
+        "worst": round(max(values) - 1, 5),
+        "above_10_percent": above,
+    }
 
 
 def main() -> None:
     """Print the losses of the packaged times, model and reach."""
     table, model, reach = packaged_table(), default_cost_model(), default_reach()
     by_tokens = losses_by_tokens(table, model, reach)
-    losses = {"leave_one_layer_out": losses_by_layer(table, model, reach)}
+    losses = {"estimate_alone": losses_of_estimate(table, model, reach)}
+    losses["leave_one_layer_out"] = losses_by_layer(table, model, reach)
     losses |= {f"leave_one_problem_out_{way}": of_way for way, of_way in by_tokens.items()}
     print(json.dumps({name: summary(of_way.values()) for name, of_way in losses.items()}, indent=2))
 
