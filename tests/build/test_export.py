@@ -126,10 +126,10 @@ def test_exporting_from_the_command_line(cli: CliRunner, fake_build: Build) -> N
     command = ["export", "--build-dir", str(fake_build.folder)]
     nothing = cli.invoke(main, command)
     assert nothing.exit_code == 2
-    assert "say what to write" in nothing.stderr
+    assert "Specify --prefix, --wheel, or both" in nothing.stderr
     done = cli.invoke(main, [*command, "--prefix", "prefix", "--wheel", "--json"])
     assert done.exit_code == 0, done.output
-    written = [Path(path) for path in json.loads(done.stdout)]
+    written = [Path(path) for path in json.loads(done.stdout)["written"]]
     assert all(path.is_file() for path in written)
     assert written[-1].parent == Path("dist")
     assert {str(path.relative_to("prefix")) for path in written[:-1]} == {

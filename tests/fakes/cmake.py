@@ -1,7 +1,8 @@
 """A stand-in for CMake: links what a build asks for with g++, and compiles each source once per session.
 
 It takes the calls that `w4a16gen.build.link` makes. FAKE_CACHE is the folder of compiled sources. FAKE_CMAKE_FAIL, a
-file, is removed and makes one call fail. FAKE_CMAKE_SLEEP delays.
+file, is removed and makes one call fail. With FAKE_CMAKE_ALWAYS_FAIL every call fails. FAKE_CMAKE_SLEEP delays. With
+FAKE_CMAKE_TRUNCATE the library is cut to one part in that many; with FAKE_CMAKE_OTHER_KERNELS its table is empty.
 """
 
 from __future__ import annotations
@@ -17,6 +18,12 @@ import time
 from pathlib import Path
 
 VERSION = "cmake version 3.31.0"
+EMPTY_REGISTRY = """#include "library/registry.h"
+namespace w4a16 {
+const Kernel* const kKernels[] = {nullptr};
+const int kKernelCount = 0;
+}
+"""
 
 
 def run(*command: object) -> None:
@@ -63,10 +70,15 @@ def build(arguments: list[str]) -> None:
     library, module = source / "library" / "library.cpp", source / "python" / "module.cpp"
     objects = [compile_once(cached(f"library{text}", ".o"), compiler, *flags, "-c", library)]
     registry = Path(definitions["W4A16_REGISTRY"])
+    if "FAKE_CMAKE_OTHER_KERNELS" in os.environ:
+        registry.write_text(EMPTY_REGISTRY)
     objects.append(
         compile_once(cached(f"registry{text}{registry.read_text()}", ".o"), compiler, *flags, "-c", registry)
     )
     run(compiler, *objects, *definitions["W4A16_KERNEL_OBJECTS"].split(";"), *link, "-o", tree / "libw4a16_kernels.so")
+    if parts := os.environ.get("FAKE_CMAKE_TRUNCATE"):
+        made = tree / "libw4a16_kernels.so"
+        made.write_bytes(made.read_bytes()[: made.stat().st_size // int(parts)])
     if "_w4a16" in arguments:
         includes = (sysconfig.get_path("include"), Path(definitions["pybind11_DIR"]).parents[2] / "include")
         flags += [f"-isystem{folder}" for folder in includes]
@@ -82,8 +94,9 @@ def main(arguments: list[str]) -> None:
         return
     time.sleep(float(os.environ.get("FAKE_CMAKE_SLEEP", "0")))
     failing = os.environ.get("FAKE_CMAKE_FAIL")
-    if failing and Path(failing).exists():
-        Path(failing).unlink()
+    if "FAKE_CMAKE_ALWAYS_FAIL" in os.environ or (failing and Path(failing).exists()):
+        if failing:
+            Path(failing).unlink()
         print("CMake Error: the stand-in was told to fail")
         sys.exit(1)
     if "-S" in arguments:

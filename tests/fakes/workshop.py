@@ -34,7 +34,7 @@ class Workshop:
 
     @property
     def calls(self) -> Path:
-        return self.root / "calls"
+        return self.root.with_name("calls")
 
     def build(self, configs: Sequence[KernelConfig] = CONFIGS[:1], jobs: int = 1) -> BuildReport:
         return build(configs, generated=self.generated, folder=self.folder, jobs=jobs)

@@ -218,10 +218,11 @@ def compile_kernels(
     at_once = jobs or usable_cores()
     memory = float("inf") if jobs else _MEMORY_SHARE * usable_memory()
     queue = deque(plan_units(configs, at_once, memory))
-    running: dict[Future[CompiledUnit | Failure], tuple[KernelConfig, ...]] = {}
+    running: dict[Future[CompiledUnit | Failure], tuple[tuple[KernelConfig, ...], bool]] = {}
+    """The units in work, and whether each runs alone."""
 
     def fits(part: Sequence[KernelConfig]) -> bool:
-        taken = sum(_peak_bytes(other) for other in running.values())
+        taken = sum(_peak_bytes(other) for other, _ in running.values())
         return not running or (len(running) < at_once and taken + _peak_bytes(part) <= memory)
 
     pool = ThreadPoolExecutor(max(1, min(at_once, len(configs))))
@@ -229,10 +230,10 @@ def compile_kernels(
         while queue or running:
             while queue and fits(queue[0]):
                 part = queue.popleft()
-                running[pool.submit(compiler.compile, part, hashes)] = part
+                running[pool.submit(compiler.compile, part, hashes)] = part, at_once == 1
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                part, outcome = running.pop(future), future.result()
-                if isinstance(outcome, Failure) and (len(part) > 1 or (outcome.killed and at_once > 1)):
+                (part, alone), outcome = running.pop(future), future.result()
+                if isinstance(outcome, Failure) and (len(part) > 1 or (outcome.killed and not alone)):
                     at_once = 1 if outcome.killed else at_once
                     queue.extend((config,) for config in part)
                     continue

@@ -94,10 +94,11 @@ def _pip(requirements: list[str]) -> str:
     interpreter = shlex.quote(sys.executable or "python3")
     if importlib.util.find_spec("pip") is None:
         return f"uv pip install --python {interpreter} {wanted}"
-    return f"{interpreter} -m pip install{_pip_flags()} {wanted}"
+    return f"{interpreter} -m pip install{pip_flags()} {wanted}"
 
 
-def _pip_flags() -> str:
+def pip_flags() -> str:
+    """Return the flags that pip needs for the running Python."""
     is_apart = sys.prefix != sys.base_prefix or (Path(sys.prefix) / "conda-meta").is_dir()
     if is_apart:
         return ""

@@ -118,10 +118,8 @@ def link(what: Link, build: Path, scratch: Path, report: Callable[[str], None]) 
             report(STEPS[1])
         except BuildError as error:
             failure = failure or error
+            shutil.rmtree(folder, ignore_errors=True)
             continue
-        finally:
-            if failure is not None:
-                shutil.rmtree(folder, ignore_errors=True)
         if cached_module is None:
             _cache_module(what, build, module)
         return _install(library, module, build, scratch)
