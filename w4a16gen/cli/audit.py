@@ -33,33 +33,43 @@ if TYPE_CHECKING:
     section=FILES,
     help="Write the FP16 x uint4 instantiations into this folder, also those in mixed files.",
 )
+@option(
+    "--remove-stale",
+    is_flag=True,
+    section=FILES,
+    help="With --extract: remove files that an earlier call wrote there and this one does not.",
+)
 @wide_option
 @json_option
-def command(folder: Path, output: Path | None, wide: bool, as_json: bool) -> int:
+def command(folder: Path, output: Path | None, remove_stale: bool, wide: bool, as_json: bool) -> int:
     """Audit a folder of .cu files from TensorRT-LLM's generator.
 
     It reports which of the 63 FP16 x uint4 kernels for Hopper are present, missing or duplicated, and which other
-    kernels are there. Exit code 1 if the folder has anything but the 63, once each.
+    kernels are there. Exit code 1 if the folder has anything but the 63, once each, or a file that cannot be read.
     """
-    from w4a16gen.integrations.tensorrt_llm.audit import audit, extract
+    from w4a16gen.integrations.tensorrt_llm.audit import audit
+    from w4a16gen.integrations.tensorrt_llm.extract import extract
 
+    if remove_stale and output is None:
+        raise click.UsageError("--remove-stale needs --extract")
     found = audit(folder)
-    extracted = extract(found, output) if output is not None else []
+    extracted = extract(found, output, remove_stale=remove_stale) if output is not None else []
     if as_json:
         print_result("audit", {**found.as_json(), "extracted": [str(path) for path in extracted]})
     else:
-        _show(found, folder, wide=wide)
+        _show(found, wide=wide)
     foreign = ", ".join(f"{count} {types}" for types, count in sorted(found.foreign.items())) or "none"
     note(
         f"{len(found.kernels)} of 63 FP16 x uint4 kernels found; {len(found.missing)} missing, "
-        f"{len(found.duplicates)} duplicates, {len(found.unknown)} unknown; unrelated: {foreign}"
+        f"{len(found.duplicates)} duplicates, {len(found.unknown)} unknown, {len(found.conditional)} conditional; "
+        f"unrelated: {foreign}; {len(found.problems)} problems"
     )
     if output is not None:
         note(f"Wrote {len(extracted)} files into {output}")
     return 0 if found.ok else EXIT_FAILED
 
 
-def _show(found: Audit, folder: Path, *, wide: bool) -> None:
+def _show(found: Audit, *, wide: bool) -> None:
     from w4a16gen.integrations.tensorrt_llm.audit import W4A16
 
     columns = (
@@ -70,7 +80,7 @@ def _show(found: Audit, folder: Path, *, wide: bool) -> None:
     )
     rows = (
         (
-            str(file.path.relative_to(folder)),
+            file.name,
             str(file.types[W4A16]),
             "mixed" if file.is_mixed else "",
             ", ".join(f"{count} {types}" for types, count in sorted(file.types.items()) if types != W4A16),
@@ -78,10 +88,13 @@ def _show(found: Audit, folder: Path, *, wide: bool) -> None:
         for file in found.files
     )
     print_table(f"{found.total} instantiations in {len(found.files)} files", columns, rows, wide=wide)
-    for label, names in (
+    for label, lines in (
         ("missing", [config.name for config in found.missing]),
         ("duplicate", [config.name for config in found.duplicates]),
-        ("unknown FP16 x uint4 kernel", found.unknown),
+        ("unknown FP16 x uint4 kernel", found.unknown_with_places),
+        ("unrelated", found.foreign_with_places),
+        ("conditional", [f"{what}, if {condition}" for what, condition in found.conditional]),
+        ("problem", found.problems),
     ):
-        for name in names:
-            click.echo(f"{label}: {name}")
+        for line in lines:
+            click.echo(f"{label}: {line}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,6 +80,20 @@ def parse_emitted_target(text: str) -> Target | str:
     section=METHOD,
     help="With --target trtllm: main loop schedules that end in MixedInput, as older releases have them.",
 )
+@option(
+    "--trtllm-source",
+    "source",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    section=METHOD,
+    help="With --target trtllm: source tree that the files are for. The default fits every release of TensorRT-LLM.",
+)
+@option(
+    "--trtllm-namespace",
+    "namespace",
+    metavar="NAMESPACE",
+    section=METHOD,
+    help="With --target trtllm: namespace of the launcher, such as tensorrt_llm::kernels::cutlass_kernels.",
+)
 @json_option
 def command(
     ctas: Sequence[CtaShape],
@@ -89,6 +104,8 @@ def command(
     output: Path,
     remove_stale: bool,
     mixed_input_schedules: bool,
+    source: Path | None,
+    namespace: str | None,
     as_json: bool,
 ) -> None:
     """Write one source file for each kernel and print its path.
@@ -101,19 +118,35 @@ def command(
     for_trtllm = len(families) < len(targets)
     if for_trtllm and families:
         raise click.UsageError("--target trtllm cannot be combined with another target: it writes other files")
-    if mixed_input_schedules and not for_trtllm:
-        raise click.UsageError("--mixed-input-schedules needs --target trtllm")
+    for_trtllm_only = {
+        "--mixed-input-schedules": mixed_input_schedules,
+        "--trtllm-source": source,
+        "--trtllm-namespace": namespace,
+    }
+    if not for_trtllm and (given := [name for name, value in for_trtllm_only.items() if value]):
+        raise click.UsageError(f"{given[0]} needs --target trtllm")
     wanted = Filter(ctas, clusters, modes, families)
     selection = select_kernels(wanted, spaces or ((TRTLLM,) if for_trtllm else ()))
     where = f"space {' + '.join(selection.spaces)}"
     if for_trtllm:
         from w4a16gen.integrations.tensorrt_llm.emit import emit_trtllm
+        from w4a16gen.integrations.tensorrt_llm.launcher import Launcher, read_launcher
 
-        units = emit_trtllm(selection.configs, output, mixed_input=mixed_input_schedules, remove_stale=remove_stale)
+        launcher = read_launcher(source) if source else Launcher()
+        launcher = replace(launcher, namespace=namespace) if namespace else launcher
+        units = emit_trtllm(
+            selection.configs,
+            output,
+            mixed_input=mixed_input_schedules,
+            remove_stale=remove_stale,
+            launcher=launcher,
+        )
         files = units.files
         written, removed = set(units.written), list(units.removed)
         lines = [f"{path}\t{len(kernels)}" for path, kernels in files.items()]
         sentence = f"{len(selection.configs)} kernels of {where} in {len(files)} files"
+        if units.stale:
+            sentence += f"; {len(units.stale)} files of an earlier call in {output} (--remove-stale removes them)"
     else:
         from w4a16gen.build.emit import emit
 
