@@ -10,6 +10,8 @@ import pytest
 from host_programs import compile_for_host, output_of
 
 from w4a16gen import KernelConfig, QuantMode
+from w4a16gen.build import toolchain
+from w4a16gen.build.headers import CUDA_FOLDER
 from w4a16gen.kernels import arrangement
 from w4a16gen.kernels.arrangement import native_arrangement
 from w4a16gen.kernels.problem import DIMENSION_MULTIPLE, MAX_DIMENSION, NATIVE_GROUP_MULTIPLE
@@ -124,3 +126,11 @@ def test_packed_bytes_are_the_same_in_the_headers_and_in_python(rules: Path, lay
     given = "\n".join(f"{weight.n} {weight.k} {weight.group_size}" for weight in weights)
     lines = output_of(rules, layout, str(list(QuantMode).index(mode)), given=given)
     assert [int(line) for line in lines] == [LAYOUTS[layout].packed_bytes(weight) for weight in weights]
+
+
+def test_no_header_of_this_package_hides_one_of_cutlass() -> None:
+    cutlass = toolchain.find_cutlass()
+    assert cutlass is not None, "the tests need CUTLASS's headers: pip install 'w4a16gen[test]'"
+    own = [path.relative_to(CUDA_FOLDER) for path in CUDA_FOLDER.rglob("*") if path.suffix in {".h", ".cuh"}]
+    assert len(own) > 20
+    assert [path for path in own if (cutlass / path).exists()] == []
