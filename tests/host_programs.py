@@ -21,8 +21,8 @@ def compile_for_host(name: str, folder: Path, configs: Iterable[KernelConfig] = 
     Args:
         name: of the source in tests/cpp.
         folder: where the program goes.
-        configs: kernels whose rendered sources the program includes as `UNIT`; tests/cpp/on_host stands in for what
-            would launch them.
+        configs: kernels whose rendered sources the program includes as `UNIT`; tests/cpp/on_host stands in for the
+            header that would launch them.
     """
     tools = toolchain.find_toolchain()
     program = folder / name

@@ -27,7 +27,7 @@ Functions = dict[str, set[str]]
 
 
 def function_key(symbol: str) -> str:
-    """Return what identifies a device function whatever its parameter types are called.
+    """Return a device function's identity, which does not depend on the names of its parameter types.
 
     Example:
         >>> function_key("_ZN5w4a166native6kernelINS_24w4a16_sm90_native_cs_ctaELi2EEEvNS0_10ParametersE")

@@ -1,4 +1,5 @@
-// Checks and times every kernel of the library on one problem in all modes: minimal_test M N K. Also checks wrong calls.
+// Checks and times every kernel of the library on one problem in all modes: minimal_test M N K. Also checks wrong
+// calls.
 //
 // Exit codes: 0 success, 1 a wrong result or a failed call, 2 wrong usage, 3 no GPU: only wrong calls were checked.
 #include <w4a16/runner.h>

@@ -1,8 +1,8 @@
 // Divides problems among CTAs with the native kernels' own functions, on the CPU, and counts what the CTAs would sum.
 //
 // Compiled with -DUNIT="file", a compile unit of kernels.
-// host_tiles > a line per kernel and problem: "ok", or what is wrong
-// host_tiles NAME CTAS CLUSTERS > the grid of a dependent launch of a kernel with so many CTAs, if so many clusters fit
+// host_tiles > a line per kernel and problem, which ends in "ok" or in the fault
+// host_tiles NAME CTAS CLUSTERS > the grid of a dependent launch with work for CTAS, where CLUSTERS run at once
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -17,7 +17,7 @@ namespace native = w4a16::native;
 // Every k block of every tile is summed once. Under stream-K a CTA gives away partial sums of its first tile only, and
 // work units are in order. A dependent launch may have redundant CTAs, each of which computes one tile again.
 template <class S>
-const char* what_is_wrong(int64_t m, int channel_blocks, int k_blocks, int clusters_at_once, bool is_dependent) {
+const char* fault_of(int64_t m, int channel_blocks, int k_blocks, int clusters_at_once, bool is_dependent) {
   native::Tiling tiling{};
   const int ctas = native::make_tiling<S>(&tiling, m, channel_blocks, k_blocks, clusters_at_once);
   if (ctas < 1 || ctas > clusters_at_once * S::ClusterSize || ctas % S::ClusterSize != 0) return "wrong number of CTAs";
@@ -88,7 +88,7 @@ void check(const char* name) {
           for (bool is_dependent : {false, true}) {
             std::printf("%s m %d, %d channel blocks, %d k blocks, %d clusters%s: %s\n", name, static_cast<int>(m),
                         channel_blocks, k_blocks, clusters_at_once, is_dependent ? ", dependent" : "",
-                        what_is_wrong<S>(m, channel_blocks, k_blocks, clusters_at_once, is_dependent));
+                        fault_of<S>(m, channel_blocks, k_blocks, clusters_at_once, is_dependent));
           }
         }
       }

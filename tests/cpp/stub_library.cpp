@@ -1,4 +1,4 @@
-// A kernel library that launches nothing: it keeps what its last launch was given, for a test to look at.
+// A kernel library that launches nothing. It records the arguments of its last launch for a test.
 #include <cstring>
 
 #include "w4a16.h"

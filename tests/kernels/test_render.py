@@ -1,4 +1,4 @@
-"""Rendering: golden texts, determinism, and what emission touches."""
+"""Rendering: golden texts, determinism, and the files that emission touches."""
 
 from __future__ import annotations
 

@@ -46,9 +46,9 @@ USEFUL_WEIGHT_BYTES = 100 * 1024
 """Bytes of weights in flight beyond which more stages gained nothing and lost up to 8 % (H200, 2026-11)."""
 
 REDUCTION_TOKENS = 32
-"""Tokens whose partial sums the warpgroups along K exchange at a time."""
+"""Tokens whose partial sums the warpgroups along K reduce at a time."""
 REDUCTION_TOKENS_OF_TWO = 64
-"""The same for a tile of 64 tokens and two warpgroups along K, which then exchange once."""
+"""The same for a tile of 64 tokens and two warpgroups along K, which then reduce in one step."""
 
 STORE_BOX_TOKENS = 32
 STORE_BOX_BYTES = STORE_BOX_TOKENS * WARPGROUP_CHANNELS * 2
@@ -60,7 +60,7 @@ MIN_STORE_TOKENS = 64
 
 @dataclass(frozen=True)
 class Arrangement:
-    """What follows from a native kernel's configuration."""
+    """How a native kernel uses an SM."""
 
     along_channels: int
     """Consumer warpgroups that divide the channels."""
@@ -82,7 +82,7 @@ class Arrangement:
 
 
 def native_arrangement(config: KernelConfig) -> Arrangement:
-    """Return what follows from a native kernel's configuration.
+    """Return how a native kernel uses an SM.
 
     The stages may be too few for a configuration that is not legal; see `legality.why_forbidden`.
     """

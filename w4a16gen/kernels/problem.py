@@ -67,7 +67,7 @@ NATIVE_GROUP_MULTIPLE = 32
 
 
 def group_multiple(config: KernelConfig) -> int:
-    """Return what a kernel's group sizes are multiples of. CUTLASS reads one scale for all of a CTA's k."""
+    """Return the number that a kernel's group sizes are multiples of. CUTLASS reads one scale per CTA k."""
     return config.cta.k if config.target is Target.CUTLASS else NATIVE_GROUP_MULTIPLE
 
 

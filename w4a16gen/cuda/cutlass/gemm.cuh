@@ -116,7 +116,7 @@ typename Gemm::Operator::Arguments make_arguments(const Launch& launch) {
   auto& epilogue = arguments.epilogue;
   epilogue.ptr_D = static_cast<Half*>(given.output);
   epilogue.dD = {cute::_1{}, n, 0};
-  const auto* bias = static_cast<const Half*>(given.bias);
+  [[maybe_unused]] const auto* bias = static_cast<const Half*>(given.bias);
   if constexpr (Gemm::kScalesChannels) {
     epilogue.thread = {{{{given.alpha}}, {scales}, {}}, {}, {bias}, {}};
   } else {

@@ -1,4 +1,4 @@
-// The interface between the library and a kernel family: what a kernel is, what it needs, how it is launched.
+// The interface between the library and a kernel family: the table entry of a kernel and its functions.
 #pragma once
 
 #include <cuda_runtime_api.h>

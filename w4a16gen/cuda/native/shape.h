@@ -12,12 +12,12 @@ constexpr int kWarpgroup = 128;
 constexpr int kWarp = 32;
 constexpr int kRegistersPerSm = 65536;
 constexpr int kSharedBytesPerSm = 228 * 1024;
-constexpr int kReservedSharedBytes = 1024;  // which the driver takes for every CTA on an SM
+constexpr int kReservedSharedBytes = 1024;  // taken by the driver for every CTA on an SM
 
 W4A16_HOST_DEVICE constexpr int min_of(int a, int b) { return a < b ? a : b; }
 W4A16_HOST_DEVICE constexpr int max_of(int a, int b) { return a < b ? b : a; }
 
-// The template arguments of a kernel, under the names that its own name has.
+// Template arguments of a kernel, named as in kernel names.
 template <int Channels_, int Tokens_, int K_>
 struct Cta {
   static constexpr int Channels = Channels_;
@@ -91,8 +91,8 @@ struct TileShape {
   // the zeros in these rows save power: 4 to 8 % at the power limit (H100, 2026-11).
   static constexpr bool SkipsOutOfBoundsRows = Channels == kBlockChannels;
   // Whether the last token tile ends where the tokens end and so computes some of them twice, to the same bits. Wider
-  // CTAs that split K do so only where every CTA has one tile: 4096x4096 with 130 tokens takes 15 us instead of 23
-  // (H100, 2026-11). Stream-K cannot: its tiles split K differently.
+  // CTAs that split K do so only where every CTA has one tile. Otherwise 4096x4096 takes 23 us with 130 tokens, but
+  // 15 us with 256 (H100, 2026-11). Stream-K cannot: its tiles split K differently.
   static constexpr bool OverlapsLastTile = (SkipsOutOfBoundsRows || ClusterK > 1) && !StreamK;
 };
 
@@ -131,7 +131,7 @@ struct StorageShape {
   static_assert(Stages >= 2 * T::WarpgroupsK, "a warpgroup along K releases a stage while it works on its next one");
   static_assert(Stages % T::WarpgroupsK == 0,
                 "a slot must always fall to the same warpgroup along K, which otherwise mistakes the barrier's phase");
-  static_assert(Stages <= MaxStages, "there are barriers for so many stages");
+  static_assert(Stages <= MaxStages, "the barriers have room for MaxStages");
 
   // A stage holds activations [K / 64][Tokens][64], swizzled, and for every 64 channels scales and nibbles.
   static constexpr int HeaderBytes = T::Scales ? kMaxScaleRows * kRowBytes * (T::Zeros ? 2 : 1) : 0;
@@ -166,8 +166,7 @@ struct StorageShape {
   W4A16_HOST_DEVICE static constexpr int header_bytes(int rows) { return rows * kRowBytes * (T::Zeros ? 2 : 1); }
 };
 
-// When weights are fetched, in and around the ring. Each limit is in bytes of weights; the times are of an H100
-// (2026-11).
+// When weights are fetched, in and around the ring. Each limit is in bytes of weights.
 template <class T, class Storage>
 struct PipelineShape {
   // Stages fetched in the prologue, which hide the memory's latency. With more, all arrive late, also the first:
