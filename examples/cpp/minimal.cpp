@@ -7,7 +7,7 @@
 int main() try {
   const int m = 16, n = 512, k = 1024, group_size = 128;
   w4a16::FinegrainedRunner runner;
-  const w4a16::GemmConfig config = runner.getConfigs().front();
+  const w4a16::GemmConfig config = runner.chooseConfig(m, n, k, group_size);
   const size_t workspace_bytes = runner.getWorkspaceSize(m, n, k, config);
   const std::vector<uint8_t> weights(n * k / 2, 0x11);  // two weights of 1 in a byte
   const std::vector<uint16_t> ones(m * k, 0x3c00);      // 1.0 in fp16

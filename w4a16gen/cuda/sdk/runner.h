@@ -3,21 +3,19 @@
 // CUTLASS.
 //
 //     w4a16::FinegrainedRunner runner;
-//     const w4a16::GemmConfig config = runner.getConfigs().front();
+//     const w4a16::GemmConfig config = runner.chooseConfig(m, n, k, group_size);
 //     cudaMalloc(&packed, runner.getPackedSize(n, k, group_size));
 //     runner.preprocess(packed, weights, scales, nullptr, n, k, group_size);           // once per weight
 //     const size_t bytes = runner.getWorkspaceSize(m, n, k, config);
 //     if (bytes > 0) cudaMalloc(&workspace, bytes);
 //     runner.gemm(a, packed, scales, nullptr, nullptr, 1.0f, c, m, n, k, group_size, config, workspace, bytes, stream);
 //
-// Memory:     A, C, scales, zeros, bias, packed weights and workspaces are on the current device, row-major, fp16 where
-//             they hold numbers. A and C are aligned to 16 bytes, packed weights and workspaces to 128 (cudaMalloc:
-//             256).
+// Memory:     A, C, scales, zeros, bias, packed weights and workspaces are on the current device. Matrices are fp16 and
+//             row-major. A and C are aligned to 16 bytes, packed weights and workspaces to 128, as from cudaMalloc.
 // Sizes:      n and k are multiples of 8. A group size is k, or a multiple of 32 that divides k.
 // Devices:    every call uses the current device. A runner may be used on several.
 // Threads:    every call may be made from several threads. gemm takes a lock for a look-up of the weight.
 // Allocation: preprocess and pack allocate device memory and synchronise the stream. The other calls do neither, so
-// that
 //             gemm may be captured into a graph.
 // Lifetime:   a runner remembers the address of a packed weight. Call forget() before the memory holds something else.
 // Errors:     calls throw w4a16::Error, with a sentence that names the value, the rule and the way out.
@@ -282,14 +280,12 @@ class Runner {
     }
   }
   GemmConfig chooseConfig(int m, int n, int k, int group_size, const Chooser& chooser) const {
-    constexpr const char* kModes[] = {"cs", "fgs", "fgsz"};
     const w4a16_problem problem{m, n, k, group_size};
     char message[512] = "";
     const w4a16_status status = w4a16_can_implement(any().kernel, &problem, message, sizeof(message));
     if (status != W4A16_OK) throw Error(status, message);
     try {
-      const char* const mode = kModes[static_cast<int>(Op)];
-      return getConfig(chooser.choose(mode, m, n, k, group_size, current_gpu(), overrides_of_environment()).kernel);
+      return getConfig(chooser.choose(mode(), m, n, k, group_size, current_gpu(), overrides_of_environment()).kernel);
     } catch (const ChoiceError& error) {
       throw Error(W4A16_INVALID_ARGUMENT, error.what());
     }
