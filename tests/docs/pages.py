@@ -77,9 +77,10 @@ def blocks_of(page: Path) -> list[Block]:
 
 def with_outputs(blocks: list[Block]) -> Iterator[tuple[Block, Block | None]]:
     """Pair each block with the block of its output, or None."""
-    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+    for number, block in enumerate(blocks):
+        following = blocks[number + 1 : number + 2]
         if not block.is_output:
-            yield block, following if following is not None and following.is_output else None
+            yield block, following[0] if following and following[0].is_output else None
 
 
 def prose_of(page: Path) -> str:

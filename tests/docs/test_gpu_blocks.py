@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from docs.pages import PAGES, Block, blocks_of, name_of
+from docs.pages import PAGES, Block, blocks_of, name_of, with_outputs
 from w4a16gen.runtime.folders import BUILD_FOLDER_VARIABLE
 
 pytestmark = pytest.mark.gpu
@@ -43,15 +43,13 @@ def on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_python_blocks_run_one_after_the_other(page: Path) -> None:
     pytest.importorskip("torch")
     scope: dict[str, Any] = {}
-    blocks = blocks_of(page)
-    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+    for block, output in with_outputs(blocks_of(page)):
         if block.language != "python" or block.given_name:
             continue
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(compile(block.text, str(block), "exec"), scope)  # noqa: S102
-        if following is not None and following.is_output:
-            assert printed.getvalue() == following.text
+        assert output is None or printed.getvalue() == output.text
 
 
 @pytest.mark.parametrize(("block", "line"), RUN_LINES, ids=str)
