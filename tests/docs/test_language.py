@@ -14,6 +14,8 @@ from docs.pages import PAGES, name_of, sentences_of
 MEAN_WORDS = 20
 LONGEST_WORDS = 30
 TEXTS = [*PAGES, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"))]
+SOURCES = ("w4a16gen", "templates", "tools", "examples")
+ENDINGS = (".py", ".h", ".cuh", ".cpp", ".jinja", ".md")
 PHRASES = (
     # What three new users met in README, help texts, messages and manual.
     "a kernel here is a value",
@@ -41,7 +43,7 @@ PHRASES = (
     "processes that start from now on",
     "choose another folder or file",
     "m of --model",
-    "as many blocks of a second",
+    "of long problems a third",
     "within so many percent",
     "--random's too",
     "plots and page again, from",
@@ -83,6 +85,14 @@ def flat(text: str) -> str:
 def test_no_page_has_a_phrase_that_readers_stumbled_over(page: Path) -> None:
     text = flat(page.read_text())
     assert [phrase for phrase in PHRASES if flat(phrase) in text] == []
+
+
+def test_no_source_has_a_phrase_that_readers_stumbled_over() -> None:
+    paths = [path for folder in SOURCES for path in (ROOT / folder).rglob("*") if path.suffix in ENDINGS]
+    assert len(paths) > 100  # otherwise the sources were not found
+    texts = {path: flat(path.read_text()) for path in paths}
+    found = [(path, phrase) for phrase in PHRASES for path, text in texts.items() if flat(phrase) in text]
+    assert found == []
 
 
 def test_sentences_have_at_most_twenty_words_on_average() -> None:
