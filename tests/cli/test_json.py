@@ -17,6 +17,7 @@ from paths import ROOT
 
 from w4a16gen import KernelConfig, Problem, QuantMode
 from w4a16gen.build.compile import Failure
+from w4a16gen.build.lock import LOCK
 from w4a16gen.build.pipeline import BuildReport
 from w4a16gen.cli.app import COMMANDS
 from w4a16gen.cli.output import SCHEMA_VERSIONS, result
@@ -240,7 +241,7 @@ def own(cli: Runner, tmp_path: Path) -> Runner:
 
 def test_every_command_has_a_schema_a_version_and_a_section() -> None:
     assert SCHEMAS.keys() == SCHEMA_VERSIONS.keys()
-    assert COMMANDS.keys() | {"error", "clean"} == SCHEMAS.keys() | {"clean"}
+    assert COMMANDS.keys() | {"error"} == SCHEMAS.keys()
     for command, shape in SCHEMAS.items():
         (section,) = re.findall(rf"^## {command}\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)
         assert f"`w4a16gen.{command}/{SCHEMA_VERSIONS[command]}`" in section
@@ -291,16 +292,16 @@ def test_build(own: Runner) -> None:
 
 
 def test_verify(own: Runner, tmp_path: Path) -> None:
-    found = checked("verify", own.run("verify --json --report proof"))
+    found = checked("verify", own.run("verify --json --generated-dir generated --report proof"))
     written = json.loads((tmp_path / "proof.json").read_text())
     assert written == {"schema": "w4a16gen.verify/1", **found}
     assert (tmp_path / "proof.md").is_file()
     own.services = Services(load=own.services.load, verify=always(proven("a kernel spills")))
-    failed = own.run("verify --json")
+    failed = own.run("verify --json --generated-dir generated")
     assert failed.exit_code == 1
     assert checked("verify", failed)["static"]["violations"] == ["a kernel spills"]
     own.services = Services(load=own.services.load, verify=always(proven()))
-    without = own.run("verify --json --require-gpu")
+    without = own.run("verify --json --generated-dir generated --require-gpu")
     assert without.exit_code == 3
     checked("verify", without)
 
@@ -376,6 +377,17 @@ def test_doctor(own: Runner) -> None:
 
 def test_completion(own: Runner) -> None:
     assert "_W4A16GEN_COMPLETE=bash_complete" in checked("completion", own.run("completion bash --json"))["script"]
+
+
+def test_clean(own: Runner, tmp_path: Path) -> None:
+    assert checked("clean", own.run("clean --json")) == {"folder": "build", "removed": []}
+    (tmp_path / "build" / "objects").mkdir()
+    (tmp_path / "build" / LOCK).touch()
+    mine = tmp_path / "build" / "mine"
+    mine.touch()
+    found = checked("clean", own.run("clean --json"))
+    assert found["removed"] == ["build/objects"]
+    assert mine.is_file()
 
 
 def test_errors(own: Runner) -> None:

@@ -338,7 +338,7 @@ def test_without_a_gpu_nothing_moves_there(fake_library: Library) -> None:
 
 
 def test_a_damaged_build_is_not_loaded(fake_build: Build, tmp_path: Path) -> None:
-    for text in ("{", '{"schema": 0}', '{"schema": "w4a16gen.build/2"}', "[]", ""):
+    for text in ("{", '{"schema": 0}', '{"schema": "w4a16gen.manifest/2"}', "[]", ""):
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(NotBuiltError, match=r"is not the manifest of a build .*: run `w4a16gen build`"):
             w4a16gen.load(tmp_path)

@@ -45,6 +45,7 @@ SECTIONS: Mapping[str, Mapping[str, Entry]] = {
         "verify": Entry("verify", "command", "Prove a build: machine code anywhere, numerics on a GPU."),
         "build-and-verify": Entry("verify", "build_and_verify", "Build kernels, then prove them."),
         "export": Entry("export", "command", "Write a C++ package or a Python wheel of the build."),
+        "clean": Entry("clean", "command", "Remove a build; tuning tables and sources stay."),
     },
     "Speed": {
         "run": Entry("run", "command", "Run, check and time one GEMM on random data."),

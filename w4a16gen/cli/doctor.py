@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,6 +19,9 @@ from w4a16gen.cli.options import build_option, json_option
 from w4a16gen.cli.output import note, print_result, uses_color, wrapped
 from w4a16gen.cli.services import services
 from w4a16gen.errors import EXIT_MISSING, W4A16Error
+
+if TYPE_CHECKING:
+    from w4a16gen.build.diagnose import Finding as Check
 
 _INDENT = 9
 
@@ -97,9 +101,14 @@ def _find_tools() -> list[Finding]:
         checks = build_needs.diagnose()
     except (W4A16Error, OSError, ValueError) as error:
         return [Finding("tools", Level.MISSING, str(error), "set W4A16GEN_NVCC, W4A16GEN_CUTLASS and CXX to files")]
-    return [
-        Finding(check.subject, Level.OK if check.ok else Level.MISSING, check.detail, check.fix) for check in checks
-    ]
+    return [Finding(check.subject, _level(check), check.detail, check.fix) for check in checks]
+
+
+def _level(check: Check) -> Level:
+    """Return the level of a check: what is fine but has a fix is a note."""
+    if not check.ok:
+        return Level.MISSING
+    return Level.NOTE if check.fix else Level.OK
 
 
 def _find_gpus(runtime: tuple[int, int]) -> list[Finding]:
@@ -112,14 +121,8 @@ def _find_gpus(runtime: tuple[int, int]) -> list[Finding]:
 
     driver = services().find_driver()
     if driver is None:
-        return [
-            Finding(
-                "NVIDIA driver",
-                Level.NOTE,
-                "not found. Building and static proofs work without it; running kernels does not",
-                "install NVIDIA's driver, on a machine with an H100, H200, H800 or GH200",
-            )
-        ]
+        found = driver_finding(None, runtime)
+        return [Finding(found.subject, Level.NOTE, found.detail, found.fix)]
     found = driver_finding(driver.cuda_version, runtime)
     hopper = any(gpu.is_hopper for gpu in driver.gpus)
     shown = ", ".join(f"{gpu}, {gpu.sm_count} SMs" for gpu in driver.gpus) or "none"
@@ -127,7 +130,7 @@ def _find_gpus(runtime: tuple[int, int]) -> list[Finding]:
         "Hopper GPU", Level.NOTE, f"not found; GPUs: {shown}", "run kernels on an H100, H200, H800 or GH200"
     )
     return [
-        Finding("NVIDIA driver", Level.OK if found.ok else Level.MISSING, found.detail, found.fix),
+        Finding(found.subject, _level(found), found.detail, found.fix),
         Finding("Hopper GPU", Level.OK, shown) if hopper else other,
     ]
 

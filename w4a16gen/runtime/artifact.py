@@ -32,7 +32,7 @@ from w4a16gen.kernels.config import KernelConfig
 
 MANIFEST = "manifest.json"
 """File name of a manifest, in a folder of sources or of a build. Its schema says which."""
-SCHEMA = "w4a16gen.build/2"
+SCHEMA = "w4a16gen.manifest/2"
 """Schema of a build's manifest: its kind, and the version of its fields."""
 LIBRARY = "libw4a16_kernels.so"
 MODULE = "_w4a16" + str(sysconfig.get_config_var("EXT_SUFFIX"))
