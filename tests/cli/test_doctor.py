@@ -12,6 +12,7 @@ from fakes.devices import A100, H100
 from fakes.runner import Runner
 
 from w4a16gen.build import toolchain
+from w4a16gen.build.diagnose import Finding as Check
 from w4a16gen.cli.services import Services
 from w4a16gen.runtime.artifact import Build
 from w4a16gen.runtime.devices import Driver
@@ -25,11 +26,25 @@ def findings(cli: Runner, arguments: str = "") -> tuple[int, dict[str, dict[str,
 
 
 @pytest.fixture
-def alone(cli: Runner) -> Runner:
-    """Return a runner on a machine without a driver."""
+def here(cli: Runner) -> Runner:
+    """Return a runner on this machine, as if it had no driver."""
     cli.services = Services(find_driver=lambda: None)
     toolchain.program_version.cache_clear()
     return cli
+
+
+@pytest.fixture
+def alone(cli: Runner) -> Runner:
+    """Return a runner on a machine without a driver, with every tool of a build."""
+    cli.services = Services(find_driver=lambda: None, diagnose=lambda: [Check("nvcc", ok=True, detail="/usr/bin/nvcc")])
+    return cli
+
+
+@pytest.mark.compile
+def test_this_machine_can_compile(here: Runner) -> None:
+    code, found = findings(here)
+    assert code == 0
+    assert found["trial compilation"]["level"] == "ok"
 
 
 def test_a_missing_gpu_or_build_is_a_note(alone: Runner) -> None:
@@ -43,7 +58,7 @@ def test_a_missing_gpu_or_build_is_a_note(alone: Runner) -> None:
 
 @pytest.mark.parametrize(("gpu", "level"), [(H100, "ok"), (A100, "note")])
 def test_the_gpu_is_named(cli: Runner, gpu: Any, level: str) -> None:
-    cli.services = Services(find_driver=lambda: Driver((13, 0), (gpu,)))
+    cli.services = Services(find_driver=lambda: Driver((13, 0), (gpu,)), diagnose=list)
     code, found = findings(cli)
     assert code == 0
     assert found["Hopper GPU"]["level"] == level
@@ -58,9 +73,9 @@ def old_nvcc(tmp_path: Path) -> Path:
     return script
 
 
-def test_fixes_are_printed_as_they_are_typed(alone: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fixes_are_printed_as_they_are_typed(here: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("W4A16GEN_NVCC", str(old_nvcc(tmp_path)))
-    done = alone.run("doctor")
+    done = here.run("doctor")
     assert done.exit_code == 3
     assert "MISSING  nvcc: " in done.stdout
     assert "'cuda-toolkit[cccl," in done.stdout, "brackets are no markup"
@@ -77,10 +92,10 @@ def test_fixes_are_printed_as_they_are_typed(alone: Runner, tmp_path: Path, monk
     ],
 )
 def test_it_does_not_stop_at_what_it_is_there_to_find(
-    alone: Runner, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+    here: Runner, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
 ) -> None:
     monkeypatch.setenv(variable, value)
-    code, found = findings(alone)
+    code, found = findings(here)
     assert code == 3
     missing = [finding for finding in found.values() if finding["level"] == "missing"]
     assert missing
@@ -101,11 +116,11 @@ def test_a_damaged_build_is_a_fault_and_an_unusable_folder_is_named(alone: Runne
 
 
 def test_a_machine_with_a_build_needs_no_compiler(
-    alone: Runner, fake_build: Build, monkeypatch: pytest.MonkeyPatch
+    here: Runner, fake_build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv(BUILD_FOLDER_VARIABLE, str(fake_build.folder))
-    code, found = findings(alone)
+    code, found = findings(here)
     assert code == 0
     assert found["host compiler"]["level"] == "note"
     assert found["build"] == {

@@ -207,9 +207,17 @@ def test_a_reader_that_ends_before_the_last_line_is_no_error(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "arguments", ["list", "doctor", "explain 16 4096 4096", "list --json", "emit --mode cs", "--help"]
+    ("arguments", "closed"),
+    [
+        ("list", ">&-"),
+        ("list --json", ">&- 2>&-"),
+        ("explain 16 4096 4096", "2>&-"),
+        ("emit --mode cs", "<&- >&- 2>&-"),
+        ("--help", ">&-"),
+        pytest.param("doctor", "<&-", marks=pytest.mark.compile),
+        pytest.param("doctor", "<&- >&- 2>&-", marks=pytest.mark.compile),
+    ],
 )
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&-", "<&- >&- 2>&-"])
 def test_closed_streams_are_no_error(tmp_path: Path, arguments: str, closed: str) -> None:
     done = run_in_shell(f"$w4a16gen {arguments} {closed}", tmp_path)
     assert done.returncode == 0
@@ -217,7 +225,7 @@ def test_closed_streams_are_no_error(tmp_path: Path, arguments: str, closed: str
     assert "Exception ignored" not in done.stderr
 
 
-@pytest.mark.parametrize("arguments", ["list", "list --json", "doctor", "completion bash", "--help"])
+@pytest.mark.parametrize("arguments", ["list", "list --json", "--help"])
 def test_a_full_disk_is_an_error(tmp_path: Path, arguments: str) -> None:
     if not Path("/dev/full").is_char_device():
         pytest.skip("this machine has no /dev/full")
@@ -229,12 +237,10 @@ def test_a_full_disk_is_an_error(tmp_path: Path, arguments: str) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-@pytest.mark.parametrize(
-    "arguments", ["doctor", "list", "explain 16 4096 4096", "list --explain", "--help", "build --help"]
-)
+@pytest.mark.parametrize("arguments", ["doctor", "list --explain", "--help"])
 def test_streams_of_any_encoding_will_do(tmp_path: Path, encoding: str, arguments: str) -> None:
-    done = run_in_shell(f"$w4a16gen {arguments}", tmp_path, PYTHONIOENCODING=encoding)
-    assert done.returncode == 0, done.stderr
+    done = run_in_shell(f"$w4a16gen {arguments}", tmp_path, PYTHONIOENCODING=encoding, CXX="no-such-compiler")
+    assert done.returncode == (3 if arguments == "doctor" else 0), done.stderr
     assert done.stdout
 
 

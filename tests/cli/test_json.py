@@ -17,6 +17,7 @@ from paths import ROOT
 
 from w4a16gen import KernelConfig, Problem, QuantMode
 from w4a16gen.build.compile import Failure
+from w4a16gen.build.diagnose import Finding as Check
 from w4a16gen.build.lock import LOCK
 from w4a16gen.build.pipeline import BuildReport
 from w4a16gen.cli.app import COMMANDS
@@ -228,6 +229,7 @@ def own(cli: Runner, tmp_path: Path) -> Runner:
     cli.services = Services(
         load=always(library),
         find_driver=always(None),
+        diagnose=always([Check("nvcc", ok=True, detail="/usr/bin/nvcc")]),
         build=always(built()),
         verify=always(proven()),
         run_one=always(Outcome(H100, 64, 16, 0.5, [10.0, 11.0, 12.0], 20)),

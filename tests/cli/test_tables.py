@@ -62,6 +62,8 @@ def test_without_a_width_nothing_is_left_out() -> None:
     assert lay_out(COLUMNS, ROWS, None).lines == lay_out(COLUMNS, ROWS, 80).lines
 
 
+NO_COMPILER = {"CXX": "no-such-compiler"}
+"""Keeps `doctor` from compiling anything."""
 NAMES = {config.name for config in enumerate_space("default")} | {c.short_name for c in enumerate_space("default")}
 COMMANDS = [
     "list",
@@ -106,15 +108,16 @@ def test_many_kernels_are_summed_up_and_wide_shows_them(tmp_path: Path) -> None:
 def test_the_paths_of_doctor_can_be_copied(columns: int, tmp_path: Path) -> None:
     folder = tmp_path / ("a_folder_with_a_long_name_" * 5)
     folder.mkdir()
-    _, received = run_on_terminal(["-m", "w4a16gen", "doctor", "--build-dir", str(folder)], columns, tmp_path)
+    arguments = ["-m", "w4a16gen", "doctor", "--build-dir", str(folder)]
+    _, received = run_on_terminal(arguments, columns, tmp_path, NO_COMPILER)
     assert str(folder) in lines_of(received)[lines_of(received).index("ok       build folder:") + 1]
 
 
 def test_colours_can_be_turned_off(tmp_path: Path) -> None:
-    _, colored = run_on_terminal(["-m", "w4a16gen", "doctor"], 80, tmp_path)
+    _, colored = run_on_terminal(["-m", "w4a16gen", "doctor"], 80, tmp_path, NO_COMPILER)
     assert "\x1b[" in colored
     for variables in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
-        _, plain = run_on_terminal(["-m", "w4a16gen", "doctor"], 80, tmp_path, variables)
+        _, plain = run_on_terminal(["-m", "w4a16gen", "doctor"], 80, tmp_path, NO_COMPILER | variables)
         assert "\x1b[" not in plain
 
 

@@ -95,10 +95,8 @@ def _lighter(level: Level) -> Level:
 
 def _find_tools() -> list[Finding]:
     """Return what a build needs of this machine."""
-    from w4a16gen.build import diagnose as build_needs
-
     try:
-        checks = build_needs.diagnose()
+        checks = services().diagnose()
     except (W4A16Error, OSError, ValueError) as error:
         return [Finding("tools", Level.MISSING, str(error), "set W4A16GEN_NVCC, W4A16GEN_CUTLASS and CXX to files")]
     return [Finding(check.subject, _level(check), check.detail, check.fix) for check in checks]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from w4a16gen.progress import Progress
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from w4a16gen.build.diagnose import Finding
     from w4a16gen.runtime.devices import Driver
     from w4a16gen.runtime.library import Library
 
@@ -29,6 +30,12 @@ def _find_driver() -> Driver | None:
     from w4a16gen.runtime.devices import find_driver
 
     return find_driver()
+
+
+def _diagnose() -> Sequence[Finding]:
+    from w4a16gen.build.diagnose import diagnose
+
+    return diagnose()
 
 
 def _run_one(*args: Any, **options: Any) -> Any:
@@ -61,6 +68,7 @@ class Services:
 
     load: Callable[[Path | None], Library] = _load
     find_driver: Callable[[], Driver | None] = _find_driver
+    diagnose: Callable[[], Sequence[Finding]] = _diagnose
     build: Callable[..., Any] = _build
     verify: Callable[..., Any] = _verify
     run_one: Callable[..., Any] = _run_one
