@@ -130,8 +130,14 @@ def command(
         for row in rows
     )
     print_table(f"{problem}, mode {mode}", columns, cells, wide=wide)
+    if any(row["basis"] == "estimate" for row in rows):
+        note(f"Estimates are for {_card(kernels.device)}.")
     shape = f"{problem.m}x{problem.n}x{problem.k},{problem.group_size}"
     note(f"To measure: w4a16gen bench --problem {shape} --mode {mode}")
+
+
+def _card(device: Device | None) -> str:
+    return f"{device.name} with {device.sm_count} SMs" if device else "an H100, because this machine has no Hopper GPU"
 
 
 def _kernels(spaces: Sequence[str], folder: Path | None) -> _Kernels:
