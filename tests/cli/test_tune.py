@@ -195,7 +195,7 @@ def test_explain_shows_what_was_measured(cli: CliRunner, own_library: FakeLibrar
 def test_tuning_takes_as_many_gpus_of_one_kind_as_it_is_given(
     cli: CliRunner, own_library: FakeLibrary, stopwatch: Stopwatch
 ) -> None:
-    own_library.found = numbered(H100, H100, H200)
+    own_library.module.found = numbered(H100, H100, H200)
     problems = [argument for m in range(2, 10) for argument in ("--problem", f"{8 * m}x512x1024")]
     refused = cli.invoke(main, ["tune", *problems, "--gpus", "3"])
     assert refused.exit_code == 2
@@ -212,7 +212,7 @@ def test_tuning_takes_as_many_gpus_of_one_kind_as_it_is_given(
 def test_tuning_on_several_gpus_stops_where_it_is_interrupted(
     cli: CliRunner, own_library: FakeLibrary, stopwatch: Stopwatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own_library.found = numbered(H100, H100)
+    own_library.module.found = numbered(H100, H100)
     other_began, interrupted = threading.Event(), threading.Event()
 
     def measure(

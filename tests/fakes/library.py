@@ -1,17 +1,19 @@
-"""A build that exists only as a list of kernels, on a machine with GPUs that are not there."""
+"""A build that exists only as a list of kernels, on a machine with GPUs made of host memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import pytest
+
 from fakes.devices import H100
-from w4a16gen import KernelConfig, Library, Problem
+from fakes.module import FakeModule, Launched, compute
+from w4a16gen import KernelConfig, Library
 from w4a16gen.choose.chooser import Chooser
 from w4a16gen.choose.timing_table import TABLE
-from w4a16gen.errors import NotBuiltError
 from w4a16gen.kernels.device import Device
-from w4a16gen.kernels.problem import why_cannot_run
+from w4a16gen.runtime import bindings
 from w4a16gen.runtime.artifact import MODULE, Build, BuiltKernel, Manifest
 
 NOWHERE = Path("nowhere")
@@ -48,28 +50,38 @@ def chooser_of(configs: Iterable[KernelConfig], folder: Path = NOWHERE) -> Choos
     return Chooser(build_of(configs).content_hashes, folder / TABLE)
 
 
+class FakeBuild(Build):
+    """A build whose files are there as far as loading asks; what they hold is never read."""
+
+    @property
+    def library(self) -> Path:
+        return Path(__file__)
+
+    @property
+    def module(self) -> Path:
+        return Path(__file__)
+
+
 class FakeLibrary(Library):
-    """A library without any machine code: it lists its kernels and chooses among them."""
+    """A library whose kernels compute the reference in host memory; all but the native module is the package's own."""
+
+    module: FakeModule
 
     def __init__(
-        self, configs: Iterable[KernelConfig], *, devices: Sequence[Device] = (H100,), folder: Path = NOWHERE
+        self,
+        configs: Iterable[KernelConfig],
+        *,
+        devices: Sequence[Device] = (H100,),
+        folder: Path = NOWHERE,
+        compute: Callable[[Launched], None] = compute,
     ) -> None:
-        self.build = build_of(configs, folder)
-        self.chooser = chooser_of(self.build.configs, folder)
-        self.found = list(devices)
+        wanted = sorted(set(configs))
+        module = FakeModule(wanted, devices)
+        module.compute = compute
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(bindings, "_import_module", lambda *_: module)
+            super().__init__(FakeBuild(folder, manifest_of(wanted)))
 
-    def configs(self) -> list[KernelConfig]:
-        return self.build.configs
 
-    def index_of(self, config: KernelConfig | str) -> int:
-        try:
-            return self.build.configs.index(KernelConfig.of(config))
-        except ValueError:
-            raise NotBuiltError(f"{config} is not in {self.build.folder}") from None
-
-    def why_cannot_run(self, config: KernelConfig | str, problem: Problem) -> str | None:
-        self.index_of(config)
-        return why_cannot_run(KernelConfig.of(config), problem)
-
-    def devices(self) -> list[Device]:
-        return self.found
+def record(_launched: Launched) -> None:
+    """Compute nothing: for arrays that are only described."""

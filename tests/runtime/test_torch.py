@@ -9,13 +9,13 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from fakes.machine import CallCache, LibraryOnGpus
+from fakes.library import FakeLibrary, record
 from fakes.torch import Tensor, fake_torch
 
 from w4a16gen import KernelConfig, Problem, QuantMode, use_kernels
 from w4a16gen.errors import InvalidValueError
+from w4a16gen.kernels.spaces import enumerate_space
 from w4a16gen.runtime.arrays import check, empty_like_library, is_on_gpu, stream_pointer, view
-from w4a16gen.runtime.artifact import Build
 from w4a16gen.weights.packed import TARGET_LAYOUTS, PackedWeight
 
 
@@ -76,11 +76,9 @@ MODE = QuantMode.FINEGRAINED_SCALE_ONLY
 
 
 @pytest.fixture
-def library(fake_build: Build) -> LibraryOnGpus:
-    """Return a library on a machine with an H100, of kernels that need no workspace."""
-    result = LibraryOnGpus(fake_build)
-    result.recorder.workspace = 0
-    return result
+def library() -> FakeLibrary:
+    """Return a library on a machine with an H100, whose launches are recorded only."""
+    return FakeLibrary(enumerate_space("trtllm"), compute=record)
 
 
 def weight_for(config: KernelConfig) -> PackedWeight:
@@ -90,26 +88,24 @@ def weight_for(config: KernelConfig) -> PackedWeight:
 
 
 @pytest.mark.usefixtures("torch")
-def test_a_call_launches_what_is_named_though_calls_alike_are_remembered(library: LibraryOnGpus) -> None:
+def test_a_call_launches_what_is_named_though_calls_alike_are_remembered(library: FakeLibrary) -> None:
     first, second = [config for config in library.configs() if config.mode is MODE][:2]
     weight = weight_for(first)
     for named, m in ((first, 16), (second, 16), (first, 16), (first, 3)):
         with use_kernels(named):
             made = library.gemm(Tensor((m, 1024)), weight)
-        index, *numbers = library.launches[-1][:5]
-        assert library.kernels[index].config == named
-        assert numbers == [m, 512, 1024, 128]
+        launched = library.module.launches[-1]
+        assert (launched.config, launched.problem) == (named, replace(LAYER, m=m))
         assert made.shape == (m, 512)
-        assert library.launches[-1][-3:] == (77, False, 0), "stream, dependent launch, device"
+        assert (launched.stream, launched.dependent, launched.device) == (77, False, 0)
     library.gemm(Tensor((16, 1024)), weight, config=second)
-    assert library.kernels[library.launches[-1][0]].config == second
+    assert library.module.launches[-1].config == second
 
 
 @pytest.mark.usefixtures("torch")
 def test_a_usual_call_is_repeated_by_the_module_as_long_as_the_weight_lives(
-    library: LibraryOnGpus, monkeypatch: pytest.MonkeyPatch
+    library: FakeLibrary,
 ) -> None:
-    monkeypatch.setattr(CallCache, "made", [])
     config = next(config for config in library.configs() if config.mode is MODE)
     weight = weight_for(config)
     a, out = Tensor((16, 1024)), Tensor((16, 512))
@@ -127,10 +123,10 @@ def test_a_usual_call_is_repeated_by_the_module_as_long_as_the_weight_lives(
     assert not library.calls.has(weight)
     assert library.gemm(a, weight, out=out) is out
     assert library.calls.has(weight)
-    long_way = len(library.launches)
+    long_way = len(library.module.launches)
     assert library.gemm(a, weight, out=out, alpha=0.5, dependent_launch=True) == "repeated"
-    assert CallCache.made == [(a, weight.data, None, out, 0.5, True)]
-    assert len(library.launches) == long_way
+    assert library.module.repeated == [(a, weight.data, None, out, 0.5, True)]
+    assert len(library.module.launches) == long_way
     for arguments in unusual:
         assert library.gemm(a, weight, out=out, **arguments) is out
     with use_kernels(config):
@@ -146,11 +142,11 @@ def test_a_usual_call_is_repeated_by_the_module_as_long_as_the_weight_lives(
 
 
 @pytest.mark.usefixtures("torch")
-def test_a_call_that_needs_a_workspace_gets_it_from_torch_and_is_not_repeated(library: LibraryOnGpus) -> None:
-    library.recorder.workspace = 4096
+def test_a_call_that_needs_a_workspace_gets_it_from_torch_and_is_not_repeated(library: FakeLibrary) -> None:
+    library.module.workspace = 4096
     config = next(config for config in library.configs() if config.mode is MODE)
     weight = weight_for(config)
     for _ in range(2):
         library.gemm(Tensor((16, 1024)), weight, out=Tensor((16, 512)))
         assert not library.calls.has(weight)
-    assert [launch[11:13] for launch in library.launches] == [(4096, 4096)] * 2, "address and bytes of the workspace"
+    assert [(launch.workspace, launch.workspace_bytes) for launch in library.module.launches] == [(4096, 4096)] * 2

@@ -200,3 +200,10 @@ def test_foreign_and_damaged_packed_data_is_refused(rng: np.random.Generator) ->
     with pytest.raises(InvalidValueError, match="packed data of 255 bytes must be 256 bytes"):
         short.unpack()
     assert set(TARGET_LAYOUTS.values()) <= LAYOUTS.keys()
+
+
+def test_a_scale_of_which_eight_exceed_fp16_is_refused() -> None:
+    largest = 65504.0 / 8 * 7  # of a symmetric weight, whose q is -7 to 7: -8 times its scale still is a value of fp16
+    assert quantize(np.full((2, 64), largest - 100)).scales.max() * 8.0 <= 65504
+    with pytest.raises(InvalidValueError, match="exceeds fp16"):
+        quantize(np.full((2, 64), largest + 100))

@@ -87,3 +87,22 @@ def test_no_case_of_the_numerical_proofs_leaves_the_range_of_fp16(mode: QuantMod
         expected = Expectation(a, case.weight)
         for alpha, _ in case.options:
             assert np.abs(expected.result(alpha, None)).max() < 30000, str(case)
+
+
+@pytest.mark.parametrize(
+    ("mode", "bound"),
+    [
+        (QuantMode.PER_COLUMN_SCALE_ONLY, 0.00049642),
+        (QuantMode.FINEGRAINED_SCALE_ONLY, 0.00098685),
+        (QuantMode.FINEGRAINED_SCALE_AND_ZEROS, 0.00098685),
+    ],
+    ids=str,
+)
+def test_the_bound_is_no_wider_than_rounding_explains(mode: QuantMode, bound: float) -> None:
+    """A sum of 1 from 64 products: half a unit of fp16's last place, and as much again where weights are rounded."""
+    q, scales = np.full((1, 64), 9, np.uint8), np.full((1, 1), 1 / 64, np.float16)
+    zeros = np.zeros_like(scales) if mode.has_zeros else None
+    weight = QuantizedWeight(q, scales if mode.is_grouped else scales[0], zeros, 64, mode)
+    expected = Expectation(np.ones((1, 64), np.float16), weight)
+    assert expected.result(1.0, None).item() == 1
+    assert expected.bound(1.0, None).item() == pytest.approx(bound, rel=1e-4)

@@ -87,8 +87,10 @@ class GuardedGpu:
 
         if asked.in_graph:
             self.stream.begin_capture()
-            launch()
-            self.stream.end_capture()
+            try:
+                launch()
+            finally:
+                self.stream.end_capture()  # also after a refusal: a stream left in capture fails every later launch
             self.stream.replay()
             self.stream.replay()
         else:

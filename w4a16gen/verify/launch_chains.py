@@ -175,17 +175,19 @@ class _Runner:
         needed = max(library.workspace_bytes(config, problem, device=self._gpu.device) for problem in problems)
         workspace = self._gpu.upload(np.zeros(needed, np.uint8))
         stream.begin_capture()
-        for turn, (source, weight, target) in enumerate(_LINKS):
-            library.gemm(
-                buffers[source],
-                weights[weight],
-                config=config,
-                out=buffers[target],
-                workspace=workspace,
-                stream=stream,
-                dependent_launch=pattern[turn % len(pattern)],
-            )
-        stream.end_capture()
+        try:
+            for turn, (source, weight, target) in enumerate(_LINKS):
+                library.gemm(
+                    buffers[source],
+                    weights[weight],
+                    config=config,
+                    out=buffers[target],
+                    workspace=workspace,
+                    stream=stream,
+                    dependent_launch=pattern[turn % len(pattern)],
+                )
+        finally:
+            stream.end_capture()  # also after a refusal: a stream left in capture fails every later launch
         for _ in range(REPLAYS):
             for name in wanted.keys() - {"x"}:
                 buffers[name].buffer.upload(np.full_like(wanted[name], POISON))

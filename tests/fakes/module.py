@@ -1,0 +1,278 @@
+"""The built pybind11 module on a machine whose GPUs are made of host memory."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from w4a16gen import KernelConfig, PackedWeight, Problem
+from w4a16gen.kernels.device import Device
+from w4a16gen.kernels.problem import why_cannot_run
+from w4a16gen.weights.packed import TARGET_LAYOUTS
+from w4a16gen.weights.quantized import QuantizedWeight
+from w4a16gen.weights.reference import gemm_reference
+
+Outcome = tuple[Any, ...]
+OK: Outcome = (0, "")
+INVALID, UNSUPPORTED, NO_HOPPER_GPU, CUDA_ERROR = 1, 2, 3, 4
+
+
+class Buffer:
+    """Device memory, with the interface of the module's `DeviceBuffer`."""
+
+    def __init__(self, module: FakeModule, size: int, device: int) -> None:
+        self.memory, self.device = np.zeros(max(size, 1), np.uint8), device
+        self.bytes = size
+        self.pointer = self.memory.ctypes.data
+        module.buffers.add(self)
+
+    def upload(self, source: npt.NDArray[Any], offset: int = 0) -> None:
+        data = np.ascontiguousarray(source).reshape(-1).view(np.uint8)
+        assert offset + data.size <= self.bytes, "upload beyond the device buffer"
+        self.memory[offset : offset + data.size] = data
+
+    def download(self, destination: npt.NDArray[Any], offset: int = 0) -> None:
+        data = destination.reshape(-1).view(np.uint8)
+        assert offset + data.size <= self.bytes, "download beyond the device buffer"
+        data[:] = self.memory[offset : offset + data.size]
+
+
+def memory_at(pointer: int, shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
+    """See memory as an array; it is the buffer's own, not a copy."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    if size == 0:
+        return np.empty(shape, dtype)
+    seen: npt.NDArray[Any] = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer))
+    return seen.view(dtype).reshape(shape)
+
+
+class FakeStream:
+    """Runs what is launched on it at once, or keeps it for replays of a graph."""
+
+    def __init__(self, module: FakeModule, device: int) -> None:
+        self.module, self.device = module, device
+        self.pointer = id(self)
+        self.replays = 0
+        self.is_capturing = False
+        self._recorded: list[Launched] = []
+
+    def launch(self, work: Launched) -> None:
+        """Run a launch now, or at each replay."""
+        if self.is_capturing:
+            self._recorded.append(work)
+        else:
+            work.run()
+
+    def begin_capture(self) -> None:
+        assert not self.is_capturing, "a stream is captured once at a time"
+        self._recorded, self.is_capturing = [], True
+
+    def end_capture(self) -> None:
+        assert self.is_capturing
+        self.is_capturing = False
+        self.module.graphs.append(list(self._recorded))
+
+    def replay(self) -> None:
+        self.replays += 1
+        for work in self.module.order(self._recorded):
+            work.run()
+
+    def synchronize(self) -> None:
+        assert not self.is_capturing, "a stream that is captured cannot be waited for"
+
+    def start_timer(self) -> None:
+        """Begin to time."""
+
+    def stop_timer(self) -> float:
+        """Return the milliseconds that the module was told to return."""
+        return self.module.milliseconds
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One launch of a kernel: the addresses that it was given, and what they hold."""
+
+    kernels: Kernels
+    config: KernelConfig
+    problem: Problem
+    activations: int
+    packed: int
+    packed_bytes: int
+    bias: int
+    output: int
+    alpha: float
+    workspace: int
+    workspace_bytes: int
+    stream: int
+    dependent: bool
+    device: int
+
+    @property
+    def out(self) -> npt.NDArray[Any]:
+        """The output [m, n], in place."""
+        return memory_at(self.output, (self.problem.m, self.problem.n), "<f2")
+
+    def weight(self) -> QuantizedWeight:
+        """Return the weight that was packed."""
+        data = memory_at(self.packed, (self.packed_bytes,), "|u1")
+        _, n, k, group_size = vars(self.problem).values()
+        layout = TARGET_LAYOUTS[self.config.target]
+        key = (zlib.crc32(data.tobytes()), layout, n, k, group_size, self.config.mode)
+        known = self.kernels.unpacked
+        if key not in known:
+            known[key] = PackedWeight(data.copy(), layout, n, k, group_size, self.config.mode).unpack()
+        return known[key]
+
+    def reference(self) -> npt.NDArray[Any]:
+        """Return what the launch must compute."""
+        a = memory_at(self.activations, (self.problem.m, self.problem.k), "<f2")
+        bias = memory_at(self.bias, (self.problem.n,), "<f2") if self.bias else None
+        return gemm_reference(a, self.weight(), alpha=self.alpha, bias=bias).astype(np.float16)
+
+    def run(self) -> None:
+        """Compute as the library's kernels do."""
+        self.kernels.module.compute(self)
+
+
+def compute(launched: Launched) -> None:
+    """Write the right result."""
+    launched.out[...] = launched.reference()
+
+
+class Kernels:
+    """The opened library of kernels, with the interface of the module's `KernelLibrary`."""
+
+    def __init__(self, module: FakeModule, _path: str) -> None:
+        self.module, self.configs = module, module.configs
+        self.unpacked: dict[object, QuantizedWeight] = {}
+
+    def kernels(self) -> list[dict[str, object]]:
+        return [
+            {
+                "name": config.name,
+                "layout": TARGET_LAYOUTS[config.target],
+                "stages": 4,
+                "threads": 384,
+                "shared_memory_bytes": 100_000,
+            }
+            for config in self.configs
+        ]
+
+    def can_implement(self, kernel: int, *numbers: int) -> Outcome:
+        why = why_cannot_run(self.configs[kernel], Problem(*numbers))
+        return OK if why is None else (UNSUPPORTED, why)
+
+    def packed_bytes(self, kernel: int, *numbers: int) -> Outcome:
+        status, message = self.can_implement(kernel, 0, *numbers)
+        if status:
+            return status, message, 0
+        config = self.configs[kernel]
+        n, k, group_size = numbers
+        return 0, "", PackedWeight(None, TARGET_LAYOUTS[config.target], n, k, group_size, config.mode).nbytes
+
+    def workspace_bytes(self, kernel: int, *arguments: int) -> Outcome:
+        *numbers, _sm_count, _device = arguments
+        status, message = self.can_implement(kernel, *numbers)
+        return (status, message, 0) if status else (0, "", self.module.workspace if numbers[0] else 0)
+
+    def gemm(self, kernel: int, m: int, n: int, k: int, group_size: int, *arguments: Any) -> Outcome:
+        launched = Launched(self, self.configs[kernel], Problem(m, n, k, group_size), *arguments)
+        status, message, needed = self.workspace_bytes(kernel, m, n, k, group_size, 0, launched.device)
+        if status:
+            return status, message
+        if launched.workspace_bytes < needed:
+            found = launched.workspace_bytes
+            return INVALID, f"workspace of {found} bytes must be at least {needed} bytes"
+        if self.module.refusal is not None:
+            return self.module.refusal
+        self.module.launches.append(launched)
+        self.module.stream_at(launched.stream).launch(launched)
+        return OK
+
+    def probe_read(self, *_: Any) -> Outcome:
+        return OK
+
+    def probe_multiply(self, rounds: int, *_: Any) -> Outcome:
+        return 0, "", rounds * 10**9
+
+
+class CallCache:
+    """The module's class: repeats any call with a number of tokens that it has been told of."""
+
+    def __init__(self, module: FakeModule, *_: Any) -> None:
+        self._module = module
+        self._known: set[int] = set()
+
+    def add(self, m: int, _kernel: int) -> None:
+        self._known.add(m)
+
+    def gemm(self, *arguments: Any) -> str | None:
+        if arguments[0].shape[0] not in self._known:
+            return None
+        self._module.repeated.append(arguments)
+        return "repeated"
+
+
+class FakeModule(ModuleType):
+    """The module; a test sets what its GPUs do."""
+
+    INVALID_ARGUMENT, UNSUPPORTED, NO_HOPPER_GPU, CUDA_ERROR = INVALID, UNSUPPORTED, NO_HOPPER_GPU, CUDA_ERROR
+    FAULT_VALUE, FAULT_RANGE = 1, 2
+
+    def __init__(self, configs: Sequence[KernelConfig], devices: Sequence[Device]) -> None:
+        super().__init__("_w4a16")
+        self.configs = list(configs)
+        self.found = list(devices)
+        """The GPUs of the machine."""
+        self.workspace = 0
+        """The bytes that every launch needs."""
+        self.refusal: Outcome | None = None
+        """What the library answers instead of launching."""
+        self.compute: Callable[[Launched], None] = compute
+        """What a kernel does when it runs."""
+        self.order: Callable[[Sequence[Launched]], Sequence[Launched]] = lambda recorded: recorded
+        """The order in which a replay runs what a graph holds."""
+        self.milliseconds = 1.0
+        """What timing a replay gives."""
+        self.launches: list[Launched] = []
+        """Every launch, in the order of the calls."""
+        self.repeated: list[tuple[Any, ...]] = []
+        """The arguments of every call by the fast path."""
+        self.graphs: list[list[Launched]] = []
+        """The launches of every captured graph."""
+        self.streams: list[FakeStream] = [FakeStream(self, 0)]
+        """The default stream, then those that were made."""
+        self.buffers: weakref.WeakSet[Buffer] = weakref.WeakSet()
+        self.DeviceBuffer = partial(Buffer, self)
+        self.KernelLibrary = partial(Kernels, self)
+        self.CallCache = partial(CallCache, self)
+        self.Stream = self._new_stream
+
+    def devices(self) -> list[dict[str, object]]:
+        return [device.as_json() for device in self.found]
+
+    def _new_stream(self, device: int) -> FakeStream:
+        self.streams.append(FakeStream(self, device))
+        return self.streams[-1]
+
+    def stream_at(self, pointer: int) -> FakeStream:
+        """Return the stream at an address, or the default one, which torch's also is."""
+        return next((stream for stream in self.streams if stream.pointer == pointer), self.streams[0])
+
+    def is_capturing(self, pointer: int, _device: int) -> bool:
+        return self.stream_at(pointer).is_capturing
+
+    def pointer_device(self, pointer: int) -> int:
+        for buffer in self.buffers:
+            if buffer.pointer <= pointer < buffer.pointer + buffer.memory.size:
+                return int(buffer.device)
+        return -1
