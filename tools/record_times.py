@@ -158,7 +158,12 @@ class Recording:
             writer.writerow(row.as_row())
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(
+    arguments: Sequence[str] | None = None,
+    *,
+    open_build: Callable[[Path | None], Library] = load,
+    measure: Measure = measure,
+) -> None:
     """Measure the built kernels of the spaces."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--build-dir", type=Path, help="the build; by default the one that `w4a16gen run` takes")
@@ -170,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the problems")
     parser.add_argument("--minutes", type=float, default=5.0, help="when to stop")
     options = parser.parse_args(arguments)
-    library = load(options.build_dir)
+    library = open_build(options.build_dir)
     device = library.hopper_device()
     wanted = {config for space in options.space or ["all"] for config in enumerate_space(space)}
     kernels = [config for config in library.configs() if config in wanted]

@@ -38,6 +38,7 @@ def test_names_are_compared_by_words() -> None:
     h20 = card_of(replace(H100, name="NVIDIA H20", sm_count=78))
     assert (h20.name, h20.memory_bandwidth) == ("NVIDIA H20", 4.0)
     assert card_of(H200).name == "NVIDIA H200"
+    assert card_of(replace(H100, name="NVIDIA H1000")).name == "NVIDIA H1000"
     assert card_of(replace(H100, name="NVIDIA H20-3e", sm_count=78)).memory_bandwidth == 4.8
 
 

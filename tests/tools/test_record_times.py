@@ -134,3 +134,17 @@ def test_kernels_are_drawn_by_the_seed(stopwatch: Stopwatch, tmp_path: Path) -> 
     stopwatch.measured.clear()
     recording(stopwatch, tmp_path / "b.csv", kernels=2)
     assert stopwatch.measured == drawn
+
+
+def test_the_command_times_the_kernels_of_the_spaces(
+    stopwatch: Stopwatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "times.csv"
+    library = FakeLibrary([*DEFAULT, *enumerate_space("trtllm")])
+    arguments = ["--output", str(path), "--space", "default", "--layers", "1", "--tokens", "2", "--seed", "7"]
+    record_times.main(arguments, open_build=lambda _: library, measure=stopwatch.measure)
+    rows = recorded.read([path])
+    assert {row.problem for row in rows} == set(record_times.draw_problems(1, 2, seed=7))
+    assert {row.kernel for row in rows} <= set(DEFAULT)
+    assert {row.source for row in rows} == {"record_times seed 7"}
+    assert f"{len(rows)} times measured on {H100.name}, {len(DEFAULT)} kernels, 2 problems" in capsys.readouterr().out
