@@ -65,9 +65,10 @@ def test_every_source_gives_way_to_the_one_before(tmp_path: Path) -> None:
 
 def test_a_tuning_table_applies_to_like_token_counts_only(tmp_path: Path) -> None:
     slow = slow_kernel()
-    chooser = tune(tmp_path, {slow: 1.0})
-    assert chooser.choose(replace(MEASURED, m=9), MODE, device=H100).kernel == slow
-    for m in (8, 17, 24):
+    chooser = tune(tmp_path, {slow: 1.0}, problem=replace(MEASURED, m=64))
+    for m in (57, 64):
+        assert chooser.choose(replace(MEASURED, m=m), MODE, device=H100).kernel == slow
+    for m in (33, 56, 65, 128):
         choice = chooser.choose(replace(MEASURED, m=m), MODE, device=H100)
         assert choice.source in {ChoiceSource.PACKAGED_TIMES, ChoiceSource.ESTIMATE}
 
