@@ -197,8 +197,8 @@ def test_the_manifest_says_what_each_kernel_cost(fake_build: Build) -> None:
         (63, 2, 0, CUTLASS_COST, (63, 1)),
         (24, 2, 24e9, CUTLASS_COST, (4, 2)),
         (63, 64, 64e9, CUTLASS_COST, (63, 16)),
-        (60, 16, 8e9, NATIVE_COST, (32, 16)),
-        (60, 128, 6e9, NATIVE_COST, (60, 20)),
+        (60, 16, 8e9, NATIVE_COST, (16, 16)),
+        (60, 128, 6e9, NATIVE_COST, (60, 17)),
     ],
 )
 def test_units_fit_cores_and_memory(

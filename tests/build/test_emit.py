@@ -12,7 +12,7 @@ from w4a16gen.build.emit import emit
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.render import source_name
 from w4a16gen.runtime.artifact import load_build
-from w4a16gen.verify.static import _source_violations
+from w4a16gen.verify.static import source_violations
 
 
 def names(folder: Path) -> set[str]:
@@ -62,22 +62,22 @@ def test_the_proof_reads_the_sources(workshop: Workshop) -> None:
     built = workshop.build(CONFIGS[:3]).build
     asked = built.manifest.asked
     assert built.sources == workshop.generated
-    assert _source_violations(asked, built.sources) == []
+    assert source_violations(asked, built.sources) == []
     first, second = (workshop.generated / source_name(config) for config in CONFIGS[:2])
     first.write_text("")
-    (violation,) = _source_violations(asked, built.sources)
+    (violation,) = source_violations(asked, built.sources)
     assert violation.startswith(f"{first} differs from what the kernel was compiled from")
     second.unlink()
-    assert "lacks the sources of 1 of 3 kernels" in _source_violations(asked, built.sources)[1]
+    assert "lacks the sources of 1 of 3 kernels" in source_violations(asked, built.sources)[1]
     workshop.build(CONFIGS[:3])
-    assert _source_violations(asked, built.sources) == []
+    assert source_violations(asked, built.sources) == []
 
 
 def test_missing_sources_are_one_violation(workshop: Workshop, tmp_path: Path) -> None:
     built = workshop.build(CONFIGS).build
-    (violation,) = _source_violations(built.manifest.asked, tmp_path / "elsewhere")
+    (violation,) = source_violations(built.manifest.asked, tmp_path / "elsewhere")
     assert violation.startswith(f"{tmp_path / 'elsewhere'} lacks the sources of 4 of 4 kernels: pass --generated-dir")
-    (violation,) = _source_violations(built.manifest.asked, None)
+    (violation,) = source_violations(built.manifest.asked, None)
     assert "pass --generated-dir" in violation
 
 
@@ -86,3 +86,14 @@ def test_the_build_remembers_its_sources_from_any_folder(workshop: Workshop, mon
     workshop.build()
     monkeypatch.chdir("/")
     assert load_build(workshop.folder).sources == workshop.generated
+
+
+def test_a_folder_that_has_a_sources_name_is_set_aside_with_its_content(tmp_path: Path) -> None:
+    source = tmp_path / source_name(CONFIGS[0])
+    for path in (source, tmp_path / "manifest.json"):
+        path.mkdir()
+        (path / "mine").write_text("mine")
+    emit(CONFIGS[:1], tmp_path)
+    assert source.is_file()
+    assert (tmp_path / f"{source.name}.1" / "mine").read_text() == "mine"
+    assert (tmp_path / "manifest.json.1" / "mine").exists()

@@ -135,8 +135,22 @@ def _toolkit() -> list[Finding]:
         _wheel_releases(),
         _found("CUDA runtime headers", include, install_cuda()),
         _found("static CUDA runtime", cudart, install_cuda()),
-        _found("cuobjdump", find_cuobjdump(), install_cuda()),
+        _cuobjdump(),
     ]
+
+
+def _cuobjdump() -> Finding:
+    program, (nvcc, _) = find_cuobjdump(), _attempt(find_nvcc)
+    if program is None or nvcc is None:
+        return _found("cuobjdump", program, install_cuda())
+    version, needed = nvcc_version(program), nvcc_version(nvcc)
+    detail = f"{program}, release {version[0]}.{version[1]}" if version else str(program)
+    if version and needed and version < needed:
+        fix = f"{install_cuda()} --upgrade"
+        return Finding(
+            "cuobjdump", ok=False, detail=f"{detail} cannot read binaries of nvcc {needed[0]}.{needed[1]}", fix=fix
+        )
+    return Finding("cuobjdump", ok=True, detail=detail)
 
 
 def _wheel_releases() -> Finding:

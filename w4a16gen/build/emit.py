@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ def emit(configs: Iterable[KernelConfig], folder: Path, *, remove_stale: bool = 
     """Write one source per configuration and a manifest into a folder.
 
     Files that have the right text already are not touched. Only files that an earlier call wrote, as the manifest
-    lists them, are ever removed.
+    lists them, are ever removed. A folder that has a file's name is renamed: a number is added to its name.
 
     Args:
         configs: the kernels.
@@ -50,6 +51,8 @@ def emit(configs: Iterable[KernelConfig], folder: Path, *, remove_stale: bool = 
     earlier = _listed(manifest)
     stale = tuple(sorted(path for name in earlier if (path := folder / name).is_file() and path not in paths))
     remove_abandoned(folder)
+    for path in (*paths, manifest):
+        _set_aside(path)
     written = [
         path for config, path in zip(wanted, paths, strict=True) if write_if_changed(path, render_kernel(config))
     ]
@@ -62,6 +65,13 @@ def emit(configs: Iterable[KernelConfig], folder: Path, *, remove_stale: bool = 
     if write_json(manifest, seal({"schema": SOURCES_SCHEMA, **listed})):
         written.append(manifest)
     return Emission(paths, tuple(written), stale, removed)
+
+
+def _set_aside(path: Path) -> None:
+    """Rename a folder that has the name of a file to be written; its content stays."""
+    if path.is_dir() and not path.is_symlink():
+        number = next(number for number in itertools.count(1) if not path.with_name(f"{path.name}.{number}").exists())
+        path.rename(path.with_name(f"{path.name}.{number}"))
 
 
 def _is_build(folder: Path) -> bool:

@@ -204,8 +204,16 @@ def find_cudart(include: Path) -> Path | None:
 
 
 def find_cuobjdump() -> Path | None:
-    """Find cuobjdump, which reads registers, stack and SASS out of built kernels without a GPU."""
-    return _binary("cuobjdump")
+    """Find cuobjdump, which reads registers, stack and SASS out of built kernels without a GPU.
+
+    The one beside nvcc comes first: an older one cannot read what nvcc compiles.
+    """
+    try:
+        nvcc = find_nvcc()
+    except MissingToolError:
+        nvcc = None
+    beside = nvcc.with_name("cuobjdump") if nvcc else None
+    return beside if beside and beside.is_file() else _binary("cuobjdump")
 
 
 def require_cuobjdump() -> Path:

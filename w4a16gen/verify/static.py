@@ -137,18 +137,17 @@ def _difference(left: str, a: set[str], right: str, b: set[str]) -> list[str]:
     ]
 
 
-def _source_violations(names: Sequence[str], sources: Path | None) -> list[str]:
+def source_violations(names: Sequence[str], sources: Path | None) -> list[str]:
     """Compare the emitted sources with what the renderer returns, and find type names of other kernels in them."""
     if sources is None:
         return ["the build does not name the folder of its sources: pass --generated-dir"]
     missing, violations = [], []
     for config in map(KernelConfig.parse, names):
         path = sources / source_name(config)
-        try:
-            data = path.read_bytes()
-        except OSError:
+        if not path.is_file():
             missing.append(config.name)
             continue
+        data = path.read_bytes()
         if data != render_kernel(config).encode():
             violations.append(f"{path} differs from what the kernel was compiled from: run `w4a16gen build`")
         violations += _foreign_violations({str(path): data.decode(errors="replace")})
@@ -199,7 +198,7 @@ def prove(library: Library, generated: Path | None = None) -> StaticProof:
     exported = {info.config.name for info in library.kernels}
     code = read_code(build.library)
     violations = [f"{name} was asked for but failed to compile" for name in build.manifest.failed]
-    violations += _source_violations(build.manifest.asked, generated or build.sources)
+    violations += source_violations(build.manifest.asked, generated or build.sources)
     violations += _difference("asked for", asked, "exported", exported)
     kernels_in_code = {name for name in code if not _BESIDE.search(name)}
     violations += _difference("exported", exported, "in the machine code", kernels_in_code)

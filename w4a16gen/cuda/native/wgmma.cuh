@@ -2,9 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <utility>
 
-#include "cute/arch/mma_sm90_gmma.hpp"
+#include "native/wgmma_instruction.cuh"
 
 namespace w4a16::native {
 
@@ -25,31 +24,10 @@ __device__ inline uint64_t descriptor(uint32_t low) {
   return uint64_t{kHigh} << 32 | low;
 }
 
-template <int Tokens>
-struct Wgmma;
-#define W4A16_WGMMA(tokens)                                                                                           \
-  template <>                                                                                                         \
-  struct Wgmma<tokens>                                                                                                \
-      : cute::SM90::GMMA::MMA_64x##tokens##x16_F32F16F16_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K> { \
-  };
-W4A16_WGMMA(8)
-W4A16_WGMMA(16)
-W4A16_WGMMA(32)
-W4A16_WGMMA(64)
-W4A16_WGMMA(128)
-W4A16_WGMMA(256)
-#undef W4A16_WGMMA
-
-template <int Tokens, size_t... Index>
-__device__ inline void wgmma(float (&sum)[Tokens / 2], const uint32_t (&a)[4], uint64_t b,
-                             std::index_sequence<Index...>) {
-  Wgmma<Tokens>::fma(a[0], a[1], a[2], a[3], b, sum[Index]..., cute::SM90::GMMA::ScaleOut::One);
-}
-
 // sum[64 channels, Tokens] += A[64, 16] (registers) x B[16, Tokens] (shared memory).
 template <int Tokens>
 __device__ inline void wgmma(float (&sum)[Tokens / 2], const uint32_t (&a)[4], uint64_t b) {
-  wgmma<Tokens>(sum, a, b, std::make_index_sequence<Tokens / 2>{});
+  WgmmaInstruction<Tokens>::run(sum, a, b);
 }
 
 // The A fragments of 64 channels x 64 k, one per k16 step.
