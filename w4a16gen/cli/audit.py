@@ -70,7 +70,7 @@ def command(folder: Path, output: Path | None, remove_stale: bool, wide: bool, a
 
 
 def _show(found: Audit, *, wide: bool) -> None:
-    from w4a16gen.integrations.tensorrt_llm.audit import W4A16
+    from w4a16gen.integrations.tensorrt_llm.known import W4A16
 
     columns = (
         Column("file", keep=True, own_line=True),
@@ -91,8 +91,11 @@ def _show(found: Audit, *, wide: bool) -> None:
     for label, lines in (
         ("missing", [config.name for config in found.missing]),
         ("duplicate", [config.name for config in found.duplicates]),
-        ("unknown FP16 x uint4 kernel", found.unknown_with_places),
-        ("unrelated", found.foreign_with_places),
+        (
+            "unknown FP16 x uint4 kernel",
+            [f"{what} at {place}" for what, place in zip(found.unknown, found.unknown_places, strict=True)],
+        ),
+        ("unrelated", [f"{types} at {', '.join(places)}" for types, places in sorted(found.foreign_places.items())]),
         ("conditional", [f"{what}, if {condition}" for what, condition in found.conditional]),
         ("problem", found.problems),
     ):

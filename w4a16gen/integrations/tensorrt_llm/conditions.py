@@ -105,51 +105,70 @@ def evaluate(tokens: Sequence[Token], value_of: Callable[[str], Value]) -> Value
     """
     if len(tokens) > LONGEST_CONDITION:
         return None
-    values: list[Value] = []
-    pending: list[str] = []
-
-    def apply() -> None:
-        mark = pending.pop()
-        if mark[0] == "u":
-            value = values.pop()
-            values.append(None if value is None else _wrapped(_UNARY[mark[1:]](value)))
-        else:
-            right, left = values.pop(), values.pop()
-            values.append(_combine(mark, left, right))
-
-    def precedence(mark: str) -> int:
-        return 0 if mark == "(" else _UNARY_PRECEDENCE if mark[0] == "u" else _BINARY[mark][0]
-
-    wants_operand = True
+    stacks = _Stacks(value_of)
     try:
         for kind, text in _operators(tokens):
-            if wants_operand:
-                if kind is not Kind.PUNCTUATION:
-                    number = parse_number(text) if kind is Kind.NUMBER else _LITERALS.get(text)
-                    values.append(number if kind is not Kind.WORD or number is not None else value_of(text))
-                    wants_operand = False
-                elif text in _UNARY:
-                    pending.append(f"u{text}")
-                elif text == "(":
-                    pending.append(text)
-                else:
-                    return None
-            elif text == ")":
-                while pending[-1] != "(":
-                    apply()
-                pending.pop()
-            elif kind is Kind.PUNCTUATION and text in _BINARY:
-                while pending and precedence(pending[-1]) >= _BINARY[text][0]:
-                    apply()
-                pending.append(text)
-                wants_operand = True
-            else:
-                return None
-        while pending:
-            apply()
-    except (IndexError, KeyError):
+            stacks.take(kind, text)
+        return stacks.result()
+    except (IndexError, KeyError):  # a bracket, an operand or an operator too few
         return None
-    return values[0] if len(values) == 1 else None
+
+
+class _Stacks:
+    """Operands and operators that wait for what follows."""
+
+    def __init__(self, value_of: Callable[[str], Value]) -> None:
+        self._value_of = value_of
+        self._values: list[Value] = []
+        self._operators: list[tuple[int, str]] = []
+        self._wants_operand = True
+
+    def take(self, kind: Kind, text: str) -> None:
+        """Take the next token.
+
+        Raises:
+            IndexError, KeyError: if it cannot stand there.
+        """
+        if kind is not Kind.PUNCTUATION:
+            self._operand(kind, text)
+        elif self._wants_operand:
+            if text != "(" and text not in _UNARY:
+                raise KeyError(text)
+            self._operators.append((0 if text == "(" else _UNARY_PRECEDENCE, text))
+        elif text == ")":
+            self._apply_down_to(1)
+            self._operators.pop()
+        else:
+            precedence = _BINARY[text][0]
+            self._apply_down_to(precedence)
+            self._operators.append((precedence, text))
+            self._wants_operand = True
+
+    def result(self) -> Value:
+        """Return the value of the whole."""
+        self._apply_down_to(1)
+        if self._operators or len(self._values) != 1:
+            raise IndexError
+        return self._values[0]
+
+    def _operand(self, kind: Kind, text: str) -> None:
+        if not self._wants_operand:
+            raise KeyError(text)
+        self._wants_operand = False
+        if kind is Kind.WORD:
+            self._values.append(_LITERALS[text] if text in _LITERALS else self._value_of(text))
+        else:
+            self._values.append(parse_number(text) if kind is Kind.NUMBER else None)
+
+    def _apply_down_to(self, precedence: int) -> None:
+        """Apply the operators that bind at least as tightly as a precedence."""
+        while self._operators and self._operators[-1][0] >= precedence:
+            level, mark = self._operators.pop()
+            right = self._values.pop()
+            if level == _UNARY_PRECEDENCE:
+                self._values.append(None if right is None else _wrapped(_UNARY[mark](right)))
+            else:
+                self._values.append(_combine(mark, self._values.pop(), right))
 
 
 def _operators(tokens: Sequence[Token]) -> list[tuple[Kind, str]]:

@@ -89,7 +89,9 @@ def emit_trtllm(
     }
     listed = [{**config.as_json(), "file": name} for name, kernels in files.items() for config in kernels]
     done = write_owned(folder, SCHEMA, contents, details={"kernels": listed}, remove_stale=remove_stale)
-    return TrtllmEmission({folder / name: kernels for name, kernels in files.items()}, done.written, done.removed, done.kept)
+    return TrtllmEmission(
+        {folder / name: kernels for name, kernels in files.items()}, done.written, done.removed, done.kept
+    )
 
 
 def render_trtllm_unit(

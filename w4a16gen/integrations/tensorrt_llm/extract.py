@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.integrations.tensorrt_llm.audit import W4A16, Audit, AuditedFile, types_of
+from w4a16gen.integrations.tensorrt_llm.audit import Audit, AuditedFile
 from w4a16gen.integrations.tensorrt_llm.folders import NotReadError, read_file
 from w4a16gen.integrations.tensorrt_llm.instantiations import Instantiation, scan
+from w4a16gen.integrations.tensorrt_llm.known import W4A16, classify
 from w4a16gen.integrations.tensorrt_llm.owned import write_owned
 from w4a16gen.integrations.tensorrt_llm.tokens import Kind, Source, Token, tokenize
 
@@ -41,8 +42,8 @@ def extract(audited: Audit, output: Path, *, remove_stale: bool = False) -> Sequ
         >>> extract(audit(Path("generated")), Path("w4a16"))  # doctest: +SKIP
 
     Raises:
-        InvalidValueError: if the output folder is, contains or lies in the audited one; if it has a file that no earlier
-            call wrote; or if a file cannot be taken apart. Nothing is written then.
+        InvalidValueError: if the output folder is, contains or lies in the audited one, or has a file that no earlier
+            call wrote, or if a file cannot be taken apart. Nothing is written then.
         OSError: if the output folder cannot be written.
     """
     here, there = (Path(os.path.realpath(folder)) for folder in (audited.folder, output))
@@ -78,7 +79,7 @@ def _extracted(file: AuditedFile, kept: dict[tuple[str, ...], list[set[str]]]) -
     for instantiation in found.instantiations:
         conditions = set(instantiation.conditions)
         earlier = kept.setdefault(instantiation.arguments, [])
-        is_wanted = types_of(instantiation) == W4A16
+        is_wanted = classify(instantiation).types == W4A16
         if is_wanted and not any(others <= conditions for others in earlier):
             earlier.append(conditions)
             stay.append(instantiation)

@@ -40,7 +40,9 @@ class Launcher:
         """
         for namespace in (self.root, *([] if self.namespace is None else [self.namespace])):
             if not _NAMESPACE.fullmatch(namespace):
-                raise InvalidValueError(f"{namespace!r} is not a namespace such as tensorrt_llm::kernels::cutlass_kernels")
+                raise InvalidValueError(
+                    f"{namespace!r} is not a namespace such as tensorrt_llm::kernels::cutlass_kernels"
+                )
         if not _INCLUDE.fullmatch(self.include):
             raise InvalidValueError(f"{self.include!r} is not a header's path such as a/b.inl")
 

@@ -1,4 +1,4 @@
-"""C++ tokens as a compiler's first phases form them: spliced lines, comments, literals, digraphs. One pass, no recursion."""
+"""C++ tokens as a compiler forms them: spliced lines, comments, literals, digraphs. One pass, no recursion."""
 
 from __future__ import annotations
 
@@ -109,6 +109,7 @@ _TOKEN = re.compile(
     """,
     re.VERBOSE | re.ASCII | re.DOTALL,
 )
+_KINDS = {"number": Kind.NUMBER, "stray": Kind.STRAY}
 _DIGRAPHS = {"<%": "{", "%>": "}", "<:": "[", ":>": "]", "%:": "#", "%:%:": "##"}
 _RAW_PREFIXES = frozenset({"R", "LR", "uR", "UR", "u8R"})
 _RAW_OPENING = re.compile(r"\"([^ ()\\\t\v\f\n]{0,16})\(")
@@ -163,33 +164,36 @@ class _Lexer:
             begin = end - len(mark)
             first, self._line_is_empty = self._line_is_empty, False
             if group == "punctuation":
-                mark = _DIGRAPHS.get(mark, mark)
-                if first and mark == "#":
-                    self.in_directive = self._directive_name = True
-                    yield Token(Kind.HASH, mark, begin, end)
-                else:
-                    yield _make_token((Kind.PUNCTUATION, mark, begin, end))
+                yield self._mark(mark, begin, end, is_first=first)
             elif group == "word":
                 after = yield from self._word(text, mark, begin, end)
                 if after != end:
                     return after
             elif group == "newline":
+                self._line_is_empty = True
                 if self.in_directive:
                     self.in_directive = self._directive_name = False
                     yield Token(Kind.END, "", begin, begin)
-                self._line_is_empty = True
-            elif group == "number" or group == "stray":
-                yield Token(Kind.NUMBER if group == "number" else Kind.STRAY, mark, begin, end)
+            elif group in _KINDS:
+                yield Token(_KINDS[group], mark, begin, end)
             elif group == "quote":
                 return (yield from self._literal(text, begin, mark))
             elif group == "block":
                 self._line_is_empty = first
                 closing = text.find("*/", end, self._stop)
-                if closing < 0:
-                    yield Token(Kind.STRAY, "/*", begin, end)
-                    return None
-                return closing + 2
+                if closing >= 0:
+                    return closing + 2
+                yield Token(Kind.STRAY, "/*", begin, end)
+                return None
         return None
+
+    def _mark(self, mark: str, begin: int, end: int, *, is_first: bool) -> Token:
+        """Return a punctuation mark, or the start of a directive."""
+        mark = _DIGRAPHS.get(mark, mark)
+        if is_first and mark == "#":
+            self.in_directive = self._directive_name = True
+            return Token(Kind.HASH, mark, begin, end)
+        return _make_token((Kind.PUNCTUATION, mark, begin, end))
 
     def _word(self, text: str, word: str, begin: int, end: int) -> Generator[Token, None, int | None]:
         """Yield a word, and what only a word can introduce; return where to go on, or None at the end."""
