@@ -95,7 +95,8 @@ def test_the_runner_chooses_what_python_chooses(prefix: Prefix) -> None:
 def test_the_runner_honours_the_environment(prefix: Prefix) -> None:
     named = [config for config in KERNELS if config.mode is FGS and config.target is Target.NATIVE][-1]
     assert prefix.choose(PROBLEMS[2], W4A16GEN_KERNELS=named.name) == named.name
-    assert prefix.choose(PROBLEMS[2], W4A16GEN_KERNELS="fast") == "error 1 'fast' is not a kernel name"
+    refused = prefix.choose(PROBLEMS[2], W4A16GEN_KERNELS="fast")
+    assert refused.startswith("error 1 'fast' is not a kernel name such as ")
 
 
 def test_a_problem_that_no_kernel_can_run_is_refused(prefix: Prefix) -> None:

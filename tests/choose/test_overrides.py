@@ -61,6 +61,9 @@ def test_what_is_named_for_all_calls_is_checked(library: FakeLibrary, monkeypatc
         library.kernel_for(weight, problem)
     with pytest.raises(InvalidValueError, match="'kernel' is not a kernel name"), use_kernels("kernel"):
         pass
+    for value in (None, 3, b"kernel", ["kernel"]):
+        with pytest.raises(InvalidValueError, match="is not a kernel name"), use_kernels(value):  # type: ignore[arg-type]
+            pass
     name_in_environment(monkeypatch, "kernel")
     with pytest.raises(InvalidValueError, match="W4A16GEN_KERNELS: 'kernel' is not a kernel name"):
         library.kernel_for(weight, problem)

@@ -31,7 +31,7 @@ def use_kernels(*kernels: KernelConfig | str) -> Iterator[None]:
         kernels: configurations or their names.
 
     Raises:
-        InvalidValueError: if a text is not a kernel's name.
+        InvalidValueError: if a value is neither a configuration nor a kernel's name.
 
     Example:
         >>> with use_kernels("w4a16_sm90_native_fgs_cta64x16x128_cluster1x1x1_warps8_persistent"):

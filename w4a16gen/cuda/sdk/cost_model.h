@@ -62,7 +62,10 @@ inline Kernel parse_kernel(const std::string& name) {
               is_one_of(schedule, {"pingpong", "cooperative", "warpgroups2", "warpgroups4", "warps8"}) &&
               is_one_of(scheduler, {"persistent", "streamk"});
   }
-  if (!is_name) throw ChoiceError("'" + name + "' is not a kernel name");
+  if (!is_name) {
+    throw ChoiceError("'" + name + "' is not a kernel name such as " +
+                      "w4a16_sm90_native_fgs_cta64x16x128_cluster1x1x1_warps8_persistent");
+  }
   kernel.name = name;
   kernel.target = target;
   kernel.mode = mode;
