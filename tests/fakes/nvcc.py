@@ -17,9 +17,10 @@ import sys
 import time
 from pathlib import Path
 
-from w4a16gen.kernels.config import KernelConfig
-from w4a16gen.weights.packed import TARGET_LAYOUTS
+from w4a16gen.kernels.config import KernelConfig, Target
 
+LAYOUTS = {Target.CUTLASS: "kmajor_s4_v1", Target.NATIVE: "fragment_blocks_v2"}
+"""`TARGET_LAYOUTS`, whose module imports numpy: that would take four times as long as all else here."""
 RELEASE = "Cuda compilation tools, release {}, V13.0.88\nBuild fake"
 
 
@@ -31,7 +32,7 @@ def entry(config: KernelConfig) -> str:
 namespace w4a16 {{
 extern const Kernel {config.name}_kernel;
 const Kernel {config.name}_kernel = {{
-    {{"{config.name}", "{config.target}", "{TARGET_LAYOUTS[config.target]}", mode::{config.mode},
+    {{"{config.name}", "{config.target}", "{LAYOUTS[config.target]}", mode::{config.mode},
       {{{shape[0]}}}, {{{shape[1]}}}, 4, 384, {config.cta.k}, 100000}},
     [](const Problem& problem) {{ return cutlass_target::PackedLayout(problem, {zeros}).bytes; }},
     [](const Problem& problem, int sm_count) {{ return static_cast<size_t>(problem.m * sm_count); }},
