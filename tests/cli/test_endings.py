@@ -244,6 +244,12 @@ def test_streams_of_any_encoding_will_do(tmp_path: Path, encoding: str, argument
     assert done.stdout
 
 
+def test_characters_that_an_encoding_lacks_are_shown_as_escapes(tmp_path: Path) -> None:
+    done = run_in_shell("$w4a16gen emit --mode cs --output 核", tmp_path, PYTHONIOENCODING="latin-1")
+    assert done.returncode == 0, done.stderr
+    assert "\\u6838/w4a16_sm90_native_cs" in done.stdout
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_build_ends_with_a_sentence(tmp_path: Path, number: signal.Signals) -> None:
     nvcc = tmp_path / "nvcc"

@@ -49,7 +49,9 @@ def test_what_is_kept_moves_to_a_line_of_its_own_before_it_is_cut() -> None:
         "  native_cs",
     ]
     assert layout.hidden == []
-    assert "native_cs_cta64x8x128" in "".join(lay_out(COLUMNS, ROWS, 5).lines)
+    tiny = lay_out(COLUMNS, ROWS, 5)
+    assert tiny.lines[0] == "problem      us"
+    assert "  native_cs_cta64x8x128" in tiny.lines
 
 
 def test_columns_without_content_take_no_place() -> None:

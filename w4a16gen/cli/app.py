@@ -8,6 +8,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn
 
 import click
@@ -161,12 +162,8 @@ def _end(error: BaseException, *, as_json: bool) -> int:
             flush_output()
     except OSError:
         discard_output()
-    if isinstance(error, OSError):
-        discard_output()  # it may be standard output that cannot be written
-    try:
+    with suppress(OSError):
         note(ending.message, label="error:")
-    except OSError:
-        return ending.status
     return ending.status
 
 
