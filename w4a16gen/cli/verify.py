@@ -76,7 +76,7 @@ def _tell(proven: Report, report: Path | None, *, wide: bool, as_json: bool) -> 
         write_if_changed(report.with_suffix(".md"), proven.markdown())
     if not as_json:
         columns, rows = proof_table(proven.value, wide=wide)
-        print_table("Proofs (error: the largest, as a share of its bound)", columns, rows, wide=wide)
+        print_table("Proofs", columns, rows, wide=wide)
     for violation in proven.violations():
         note(violation, label="FAILED")
     note(proven.summary())
@@ -183,7 +183,11 @@ def command(
     wide: bool,
     as_json: bool,
 ) -> int:
-    """Prove a build: statically on any machine, numerically on a Hopper GPU."""
+    """Prove a build: statically on any machine, numerically on a Hopper GPU.
+
+    In the table, `checks` counts numerical checks, and `error` is the largest error as a share of its bound. Many
+    kernels have one row for each shape; --wide shows every kernel.
+    """
     proven = _prove(services().load(folder), generated, sampled=sample, random_problems=random_problems)
     _tell(proven, report, wide=wide, as_json=as_json)
     if as_json:
