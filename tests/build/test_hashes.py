@@ -1,0 +1,106 @@
+"""Whatever an object or a link is made of is in its hash: an edit of any of it compiles or links again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from fakes.workshop import Workshop
+
+import w4a16gen
+from w4a16gen.errors import BuildError
+
+PACKAGE = Path(w4a16gen.__file__).parent
+PROGRAM = """
+import json
+from w4a16gen.build.link import Link
+from w4a16gen.build.toolchain import find_toolchain
+from w4a16gen.build.units import kernel_hashes
+from w4a16gen.kernels.spaces import enumerate_space
+tools = find_toolchain()
+native, cutlass = enumerate_space("default")[0], enumerate_space("trtllm")[0]
+kernels = kernel_hashes([native, cutlass], tools)
+link, other = Link([], [native], tools), Link([], [cutlass], tools)
+assert link.digest != other.digest, "the registry counts"
+print(json.dumps([kernels[native], kernels[cutlass], link.digest]))
+"""
+
+
+class Hashes(NamedTuple):
+    """The hash of a native kernel, of one of CUTLASS's, and of a link."""
+
+    native: str
+    cutlass: str
+    link: str
+
+
+def hashes(root: Path) -> Hashes:
+    """Compute hashes with the package that lies in a folder."""
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", PROGRAM],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return Hashes(*json.loads(done.stdout))
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """Copy the package and its templates, to be edited."""
+    skipped = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(PACKAGE, tmp_path / "copy" / "w4a16gen", ignore=skipped)
+    if (PACKAGE.parent / "templates").is_dir():
+        shutil.copytree(PACKAGE.parent / "templates", tmp_path / "copy" / "templates", ignore=skipped)
+    return tmp_path / "copy"
+
+
+EDITS = {
+    "native/mainloop.cuh": {"native"},
+    "native/tiles.h": {"native"},
+    "cutlass/gemm.cuh": {"cutlass"},
+    "library/kernel.h": {"native", "cutlass", "link"},
+    "library/problem.h": {"link"},
+    "library/registry.h": {"link"},
+    "library/library.cpp": {"link"},
+    "w4a16.h": {"native", "cutlass", "link"},
+    "CMakeLists.txt": {"link"},
+    "python/module.cpp": {"link"},
+    "python/call_cache.h": {"link"},
+    "sdk/runner.h": set(),
+}
+"""What an edit of each file concerns."""
+
+
+@pytest.mark.usefixtures("fake_nvcc")
+def test_hashes_cover_what_objects_and_links_are_made_of(copied: Path) -> None:
+    before = hashes(copied)
+    assert hashes(copied) == before
+    for name, concerned in EDITS.items():
+        path = copied / "w4a16gen" / "cuda" / name
+        text = path.read_text()
+        path.write_text(text + ("# edited\n" if name.endswith(".txt") else "// edited\n"))
+        after = hashes(copied)
+        changed = {field for field in Hashes._fields if getattr(after, field) != getattr(before, field)}
+        assert changed == concerned, name
+        path.write_text(text)
+    assert hashes(copied) == before
+
+
+def test_serialised_wgmma_is_a_failure_though_the_compiler_succeeds(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warning = "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to x"
+    monkeypatch.setenv("FAKE_NVCC_SAY", warning)
+    monkeypatch.setenv("FAKE_NVCC_EXIT", "0")
+    with pytest.raises(BuildError, match=r"wgmma\.mma_async instructions are serialized"):
+        workshop.build()
