@@ -79,7 +79,7 @@ def test_host_memory_is_never_taken_for_memory_of_a_gpu(layer: Layer, argument: 
         "out": HostMemory(np.zeros((M, N), np.float16)),
         "workspace": HostMemory(np.zeros(512, np.uint8)),
     }
-    arguments = {"a": layer.on_gpu, "w": layer.packed} | {argument: host[argument]}
+    arguments: dict[str, Any] = {"a": layer.on_gpu, "w": layer.packed} | {argument: host[argument]}
     with pytest.raises(InvalidValueError, match="host memory"):
         layer.library.gemm(**arguments)
     assert layer.library.module.launches == []

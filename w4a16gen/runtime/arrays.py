@@ -179,9 +179,12 @@ def view(name: str, array: Any, module: Any) -> ArrayView:
         )
     interface = getattr(array, "__cuda_array_interface__", None)
     try:
-        return _view_dlpack(array, module) if interface is None else _view_interface(array, interface, module)
+        seen = _view_dlpack(array, module) if interface is None else _view_interface(array, interface, module)
     except Exception as error:  # noqa: BLE001  (an interface of another library may hold or raise anything)
         raise InvalidValueError(f"{name} of type {type(array).__name__} cannot be read as an array: {error}") from None
+    if seen.device == -1:
+        raise InvalidValueError(f"{name} must be in GPU memory, but its pointer is to host memory: move it to the GPU")
+    return seen
 
 
 def _view_interface(array: Any, interface: dict[str, Any], module: Any) -> ArrayView:
@@ -230,8 +233,6 @@ def check(
         raise InvalidValueError(f"{name} of shape {list(seen.shape)} must be {list(shape)}")
     if not seen.contiguous:
         raise InvalidValueError(f"{name} must be contiguous, row-major: make a contiguous copy")
-    if seen.device == -1:
-        raise InvalidValueError(f"{name} must be in GPU memory, but its pointer is to host memory: move it to the GPU")
     if None not in (device, seen.device) and seen.device != device:
         raise InvalidValueError(f"{name} on GPU {seen.device} must be on GPU {device}, like the packed weight")
     if written and seen.read_only:
