@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from w4a16gen.errors import InvalidValueError, NotBuiltError, UnsupportedProblemError
+from w4a16gen.errors import InvalidValueError, UnsupportedProblemError
 from w4a16gen.kernels.config import KernelConfig, Target
 from w4a16gen.kernels.problem import Problem, why_cannot_run
 from w4a16gen.runtime.arrays import (
@@ -19,7 +19,7 @@ from w4a16gen.runtime.arrays import (
     is_on_gpu,
     like_operand,
 )
-from w4a16gen.runtime.artifact import load_build
+from w4a16gen.runtime.artifact import Build, load_build
 from w4a16gen.runtime.calls import GemmOptions, check_weight, checked_weight
 from w4a16gen.runtime.folders import load_default_build
 from w4a16gen.runtime.library import Library
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def load(folder: Path | str | None = None) -> Library:
     """Load a finished build. The same build is loaded once per process.
 
-    A build is code: load only folders whose writers you trust.
+    A build is code: name only folders whose writers you trust.
 
     Args:
         folder: the build's folder; None takes W4A16GEN_BUILD_DIR, or `build` in the current folder, or an installed
@@ -57,8 +57,8 @@ def load(folder: Path | str | None = None) -> Library:
         w4a16_sm90_native_cs_cta64x8x128_cluster1x1x1_warps8_persistent
     """
     if folder is not None:
-        return _load_from(as_path("folder", folder))
-    _InUse.library = _load_from(load_default_build().folder)
+        return _open(load_build(as_path("folder", folder)))
+    _InUse.library = _open(load_default_build())
     return _InUse.library
 
 
@@ -72,17 +72,18 @@ def _library_in_use() -> Library:
     return load() if _InUse.library is None else _InUse.library
 
 
-def _load_from(folder: Path) -> Library:
-    try:
-        build = load_build(folder)
-    except OSError as error:
-        raise NotBuiltError(f"No build can be read in {folder}: {error.strerror}. Run `w4a16gen build`.") from None
-    return _load(build.folder.resolve(), build.manifest.link_digest, build.manifest.library_sha256)
+_opened: dict[tuple[Path, str, str], Library] = {}
+"""By folder and digests, so that a folder that was built again is opened again."""
+_opening = threading.Lock()
 
 
-@cache
-def _load(folder: Path, _link_digest: str, _library_sha256: str) -> Library:
-    return Library(load_build(folder))
+def _open(build: Build) -> Library:
+    manifest = build.manifest
+    key = build.folder.resolve(), manifest.library_sha256, manifest.module_sha256
+    with _opening:
+        if key not in _opened:
+            _opened[key] = Library(build)
+        return _opened[key]
 
 
 def configs() -> list[KernelConfig]:
