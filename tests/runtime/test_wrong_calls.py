@@ -36,8 +36,8 @@ WITHOUT_BUILD = [
     ("emit --cta 7x7x7", 2, "CTA channels of 7 is not one of 64, 128, 256"),
     ("emit --cta 128x128", 2, "must be CHANNELSxTOKENSxK"),
     ("emit --target cutlass --cta 128x8x64", 2, "does not compile below 16"),
-    ("emit --cta 128x16x32", 2, "at least four k16 steps"),
-    ("emit --cta 256x256x64", 2, "accumulators per thread"),
+    ("emit --cta 128x16x32", 2, "needs four k16 steps"),
+    ("emit --cta 256x256x64", 2, "no legal kernel matches --cta 256x256x64"),
     ("emit --cta 256x128x64 --space trtllm", 2, "is legal, but not in space trtllm: use --space default"),
     ("emit --cluster 4x4x1 --space all", 2, "the portable limit is 8"),
     ("emit --cluster 1x1x2 --space trtllm-native", 2, "is legal, but not in space trtllm-native: use --space default"),
@@ -66,7 +66,7 @@ WITH_BUILD = [
     ("run 16 512 576 --group-size 96", 2, "group size 96 must be 576 (= k) or a multiple of 64 that divides k"),
     ("run 16 512 576 --group-size 128", 2, "group size 128 must be 576 (= k)"),
     ("run 16 512 512 --mode cs --group-size 64", 2, "per-column mode has one scale per channel"),
-    ("run 16 512 512 --config nonsense", 2, "'nonsense' is not a kernel name"),
+    ("run 16 512 512 --config nonsense", 2, "nonsense' is not a kernel name"),
     (f"run 16 512 512 --mode fgs --config {CS}", 2, "pass --mode cs"),
     (f"run 16 512 576 --group-size 96 --config {FGS}", 2, "cannot run 16x512x576, group size 96"),
     (f"run 16 512 512 --config {FGS.replace('128x64x64', '256x64x64')}", 3, "is not in"),
@@ -108,10 +108,10 @@ def test_running_without_a_gpu_says_what_is_needed(
 
 
 ENVIRONMENTS = [
-    ("no nvcc", {"W4A16GEN_NVCC": "/nowhere/nvcc"}, "W4A16GEN_NVCC=/nowhere/nvcc is not a file"),
+    ("no nvcc", {"W4A16GEN_NVCC": "/nowhere/nvcc"}, "W4A16GEN_NVCC=/nowhere/nvcc is not an executable file"),
     ("old nvcc", {"FAKE_NVCC_RELEASE": "11.8"}, "release 11.8; 13.0 or newer is needed"),
     ("no CUTLASS", {"W4A16GEN_CUTLASS": "/nowhere"}, "pip install nvidia-cutlass"),
-    ("no host compiler", {"CXX": "no-such-compiler"}, "g++ was not found"),
+    ("no host compiler", {"CXX": "no-such-compiler"}, "CXX=no-such-compiler is not a program"),
 ]
 
 
@@ -345,10 +345,11 @@ def test_a_damaged_build_is_not_loaded(fake_build: Build, tmp_path: Path) -> Non
     (tmp_path / "manifest.json").write_text((fake_build.folder / "manifest.json").read_text())
     with pytest.raises(NotBuiltError, match="is missing"):
         w4a16gen.load(tmp_path)
-    (tmp_path / "lib").mkdir()
+    libraries = tmp_path / fake_build.manifest.libraries
+    libraries.mkdir()
     for file in (fake_build.library, fake_build.module):
-        (tmp_path / "lib" / file.name).write_bytes(b"not a library")
-    with pytest.raises(NotBuiltError, match="is not the library that"):
+        (libraries / file.name).write_bytes(b"not a library")
+    with pytest.raises(NotBuiltError, match="is damaged: it differs from what"):
         w4a16gen.load(tmp_path)
 
 
