@@ -170,7 +170,7 @@ def recorded(stub: Path) -> Recorded:
 def calls(fake_library: Library, stub: Path) -> Any:
     """Give calls that are known for 16 tokens, by kernel 1."""
     module = fake_library.module
-    calls = module.CallCache(module.KernelLibrary(str(stub)), N, K, GROUP, BYTES, DEVICE)
+    calls = module.CallCache(module.KernelLibrary(str(stub)), N, K, GROUP, BYTES, DEVICE, 0)
     calls.add(16, 1)
     return calls
 
@@ -195,6 +195,16 @@ def test_a_known_call_is_launched_with_what_the_tensors_say(kind: type[Tensor], 
     mine = kind((16, N), address=1 << 24)
     assert calls.try_launch(a, WEIGHT, None, mine, 1.0, False) is mine
     assert (recorded.bias, recorded.output, recorded.dependent_launch) == (0, 1 << 24, 0)
+
+
+def test_a_weight_that_cannot_move_is_not_asked_for_its_address(
+    fake_library: Library, stub: Path, recorded: Recorded
+) -> None:
+    module = fake_library.module
+    calls = module.CallCache(module.KernelLibrary(str(stub)), N, K, GROUP, BYTES, DEVICE, 1 << 25)
+    calls.add(16, 1)
+    assert calls.try_launch(Offering((16, K)), object(), None, None, 1.0, False).shape == (16, N)
+    assert (recorded.packed, recorded.packed_bytes) == (1 << 25, BYTES)
 
 
 RIGHT: dict[str, Any] = {"a": Offering((16, K)), "w": WEIGHT, "bias": None, "out": None, "alpha": 1.0}

@@ -14,6 +14,7 @@ from w4a16gen.choose.overrides import is_in_block
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.config import KernelConfig, Target
 from w4a16gen.kernels.problem import Problem
+from w4a16gen.runtime.arrays import DeviceArray
 from w4a16gen.runtime.bindings import Bindings
 from w4a16gen.weights.packed import TARGET_LAYOUTS, PackedWeight
 from w4a16gen.weights.quantized import QuantizedWeight
@@ -120,7 +121,10 @@ class CallCache:
         key = id(w)
         if key not in self._calls:
             calls = self._bindings.module.CallCache(
-                self._bindings.library, problem.n, problem.k, problem.group_size, launch.packed_bytes, device
+                self._bindings.library,
+                *(problem.n, problem.k, problem.group_size),
+                *(launch.packed_bytes, device),
+                w.data.buffer.pointer if isinstance(w.data, DeviceArray) else 0,  # a tensor's memory may be replaced
             )
             self._calls[key] = weakref.ref(w, lambda _: self._calls.pop(key, None)), calls
         self._calls[key][1].add(problem.m, launch.kernel_index)

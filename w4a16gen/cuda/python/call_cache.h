@@ -49,13 +49,16 @@ inline const TensorType& tensor_type(py::handle object) {
 // of tokens. None of the kernels needs a workspace.
 class CallCache {
  public:
-  CallCache(const KernelLibrary& library, int64_t n, int64_t k, int64_t group_size, size_t packed_bytes, int device)
+  // packed is the address of a weight that cannot move; 0 reads it from the tensor at each call.
+  CallCache(const KernelLibrary& library, int64_t n, int64_t k, int64_t group_size, size_t packed_bytes, int device,
+            uintptr_t packed)
       : library_(library),
         n_(n),
         k_(k),
         group_size_(group_size),
         packed_bytes_(packed_bytes),
         device_(device),
+        packed_(packed),
         columns_(n) {}
 
   // Adds a validated call: with m tokens and this kernel, only the tensors remain to be checked.
@@ -67,19 +70,15 @@ class CallCache {
                         py::object output, const py::object& alpha, const py::object& dependent_launch) const {
     const TensorType& type = tensor_type(activations);
     dlpack::Tensor a{};
-    dlpack::Tensor weight{};
     if (!describe(activations, type, dlpack::kFloat, 16, 2, &a) || a.shape[1] != k_) return py::none();
     const auto found = kernels_.find(a.shape[0]);
     if (found == kernels_.end()) return py::none();
-    if (!describe(packed, tensor_type(packed), dlpack::kUint, 8, 1, &weight)) return py::none();
     w4a16_gemm_arguments arguments{};
+    if (!find_packed(packed, &arguments)) return py::none();
     if (!read_alpha(alpha, &arguments.alpha)) return py::none();
     arguments.dependent_launch = dependent_launch.ptr() == Py_True ? 1 : 0;
     if (arguments.dependent_launch == 0 && dependent_launch.ptr() != Py_False) return py::none();
     arguments.activations = a.begin();
-    arguments.packed = weight.begin();
-    arguments.packed_bytes = static_cast<size_t>(weight.shape[0]);
-    if (arguments.packed_bytes != packed_bytes_) return py::none();
     if (!bias.is_none()) {
       dlpack::Tensor added{};
       if (!describe(bias, tensor_type(bias), dlpack::kFloat, 16, 1, &added) || added.shape[0] != n_) return py::none();
@@ -117,6 +116,16 @@ class CallCache {
     return false;
   }
 
+  bool find_packed(const py::object& packed, w4a16_gemm_arguments* arguments) const {
+    arguments->packed = reinterpret_cast<const void*>(packed_);
+    arguments->packed_bytes = packed_bytes_;
+    if (packed_ != 0) return true;
+    dlpack::Tensor weight{};
+    if (!describe(packed, tensor_type(packed), dlpack::kUint, 8, 1, &weight)) return false;
+    arguments->packed = weight.begin();
+    return static_cast<size_t>(weight.shape[0]) == packed_bytes_;
+  }
+
   // Reads a float or an int that fp32 can represent, also infinity. The slow path converts or refuses everything else.
   static bool read_alpha(const py::object& object, float* alpha) {
     if (!PyFloat_Check(object.ptr()) && !PyLong_CheckExact(object.ptr())) return false;
@@ -149,6 +158,7 @@ class CallCache {
   int64_t group_size_;
   size_t packed_bytes_;
   int device_;
+  uintptr_t packed_;
   py::int_ columns_;
   std::unordered_map<int64_t, std::pair<int, py::int_>> kernels_;
 };

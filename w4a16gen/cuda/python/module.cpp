@@ -253,7 +253,7 @@ PYBIND11_MODULE(_w4a16, module) {
       .def("probe_read", &probe_read)
       .def("probe_multiply", &probe_multiply);
   py::class_<CallCache>(module, "CallCache")
-      .def(py::init<const KernelLibrary&, int64_t, int64_t, int64_t, size_t, int>(), py::keep_alive<1, 2>())
+      .def(py::init<const KernelLibrary&, int64_t, int64_t, int64_t, size_t, int, uintptr_t>(), py::keep_alive<1, 2>())
       .def("add", &CallCache::add)
       .def("try_launch", &CallCache::try_launch);
   py::class_<DeviceBuffer>(module, "DeviceBuffer")
