@@ -15,7 +15,8 @@ from fakes.torch import Tensor, fake_torch
 from w4a16gen import KernelConfig, Problem, QuantMode, use_kernels
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.spaces import enumerate_space
-from w4a16gen.runtime.arrays import check, empty_like_library, is_on_gpu, stream_pointer, view
+from w4a16gen.runtime.arrays import check, is_on_gpu, view
+from w4a16gen.runtime.streams import empty_like_library, stream_pointer
 from w4a16gen.weights.packed import TARGET_LAYOUTS, PackedWeight
 
 

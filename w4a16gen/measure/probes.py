@@ -17,8 +17,9 @@ from w4a16gen.measure.timing import (
     WARM_UP_SECONDS,
     settled,
 )
-from w4a16gen.runtime.arrays import stream_pointer, view
+from w4a16gen.runtime.arrays import view
 from w4a16gen.runtime.library import Library
+from w4a16gen.runtime.streams import stream_pointer
 from w4a16gen.weights.packed import PackedWeight
 
 BURST_ROUNDS = 150

@@ -17,7 +17,7 @@ from w4a16gen.weights.host import host_array, is_tensor
 _DLPACK_CUDA = (2, 13)
 """DLPack device types for GPU memory: kDLCUDA and kDLCUDAManaged."""
 _DLPACK_KINDS = {0: "i", 1: "u", 2: "f"}
-_READ_ONLY = "is read-only: pass an array that can be written"
+READ_ONLY = "is read-only: pass an array that can be written"
 
 
 class ArrayView(NamedTuple):
@@ -236,7 +236,7 @@ def check(
     if None not in (device, seen.device) and seen.device != device:
         raise InvalidValueError(f"{name} on GPU {seen.device} must be on GPU {device}, like the packed weight")
     if written and seen.read_only:
-        raise InvalidValueError(f"{name} {_READ_ONLY}")
+        raise InvalidValueError(f"{name} {READ_ONLY}")
 
 
 def check_activations_shape(shape: tuple[int, ...], k: int) -> None:
@@ -254,101 +254,3 @@ def check_activations_shape(shape: tuple[int, ...], k: int) -> None:
         elif len(shape) == 2 and shape[0] == k:  # noqa: PLR2004
             hint = ": they look transposed"
         raise InvalidValueError(f"activations of shape {list(shape)} must be [m, {k}]{hint}")
-
-
-def host_operand(name: str, array: Any, *, written: bool = False) -> npt.NDArray[Any]:
-    """Return a numpy array, or a torch tensor in host memory, as the fp16 numpy array that shares its memory.
-
-    Raises:
-        InvalidValueError: if it is anything else, or may not be written though it must.
-    """
-    if is_tensor(array):
-        refuse_gradients(name, array)
-        if str(array.dtype) != "torch.float16":
-            raise InvalidValueError(f"{name} of dtype {str(array.dtype).removeprefix('torch.')} must be float16")
-        array = host_array(name, array)
-    if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
-        raise InvalidValueError(
-            f"{name} of type {type(array).__name__} must be a numpy array or a torch tensor, all on the host or all on "
-            "one GPU"
-        )
-    if array.dtype != np.float16:
-        raise InvalidValueError(f"{name} of dtype {array.dtype} must be float16")
-    if written and not array.flags.writeable:
-        raise InvalidValueError(f"{name} {_READ_ONLY}")
-    return np.asarray(array)
-
-
-def like_operand(result: npt.NDArray[Any], array: Any) -> Any:
-    """Return a result as a torch tensor if the array is one, without a copy."""
-    return sys.modules["torch"].from_numpy(result) if is_tensor(array) else result
-
-
-def stream_pointer(stream: Any, array: Any) -> int:
-    """Return a CUDA stream's address.
-
-    Args:
-        stream: an int, an object with `cuda_stream` or `ptr` or `pointer` or `__cuda_stream__`, or None for the stream
-            on which the array's library is working: torch's current stream, or else the default stream.
-        array: the activations.
-
-    Raises:
-        InvalidValueError: if it is none of these.
-    """
-    if stream is None:
-        return torch_stream(array.get_device()) if is_tensor(array) else 0
-    try:
-        address = integer("stream", _raw_stream(stream))
-    except Exception:  # noqa: BLE001  (attributes of a foreign object may raise anything)
-        address = -1
-    if address < 0:
-        raise InvalidValueError(f"stream of type {type(stream).__name__} must be a CUDA stream object or its address")
-    return address
-
-
-def _raw_stream(stream: Any) -> Any:
-    protocol = getattr(stream, "__cuda_stream__", None)
-    if protocol is not None:
-        return (protocol() if callable(protocol) else protocol)[1]
-    for attribute in ("cuda_stream", "ptr", "pointer"):
-        if hasattr(stream, attribute):
-            return getattr(stream, attribute)
-    return stream
-
-
-def torch_stream(device: int) -> int:
-    """Return the address of torch's current stream on a GPU."""
-    torch = sys.modules["torch"]
-    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # noqa: SLF001  (makes no stream object)
-    return int(torch.cuda.current_stream(device).cuda_stream if raw is None else raw(device))
-
-
-def is_torchs_stream(array: Any, stream: int) -> bool:
-    """Return whether an array is a torch tensor and a stream is the one that torch works on."""
-    return is_tensor(array) and stream == torch_stream(array.get_device())
-
-
-def empty_like_library(
-    array: Any, module: Any, shape: tuple[int, ...], dtype: str, device: int, *, stream: int | None = None
-) -> Any:
-    """Allocate beside an array: a torch tensor for a torch tensor, else a DeviceArray.
-
-    Torch hands out memory in the order of one stream. The stream that will write it must be that one: memory that
-    earlier kernels of another stream still read would be overwritten.
-
-    Args:
-        array: the array.
-        module: the built pybind11 module.
-        shape: shape to allocate.
-        dtype: `<f2` or `|u1`.
-        device: the GPU.
-        stream: address of the stream that will write; None is torch's current one.
-    """
-    if not is_tensor(array):
-        return DeviceArray(module, shape, dtype, device)
-    torch = sys.modules["torch"]
-    kind = torch.float16 if dtype == "<f2" else torch.uint8
-    if stream is None or is_torchs_stream(array, stream):
-        return array.new_empty(shape, dtype=kind)
-    with torch.cuda.stream(torch.cuda.ExternalStream(stream, device=array.device)):
-        return array.new_empty(shape, dtype=kind)

@@ -9,23 +9,16 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from w4a16gen.errors import InvalidValueError, UnsupportedProblemError
+from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.config import KernelConfig, Target
-from w4a16gen.kernels.problem import Problem, why_cannot_run
-from w4a16gen.runtime.arrays import (
-    DeviceArray,
-    check_activations_shape,
-    host_operand,
-    is_on_gpu,
-    like_operand,
-)
+from w4a16gen.runtime.arrays import DeviceArray, is_on_gpu
 from w4a16gen.runtime.artifact import Build, load_build
-from w4a16gen.runtime.calls import GemmOptions, check_weight, checked_weight
+from w4a16gen.runtime.calls import GemmOptions, checked_weight
 from w4a16gen.runtime.folders import load_default_build
+from w4a16gen.runtime.host import gemm_on_host
 from w4a16gen.runtime.library import Library
 from w4a16gen.weights import packed as packing
 from w4a16gen.weights.packed import PackedWeight
-from w4a16gen.weights.reference import gemm_reference
 from w4a16gen.weights.storage import as_path
 
 if TYPE_CHECKING:
@@ -292,28 +285,4 @@ def gemm(
     options = GemmOptions(bias, alpha, config, out, workspace, stream, dependent_launch)
     if is_on_gpu(a) or is_on_gpu(checked_weight(w).data):
         return (library or load()).launcher.run(a, w, options)
-    return _gemm_on_host(a, checked_weight(w), options)
-
-
-def _gemm_on_host(a: Any, w: PackedWeight, options: GemmOptions) -> Any:
-    """Run the reference behind the checks that a kernel would make."""
-    alpha, kernel, _ = options.scalars()
-    activations = host_operand("activations", a)
-    check_activations_shape(activations.shape, w.k)
-    shape = activations.shape[0], w.n
-    bias = None if options.bias is None else host_operand("bias", options.bias)
-    out = None if options.out is None else host_operand("output", options.out, written=True)
-    for name, array, wanted in (("bias", bias, (w.n,)), ("output", out, shape)):
-        if array is not None and array.shape != wanted:
-            raise InvalidValueError(f"{name} of shape {list(array.shape)} must be {list(wanted)}")
-    if kernel is not None:
-        check_weight(kernel, w)
-        reason = why_cannot_run(kernel, Problem(*shape, w.k, w.group_size))
-        if reason is not None:
-            raise UnsupportedProblemError(reason)
-    with np.errstate(over="ignore", invalid="ignore"):  # beyond 65504 is infinity, as on the GPU
-        result = gemm_reference(activations, w.unpack(), alpha=alpha, bias=bias).astype(np.float16)
-    if out is None:
-        return like_operand(result, a)
-    out[...] = result
-    return options.out
+    return gemm_on_host(a, checked_weight(w), options)

@@ -9,17 +9,10 @@ from typing import Any
 from w4a16gen.choose.overrides import kernels_in_use
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.config import KernelConfig, QuantMode
-from w4a16gen.runtime.arrays import (
-    ArrayView,
-    check,
-    check_activations_shape,
-    empty_like_library,
-    is_torchs_stream,
-    stream_pointer,
-    view,
-)
+from w4a16gen.runtime.arrays import ArrayView, check, check_activations_shape, view
 from w4a16gen.runtime.bindings import Bindings, numbers_of
 from w4a16gen.runtime.calls import CallCache, GemmOptions, Launch, checked_weight
+from w4a16gen.runtime.streams import empty_like_library, is_torchs_stream, stream_pointer
 from w4a16gen.weights.packed import PackedWeight
 
 _LAUNCHES_KEPT = 1 << 16

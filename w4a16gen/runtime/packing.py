@@ -10,8 +10,9 @@ import numpy.typing as npt
 from w4a16gen.errors import InvalidValueError, NotBuiltError
 from w4a16gen.kernels.config import KernelConfig, QuantMode, Target
 from w4a16gen.kernels.problem import Problem
-from w4a16gen.runtime.arrays import ArrayView, DeviceArray, check, empty_like_library, stream_pointer, view
+from w4a16gen.runtime.arrays import ArrayView, DeviceArray, check, view
 from w4a16gen.runtime.bindings import Bindings, numbers_of
+from w4a16gen.runtime.streams import empty_like_library, stream_pointer
 from w4a16gen.weights.layouts.fragments import TOO_WIDE_RANGE
 from w4a16gen.weights.packed import TARGET_LAYOUTS, PackedWeight, given_zeros
 from w4a16gen.weights.quantized import MAX_Q, check_factors, mode_and_group_size, why_not_half

@@ -1,0 +1,74 @@
+"""Calls of `gemm` on the host: the numpy reference, for numpy arrays and torch tensors in host memory."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from w4a16gen.errors import InvalidValueError, UnsupportedProblemError
+from w4a16gen.kernels.problem import Problem, why_cannot_run
+from w4a16gen.runtime.arrays import READ_ONLY, check_activations_shape, refuse_gradients
+from w4a16gen.runtime.calls import GemmOptions, check_weight
+from w4a16gen.weights.host import host_array, is_tensor
+from w4a16gen.weights.packed import PackedWeight
+from w4a16gen.weights.reference import gemm_reference
+
+
+def gemm_on_host(a: Any, w: PackedWeight, options: GemmOptions) -> Any:
+    """Compute a call of `gemm` in float64, behind the checks that a kernel would make.
+
+    Raises:
+        InvalidValueError: if the arrays do not fit together.
+        UnsupportedProblemError: if the kernel that is named cannot run the problem.
+    """
+    alpha, kernel, _ = options.scalars()
+    activations = _operand("activations", a)
+    check_activations_shape(activations.shape, w.k)
+    shape = activations.shape[0], w.n
+    bias = None if options.bias is None else _operand("bias", options.bias)
+    out = None if options.out is None else _operand("output", options.out, written=True)
+    for name, array, wanted in (("bias", bias, (w.n,)), ("output", out, shape)):
+        if array is not None and array.shape != wanted:
+            raise InvalidValueError(f"{name} of shape {list(array.shape)} must be {list(wanted)}")
+    if kernel is not None:
+        check_weight(kernel, w)
+        reason = why_cannot_run(kernel, Problem(*shape, w.k, w.group_size))
+        if reason is not None:
+            raise UnsupportedProblemError(reason)
+    with np.errstate(over="ignore", invalid="ignore"):  # beyond 65504 is infinity, as on the GPU
+        result = gemm_reference(activations, w.unpack(), alpha=alpha, bias=bias).astype(np.float16)
+    if out is None:
+        return _like(result, a)
+    out[...] = result
+    return options.out
+
+
+def _operand(name: str, array: Any, *, written: bool = False) -> npt.NDArray[Any]:
+    """Return a numpy array, or a torch tensor in host memory, as the fp16 numpy array that shares its memory.
+
+    Raises:
+        InvalidValueError: if it is anything else, or may not be written though it must.
+    """
+    if is_tensor(array):
+        refuse_gradients(name, array)
+        if str(array.dtype) != "torch.float16":
+            raise InvalidValueError(f"{name} of dtype {str(array.dtype).removeprefix('torch.')} must be float16")
+        array = host_array(name, array)
+    if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
+        raise InvalidValueError(
+            f"{name} of type {type(array).__name__} must be a numpy array or a torch tensor, all on the host or all on "
+            "one GPU"
+        )
+    if array.dtype != np.float16:
+        raise InvalidValueError(f"{name} of dtype {array.dtype} must be float16")
+    if written and not array.flags.writeable:
+        raise InvalidValueError(f"{name} {READ_ONLY}")
+    return np.asarray(array)
+
+
+def _like(result: npt.NDArray[Any], array: Any) -> Any:
+    """Return a result as a torch tensor if the array is one, without a copy."""
+    return sys.modules["torch"].from_numpy(result) if is_tensor(array) else result
