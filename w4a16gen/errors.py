@@ -1,4 +1,4 @@
-"""The exceptions that users of the library and the command line meet."""
+"""The exceptions of this package. Each is at the top level too, and carries the exit code of the command line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ EXIT_MISSING = 3
 
 
 class W4A16Error(Exception):
-    """Base of every error that this package raises on purpose; its text names value, rule and way out."""
+    """Base of every error that this package raises; its text names the value, the rule and the way out."""
 
     exit_code: ClassVar[int] = EXIT_FAILED
     """The status that the command line exits with: a proof, a compilation, a check or a write failed."""

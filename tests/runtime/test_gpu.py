@@ -69,7 +69,7 @@ class Layer:
         self.target = target
 
     def configs(self) -> list[KernelConfig]:
-        """Give the kernels that read the layer's weight."""
+        """Return the kernels that read the layer's weight."""
         return [
             config
             for config in self.library.configs()
@@ -87,7 +87,7 @@ class Layer:
 
 
 def every_kernel(library: Library) -> list[tuple[Layer, KernelConfig]]:
-    """Give every kernel of one mode with a layer of its target."""
+    """Return every kernel of one mode with a layer of its target."""
     layers = [Layer(library, target=target) for target in Target]
     return [(layer, config) for layer in layers for config in layer.configs()]
 

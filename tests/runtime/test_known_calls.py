@@ -80,7 +80,7 @@ STRANGE = ExchangeApi(2, 0, None, (ctypes.c_void_p * 3)(), DESCRIBE(describe), C
 
 
 def capsule(api: ExchangeApi) -> object:
-    """Give the capsule in which a type offers its table."""
+    """Return the capsule in which a type offers its table."""
     new = ctypes.pythonapi.PyCapsule_New
     new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
     result: object = new(ctypes.addressof(api), b"dlpack_exchange_api", None)
@@ -168,7 +168,7 @@ def recorded(stub: Path) -> Recorded:
 
 @pytest.fixture
 def calls(fake_library: Library, stub: Path) -> Any:
-    """Give calls that are known for 16 tokens, by kernel 1."""
+    """Return calls that are known for 16 tokens, by kernel 1."""
     module = fake_library.module
     calls = module.CallCache(module.KernelLibrary(str(stub)), N, K, GROUP, BYTES, DEVICE, 0)
     calls.add(16, 1)

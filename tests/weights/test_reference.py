@@ -35,7 +35,7 @@ def truncate(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
 
 @pytest.fixture(params=list(QuantMode), ids=str)
 def weight(request: pytest.FixtureRequest, rng: np.random.Generator) -> QuantizedWeight:
-    """Give a weight of each mode."""
+    """Return a weight of each mode."""
     return random_weight(rng, 24, 512, 128, request.param)
 
 

@@ -1,4 +1,4 @@
-"""What type checkers are told of arrays: torch need not be installed, so its tensors are described by a protocol."""
+"""Protocols of arrays for type checkers. They describe torch tensors too, because torch need not be installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a kernel's fp16 result may lie from the exact one, by element; docs/concepts/numerics.md derives it."""
+"""The exact product, and how far a kernel's fp16 result may lie from it; docs/concepts/numerics.md derives the bound."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class Expectation:
         self._underflow = weight_underflow(weight)
 
     def result(self, alpha: float, bias: Half | None) -> Double:
-        """Give alpha * A x W + bias, exact up to float64."""
+        """Return alpha * A x W + bias, exact up to float64."""
         product: Double = float(np.float32(alpha)) * self._product
         return product if bias is None else product + bias.astype(np.float64)
 
     def bound(self, alpha: float, bias: Half | None) -> Double:
-        """Give the largest error that rounding explains, [m, n]."""
+        """Return the largest error that rounding explains, [m, n]."""
         weights = self._weight_roundings * (HALF_ROUNDING * self._magnitude + self._underflow * self._sum)
         terms = self._magnitude + weights
         sums = (self._k + EPILOGUE_ROUNDINGS) * FLOAT_TRUNCATION * terms
@@ -59,10 +59,10 @@ class Expectation:
 
 
 def weight_underflow(weight: QuantizedWeight) -> Double:
-    """Give the most that rounding a weight adds where it is subnormal, [n].
+    """Return the most that rounding a weight adds where it is subnormal, [n].
 
-    Half of fp16's smallest subnormal; for channels that the native layout holds divided by a power of two, twice that
-    power as much, because -8 * scale is rounded as well as the weight.
+    This is half of fp16's smallest subnormal. The native layout divides some channels by a power of two: for them it is
+    twice that power as much, because -8 * scale is rounded as well as the weight.
     """
     if not weight.mode.is_grouped:
         return np.full(weight.n, HALF_UNDERFLOW)
@@ -71,15 +71,18 @@ def weight_underflow(weight: QuantizedWeight) -> Double:
 
 
 def dequantized_half(weight: QuantizedWeight) -> Half:
-    """Give the weight as a kernel's tensor cores see it, fp16 [n, k]: the exact value rounded once."""
+    """Return the weight as a kernel's tensor cores see it, fp16 [n, k]: the exact value rounded once."""
     return weight.dequantize().astype(np.float16)
 
 
 def gemm_reference(
     a: npt.NDArray[Any], weight: QuantizedWeight, *, alpha: float = 1.0, bias: Half | None = None
 ) -> Double:
-    """Give alpha * A x W + bias in float64 [m, n], from fp16 [m, k] activations and the exact weight."""
-    result = alpha * (a.astype(np.float64) @ weight.dequantize().T)
+    """Return alpha * A x W + bias in float64 [m, n], from fp16 [m, k] activations and the exact weight.
+
+    Alpha is rounded to fp32 first, as kernels take it.
+    """
+    result = float(np.float32(alpha)) * (a.astype(np.float64) @ weight.dequantize().T)
     return result if bias is None else result + bias.astype(np.float64)
 
 
@@ -93,7 +96,7 @@ def random_weight(
     octaves: float = 1,
     size: float = 0.01,
 ) -> QuantizedWeight:
-    """Draw a weight that uses all 16 values.
+    """Return a random weight that uses all 16 values.
 
     Args:
         rng: source of the numbers.
@@ -101,8 +104,11 @@ def random_weight(
         k: values of K.
         group_size: values of K per scale; ignored in per-column mode.
         mode: the quantisation mode.
-        octaves: how far scales lie from `size` at most, up or down, as a power of two.
-        size: middle of the scales; zeros are of the size of eight scales at most.
+        octaves: scales lie within this many powers of two of `size`, up or down.
+        size: middle of the scales; zeros are at most eight scales.
+
+    Returns:
+        The weight in canonical form.
     """
     groups = k // group_size
     q = rng.integers(0, 16, (n, k), dtype=np.uint8)
@@ -114,7 +120,7 @@ def random_weight(
 
 
 def error_over_bound(got: Half, expected: Expectation, alpha: float, bias: Half | None) -> float:
-    """Give the largest error as a multiple of its bound; infinity where a value was not written or is not finite."""
+    """Return the largest error as a multiple of its bound; infinity where a value was not written or is not finite."""
     m = got.shape[0]
     error = np.abs(got.astype(np.float64) - expected.result(alpha, bias)[:m])
     ratio = error / expected.bound(alpha, bias)[:m]
