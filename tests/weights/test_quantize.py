@@ -20,6 +20,8 @@ from w4a16gen.weights.quantized import QuantizedWeight, canonical, pack_nibbles,
 from w4a16gen.weights.reference import gemm_reference, random_weight
 
 finite_half = st.floats(-1000, 1000, width=16)
+fractions = finite_half.filter(lambda value: value == 0 or value % 1 != 0)
+"""Zeros: small integers beside small scales are refused, because they look like zero points."""
 
 
 @st.composite
@@ -31,7 +33,7 @@ def weights(draw: st.DrawFn, mode: QuantMode | None = None) -> QuantizedWeight:
     q = draw(hnp.arrays(np.uint8, (n, k), elements=st.integers(0, 15)))
     shape = (groups, n) if mode.is_grouped else (n,)
     scales = draw(hnp.arrays(np.float16, shape, elements=finite_half))
-    zeros = draw(hnp.arrays(np.float16, shape, elements=finite_half)) if mode.has_zeros else None
+    zeros = draw(hnp.arrays(np.float16, shape, elements=fractions)) if mode.has_zeros else None
     return canonical(q, scales, zeros, group_size=size if mode.is_grouped else k)
 
 

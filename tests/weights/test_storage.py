@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -88,3 +89,11 @@ def test_the_header_names_the_version_of_the_format(tmp_path: Path, packed: Pack
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     assert header["__metadata__"]["format"] == "w4a16gen.packed_weight/1"
     assert (8 + int.from_bytes(content[:8], "little")) % 8 == 0
+
+
+def test_strided_data_is_read_and_saved_as_what_it_holds(tmp_path: Path, packed: PackedWeight) -> None:
+    for weight in (packed, pack_weight(packed.unpack(), target="cutlass")):
+        strided = dataclasses.replace(weight, data=np.repeat(weight.data, 2)[::2])
+        assert np.array_equal(strided.unpack().dequantize(), weight.unpack().dequantize())
+        strided.save(tmp_path / "a")
+        assert np.array_equal(PackedWeight.load(tmp_path / "a").data, weight.data)

@@ -88,7 +88,7 @@ class PackedWeight:
         return LAYOUTS[self.layout].unpack(self.host_data(), self.geometry)
 
     def host_data(self) -> npt.NDArray[np.uint8]:
-        """Return the data as a checked numpy array.
+        """Return the data as a checked, contiguous numpy array.
 
         Raises:
             InvalidValueError: if the data is on a GPU, or not uint8 [nbytes].
@@ -107,7 +107,7 @@ class PackedWeight:
             raise InvalidValueError(f"packed data of {data.nbytes} bytes must be {self.nbytes} bytes")
         if data.ndim != 1:
             raise InvalidValueError(f"packed data of shape {list(data.shape)} must be [{self.nbytes}]")
-        return data
+        return np.ascontiguousarray(data)
 
     def to_host(self) -> PackedWeight:
         """Return this weight in host memory, copied from the GPU if it is there.

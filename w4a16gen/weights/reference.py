@@ -1,4 +1,4 @@
-"""The exact product, and how far a kernel's fp16 result may lie from it; docs/concepts/numerics.md derives the bound."""
+"""The exact product, and how far a kernel's fp16 result may lie from it; docs/concepts/numerics.md derives it."""
 
 from __future__ import annotations
 
