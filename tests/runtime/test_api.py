@@ -169,3 +169,11 @@ def test_alpha_is_one_number(alpha: Any) -> None:
     packed = pack_weight(quantize(np.ones((8, 64)), group_size=64))
     got = w4a16gen.gemm(np.ones((1, 64), np.float16), packed, alpha=alpha)
     assert (got == np.float16(float(alpha) * 64)).all()
+
+
+def test_an_output_over_the_activations_is_refused_as_on_a_gpu() -> None:
+    packed = pack_weight(quantize(np.ones((64, 64)), group_size=64))
+    both = np.ones((3, 128), np.float16)
+    with pytest.raises(InvalidValueError, match="output overlaps the activations: pass another array"):
+        w4a16gen.gemm(both[:, :64], packed, out=both[:, 32:96])
+    assert (w4a16gen.gemm(both[:, :64], packed, out=both[:, 64:]) == 64).all()

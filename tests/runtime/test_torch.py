@@ -70,6 +70,10 @@ def test_the_stream_is_torchs_current_one(torch: Any) -> None:
     assert stream_pointer(None, Tensor((3, 8), device=1)) == 101
     assert stream_pointer(5, Tensor((3, 8))) == 5
     assert stream_pointer(None, SimpleNamespace()) == 0
+    for named, address in ((None, 0), (1, 1), (99, 99)):
+        array = SimpleNamespace(__cuda_array_interface__={"stream": named})
+        assert stream_pointer(None, array) == address
+        assert stream_pointer(5, array) == 5
 
 
 LAYER = Problem(16, 512, 1024, 128)

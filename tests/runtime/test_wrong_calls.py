@@ -285,6 +285,9 @@ C_CALLS: list[tuple[str, dict[str, Any], int, str]] = [
     ("misaligned weight", {"packed": ALIGNED + 64}, 1, "packed weight at 0x100040 must be aligned to 128 bytes"),
     ("misaligned output", {"output": ALIGNED + 2}, 1, "output at 0x100002 must be aligned to 16 bytes"),
     ("misaligned bias", {"bias": ALIGNED + 1}, 1, "bias at 0x100001 must be aligned to 2 bytes"),
+    ("output in place", {"output": ALIGNED}, 1, "output overlaps the activations: pass another array"),
+    ("output over the last row", {"output": ALIGNED + 4 * 64 * 2 - 16}, 1, "output overlaps the activations"),
+    ("activations behind the output", {"output": ALIGNED - 4 * 16 * 2 + 16}, 1, "output overlaps the activations"),
     ("short weight", {"packed_bytes": 639}, 1, "packed weight of 639 bytes must be exactly 640 bytes"),
     ("group", {"group_size": 48}, 2, "group size 48 must be 64 (= k)"),
     ("n", {"n": 12}, 2, "n of 12 must be a positive multiple of 8"),
@@ -294,7 +297,7 @@ C_CALLS: list[tuple[str, dict[str, Any], int, str]] = [
 def c_gemm(library: Library, change: dict[str, Any]) -> tuple[int, str]:
     """Call the C interface with one thing wrong."""
     problem = _Problem(4, 16, 64, 64)
-    arguments = _Arguments(ALIGNED, ALIGNED, 640, None, ALIGNED, None, 0, None, 1.0, 0)
+    arguments = _Arguments(ALIGNED, ALIGNED, 640, None, 2 * ALIGNED, None, 0, None, 1.0, 0)
     for name, value in change.items():
         for struct in (problem, arguments):
             if hasattr(struct, name):
@@ -316,6 +319,11 @@ def test_a_wrong_call_in_c_is_refused(fake_library: Library, change: dict[str, A
     got, message = c_gemm(fake_library, change)
     assert got == status
     assert text in message
+
+
+@pytest.mark.parametrize("output", [ALIGNED + 4 * 64 * 2, ALIGNED - 4 * 16 * 2])
+def test_an_output_beside_the_activations_is_not_refused(fake_library: Library, output: int) -> None:
+    assert "overlaps" not in c_gemm(fake_library, {"output": output, "packed_bytes": 640})[1]
 
 
 def test_c_without_a_gpu_says_so_and_no_tokens_are_no_work(fake_library: Library) -> None:

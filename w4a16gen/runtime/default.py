@@ -256,7 +256,7 @@ def gemm(
         config: the kernel, or its name; None chooses one.
         out: fp16 [m, n] to write into; None allocates.
         workspace: uint8 array of at least `Library.workspace_bytes`; None allocates it for the call, in stream order.
-        stream: a CUDA stream object or address; None is torch's current stream for torch tensors, else the default.
+        stream: a CUDA stream object or address; None is the current stream of torch or CuPy, else the default.
         dependent_launch: let the kernel start while those before it on the stream still run; see `Library.gemm`.
 
     Returns:

@@ -33,6 +33,8 @@ def gemm_on_host(a: Any, w: PackedWeight, options: GemmOptions) -> Any:
     for name, array, wanted in (("bias", bias, (w.n,)), ("output", out, shape)):
         if array is not None and array.shape != wanted:
             raise InvalidValueError(f"{name} of shape {list(array.shape)} must be {list(wanted)}")
+    if out is not None and np.shares_memory(out, activations):
+        raise InvalidValueError("output overlaps the activations: pass another array")
     if kernel is not None:
         check_weight(kernel, w)
         reason = why_cannot_run(kernel, Problem(*shape, w.k, w.group_size))

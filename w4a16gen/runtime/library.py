@@ -218,7 +218,7 @@ class Library:
             zeros: fp16 [k / group_size, n], (8 - zero point) * scale, or None.
             zero_points: integers of 0 to 15, [k / group_size, n], in place of the zeros; or None.
             group_size: values of K per scale; None takes k / rows of the scales.
-            stream: a stream object or address; None is torch's current stream for torch tensors, else the default.
+            stream: a CUDA stream object or address; None is the current stream of torch or CuPy, else the default.
 
         Returns:
             The packed weight, on the same GPU.
@@ -254,7 +254,7 @@ class Library:
             config: the kernel, or its name; None chooses one.
             out: fp16 [m, n] to write into; None allocates (a torch tensor for a torch tensor, else a DeviceArray).
             workspace: uint8 array of at least `workspace_bytes`; None allocates it for the call, in stream order.
-            stream: a stream object or address; None is torch's current stream for torch tensors, else the default.
+            stream: a CUDA stream object or address; None is the current stream of torch or CuPy, else the default.
             dependent_launch: let the kernel start and fetch weights while those before it on the stream still run
                 (programmatic dependent launch). It waits for them before it reads anything else. Of dependent launches
                 that follow one another, each may begin before the kernel that came before all of them has ended: what

@@ -16,14 +16,15 @@ def stream_pointer(stream: Any, array: Any) -> int:
 
     Args:
         stream: an int, an object with `cuda_stream` or `ptr` or `pointer` or `__cuda_stream__`, or None for the stream
-            on which the array's library is working: torch's current stream, or else the default stream.
+            on which the array's library is working: torch's current stream, the one that the array's interface names
+            (CuPy's current stream), or else the default stream.
         array: the activations.
 
     Raises:
         InvalidValueError: if it is none of these.
     """
     if stream is None:
-        return torch_stream(array.get_device()) if is_tensor(array) else 0
+        return torch_stream(array.get_device()) if is_tensor(array) else _stream_of_interface(array)
     try:
         address = integer("stream", _raw_stream(stream))
     except Exception:  # noqa: BLE001  (attributes of a foreign object may raise anything)
@@ -31,6 +32,13 @@ def stream_pointer(stream: Any, array: Any) -> int:
     if address < 0:
         raise InvalidValueError(f"stream of type {type(stream).__name__} must be a CUDA stream object or its address")
     return address
+
+
+def _stream_of_interface(array: Any) -> int:
+    """Return the stream that writes an array: 1 and 2 are CUDA's own names of its two default streams."""
+    interface = getattr(array, "__cuda_array_interface__", None)
+    stream = interface.get("stream") if isinstance(interface, dict) else None
+    return stream if isinstance(stream, int) else 0
 
 
 def _raw_stream(stream: Any) -> Any:

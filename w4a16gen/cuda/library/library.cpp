@@ -111,6 +111,17 @@ std::string why_not_arguments(const w4a16_gemm_arguments& arguments, size_t pack
   return sentence;
 }
 
+// Tiles of the output are written while others still read the activations.
+std::string why_not_in_place(const w4a16_problem& problem, const w4a16_gemm_arguments& arguments) {
+  const auto activations = reinterpret_cast<uintptr_t>(arguments.activations);
+  const auto output = reinterpret_cast<uintptr_t>(arguments.output);
+  const uint64_t half_bytes = 2;
+  const uint64_t rows = static_cast<uint64_t>(problem.m) * half_bytes;
+  const bool overlap = output < activations + rows * static_cast<uint64_t>(problem.k) &&
+                       activations < output + rows * static_cast<uint64_t>(problem.n);
+  return overlap ? "output overlaps the activations: pass another array" : std::string();
+}
+
 std::string why_not_workspace(const w4a16_gemm_arguments& arguments, size_t needed) {
   if (arguments.workspace_bytes < needed) {
     return why_not_bytes("workspace", arguments.workspace_bytes, needed, "be at least");
@@ -234,6 +245,7 @@ w4a16_status w4a16_gemm(int kernel, const w4a16_problem* problem, const w4a16_ge
   if (problem->m == 0) return report(W4A16_OK, {}, message, message_bytes);
   // Checks without a GPU come first, so that a wrong call gets the same message on every machine.
   sentence = w4a16::why_not_arguments(*arguments, found->packed_bytes(*problem));
+  if (sentence.empty()) sentence = w4a16::why_not_in_place(*problem, *arguments);
   if (!sentence.empty()) return report(W4A16_INVALID_ARGUMENT, sentence, message, message_bytes);
   const Device& device = w4a16::current_device();
   sentence = w4a16::why_not_device(device);
