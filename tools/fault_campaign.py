@@ -130,8 +130,9 @@ class Campaign:
             script.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{ROOT}/tests/fakes/{program}.py" "$@"\n')
             script.chmod(0o755)
             self.environment[f"W4A16GEN_{program.upper()}"] = str(script)
-        (self.root / "cache").mkdir()
-        self.environment |= {"FAKE_CACHE": str(self.root / "cache"), "FAKE_NVCC_INCLUDE": nvcc_include}
+        cache = Path(self.environment.get("FAKE_CACHE", self.root / "cache"))
+        cache.mkdir(exist_ok=True)
+        self.environment |= {"FAKE_CACHE": str(cache), "FAKE_NVCC_INCLUDE": nvcc_include}
 
     def command(self, folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run w4a16gen in a folder."""
