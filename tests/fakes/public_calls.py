@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 import w4a16gen
+from fakes.arrays import GpuArray
 from fakes.odd_values import NAME
 from w4a16gen import (
     ClusterShape,
@@ -112,6 +113,26 @@ def check_gemm(arguments: Arguments, result: Any) -> None:
         assert result is arguments["out"]
 
 
+def gemm_on(gpu: Library) -> Callable[..., Any]:
+    """Return a call of `gemm` whose arrays are moved to a GPU first."""
+
+    def call(**arguments: Any) -> Any:
+        movable = (np.ndarray, PackedWeight)
+        moved: Arguments = {
+            name: gpu.to_device(part) if isinstance(part, movable) else part for name, part in arguments.items()
+        }
+        result = gpu.gemm(**moved)
+        assert arguments.get("out") is None or result is moved["out"]
+        return result.to_host()
+
+    return call
+
+
+def check_gemm_on_gpu(arguments: Arguments, result: Any) -> None:
+    if not isinstance(arguments["a"], GpuArray):  # it has no memory, which the fake kernels do not refuse
+        check_gemm({name: value for name, value in arguments.items() if name != "out"}, result)
+
+
 def check_quantize(arguments: Arguments, result: Any) -> None:
     weight = np.asarray(arguments["weight"]).astype(np.float64)
     step = np.repeat(np.atleast_2d(result.scales).astype(np.float64), result.group_size, axis=0).T
@@ -154,7 +175,7 @@ def parse_member(kind: str, text: str) -> Call:
     return getattr(w4a16gen, kind).parse, lambda _: {"value": text}, nothing, OURS
 
 
-def public_calls(library: Library) -> dict[str, Call]:
+def public_calls(library: Library, gpu: Library) -> dict[str, Call]:
     """Return every public function and class with arguments that are right, and a check of its result."""
 
     def gemm_arguments(source: Source) -> Arguments:
@@ -240,6 +261,7 @@ def public_calls(library: Library) -> dict[str, Call]:
             nothing,
             OURS,
         ),
+        "Library.gemm on a GPU": (gemm_on(gpu), gemm_arguments, check_gemm_on_gpu, OURS),
         "Library.pack": on_library("pack", Source.parts),
         "Library.to_device": on_library("to_device", lambda source: {"value": source.half(2, 2), "device": 0}),
         "Library.choose": on_library("choose", lambda source: {"problem": source.problem(), "mode": "fgs"}),

@@ -13,11 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fakes.library import FakeLibrary
+from fakes.module import Launched, compute
 from fakes.odd_values import FORMS, odd_values, of_any_array
 from fakes.public_calls import Arguments, Source, public_calls
 
 import w4a16gen
 from w4a16gen import Library
+from w4a16gen.kernels.spaces import enumerate_space
 from w4a16gen.runtime import default
 from w4a16gen.runtime.artifact import Build
 from w4a16gen.runtime.folders import BUILD_FOLDER_VARIABLE
@@ -27,6 +30,19 @@ SEED = int(os.environ.get("W4A16GEN_FUZZ_SEED", "20261128"))
 LEAST_CALLS = 2000
 SECONDS = 120 * max(1, CALLS / 2500)
 """The time box. The test fails if fewer than LEAST_CALLS fit in."""
+
+
+def compute_quietly(launched: Launched) -> None:
+    """Compute as a GPU does, which warns of nothing."""
+    with np.errstate(all="ignore"):
+        compute(launched)
+
+
+@pytest.fixture
+def gpu() -> Library:
+    """Return a library on a machine whose GPU is made of host memory."""
+    kernels = [*enumerate_space("default"), *enumerate_space("trtllm")]
+    return FakeLibrary(kernels, compute=compute_quietly)
 
 
 def made_odd(arguments: Arguments, rng: np.random.Generator, pool: list[Any]) -> Arguments:
@@ -58,21 +74,21 @@ def described(name: str, arguments: Arguments) -> str:
     return f"{name}({', '.join(f'{key}={text(value)}' for key, value in arguments.items())})"
 
 
-def test_every_public_name_is_called(fake_library: Library) -> None:
-    names = {name.partition(".")[0] for name in public_calls(fake_library)}
+def test_every_public_name_is_called(fake_library: Library, gpu: Library) -> None:
+    names = {name.partition(".")[0] for name in public_calls(fake_library, gpu)}
     others = {name for name in w4a16gen.__all__ if name.endswith("Error")} | {"__version__"}
     assert names | others == set(w4a16gen.__all__)
 
 
 def test_odd_calls_raise_documented_errors_and_give_no_wrong_number(
-    fake_library: Library, fake_build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fake_library: Library, gpu: Library, fake_build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(BUILD_FOLDER_VARIABLE, str(fake_build.folder))
     monkeypatch.setattr(default, "_InUse", type("InUse", (), {"library": None}))
     rng, pool = np.random.default_rng(SEED), odd_values()
-    calls = public_calls(fake_library)
-    names = [*calls, *["gemm", "pack", "quantize", "QuantizedWeight"] * 6]
+    calls = public_calls(fake_library, gpu)
+    names = [*calls, *["gemm", "Library.gemm on a GPU", "pack", "quantize", "QuantizedWeight"] * 6]
     outcomes: Counter[str] = Counter()
     failures: list[str] = []
     deadline = time.monotonic() + SECONDS

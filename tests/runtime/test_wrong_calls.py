@@ -188,6 +188,7 @@ GPU_CALLS: list[tuple[str, dict[str, Any], str]] = [
     ("activations sliced", {"a": GpuArray((4, 64), strides=(256, 2))}, "activations must be contiguous"),
     ("bias on the host", {"bias": np.zeros(16, np.float16)}, "bias of type ndarray must be on a GPU"),
     ("bias of another n", {"bias": GpuArray((8,))}, r"bias of shape \[8\] must be \[16\]"),
+    ("bias without memory", {"bias": GpuArray((16,))}, "bias must not be null"),
     ("output of fp32", {"out": GpuArray((4, 16), "<f4")}, "output of dtype float32 must be float16"),
     ("output not contiguous", {"out": GpuArray((4, 16), strides=(64, 2))}, "output must be contiguous"),
     ("a kernel of another mode", {"config": CS}, "of mode fgs, but .* is of mode cs"),

@@ -51,6 +51,8 @@ class Launcher:
         bias = None if options.bias is None else view("bias", options.bias, module)
         if bias is not None:
             check("bias", bias, dtype="<f2", shape=(w.n,), device=device)
+            if bias.pointer == 0:  # which the library takes for no bias
+                raise InvalidValueError("bias must not be null")
         stream = stream_pointer(options.stream, a)
         out = self._new_output(a, (m, w.n), device, stream) if options.out is None else options.out
         output = view("output", out, module)
