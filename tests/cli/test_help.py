@@ -15,9 +15,8 @@ import w4a16gen
 from w4a16gen.cli.app import COMMANDS, SECTIONS, main
 from w4a16gen.cli.bench import RIVAL_PACKAGES
 from w4a16gen.cli.help import ExampleCommand
-from w4a16gen.cli.options import KERNEL_NAME_START, SPACES
+from w4a16gen.cli.options import KERNEL_NAME_START
 from w4a16gen.cli.reference import reference
-from w4a16gen.kernels import spaces
 from w4a16gen.kernels.spaces import enumerate_space
 from w4a16gen.measure.rivals import RIVALS
 
@@ -181,7 +180,6 @@ def test_an_unknown_command_or_option_suggests_a_near_one(cli: Runner) -> None:
 
 
 def test_names_that_help_gives_without_importing_them_are_right() -> None:
-    assert tuple(spaces.SPACES) == SPACES
     assert ", ".join(rival.package for rival in RIVALS) == RIVAL_PACKAGES
     assert all(config.name == KERNEL_NAME_START + config.short_name for config in enumerate_space("all"))
 

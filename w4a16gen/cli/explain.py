@@ -12,7 +12,6 @@ import click
 
 from w4a16gen.cli.help import OUTPUT, WHICH_KERNELS, ExampleCommand, option
 from w4a16gen.cli.options import (
-    SPACES,
     build_option,
     count_option,
     dimension_arguments,
@@ -26,6 +25,7 @@ from w4a16gen.cli.services import services
 from w4a16gen.cli.tables import Column, print_table
 from w4a16gen.errors import NotBuiltError
 from w4a16gen.kernels.config import KernelConfig, QuantMode
+from w4a16gen.kernels.named_spaces import SPACES
 
 if TYPE_CHECKING:
     from w4a16gen.choose.chooser import Choice, Chooser
@@ -56,7 +56,7 @@ class _Kernels:
     "--space",
     "spaces",
     multiple=True,
-    type=click.Choice(SPACES),
+    type=click.Choice(list(SPACES)),
     metavar="SPACE",
     section=WHICH_KERNELS,
     help=f"Choose among a named set instead of the build: {', '.join(SPACES)}. Repeatable: the union.",

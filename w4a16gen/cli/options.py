@@ -13,6 +13,7 @@ from click.shell_completion import CompletionItem
 from w4a16gen.cli.help import FILES, METHOD, OUTPUT, WHICH_KERNELS, option
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.config import ClusterShape, CtaShape, KernelConfig, QuantMode, Target
+from w4a16gen.kernels.named_spaces import SPACES
 from w4a16gen.kernels.problem import MAX_DIMENSION, Problem
 
 if TYPE_CHECKING:
@@ -128,8 +129,7 @@ def counts(least: int, most: int = MAX_DIMENSION) -> Parsed:
 MODE = Parsed("MODE", parse_mode, lambda _: [mode.value for mode in QuantMode])
 MODE_HELP = "cs: a scale per channel; fgs: a scale per group; fgsz: scales and zeros per group."
 TARGETS = [target.value for target in Target]
-SPACES = ("default", "trtllm-native", "trtllm", "native", "all")
-"""The names of w4a16gen.kernels.spaces.SPACES, without importing it."""
+SPACE_SUMMARIES = "; ".join(f"{name}: {space.summary}" for name, space in SPACES.items())
 
 cta_option = option(
     "--cta",
@@ -162,10 +162,10 @@ space_option = option(
     "--space",
     "spaces",
     multiple=True,
-    type=click.Choice(SPACES),
+    type=click.Choice(list(SPACES)),
     metavar="SPACE",
     section=WHICH_KERNELS,
-    help=f"Named set of kernels: {', '.join(SPACES)}. Repeatable: the union. Without it: default, or with the filters "
+    help=f"Named set of kernels. {SPACE_SUMMARIES}. Repeatable: the union. Without it: default, or with the filters "
     "above the first of these sets with a kernel for every value named.",
 )
 
