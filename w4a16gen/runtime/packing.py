@@ -48,9 +48,6 @@ class GpuPacker:
         factors = view("scales", scales, self._module)
         if factors.dtype != "<f2":
             raise InvalidValueError(why_not_half("scales", _name(factors.dtype)))
-        mode, size = mode_and_group_size(
-            n, k, factors.shape, group_size, zeros=zeros is not None or zero_points is not None
-        )
         host_scales = self._download("scales", factors, device, address)
         added = None if zeros is None else view("zeros", zeros, self._module)
         points = None if zero_points is None else view("zero_points", zero_points, self._module)
@@ -59,6 +56,7 @@ class GpuPacker:
             None if points is None else self._download("zero_points", points, device, address),
             host_scales,
         )
+        mode, size = mode_and_group_size(n, k, factors.shape, group_size, zeros=host_zeros is not None)
         check_factors(host_scales, host_zeros, n=n, groups=k // size, mode=mode)
         if points is not None:
             owner = DeviceArray.from_host(self._module, host_zeros, device)
