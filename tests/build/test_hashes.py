@@ -14,6 +14,7 @@ import pytest
 from fakes.workshop import Workshop
 
 import w4a16gen
+from w4a16gen.build import units
 from w4a16gen.errors import BuildError
 
 PACKAGE = Path(w4a16gen.__file__).parent
@@ -104,3 +105,12 @@ def test_serialised_wgmma_is_a_failure_though_the_compiler_succeeds(
     monkeypatch.setenv("FAKE_NVCC_EXIT", "0")
     with pytest.raises(BuildError, match=r"wgmma\.mma_async instructions are serialized"):
         workshop.build()
+
+
+def test_objects_of_other_flags_are_not_taken(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert workshop.build().compiled == 1
+    assert workshop.build().compiled == 0
+    with monkeypatch.context() as changed:
+        changed.setattr(units, "FLAGS", (*units.FLAGS, "-DOTHER"))
+        assert workshop.build().compiled == 1
+    assert workshop.build().compiled == 0, "the older object is still there"

@@ -79,8 +79,19 @@ const char* fault_of(int64_t m, int channel_blocks, int k_blocks, int clusters_a
   return "ok";
 }
 
+// A problem of as many parts as an int counts is divided; one of more is refused.
+template <class S>
+bool refuses_too_many_parts() {
+  native::Tiling tiling{};
+  const int64_t m = int64_t{S::Tokens} * S::ClusterTokens << 15;
+  const int blocks = S::Blocks * S::ClusterChannels;
+  return native::make_tiling<S>(&tiling, m, blocks * 65535, 1, 1) > 0 &&
+         native::make_tiling<S>(&tiling, m, blocks * 65536, 1, 1) == 0;
+}
+
 template <class S>
 void check(const char* name) {
+  std::printf("%s, too many parts: %s\n", name, refuses_too_many_parts<S>() ? "ok" : "not refused");
   for (int64_t m : {1, 64, 65, 1200}) {
     for (int channel_blocks : {1, 3, 64, 130}) {
       for (int k_blocks : {1, 2, 7, 16}) {

@@ -99,3 +99,15 @@ def test_a_value_off_by_a_tenth_is_found(library: WrongLibrary) -> None:
 def test_a_refused_launch_is_recorded(library: WrongLibrary) -> None:
     library.module.refusal = (4, "refused")
     assert run(library).failures == ["case m=7 alpha=0.75 bias=True graph=False dependent launch=True: refused"]
+
+
+def test_a_refused_launch_in_a_graph_ends_the_capture(library: WrongLibrary) -> None:
+    library.module.refusal = (4, "refused")
+    gpu, proof = GuardedGpu(library, 0), NumericProof(CONFIG.name)
+    weight = random_weight(np.random.default_rng(0), 64, 128, 64, CONFIG.mode)
+    a, packed = gpu.upload(np.ones((7, 128), np.float16)), library.to_device(pack_weight(weight))
+    launch = Launch(m=7, alpha=1.0, bias=None, in_graph=True, dependent=False)
+    assert launched(gpu, proof, CONFIG, a, packed, launch, "case") is None
+    library.module.refusal = None
+    assert launched(gpu, proof, CONFIG, a, packed, launch, "case") is not None
+    assert len(proof.failures) == 1
