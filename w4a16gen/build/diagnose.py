@@ -40,10 +40,9 @@ from w4a16gen.build.toolchain import (
 )
 from w4a16gen.build.units import FLAGS
 from w4a16gen.errors import MissingToolError
+from w4a16gen.kernels.device import driver_fault, needed_driver
 
 _CUDA_WHEELS = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-runtime")
-_DRIVER_OF_CUDA = {12: "525", 13: "580"}
-"""Oldest NVIDIA driver of each major release of CUDA, on Linux."""
 _TRIAL = "#include <cmath>\n#include <cuda_fp16.h>\n__global__ void trial(__half* value) { *value = hexp(*value); }\n"
 
 
@@ -76,17 +75,14 @@ def driver_finding(driver: tuple[int, int] | None, runtime: tuple[int, int]) -> 
         driver: the newest CUDA release that the driver supports; None if there is no driver.
         runtime: the release of the runtime in the build.
     """
-    subject = "NVIDIA driver"
-    only = "only running kernels needs it; building and static proofs do not"
-    needed = _DRIVER_OF_CUDA.get(runtime[0])
-    newer = f"driver {needed} or newer" if needed else f"a driver for CUDA {runtime[0]}.0 or newer"
+    newer = f"install NVIDIA's {needed_driver(runtime)}"
     if driver is None:
-        return Finding(subject, ok=False, detail="not found", fix=f"install NVIDIA's {newer}: {only}")
-    supports = f"supports CUDA {driver[0]}.{driver[1]}"
-    if driver[0] < runtime[0]:
-        detail = f"{supports}; kernels built with CUDA {runtime[0]}.{runtime[1]} need {newer}"
-        return Finding(subject, ok=False, detail=detail, fix=f"install NVIDIA's {newer}")
-    return Finding(subject, ok=True, detail=supports)
+        only = "only running kernels needs it; building and static proofs do not"
+        return Finding("NVIDIA driver", ok=False, detail="not found", fix=f"{newer}: {only}")
+    fault = driver_fault(driver, runtime)
+    if fault:
+        return Finding("NVIDIA driver", ok=False, detail=fault, fix=newer)
+    return Finding("NVIDIA driver", ok=True, detail=f"supports CUDA {driver[0]}.{driver[1]}")
 
 
 def toolkit_version() -> tuple[int, int]:

@@ -6,6 +6,29 @@ from dataclasses import dataclass
 
 HOPPER = (9, 0)
 """The compute capability that these kernels are compiled for (sm_90a)."""
+_DRIVER_OF_CUDA = {12: "525", 13: "580"}
+"""Oldest NVIDIA driver of each major release of CUDA, on Linux."""
+
+
+def needed_driver(runtime: tuple[int, int]) -> str:
+    """Return the driver that a release of the CUDA runtime needs, for example `driver 580 or newer`."""
+    driver = _DRIVER_OF_CUDA.get(runtime[0])
+    return f"driver {driver} or newer" if driver else f"a driver for CUDA {runtime[0]}.0 or newer"
+
+
+def driver_fault(driver: tuple[int, int], runtime: tuple[int, int]) -> str | None:
+    """Return why a driver cannot run kernels that were built with a release of CUDA, or None if it can.
+
+    Args:
+        driver: the newest release that the driver supports, as (major, minor).
+        runtime: the release that the kernels were built with; any of the driver's major release will do.
+    """
+    if driver[0] >= runtime[0]:
+        return None
+    return (
+        f"supports CUDA {driver[0]}.{driver[1]}; kernels built with CUDA {runtime[0]}.{runtime[1]} need "
+        f"{needed_driver(runtime)}"
+    )
 
 
 @dataclass(frozen=True)

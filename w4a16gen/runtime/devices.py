@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from w4a16gen.errors import NoHopperGpuError
-from w4a16gen.kernels.device import Device
+from w4a16gen.kernels.device import Device, driver_fault
 
 _SM_COUNT = 16
 _COMPUTE_CAPABILITY_MAJOR = 75
@@ -52,8 +52,23 @@ def _read_device(cuda: ctypes.CDLL, index: int) -> Device:
     return Device(index, name.value.decode(), capability, attribute(_SM_COUNT))
 
 
-def first_hopper(devices: Sequence[Device]) -> Device:
+def why_no_device(runtime: tuple[int, int]) -> str:
+    """Return why the CUDA runtime finds no GPU; empty if it is simply that there is none.
+
+    Args:
+        runtime: the release of CUDA that the kernels were built with, as (major, minor).
+    """
+    driver = find_driver()
+    fault = driver_fault(driver.cuda_version, runtime) if driver and driver.gpus else None
+    return f"the NVIDIA driver {fault}" if fault else ""
+
+
+def first_hopper(devices: Sequence[Device], why_none: str = "") -> Device:
     """Return the first Hopper GPU.
+
+    Args:
+        devices: the GPUs of this machine.
+        why_none: what `why_no_device` says if there are none.
 
     Raises:
         NoHopperGpuError: if there is none; the text names the GPUs that are there.
@@ -61,5 +76,7 @@ def first_hopper(devices: Sequence[Device]) -> Device:
     for device in devices:
         if device.is_hopper:
             return device
+    if why_none:
+        raise NoHopperGpuError(f"no GPU can be used: {why_none}")
     others = ", ".join(device.name for device in devices) or "no CUDA GPU"
     raise NoHopperGpuError(f"this machine has {others}; running needs an NVIDIA Hopper GPU (H100, H800, H200)")

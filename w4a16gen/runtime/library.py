@@ -19,7 +19,7 @@ from w4a16gen.runtime.arrays import DeviceArray, is_on_gpu, upload
 from w4a16gen.runtime.artifact import Build
 from w4a16gen.runtime.bindings import Bindings, KernelInfo, numbers_of
 from w4a16gen.runtime.calls import LAYOUT_TARGETS, CallCache, GemmOptions, Launch, check_weight, checked_weight
-from w4a16gen.runtime.devices import first_hopper
+from w4a16gen.runtime.devices import first_hopper, why_no_device
 from w4a16gen.runtime.launcher import Launcher
 from w4a16gen.runtime.packing import GpuPacker
 from w4a16gen.weights.packed import PackedWeight
@@ -78,7 +78,12 @@ class Library:
         Raises:
             NoHopperGpuError: if there is none.
         """
-        return first_hopper(self.devices())
+        devices = self.devices()
+        return first_hopper(devices, "" if devices else self.why_no_device())
+
+    def why_no_device(self) -> str:
+        """Return why `devices` is empty on a machine with GPUs, such as an old driver; empty if it has none."""
+        return why_no_device(self.build.manifest.cuda_version)
 
     def why_cannot_run(self, config: KernelConfig, problem: Problem) -> str | None:
         """Return the sentence by which the built library refuses a problem, or None if it can run it. Needs no GPU.
@@ -192,6 +197,8 @@ class Library:
             NoHopperGpuError: if there is no such GPU.
         """
         indices = {found.index for found in self.devices()}
+        if not indices and (reason := self.why_no_device()):
+            raise NoHopperGpuError(f"no GPU can be used: {reason}")
         if isinstance(value, QuantizedWeight):
             raise InvalidValueError("a QuantizedWeight is not read by kernels: pass w4a16gen.pack_weight(w)")
         if not isinstance(value, PackedWeight):

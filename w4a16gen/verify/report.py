@@ -151,6 +151,8 @@ def verify(
     else:
         found = ", ".join(map(str, library.devices()))
         reason = f"this machine has {found or 'no CUDA GPU'}; they need an NVIDIA Hopper GPU (compute capability 9.0)"
+        if not found and (fault := library.why_no_device()):
+            reason = f"no GPU can be used: {fault}"
         numerics = {"status": NOT_RUN, "reason": reason, "kernels": []}
     manifest = library.build.manifest
     return Report(
