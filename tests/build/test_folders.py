@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 import shutil
 import stat
 import time
@@ -16,7 +18,7 @@ from w4a16gen.build.pipeline import build
 from w4a16gen.build.scratch import alias, is_safe, scratch_folder
 from w4a16gen.errors import BuildError, InvalidValueError, NotBuiltError
 from w4a16gen.files import write_if_changed
-from w4a16gen.runtime.artifact import load_build
+from w4a16gen.runtime.artifact import load_build, others_may_write
 from w4a16gen.runtime.folders import load_default_build
 from w4a16gen.runtime.library import Library
 
@@ -175,3 +177,25 @@ def test_a_build_of_another_user_is_loaded_only_if_it_is_named(
     with pytest.raises(NotBuiltError, match="belongs to user 12345, and a build is code"):
         load()
     assert load("build").configs() == CONFIGS[:1]
+
+
+@pytest.mark.parametrize(
+    ("mode", "group", "members", "user", "others"),
+    [
+        (0o755, 1000, [], 1000, False),
+        (0o775, 1000, [], 1000, False),
+        (0o777, 1000, [], 1000, True),
+        (0o775, 1000, ["bob"], 1000, True),
+        (0o775, 50, [], 1000, True),
+        (0o775, 0, [], 0, True),
+    ],
+)
+def test_a_group_of_the_user_alone_is_the_user(
+    monkeypatch: pytest.MonkeyPatch, *, mode: int, group: int, members: list[str], user: int, others: bool
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: pwd.struct_passwd(("ann", "x", uid, uid, "", "", "")))
+    name = "staff" if group == 50 else "ann"
+    monkeypatch.setattr(grp, "getgrgid", lambda gid: grp.struct_group((name, "x", gid, members)))
+    status = os.stat_result((stat.S_IFREG | mode, 0, 0, 1, user, group, 0, 0, 0, 0))
+    assert others_may_write(status) is others

@@ -16,7 +16,9 @@ finds damage. It cannot tell who wrote them: see `check_owner`.
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 import re
 import stat
 import sys
@@ -237,16 +239,36 @@ def check_owner(build: Build) -> None:
     `load(folder)`, `--build-dir` or `W4A16GEN_BUILD_DIR` is not checked.
 
     Raises:
-        NotBuiltError: if a part belongs to another user, or its group or everybody may write it.
+        NotBuiltError: if a part belongs to another user, or others may write it.
     """
+    name_it = f"name it with --build-dir or W4A16GEN_BUILD_DIR if you trust it: {build.folder}"
     for path in (build.folder, build.folder / MANIFEST, build.library.parent, build.library, build.module):
         for status in (path.lstat(), path.stat()):
-            name_it = f"name it with --build-dir or W4A16GEN_BUILD_DIR if you trust it: {build.folder}"
             if status.st_uid not in {os.geteuid(), 0}:
                 raise NotBuiltError(f"{path} belongs to user {status.st_uid}, and a build is code; {name_it}")
-            is_link = stat.S_ISLNK(status.st_mode)  # a link's own permission bits mean nothing
-            if not is_link and status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            if others_may_write(status):
                 raise NotBuiltError(
                     f"{path} may be written by other users, and a build is code; run `chmod -R go-w {build.folder}`, "
                     f"or {name_it}"
                 )
+
+
+def others_may_write(status: os.stat_result) -> bool:
+    """Return whether somebody besides the owner may write a file or folder.
+
+    A group that has the user's name and no other member is the user alone: many systems make one for each user, and
+    let it write by default.
+    """
+    if stat.S_ISLNK(status.st_mode):
+        return False  # a link's own permission bits mean nothing
+    if status.st_mode & stat.S_IWOTH:
+        return True
+    return bool(status.st_mode & stat.S_IWGRP) and not _is_private_group(status.st_gid)
+
+
+def _is_private_group(group: int) -> bool:
+    try:
+        user, found = pwd.getpwuid(os.geteuid()), grp.getgrgid(group)
+    except KeyError:
+        return False
+    return user.pw_uid != 0 and (user.pw_gid, user.pw_name) == (group, found.gr_name) and not found.gr_mem
