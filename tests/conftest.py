@@ -17,7 +17,7 @@ from fakes.workshop import Workshop
 
 import w4a16gen
 from w4a16gen import QuantMode
-from w4a16gen.build import toolchain
+from w4a16gen.build import toolchain, versions
 from w4a16gen.build.pipeline import build
 from w4a16gen.choose.overrides import kernels_of_environment
 from w4a16gen.kernels.config import ClusterShape, CtaShape, KernelConfig
@@ -82,7 +82,7 @@ def install_fake_nvcc(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("FAKE_CACHE", str(cache))
     monkeypatch.setenv("FAKE_NVCC_INCLUDE", str(include))
     monkeypatch.setenv("PYTHONPATH", str(Path(w4a16gen.__file__).resolve().parents[1]))
-    toolchain.program_version.cache_clear()
+    versions.program_version.cache_clear()
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +96,7 @@ def fake_nvcc(tmp_path: Path, fake_cache: Path, monkeypatch: pytest.MonkeyPatch)
     """Use the stand-in compiler in one test."""
     install_fake_nvcc(tmp_path, fake_cache, monkeypatch)
     yield
-    toolchain.program_version.cache_clear()
+    versions.program_version.cache_clear()
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def fake_build(tmp_path_factory: pytest.TempPathFactory, fake_cache: Path) -> Bu
     with pytest.MonkeyPatch.context() as monkeypatch:
         install_fake_nvcc(folder, fake_cache, monkeypatch)
         result = build(select("trtllm", Filter()), generated=folder / GENERATED, folder=folder / BUILD).build
-    toolchain.program_version.cache_clear()
+    versions.program_version.cache_clear()
     return result
 
 

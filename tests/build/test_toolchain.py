@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from fakes.workshop import CONFIGS, Workshop
 
-from w4a16gen.build import causes, install, toolchain
-from w4a16gen.build.compile import Failure, describe_failures
+from w4a16gen.build import causes, install, toolchain, versions
+from w4a16gen.build.compile import describe_failures
 from w4a16gen.build.diagnose import Finding, diagnose, driver_finding
+from w4a16gen.build.environment import IGNORED_VARIABLES, child_environment
 from w4a16gen.build.headers import CUDA_FOLDER, headers_of
+from w4a16gen.build.nvcc import Failure
 from w4a16gen.build.toolchain import (
-    IGNORED_VARIABLES,
-    child_environment,
     compiler_identity,
     find_cmake,
     find_cutlass,
@@ -28,9 +28,9 @@ from w4a16gen.build.toolchain import (
     find_ninja,
     find_nvcc,
     find_toolchain,
-    newest_supported_gcc,
 )
 from w4a16gen.build.units import kernel_hashes
+from w4a16gen.build.versions import newest_supported_gcc
 from w4a16gen.errors import BuildError, MissingToolError
 from w4a16gen.kernels.render import render_kernel
 from w4a16gen.kernels.spaces import enumerate_space
@@ -50,7 +50,7 @@ def program(path: Path, says: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/sh\necho '{says}'\n")
     path.chmod(0o755)
-    toolchain.program_version.cache_clear()
+    versions.program_version.cache_clear()
     return path
 
 
@@ -96,7 +96,7 @@ def test_the_newest_compiler_that_nvcc_supports_is_chosen(
     ],
 )
 def test_the_version_of_a_compiler_is_read(tmp_path: Path, says: str, major: int | None) -> None:
-    assert toolchain.gcc_major(program(tmp_path / "compiler", says)) == major
+    assert versions.gcc_major(program(tmp_path / "compiler", says)) == major
 
 
 @pytest.mark.parametrize(("value", "words"), [("ccache g++", "without arguments"), ("/nowhere/g++", "not a program")])
@@ -296,7 +296,7 @@ def test_a_program_that_cannot_be_run_has_no_version(tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.write_bytes(b"\x7fELF")
     broken.chmod(0o755)
-    assert toolchain.program_version(broken) == ""
+    assert versions.program_version(broken) == ""
 
 
 def test_diagnosing_imports_nothing_heavy_until_it_runs() -> None:

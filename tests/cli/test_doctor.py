@@ -11,7 +11,7 @@ import pytest
 from fakes.devices import A100, H100
 from fakes.runner import Runner
 
-from w4a16gen.build import toolchain
+from w4a16gen.build import versions
 from w4a16gen.build.diagnose import Finding as Check
 from w4a16gen.cli.services import Services
 from w4a16gen.runtime.artifact import Build
@@ -29,7 +29,7 @@ def findings(cli: Runner, arguments: str = "") -> tuple[int, dict[str, dict[str,
 def here(cli: Runner) -> Runner:
     """Return a runner on this machine, as if it had no driver."""
     cli.services = Services(find_driver=lambda: None)
-    toolchain.program_version.cache_clear()
+    versions.program_version.cache_clear()
     return cli
 
 

@@ -18,7 +18,7 @@ from paths import EXAMPLES, ROOT
 
 from docs.checkpoints import tensors
 from docs.pages import PAGES, Block, blocks_of, name_of, with_outputs
-from w4a16gen.build import toolchain
+from w4a16gen.build import toolchain, versions
 from w4a16gen.runtime.artifact import Build
 
 PROGRESS = re.compile(r"Building \d+ kernels: \d+ of \d+|")
@@ -105,7 +105,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, fake_cache: Path) -> Ite
             monkeypatch.delenv(name, raising=False)
         (folder / "work").mkdir()
         yield folder / "work"
-    toolchain.program_version.cache_clear()
+    versions.program_version.cache_clear()
 
 
 @pytest.mark.parametrize("page", pages_with("bash"), ids=name_of)

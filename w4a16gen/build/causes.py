@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from w4a16gen.build.install import INSTALL_COMPILER, install_compiler, install_cuda, install_python_headers
-from w4a16gen.build.toolchain import Toolchain, newest_supported_gcc, nvcc_version
+from w4a16gen.build.toolchain import Toolchain
+from w4a16gen.build.versions import newest_supported_gcc, nvcc_version
 
 _KILLED = {-signal.SIGKILL, 128 + signal.SIGKILL, signal.SIGKILL}
 """Exit codes of a compiler that was killed, or one of its parts was: the kernel does so when memory runs out."""

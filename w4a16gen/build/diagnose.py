@@ -15,15 +15,12 @@ from pathlib import Path
 import pybind11
 
 from w4a16gen.build import causes
+from w4a16gen.build.environment import IGNORED_VARIABLES, child_environment
 from w4a16gen.build.install import INSTALL_COMPILER, install_compiler, install_cuda, install_python_headers, pip_install
 from w4a16gen.build.scratch import alias
 from w4a16gen.build.toolchain import (
-    IGNORED_VARIABLES,
     MIN_CMAKE,
     MIN_NVCC,
-    child_environment,
-    cuda_version,
-    cutlass_version,
     find_cmake,
     find_cuda_include,
     find_cudart,
@@ -33,12 +30,16 @@ from w4a16gen.build.toolchain import (
     find_ninja,
     find_nvcc,
     find_toolchain,
+)
+from w4a16gen.build.units import FLAGS
+from w4a16gen.build.versions import (
+    cuda_version,
+    cutlass_version,
     gcc_major,
     newest_supported_gcc,
     nvcc_version,
     program_version,
 )
-from w4a16gen.build.units import FLAGS
 from w4a16gen.errors import MissingToolError
 from w4a16gen.kernels.device import driver_fault, needed_driver
 

@@ -17,11 +17,12 @@ from pathlib import Path
 import pybind11
 
 from w4a16gen.build import causes
-from w4a16gen.build.compile import put_in_place, write_log
+from w4a16gen.build.environment import child_environment
 from w4a16gen.build.headers import CUDA_FOLDER, headers_of
 from w4a16gen.build.limits import usable_cores
+from w4a16gen.build.nvcc import put_in_place, write_log
 from w4a16gen.build.scratch import LOGS, OBJECTS, OWNER_VARIABLE, alias
-from w4a16gen.build.toolchain import Toolchain, child_environment, compiler_identity
+from w4a16gen.build.toolchain import Toolchain, compiler_identity
 from w4a16gen.build.units import CompiledUnit
 from w4a16gen.errors import BuildError
 from w4a16gen.files import file_digest, has_digest, read_sealed, remove, seal, write_if_changed, write_json

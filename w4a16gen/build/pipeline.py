@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from w4a16gen.build.compile import Failure, _Compiler, compile_kernels, describe_failures
+from w4a16gen.build.compile import compile_kernels, describe_failures
 from w4a16gen.build.emit import emit
 from w4a16gen.build.headers import headers_of
 from w4a16gen.build.link import STEPS, Link, LinkedPair, link
 from w4a16gen.build.lock import locked
+from w4a16gen.build.nvcc import Compiler, Failure
 from w4a16gen.build.scratch import OBJECTS, make_folders, remove_leftovers, scratch_folder
-from w4a16gen.build.toolchain import cuda_version, cutlass_version, describe_compiler, find_toolchain
+from w4a16gen.build.toolchain import Toolchain, describe_compiler, find_toolchain
 from w4a16gen.build.units import CompiledUnit, find_units, kernel_hashes
+from w4a16gen.build.versions import cuda_version, cutlass_version
 from w4a16gen.errors import BuildError, InvalidValueError, NotBuiltError
 from w4a16gen.files import remove, write_json
 from w4a16gen.kernels.config import KernelConfig
@@ -66,86 +68,102 @@ def build(
         raise InvalidValueError(f"{folder} cannot be the folder of the sources and of the build: choose two folders")
     toolchain = find_toolchain()
     hashes = kernel_hashes(asked, toolchain)
-    folder.mkdir(0o755, parents=True, exist_ok=True)
     make_folders(folder)
     with locked(folder):
         remove_leftovers(folder)
         emit(asked, generated)
-        units = find_units(folder / OBJECTS, hashes)
+        return _Run(asked, hashes, toolchain, generated, folder, progress).run(jobs)
+
+
+class _Run:
+    """One build, in a folder whose lock is held."""
+
+    def __init__(
+        self,
+        asked: Sequence[KernelConfig],
+        hashes: Mapping[KernelConfig, str],
+        toolchain: Toolchain,
+        generated: Path,
+        folder: Path,
+        progress: Progress,
+    ) -> None:
+        self._asked = asked
+        self._hashes = hashes
+        self._toolchain = toolchain
+        self._generated = generated
+        self._folder = folder
+        self._progress = progress
+        self._done = 0
+        self._total = 0
+
+    def run(self, jobs: int | None) -> BuildReport:
+        """Compile what is not cached, link unless the build in the folder is of the same parts, write the manifest."""
+        units = find_units(self._folder / OBJECTS, self._hashes)
         cached = {name for unit in units for name in unit.hashes}
-        missing = [config for config in asked if config.name not in cached]
-        done, total = 0, len(missing)
-        current = None if missing else _current(folder, Link(units, asked, toolchain))
-        total += 0 if current else len(STEPS)
-        progress(0, total, "compiling" if missing else "linking")
-        with scratch_folder(folder) as scratch:
-            compilation = compile_kernels(
-                missing,
-                hashes,
-                _Compiler(toolchain, folder, scratch),
-                jobs,
-                lambda count, name: progress(count, total, name),
-            )
-            units += compilation.units
-            if not units:
+        missing = [config for config in self._asked if config.name not in cached]
+        needs_link = bool(missing) or self._current(self._link_of(units)) is None
+        self._total = len(missing) + (len(STEPS) if needs_link else 0)
+        self._progress(0, self._total, "compiling" if missing else "linking")
+        with scratch_folder(self._folder) as scratch:
+            compiler = Compiler(self._toolchain, self._folder, scratch)
+            compilation = compile_kernels(missing, self._hashes, compiler, jobs, self._report)
+            what = self._link_of([*units, *compilation.units])
+            if not what.units:
                 raise BuildError(describe_failures(compilation.failures))
-            built = {name for unit in units for name in unit.hashes}
-            what = Link(units, [config for config in asked if config.name in built], toolchain)
-            current = current or _current(folder, what)
-            if current is None:
-                done = len(missing)
+            pair = self._linked(what, scratch)
+            manifest = self._manifest(what, pair, compilation.failures)
+        self._write(manifest)
+        return BuildReport(Build(self._folder, manifest), compilation.compiled, compilation.failures)
 
-                def report(step: str) -> None:
-                    nonlocal done
-                    done = min(done + 1, total)
-                    progress(done, total, step)
+    def _report(self, done: int, what: str) -> None:
+        self._done = min(done, self._total)
+        self._progress(self._done, self._total, what)
 
-                progress(done, total, "linking")
-                pair = link(what, folder, scratch, report)
-            else:
-                pair = LinkedPair(current.libraries, current.library_sha256, current.module_sha256)
-                progress(total, total, "up to date")
-            result = _write_manifest(what, pair, asked, compilation.failures, generated, folder)
-    return BuildReport(result, compilation.compiled, compilation.failures)
+    def _link_of(self, units: Sequence[CompiledUnit]) -> Link:
+        names = {name for unit in units for name in unit.hashes}
+        configs = [config for config in self._asked if config.name in names]
+        return Link(sorted(units, key=lambda unit: unit.path.name), configs, self._toolchain)
 
+    def _current(self, what: Link) -> LinkedPair | None:
+        """Return the libraries of the build in the folder, if it is undamaged and of exactly these parts."""
+        try:
+            manifest = load_build(self._folder).manifest
+        except NotBuiltError:
+            return None
+        if manifest.link_digest != what.digest:
+            return None
+        return LinkedPair(manifest.libraries, manifest.library_sha256, manifest.module_sha256)
 
-def _current(folder: Path, what: Link) -> Manifest | None:
-    """Return the manifest of an undamaged build of exactly this link."""
-    try:
-        manifest = load_build(folder).manifest
-    except NotBuiltError:
-        return None
-    return manifest if manifest.link_digest == what.digest else None
+    def _linked(self, what: Link, scratch: Path) -> LinkedPair:
+        current = self._current(what)
+        if current is not None:
+            self._report(self._total, "up to date")
+            return current
+        self._report(self._done, "linking")
+        return link(what, self._folder, scratch, lambda step: self._report(self._done + 1, step))
 
+    def _manifest(self, what: Link, pair: LinkedPair, failures: Sequence[Failure]) -> Manifest:
+        return Manifest(
+            compiler=describe_compiler(self._toolchain),
+            cuda_version=cuda_version(self._toolchain.cuda_include),
+            cutlass=_cutlass_version(what),
+            link_digest=what.digest,
+            libraries=pair.folder,
+            library_sha256=pair.library_sha256,
+            module=MODULE,
+            module_sha256=pair.module_sha256,
+            sources=os.path.relpath(self._generated.resolve(), self._folder.resolve()),
+            asked=tuple(config.name for config in self._asked),
+            failed=tuple(failure.name for failure in failures),
+            kernels=tuple(_built_kernel(config, what.units) for config in what.configs),
+        )
 
-def _write_manifest(
-    what: Link,
-    pair: LinkedPair,
-    asked: Sequence[KernelConfig],
-    failures: Sequence[Failure],
-    generated: Path,
-    folder: Path,
-) -> Build:
-    """Replace the manifest, which makes the new build the one in use; then remove the libraries of older ones."""
-    manifest = Manifest(
-        compiler=describe_compiler(what.toolchain),
-        cuda_version=cuda_version(what.toolchain.cuda_include),
-        cutlass=_cutlass_version(what),
-        link_digest=what.digest,
-        libraries=pair.folder,
-        library_sha256=pair.library_sha256,
-        module=MODULE,
-        module_sha256=pair.module_sha256,
-        sources=os.path.relpath(generated.resolve(), folder.resolve()),
-        asked=tuple(config.name for config in asked),
-        failed=tuple(failure.name for failure in failures),
-        kernels=tuple(_built_kernel(config, what.units) for config in what.configs),
-    )
-    path = folder / MANIFEST
-    if path.is_symlink() or path.is_dir():
-        remove(path)
-    write_json(path, manifest.as_json(), mode=0o644)
-    return Build(folder, manifest)
+    def _write(self, manifest: Manifest) -> None:
+        """Replace the manifest, which makes this build the one in use."""
+        path = self._folder / MANIFEST
+        if path.is_symlink() or path.is_dir():
+            remove(path)
+        write_json(path, manifest.as_json(), mode=0o644)
 
 
 def _cutlass_version(what: Link) -> str:

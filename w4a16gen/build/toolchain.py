@@ -1,34 +1,24 @@
-"""Where the compiler, its parts, CMake and CUTLASS are, and the environment that they run in."""
+"""Where the compiler, its parts, CMake and CUTLASS are."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import os
-import re
 import shlex
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from w4a16gen.build.install import INSTALL_COMPILER, install_cuda, pip_install
+from w4a16gen.build.versions import gcc_major, newest_supported_gcc, nvcc_version, program_version
 from w4a16gen.errors import MissingToolError
 
 MIN_NVCC = (13, 0)
 """Oldest nvcc that the kernels have been compiled and proven with."""
 MIN_CMAKE = (3, 25)
-IGNORED_VARIABLES = (
-    *("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "OBJC_INCLUDE_PATH", "LIBRARY_PATH", "LD_RUN_PATH"),
-    *("CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CUDAFLAGS", "CC", "CXX", "CUDACXX", "CUDAHOSTCXX"),
-    *("NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS", "NVCC_CCBIN", "CUDA_INC_PATH", "CUDA_LIB_PATH"),
-    *("DEPENDENCIES_OUTPUT", "SUNPRO_DEPENDENCIES", "GCC_COMPARE_DEBUG", "DESTDIR", "VERBOSE", "MAKEFLAGS"),
-)
-"""Variables that compilers and CMake honour and that a build does not pass on: its result must not depend on them."""
-_IGNORED_PREFIXES = ("CMAKE_", "NINJA_")
 _HASHED_VARIABLES = ("COMPILER_PATH", "GCC_EXEC_PREFIX", "GCC_ROOT")
 """Variables that select parts of the host compiler. They are passed on, and they are part of every content hash."""
 
@@ -45,13 +35,6 @@ class Toolchain:
     host_compiler: Path
     cmake: Path
     ninja: Path
-
-
-def child_environment(**extra: str) -> dict[str, str]:
-    """Return the environment of a compiler: this process's, without the variables that would change its result."""
-    ignored = {*IGNORED_VARIABLES, *(name for name in os.environ if name.startswith(_IGNORED_PREFIXES))}
-    kept = {name: value for name, value in os.environ.items() if name not in ignored}
-    return {**kept, "LC_ALL": "C", **extra}
 
 
 def _binary(name: str) -> Path | None:
@@ -143,20 +126,6 @@ def find_cutlass() -> Path | None:
     return folder if (folder / "cutlass" / "cutlass.h").is_file() else None
 
 
-def newest_supported_gcc(cuda_include: Path) -> int | None:
-    """Return the newest major version of gcc that nvcc's headers accept, or None if they do not say."""
-    header = cuda_include / "crt" / "host_config.h"
-    match = re.search(r"#if __GNUC__ > (\d+)", header.read_text(errors="replace")) if header.is_file() else None
-    return int(match[1]) if match else None
-
-
-def gcc_major(compiler: Path) -> int | None:
-    """Return a g++'s major version, or None if it is no g++."""
-    lines = program_version(compiler).splitlines()
-    match = re.search(r"(?:g\+\+|gcc|GCC)\S* .*?(\d+)\.\d+\.\d+", lines[0]) if lines else None
-    return int(match[1]) if match else None
-
-
 def find_host_compiler(cuda_include: Path | None = None) -> Path | None:
     """Find the C++ compiler. CXX overrides the search.
 
@@ -225,36 +194,6 @@ def require_cuobjdump() -> Path:
     return require("cuobjdump", find_cuobjdump(), install_cuda())
 
 
-@cache
-def program_version(program: Path) -> str:
-    """Return what a program prints for --version; nothing if it cannot be run."""
-    try:
-        result = subprocess.run(  # noqa: S603
-            [program, "--version"],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-            env=child_environment(),
-        )
-    except OSError:
-        return ""
-    return result.stdout + result.stderr
-
-
-def nvcc_version(nvcc: Path) -> tuple[int, int] | None:
-    """Return nvcc's release as (major, minor), or None if it does not tell."""
-    match = re.search(r"release (\d+)\.(\d+)", program_version(nvcc))
-    return (int(match[1]), int(match[2])) if match else None
-
-
-def cuda_version(include: Path) -> tuple[int, int]:
-    """Return the release of the CUDA runtime as (major, minor), from its headers; (0, 0) if they do not tell."""
-    text = (include / "cuda_runtime_api.h").read_text(errors="replace")
-    match = re.search(r"#define CUDART_VERSION\s+(\d+)", text)
-    return (int(match[1]) // 1000, int(match[1]) % 1000 // 10) if match else (0, 0)
-
-
 def describe_compiler(toolchain: Toolchain) -> str:
     """Return the versions of nvcc and the host compiler, for content hashes and reports."""
     nvcc = program_version(toolchain.nvcc).strip().splitlines()
@@ -266,13 +205,6 @@ def compiler_identity(toolchain: Toolchain) -> str:
     """Return what identifies the compilers in content hashes: versions, and variables that select their parts."""
     variables = (f"{name}={os.environ[name]}" for name in _HASHED_VARIABLES if name in os.environ)
     return "\n".join([describe_compiler(toolchain), *variables])
-
-
-def cutlass_version(include: Path) -> str:
-    """Return CUTLASS's version from its headers."""
-    text = (include / "cutlass" / "version.h").read_text()
-    parts = [re.search(rf"#define CUTLASS_{part} (\d+)", text) for part in ("MAJOR", "MINOR", "PATCH")]
-    return ".".join(match[1] if match else "?" for match in parts)
 
 
 def find_toolchain() -> Toolchain:

@@ -16,7 +16,8 @@ from typing import Any
 
 from w4a16gen.build.headers import CUDA_FOLDER, Headers, headers_of
 from w4a16gen.build.install import pip_install
-from w4a16gen.build.toolchain import Toolchain, compiler_identity, cutlass_version, require
+from w4a16gen.build.toolchain import Toolchain, compiler_identity, require
+from w4a16gen.build.versions import cutlass_version
 from w4a16gen.files import file_digest, has_digest, read_sealed, seal
 from w4a16gen.kernels.config import KernelConfig, Target
 from w4a16gen.kernels.render import render_kernel
