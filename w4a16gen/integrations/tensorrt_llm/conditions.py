@@ -16,6 +16,7 @@ LONGEST_CONDITION = 4096
 _BITS = 64
 _LONGEST_NUMBER = 66
 _NUMBER = re.compile(r"(?:0[xX]([0-9a-fA-F]+)|0[bB]([01]+)|(0[0-7]*)|([1-9][0-9]*))[uUlLzZ]*")
+_UNSIGNED = re.compile(r"[uU][lLzZ]*\Z")
 _SPELLED = {
     "and": "&&", "or": "||", "not": "!", "bitand": "&", "bitor": "|", "xor": "^", "compl": "~", "not_eq": "!="
 }  # fmt: skip
@@ -32,6 +33,11 @@ def parse_number(text: str) -> Value:
     if binary is not None:
         return int(binary, 2)
     return int(octal, 8) if octal is not None else int(decimal)
+
+
+def _character(text: str) -> Value:
+    """Return the value of a character literal without escapes, or None."""
+    return ord(text[1]) if re.fullmatch(r"'[ -&(-\[\]-~]'", text) else None
 
 
 def _wrapped(value: int) -> int:
@@ -57,30 +63,32 @@ def _shift_right(left: int, right: int) -> Value:
 
 
 _BINARY: dict[str, tuple[int, Callable[[int, int], Value]]] = {
-    "||": (1, lambda left, right: int(bool(left or right))),
-    "&&": (2, lambda left, right: int(bool(left and right))),
-    "|": (3, operator.or_),
-    "^": (4, operator.xor),
-    "&": (5, operator.and_),
-    "==": (6, operator.eq),
-    "!=": (6, operator.ne),
-    "<": (7, operator.lt),
-    ">": (7, operator.gt),
-    "<=": (7, operator.le),
-    ">=": (7, operator.ge),
-    "<<": (8, _shift),
-    ">>": (8, _shift_right),
-    "+": (9, operator.add),
-    "-": (9, operator.sub),
-    "*": (10, operator.mul),
-    "/": (10, _divide),
-    "%": (10, _remainder),
+    "||": (2, lambda left, right: int(bool(left or right))),
+    "&&": (3, lambda left, right: int(bool(left and right))),
+    "|": (4, operator.or_),
+    "^": (5, operator.xor),
+    "&": (6, operator.and_),
+    "==": (7, operator.eq),
+    "!=": (7, operator.ne),
+    "<": (8, operator.lt),
+    ">": (8, operator.gt),
+    "<=": (8, operator.le),
+    ">=": (8, operator.ge),
+    "<<": (9, _shift),
+    ">>": (9, _shift_right),
+    "+": (10, operator.add),
+    "-": (10, operator.sub),
+    "*": (11, operator.mul),
+    "/": (11, _divide),
+    "%": (11, _remainder),
 }
 """Operators by their text: precedence and meaning."""
 _UNARY: dict[str, Callable[[int], int]] = {
     "!": lambda value: int(not value), "~": operator.invert, "-": operator.neg, "+": operator.pos
 }  # fmt: skip
-_UNARY_PRECEDENCE = 11
+_UNARY_PRECEDENCE = 12
+_CHOICE_PRECEDENCE = 1
+"""Of `?` and `:`. Only an opening parenthesis binds less, 0."""
 
 
 def _combine(mark: str, left: Value, right: Value) -> Value:
@@ -103,7 +111,7 @@ def evaluate(tokens: Sequence[Token], value_of: Callable[[str], Value]) -> Value
         tokens: the condition, with macros expanded and `defined` replaced by numbers.
         value_of: the value of a name that is no macro here.
     """
-    if len(tokens) > LONGEST_CONDITION:
+    if len(tokens) > LONGEST_CONDITION or _may_wrap(tokens):
         return None
     stacks = _Stacks(value_of)
     try:
@@ -112,6 +120,12 @@ def evaluate(tokens: Sequence[Token], value_of: Callable[[str], Value]) -> Value
         return stacks.result()
     except (IndexError, KeyError):  # a bracket, an operand or an operator too few
         return None
+
+
+def _may_wrap(tokens: Sequence[Token]) -> bool:
+    """Return whether a condition may compute negative numbers as unsigned ones, which is left unknown."""
+    has_unsigned = any(token.kind is Kind.NUMBER and _UNSIGNED.search(token.text) for token in tokens)
+    return has_unsigned and any(token.text in {"-", "~", "compl"} for token in tokens)
 
 
 class _Stacks:
@@ -136,8 +150,14 @@ class _Stacks:
                 raise KeyError(text)
             self._operators.append((0 if text == "(" else _UNARY_PRECEDENCE, text))
         elif text == ")":
-            self._apply_down_to(1)
+            self._apply_down_to(_CHOICE_PRECEDENCE)
             self._operators.pop()
+        elif text in {"?", ":"}:
+            self._apply_down_to(_CHOICE_PRECEDENCE + 1)
+            if text == ":" and self._operators.pop()[1] != "?":
+                raise KeyError(text)
+            self._operators.append((_CHOICE_PRECEDENCE, text))
+            self._wants_operand = True
         else:
             precedence = _BINARY[text][0]
             self._apply_down_to(precedence)
@@ -146,7 +166,7 @@ class _Stacks:
 
     def result(self) -> Value:
         """Return the value of the whole."""
-        self._apply_down_to(1)
+        self._apply_down_to(_CHOICE_PRECEDENCE)
         if self._operators or len(self._values) != 1:
             raise IndexError
         return self._values[0]
@@ -158,7 +178,7 @@ class _Stacks:
         if kind is Kind.WORD:
             self._values.append(_LITERALS[text] if text in _LITERALS else self._value_of(text))
         else:
-            self._values.append(parse_number(text) if kind is Kind.NUMBER else None)
+            self._values.append(parse_number(text) if kind is Kind.NUMBER else _character(text))
 
     def _apply_down_to(self, precedence: int) -> None:
         """Apply the operators that bind at least as tightly as a precedence."""
@@ -167,8 +187,19 @@ class _Stacks:
             right = self._values.pop()
             if level == _UNARY_PRECEDENCE:
                 self._values.append(None if right is None else _wrapped(_UNARY[mark](right)))
+            elif level == _CHOICE_PRECEDENCE:
+                self._choose(mark, self._values.pop(), right)
             else:
                 self._values.append(_combine(mark, self._values.pop(), right))
+
+    def _choose(self, mark: str, middle: Value, right: Value) -> None:
+        """Apply `condition ? middle : right`."""
+        if mark != ":":
+            raise KeyError(mark)
+        condition = self._values.pop()
+        self._values.append(
+            (right if middle == right else None) if condition is None else middle if condition else right
+        )
 
 
 def _operators(tokens: Sequence[Token]) -> list[tuple[Kind, str]]:

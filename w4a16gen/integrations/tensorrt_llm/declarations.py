@@ -16,9 +16,19 @@ _LONGEST_ALIAS = 2000
 _OPENING = frozenset("([{")
 _CLOSING = frozenset(")]}")
 _NO_DECLARATORS = frozenset(
-    {"__attribute__", "__declspec", "__launch_bounds__", "__cluster_dims__", "alignas", "decltype", "noexcept", "typeof",
-     "__typeof__", "explicit"}
-)  # fmt: skip
+    [
+        "__attribute__",
+        "__declspec",
+        "__launch_bounds__",
+        "__cluster_dims__",
+        "alignas",
+        "decltype",
+        "noexcept",
+        "typeof",
+        "__typeof__",
+        "explicit",
+    ]
+)
 """Words before a parenthesis that does not open a function's parameters."""
 _NO_CALLS = _NO_DECLARATORS | {
     "static_assert",
@@ -30,9 +40,11 @@ _NO_CALLS = _NO_DECLARATORS | {
     "__pragma",
     "requires",
 }
+"""Words before a parenthesis that does not open a macro's arguments."""
 _ELABORATIONS = frozenset({"typename", "class", "struct", "enum", "union"})
 _SAME_NAMES = {"__half": "half", "nv_bfloat16": "__nv_bfloat16", "tuple": "Shape", "C": "Int"}
 """Other names of the same types."""
+_MACRO = re.compile(r"[A-Z][A-Z0-9_]*", re.ASCII)
 _NUMBERED_TYPE = re.compile(r"_([0-9]+)", re.ASCII)
 _MIXED_INPUT = re.compile(r"(KernelTmaWarpSpecialized(?:Pingpong|Cooperative))MixedInput")
 _BEFORE_NAMES = frozenset({".", "->", "::", "<", ","})
@@ -66,10 +78,15 @@ def matching(tokens: Sequence[Token], opening: int) -> int:
 
 
 def leading_calls(tokens: Sequence[Token]) -> tuple[list[Call], int]:
-    """Return the macro calls that a statement starts with, and the index after them."""
+    """Return the macro calls that a statement starts with, and the index after them. Names in capitals may precede."""
     calls = []
     at = 0
-    while at + 1 < len(tokens) and tokens[at].kind is Kind.WORD and tokens[at + 1].text == "(":
+    while at < len(tokens) and tokens[at].kind is Kind.WORD:
+        if at + 1 == len(tokens) or tokens[at + 1].text != "(":
+            if not _MACRO.fullmatch(tokens[at].text):
+                break
+            at += 1
+            continue
         closing = matching(tokens, at + 1)
         if closing == len(tokens):
             break

@@ -47,8 +47,8 @@ def emit_trtllm(
 ) -> TrtllmEmission:
     """Write explicit instantiations of kernels of space `trtllm`, and a manifest that says which is in which file.
 
-    A file has kernels of one mode and one main loop schedule, which share most of what the compiler instantiates. It has
-    at most eight, and files are as equal as possible, so that many cores have work: all 63 make nine files of seven.
+    A file has kernels of one mode and one main loop schedule, which share most of what the compiler instantiates. It
+    has at most eight. Files are as equal as possible, so that many cores have work: all 63 make nine files of seven.
 
     Args:
         configs: the kernels.

@@ -86,7 +86,7 @@ def read_file(path: Path) -> bytes:
 
 
 def printable(path: str) -> str:
-    """Return a path as text that every stream can print: bytes that are no UTF-8, and control characters, as escapes."""
+    """Return a path as text that can be printed: with control characters, and bytes that are no UTF-8, as escapes."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text

@@ -7,8 +7,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from w4a16gen.integrations.tensorrt_llm import declarations
+from w4a16gen.integrations.tensorrt_llm.branches import Reach
 from w4a16gen.integrations.tensorrt_llm.declarations import Specialization
-from w4a16gen.integrations.tensorrt_llm.preprocessor import Preprocessor, Reach, SourceError
+from w4a16gen.integrations.tensorrt_llm.preprocessor import Preprocessor, SourceError
 from w4a16gen.integrations.tensorrt_llm.tokens import Kind, Source, Token, tokenize
 
 LONGEST_STATEMENT = 200_000
@@ -108,8 +109,10 @@ class _Scanner:
             return
         if kind is Kind.PUNCTUATION and text in _BOUNDARIES:
             statement = self._statement
-            if statement:
+            if len(statement) >= _SHORTEST_STATEMENT:
                 self._end(token)
+            elif statement:
+                self._statement = []
             if text != ";":
                 self._brace(text, statement)
         elif kind is Kind.HASH:
@@ -141,7 +144,8 @@ class _Scanner:
 
     def _feed_statement(self, token: Token) -> None:
         plain = None
-        if not self._statement and not self._aliases and not self._ambiguous and self._before not in _ACCESS:
+        has_context = self._statement or self._aliases or self._ambiguous or self.preprocessor.macros.used_uncertain
+        if not has_context and self._before not in _ACCESS:
             plain = _plain(token.text)
         if plain is not None:
             self._found(plain, token.begin, token.end)
@@ -250,3 +254,5 @@ class _Scanner:
 _BOUNDARIES = frozenset(";{}")
 _ACCESS = frozenset({".", "->", "::"})
 _MOST_PROBLEMS = 20
+_SHORTEST_STATEMENT = 3
+"""Tokens before the boundary that an instantiation, an alias or a macro call needs."""

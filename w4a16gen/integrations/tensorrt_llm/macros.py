@@ -39,6 +39,7 @@ class Tokens:
     """A stream of tokens into which tokens can be pushed back."""
 
     def __init__(self, tokens: Iterable[Token]) -> None:
+        """Stream tokens."""
         self._tokens = iter(tokens)
         self._pushed: list[Token] = []
 

@@ -114,7 +114,7 @@ def _check_target(folder: Path, name: str, digests: set[str]) -> None:
     if os.path.lexists(path) and _digest(path) not in digests:
         shown = printable(str(path))
         raise InvalidValueError(
-            f"{shown} was not written by an earlier call, or was changed since: remove it, or choose another output folder"
+            f"{shown} was not written by an earlier call, or was changed since: remove it, or choose another folder"
         )
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import enum
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
+from w4a16gen.integrations.tensorrt_llm.branches import Branch, Reach, condition_text, negated
 from w4a16gen.integrations.tensorrt_llm.conditions import LONGEST_CONDITION, Value, evaluate
 from w4a16gen.integrations.tensorrt_llm.macros import ExpansionError, Macro, Macros, Tokens
 from w4a16gen.integrations.tensorrt_llm.tokens import Kind, Source, Token, tokenize
@@ -15,22 +14,10 @@ DEEPEST_CONDITION = 256
 """Conditions within conditions; a file with more is reported and read no further."""
 LONGEST_DIRECTIVE = 20_000
 """Tokens; a longer macro is reported, and the file read no further."""
-_LONGEST_CHAIN = 20
 _OF_BUILDS = re.compile(r"ENABLE_\w+|COMPILE_\w+|EXCLUDE_\w+|USE_\w+|CUDA_VERSION|CUDART_VERSION|_[A-Z_]\w*", re.ASCII)
 """Names that TensorRT-LLM's or its descendants' builds, or compilers, may define or not."""
 _PREDEFINED = {"__cplusplus": "201703", "__CUDACC__": "1", "__NVCC__": "1"}
 _FORMS = (("defined", ""), ("defined", "(", "", ")"), ("!", "defined", ""), ("!", "defined", "(", "", ")"))
-
-
-class Reach(enum.IntEnum):
-    """In which builds a compiler reads a token."""
-
-    DEAD = 0
-    """In none."""
-    CONDITIONAL = 1
-    """Only where a macro is defined that neither the file nor TensorRT-LLM's build defines."""
-    LIVE = 2
-    """In a build of TensorRT-LLM or of a descendant."""
 
 
 class SourceError(Exception):
@@ -40,44 +27,6 @@ class SourceError(Exception):
         """Keep a message and the offset in `Source.text` that it is about."""
         super().__init__(message)
         self.at = at
-
-
-@dataclass
-class Branch:
-    """The open branch of an `#if`."""
-
-    parent: Branch | None
-    begin: int
-    reach: Reach
-    is_certain: bool = True
-    """Whether every build that reads the parent reads it."""
-    is_in_every_build: bool = True
-    condition: str = ""
-    """Empty where it is certain."""
-    earlier: list[str] = field(default_factory=list)
-    """Conditions of the branches before it."""
-    taken: list[bool] = field(default_factory=lambda: [False, False])
-    """Whether a branch before it is certainly taken: in builds of TensorRT-LLM, in any build."""
-    may_be_taken: bool = False
-    """Whether a branch before it is taken in some build."""
-    has_else: bool = False
-    assumed: list[str] = field(default_factory=list)
-    """Names whose definition the condition or an earlier one asks for, and nothing else."""
-    decides_on: str | None = None
-    """The name of which the condition asks only whether it is defined."""
-    changed: list[str] = field(default_factory=list)
-    """Names that it defines or undefines."""
-
-    @property
-    def conditions(self) -> tuple[str, ...]:
-        """Conditions of this branch and all around it, outermost first."""
-        found: list[str] = []
-        branch: Branch | None = self
-        while branch is not None:
-            found += [branch.condition] if branch.condition else []
-            found += branch.earlier[-_LONGEST_CHAIN:][::-1] if not branch.is_certain else []
-            branch = branch.parent
-        return tuple(reversed(found))
 
 
 class Preprocessor:
@@ -182,7 +131,7 @@ class Preprocessor:
         branch = self.branch
         branch.has_else = is_else
         if branch.condition:
-            branch.earlier.append(_negated(branch.condition))
+            branch.earlier.append(negated(branch.condition))
         if branch.decides_on is not None:
             values = self._assumed[branch.decides_on]
             values[-1] = not values[-1]
@@ -202,7 +151,7 @@ class Preprocessor:
         is_sure = any_build not in {0, None}
         branch.is_certain = is_sure and not branch.may_be_taken
         branch.is_in_every_build = branch.is_certain and (branch.parent is None or branch.parent.is_in_every_build)
-        branch.condition = "" if is_sure else _text(condition)
+        branch.condition = "" if is_sure else condition_text(condition)
         branch.taken = [
             taken or value not in {0, None} for value, taken in zip((ours, any_build), branch.taken, strict=True)
         ]
@@ -276,20 +225,3 @@ class Preprocessor:
 
     def _value_of(self, name: str, *, of_any: bool) -> Value:
         return 0 if self._is_defined(name, of_any=of_any) is False else None
-
-
-def _text(condition: list[Token]) -> str:
-    """Return a condition as a report writes it."""
-    texts = [token.text for token in condition]
-    if texts[:1] == ["defined"] and len(texts) == 2:  # noqa: PLR2004 # a name without parentheses
-        return f"defined({texts[1]})"
-    if texts[:2] == ["!", "defined"] and len(texts) == 3:  # noqa: PLR2004 # a name without parentheses
-        return f"!defined({texts[2]})"
-    return re.sub(r" ?([(),]) ?|(!) ", r"\1\2", " ".join(texts))
-
-
-def _negated(condition: str) -> str:
-    """Return the opposite of a condition."""
-    if re.fullmatch(r"!defined\(\w+\)", condition):
-        return condition[1:]
-    return f"!{condition}" if re.fullmatch(r"defined\(\w+\)", condition) else f"!({condition})"

@@ -171,21 +171,20 @@ class _Lexer:
                     return after
             elif group == "newline":
                 self._line_is_empty = True
-                if self.in_directive:
-                    self.in_directive = self._directive_name = False
-                    yield Token(Kind.END, "", begin, begin)
+                yield from self._end_of_line(begin)
             elif group in _KINDS:
                 yield Token(_KINDS[group], mark, begin, end)
             elif group == "quote":
                 return (yield from self._literal(text, begin, mark))
             elif group == "block":
                 self._line_is_empty = first
-                closing = text.find("*/", end, self._stop)
-                if closing >= 0:
-                    return closing + 2
-                yield Token(Kind.STRAY, "/*", begin, end)
-                return None
+                return (yield from self._comment(text, begin, end))
         return None
+
+    def _end_of_line(self, at: int) -> Iterator[Token]:
+        if self.in_directive:
+            self.in_directive = self._directive_name = False
+            yield Token(Kind.END, "", at, at)
 
     def _mark(self, mark: str, begin: int, end: int, *, is_first: bool) -> Token:
         """Return a punctuation mark, or the start of a directive."""
@@ -216,6 +215,14 @@ class _Lexer:
                 return semicolon + 1
         yield _make_token((Kind.WORD, word, begin, end))
         return end
+
+    def _comment(self, text: str, begin: int, end: int) -> Generator[Token, None, int | None]:
+        """Skip a comment from its opening mark; return where it ends, or None if it does not end."""
+        closing = text.find("*/", end, self._stop)
+        if closing >= 0:
+            return closing + 2
+        yield Token(Kind.STRAY, "/*", begin, end)
+        return None
 
     def _literal(self, text: str, begin: int, quote: str) -> Generator[Token, None, int | None]:
         """Yield a literal from its first quote, or what stands there of its line; return where it ends."""
