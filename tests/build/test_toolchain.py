@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import shlex
 import site
 import subprocess
@@ -128,6 +129,24 @@ def test_programs_of_packages_are_found_without_path(monkeypatch: pytest.MonkeyP
         assert os.access(found, os.X_OK)
 
 
+def test_variables_that_nvcc_adds_to_its_commands_do_not_reach_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvcc = find_nvcc()
+    assert nvcc is not None
+    profile = (nvcc.resolve().parent / "nvcc.profile").read_text()
+    extended = set(re.findall(r"^(\w+)\s*(?:\+=|=\+)", profile, re.MULTILINE)) - {"PATH", "LD_LIBRARY_PATH"}
+    assert extended
+    for name in (*extended, "NVVM_FLAGS", "OCG_FLAGS", "NV_NVVM_VERSION", "NVCC_APPEND_FLAGS"):
+        monkeypatch.setenv(name, "-DHOSTILE")
+    source = tmp_path / "empty.cu"
+    source.touch()
+    command = [str(nvcc), "--dryrun", "-c", str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=child_environment())  # noqa: S603
+    assert "cicc" in done.stderr
+    assert "HOSTILE" not in done.stderr
+
+
 def test_variables_that_compilers_honour_do_not_reach_them(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*IGNORED_VARIABLES, "CMAKE_GENERATOR", "CMAKE_CXX_FLAGS", "NINJA_STATUS"):
         monkeypatch.setenv(name, "/elsewhere")
@@ -248,6 +267,8 @@ def test_missing_python_headers_are_found_before_anything_is_compiled(
     found = finding("Python.h")
     assert not found.ok
     assert found.fix
+    with pytest.raises(MissingToolError, match=r"^Python\.h was not found\. Fix: "):
+        find_toolchain()
 
 
 def test_commands_name_the_interpreter_and_real_requirements() -> None:

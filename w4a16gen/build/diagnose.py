@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import re
 import subprocess
-import sysconfig
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from w4a16gen.build.toolchain import (
     find_host_compiler,
     find_ninja,
     find_nvcc,
+    find_python_header,
     find_toolchain,
 )
 from w4a16gen.build.units import FLAGS
@@ -185,12 +185,11 @@ def _linking_tools() -> list[Finding]:
     cmake, wrong = _attempt(find_cmake)
     version = re.search(r"version (\d+)\.(\d+)", program_version(cmake)) if cmake else None
     is_old = version is not None and (int(version[1]), int(version[2])) < MIN_CMAKE
-    header = Path(sysconfig.get_path("include")) / "Python.h"
     found = [
         _found("cmake", cmake, pip_install("cmake"), f", version {version[1]}.{version[2]}" if version else ""),
         _found("ninja", find_ninja(), pip_install("ninja")),
         Finding("pybind11", ok=True, detail=f"version {pybind11.__version__}"),
-        _found("Python.h", header if header.is_file() else None, install_python_headers()),
+        _found("Python.h", find_python_header(), install_python_headers()),
     ]
     if wrong:
         found[0] = Finding("cmake", ok=False, detail=wrong, fix="unset W4A16GEN_CMAKE")

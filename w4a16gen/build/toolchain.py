@@ -8,11 +8,12 @@ import os
 import shlex
 import shutil
 import sys
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from w4a16gen.build.install import INSTALL_COMPILER, install_cuda, pip_install
+from w4a16gen.build.install import INSTALL_COMPILER, install_cuda, install_python_headers, pip_install
 from w4a16gen.build.versions import gcc_major, newest_supported_gcc, nvcc_version, program_version
 from w4a16gen.errors import MissingToolError
 
@@ -88,6 +89,12 @@ def find_cmake() -> Path | None:
 def find_ninja() -> Path | None:
     """Find Ninja."""
     return find_packaged("ninja", "BIN_DIR")
+
+
+def find_python_header() -> Path | None:
+    """Find Python.h of the running Python, which the module includes."""
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return header if header.is_file() else None
 
 
 def require(name: str, found: Path | None, fix: str) -> Path:
@@ -221,6 +228,7 @@ def find_toolchain() -> Toolchain:
             f"{nvcc} is {release}; {MIN_NVCC[0]}.{MIN_NVCC[1]} or newer is needed. Fix: {install_cuda()}"
         )
     include = require("cuda_runtime_api.h", find_cuda_include(nvcc), install_cuda())
+    require("Python.h", find_python_header(), install_python_headers())
     return Toolchain(
         nvcc=nvcc,
         cuda_include=include,
