@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,18 @@ def test_sources_that_were_kept_stale_can_still_be_removed_later(tmp_path: Path)
     removed = emit([CONFIGS[3]], tmp_path, remove_stale=True)
     assert removed.removed == kept.stale
     assert names(tmp_path) == {source_name(CONFIGS[3])}
+
+
+def test_pipes_folders_and_links_in_place_of_sources_are_put_aside(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in (*map(source_name, CONFIGS[:3]), "manifest.json")]
+    os.mkfifo(paths[0])
+    paths[1].mkdir()
+    paths[2].symlink_to(os.devnull)
+    os.mkfifo(paths[3])
+    emit(CONFIGS[:3], tmp_path)
+    assert all(path.is_file() and not path.is_symlink() for path in paths)
+    assert {path.name for path in tmp_path.glob("*.1")} == {f"{path.name}.1" for path in (*paths[:2], paths[3])}
+    assert Path(os.devnull).is_char_device()
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"schema": "w4a16gen.sources/1", "kernels": [{"name": "../x"}]}'])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import psutil
 import pytest
 from fakes.workshop import CONFIGS, Workshop
 
-from w4a16gen.build import causes
+from w4a16gen.build import causes, scratch
 from w4a16gen.build.clean import clean
 from w4a16gen.build.lock import locked
 from w4a16gen.errors import BuildError, BuildLockedError
@@ -55,6 +57,49 @@ def test_the_next_build_ends_orphaned_compilers_and_removes_what_they_had(worksh
     assert not sleepers(workshop.root)
     assert not list(workshop.folder.glob(".scratch-*"))
     assert workshop.built() == CONFIGS[:1]
+
+
+def test_only_scratch_folders_that_a_build_made_are_removed(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(scratch, "_temporary_folders", lambda: [tmp_path / "temporary"])
+    workshop.build()
+    temporary = tmp_path / "temporary"
+    others = [tmp_path / "w4a16gen-abcdefgh", temporary / "w4a16gen-01234567", temporary / "w4a16gen-ofanothe"]
+    for folder in others:
+        folder.mkdir(parents=True)
+        (folder / ".build").symlink_to(tmp_path if folder == others[2] else workshop.folder)
+    (workshop.folder / f".scratch-{others[0].name}").symlink_to(others[0])
+    (workshop.folder / ".scratch-w4a16gen-00000000").symlink_to(others[1])
+    (workshop.folder / f".scratch-{others[2].name}").symlink_to(others[2])
+    notes = workshop.folder / ".scratch-notes.txt"
+    notes.touch()
+    left = temporary / "w4a16gen-leftover"
+    left.mkdir()
+    (left / ".build").symlink_to(workshop.folder)
+    (workshop.folder / f".scratch-{left.name}").symlink_to(left)
+    copied = scratch.libraries_beside(left, workshop.folder)
+    copied.mkdir()
+    workshop.build()
+    assert all(folder.exists() for folder in others)
+    assert notes.exists()
+    assert not left.exists()
+    assert not copied.exists()
+    assert list(workshop.folder.glob(".scratch-w4a16gen-*")) == []
+
+
+def test_a_copy_made_during_a_build_does_not_end_that_build(workshop: Workshop, tmp_path: Path) -> None:
+    environment = {**os.environ, "FAKE_NVCC_SLEEP": "4"}
+    with subprocess.Popen(COMMAND, cwd=workshop.root, env=environment, stderr=subprocess.DEVNULL) as running:  # noqa: S603
+        wait_for_calls(workshop.calls)
+        copy = Workshop(tmp_path / "copy")
+        shutil.copytree(workshop.root, copy.root, symlinks=True)
+        assert list(copy.folder.glob(".scratch-*"))
+        copy.build()
+        assert not list(copy.folder.glob(".scratch-*"))
+    assert running.returncode == 0
+    assert len(workshop.built()) == 1
 
 
 def test_temporary_files_of_dead_writers_are_removed_and_those_of_living_ones_stay(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def emit(configs: Iterable[KernelConfig], folder: Path, *, remove_stale: bool = 
     """Write one source per configuration and a manifest into a folder.
 
     Files that have the right text already are not touched. Only files that an earlier call wrote, as the manifest
-    lists them, are ever removed. A folder that has a file's name is renamed: a number is added to its name.
+    lists them, are ever removed. A folder or a pipe that has a file's name is renamed: a number is added to its name.
 
     Args:
         configs: the kernels.
@@ -68,8 +68,10 @@ def emit(configs: Iterable[KernelConfig], folder: Path, *, remove_stale: bool = 
 
 
 def _set_aside(path: Path) -> None:
-    """Rename a folder that has the name of a file to be written; its content stays."""
-    if path.is_dir() and not path.is_symlink():
+    """Rename a folder, a pipe or a device that has the name of a file to be written; remove a link to one."""
+    if path.is_symlink() and not path.is_file():
+        path.unlink()
+    elif path.exists() and not path.is_file():
         number = next(number for number in itertools.count(1) if not path.with_name(f"{path.name}.{number}").exists())
         path.rename(path.with_name(f"{path.name}.{number}"))
 

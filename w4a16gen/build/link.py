@@ -21,7 +21,7 @@ from w4a16gen.build.environment import child_environment
 from w4a16gen.build.headers import CUDA_FOLDER, headers_of
 from w4a16gen.build.limits import usable_cores
 from w4a16gen.build.nvcc import put_in_place, write_log
-from w4a16gen.build.scratch import LOGS, OBJECTS, OWNER_VARIABLE, alias
+from w4a16gen.build.scratch import LOGS, OBJECTS, OWNER_VARIABLE, alias, libraries_beside
 from w4a16gen.build.toolchain import Toolchain, compiler_identity
 from w4a16gen.build.units import CompiledUnit
 from w4a16gen.errors import BuildError
@@ -262,7 +262,7 @@ def _install(library: Path, module: Path, build: Path, scratch: Path) -> LinkedP
     if fresh.stat().st_dev == build.stat().st_dev:
         fresh.rename(build / name)
     else:
-        beside = build / f"{scratch.name}-libraries"
+        beside = libraries_beside(scratch, build)
         shutil.copytree(fresh, beside)
         beside.rename(build / name)
     return LinkedPair(name, *digests)

@@ -24,6 +24,11 @@ OBJECTS = "objects"
 LOGS = "logs"
 _PREFIX = ".scratch-"
 _OUTSIDE = "w4a16gen-"
+_OWNER = ".build"
+"""Link from a scratch folder elsewhere to the folder of its build."""
+_RANDOM = r"[a-z0-9_]{8}"
+_SCRATCH = re.compile(rf"{re.escape(_PREFIX)}(?:{_OUTSIDE})?{_RANDOM}(?:-libraries)?")
+"""Names that builds give to scratch folders, to links to them, and to libraries that are copied from another disk."""
 _SAFE = re.compile(r"[A-Za-z0-9_./+-]+")
 """Paths without anything that nvcc's shell, CMake's lists or Ninja's rules treat specially."""
 
@@ -50,6 +55,7 @@ def scratch_folder(build: Path) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix=_OUTSIDE, dir=_safe_temporary_folder()))
         link = build / f"{_PREFIX}{folder.name}"
         link.symlink_to(folder)
+        (folder / _OWNER).symlink_to(build.resolve())
     try:
         yield folder
     finally:
@@ -58,9 +64,12 @@ def scratch_folder(build: Path) -> Iterator[Path]:
             remove(link)
 
 
+def _temporary_folders() -> list[Path]:
+    return [Path(tempfile.gettempdir()).resolve(), Path("/tmp"), Path("/var/tmp")]  # noqa: S108 - mkdtemp is safe
+
+
 def _safe_temporary_folder() -> Path:
-    candidates = [Path(tempfile.gettempdir()).resolve(), Path("/tmp"), Path("/var/tmp")]  # noqa: S108 - mkdtemp is safe
-    for folder in candidates:
+    for folder in _temporary_folders():
         if is_safe(folder) and os.access(folder, os.W_OK):
             return folder
     raise BuildError(
@@ -79,17 +88,23 @@ def alias(scratch: Path, name: str, path: Path) -> Path:
     return link
 
 
+def libraries_beside(scratch: Path, build: Path) -> Path:
+    """Return where a build puts libraries that it copies from a scratch folder on another disk."""
+    return build / f"{_PREFIX}{scratch.name.removeprefix(_PREFIX)}-libraries"
+
+
 def remove_leftovers(build: Path) -> None:
     """Remove what killed builds left in a folder, and libraries that the manifest no longer names.
 
     Their compilers, which may still run, are ended first. The caller holds the build's lock, so no other build uses
     any of it.
     """
-    scratches = {path: path.resolve() for path in build.glob(f"{_PREFIX}*")}
-    if scratches:
-        _end_orphans({folder.name for folder in scratches.values()})
+    scratches = {path: _own_folder(path) for path in build.glob(f"{_PREFIX}*") if _SCRATCH.fullmatch(path.name)}
+    folders = {folder for folder in scratches.values() if folder is not None}
+    if folders:
+        _end_orphans(folders)
     for path, folder in scratches.items():
-        if path.is_symlink() and folder.name.startswith(_OUTSIDE) and folder.is_dir():
+        if path.is_symlink() and folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
         remove(path)
     for folder in (build, build / OBJECTS, build / LOGS):
@@ -103,16 +118,35 @@ def remove_leftovers(build: Path) -> None:
             remove(path)
 
 
+def _own_folder(path: Path) -> Path | None:
+    """Return the scratch folder that a path in a build's folder stands for; None if it is a link to anything else."""
+    if not path.is_symlink():
+        return path.resolve()
+    try:
+        folder = path.readlink()
+        owner = (folder / _OWNER).readlink()
+        is_own = folder.lstat().st_uid == os.geteuid() and path.name == f"{_PREFIX}{folder.name}"
+    except OSError:
+        return None
+    is_own = is_own and folder.parent in _temporary_folders()
+    return folder if is_own and (owner == path.parent.resolve() or not owner.exists()) else None
+
+
 def library_folders(build: Path) -> list[Path]:
     """Return the folders of libraries in a build's folder: the manifest's, and those of earlier builds."""
     return sorted(path for path in build.glob(f"{LIBRARIES_PREFIX}*") if LIBRARIES.fullmatch(path.name))
 
 
-def _end_orphans(scratches: set[str]) -> None:
-    """End the compilers whose environment names a scratch folder of one of these names."""
+def _end_orphans(scratches: set[Path]) -> None:
+    """End the compilers whose environment names one of these scratch folders, perhaps by its path before a move.
+
+    A folder that was copied while a build ran has scratch folders of the same names. That build goes on.
+    """
+    names = {scratch.name for scratch in scratches}
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
-            if Path(process.environ().get(OWNER_VARIABLE, "")).name in scratches:
+            owner = Path(process.environ().get(OWNER_VARIABLE, ""))
+            if owner in scratches or (owner.name in names and not owner.exists()):
                 process.send_signal(signal.SIGKILL)
                 process.wait(timeout=5)
 
