@@ -33,7 +33,7 @@ BUILD = "build"
 
 
 def one_per_mode() -> list[KernelConfig]:
-    """Give the kernels of the real build: one per mode, of both schedules and schedulers, one with a cluster."""
+    """Return the kernels of the real build: one per mode, of both schedules and schedulers, one with a cluster."""
     shapes = {
         QuantMode.PER_COLUMN_SCALE_ONLY: ("64x16x64", "1x1x1"),
         QuantMode.FINEGRAINED_SCALE_ONLY: ("128x128x64", "2x1x1"),
@@ -56,7 +56,7 @@ def fresh_environment() -> Iterator[None]:
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Runner:
-    """Give a runner in an empty folder."""
+    """Return a runner in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(BUILD_FOLDER_VARIABLE, raising=False)
     return Runner()
@@ -64,7 +64,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Runner:
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    """Give a fixed source of random numbers."""
+    """Return a fixed source of random numbers."""
     return np.random.default_rng(20261123)
 
 
@@ -112,7 +112,7 @@ def workshop(tmp_path: Path, fake_nvcc: None, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture(scope="session")
 def fake_build(tmp_path_factory: pytest.TempPathFactory, fake_cache: Path) -> Build:
-    """Give a build of the 63 shapes whose kernels can be described but not launched."""
+    """Return a build of the 63 shapes whose kernels can be described but not launched."""
     folder = tmp_path_factory.mktemp("fake")
     with pytest.MonkeyPatch.context() as monkeypatch:
         install_fake_nvcc(folder, fake_cache, monkeypatch)
@@ -129,7 +129,7 @@ def fake_library(fake_build: Build) -> Library:
 
 @pytest.fixture(scope="session")
 def real_build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """Give a real build of one kernel per mode."""
+    """Return a real build of one kernel per mode."""
     folder = tmp_path_factory.mktemp("real")
     return build(one_per_mode(), generated=folder / GENERATED, folder=folder / BUILD).build
 

@@ -1,4 +1,4 @@
-"""How much longer the chosen kernels take than the fastest, by the packaged times.
+"""Compare the time of the chosen kernels with that of the fastest, by the packaged times.
 
 python tools/choice_loss.py        # prints the loss of each way to choose
 """
@@ -53,7 +53,7 @@ def losses_by_layer(table: TuningTable, model: CostModel, reach: Reach) -> dict[
 def losses_by_tokens(table: TuningTable, model: CostModel, reach: Reach) -> dict[str, dict[Problem, float]]:
     """Return the loss in each problem if the table did not hold it, for two ways to choose.
 
-    Only problems with a time of the same layer at more tokens, but fewer than twice as many, are counted.
+    Only problems are counted whose layer has a time at more tokens, but fewer than twice the tokens.
 
     Returns:
         By way: `estimate`, the corrected estimate; `next_tokens`, the kernel that was fastest at the next more tokens.

@@ -1,4 +1,4 @@
-"""Damage builds in every way, and check that the next `build` and `verify` end right.
+"""Damage builds in every way, and check that the next `build` and `verify` succeed.
 
     python tools/fault_campaign.py                  # the stand-in compilers of tests/fakes: minutes
     python tools/fault_campaign.py --real           # nvcc and CMake: hours
@@ -261,7 +261,7 @@ class Campaign:
         return tally
 
     def clocks(self) -> Tally:
-        """Give every file a time in the future or the past, as a clock that was moved does, and build again."""
+        """Set every file's time to the future or the past, as if the clock had been changed, and build again."""
         tally = Tally("clocks")
         for number in range(min(self.count, 10)):
             with self.copy() as folder:
@@ -291,7 +291,7 @@ class Campaign:
                 done = self.command(mount, "build", *self.second)
                 problems = ended_badly("build", done)
                 if done.returncode and "No space left" not in " ".join(done.stderr.split()):
-                    problems.append(f"not told as a full disk: {done.stderr.strip()[-300:]}")
+                    problems.append(f"not reported as a full disk: {done.stderr.strip()[-300:]}")
                 subprocess.run(["mount", "-o", "remount,size=500m", str(mount)], check=True)  # noqa: S603, S607
                 tally.check(f"{number} of {kilobytes} kB", problems + self.build(mount, self.second))
             finally:

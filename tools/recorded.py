@@ -1,4 +1,4 @@
-"""Recorded times in a CSV file, plain or compressed by its suffix (`.gz`, `.xz`): one measurement a line."""
+"""Recorded times in a CSV file, plain or compressed by its suffix (`.gz`, `.xz`): one measurement per line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long work reports its progress."""
+"""The callback by which slow work reports its progress."""
 
 from __future__ import annotations
 

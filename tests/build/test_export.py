@@ -33,7 +33,7 @@ EXAMPLE = EXAMPLES / "cpp"
 
 @pytest.fixture(scope="session")
 def native_build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """Give a real build of three native kernels, one a mode."""
+    """Return a real build of three native kernels, one per mode."""
     folder = tmp_path_factory.mktemp("native")
     configs = select("default", Filter([CtaShape.parse("128x128x64")]))
     one = [next(config for config in configs if config.mode is mode) for mode in {config.mode for config in configs}]

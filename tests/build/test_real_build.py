@@ -36,7 +36,7 @@ BY_WARPS = "w4a16_sm90_native_fgs_cta64x8x128_cluster1x1x2_warps8_persistent"
 
 
 def generated(build: Build) -> Path:
-    """Give the folder that a build's sources were emitted to."""
+    """Return the folder that a build's sources were emitted to."""
     folder: Path = build.folder.parent / "generated"
     return folder
 
@@ -155,7 +155,7 @@ def test_the_library_exports_the_c_interface_and_nothing_else(real_library: Libr
 
 
 def exported_names(library: bytes) -> bytes:
-    """Give the dynamic string table of an ELF library."""
+    """Return the dynamic string table of an ELF library."""
     start = library.index(b"w4a16_")
     begin = library.rindex(b"\0\0", 0, start) if b"\0\0" in library[:start] else 0
     return library[begin : library.index(b"\0\0", start)]

@@ -169,4 +169,4 @@ def test_progress_on_a_dumb_terminal_or_in_a_file_is_a_line_for_each_tenth(tmp_p
     assert "\x1b[" not in received
     lines = [line for line in lines_of(received) if " of 61" in line]
     assert 9 <= len(lines) <= 10
-    assert lines[0] == "Building 60 kernels: 7 of 61"
+    assert lines[0] == "Building 60 kernels: step 7 of 61"

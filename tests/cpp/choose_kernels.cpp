@@ -1,4 +1,4 @@
-// Answers questions about choices, one a line on standard input: MODE M N K GROUP_SIZE [SM_COUNT NAME OF THE GPU].
+// Answers questions about choices, one per line on standard input: MODE M N K GROUP_SIZE [SM_COUNT NAME OF THE GPU].
 // Prints the kernel, its microseconds and the source; or "error" and the sentence. The argument is the choice file.
 #include <cstdio>
 #include <iostream>

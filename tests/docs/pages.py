@@ -84,7 +84,7 @@ def with_outputs(blocks: list[Block]) -> Iterator[tuple[Block, Block | None]]:
 
 
 def prose_of(page: Path) -> str:
-    """Return a page's paragraphs and list items, one a line, without code blocks, tables, headings and markup."""
+    """Return a page's paragraphs and list items, one per line, without code blocks, tables, headings and markup."""
     text = _FENCE.sub("", page.read_text())
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     paragraphs: list[str] = []

@@ -21,7 +21,7 @@ from docs.pages import PAGES, Block, blocks_of, name_of, with_outputs
 from w4a16gen.build import toolchain, versions
 from w4a16gen.runtime.artifact import Build
 
-PROGRESS = re.compile(r"Building \d+ kernels: \d+ of \d+|")
+PROGRESS = re.compile(r"Building \d+ kernels: step \d+ of \d+|")
 """Lines that a terminal shows as a bar."""
 CPP_HEADERS = ROOT / "w4a16gen" / "cuda"
 RUNNER = CPP_HEADERS / "sdk" / "runner.h"

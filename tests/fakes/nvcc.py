@@ -25,7 +25,7 @@ RELEASE = "Cuda compilation tools, release {}, V13.0.88\nBuild fake"
 
 
 def entry(config: KernelConfig) -> str:
-    """Give the C++ of one kernel's entry."""
+    """Return the C++ of one kernel's entry."""
     zeros = "true" if config.mode.has_zeros else "false"
     shape = ", ".join(map(str, config.cta.as_list())), ", ".join(map(str, config.cluster.as_list()))
     return f"""

@@ -31,7 +31,7 @@ KERNEL = "w4a16_sm90_native_fgs_cta64x8x128_cluster1x1x1_warpgroups4_persistent"
 
 
 def compared(problem: Problem, kernel: float, *, floor: float | None = None, cublas: float | None = None) -> Comparison:
-    """Give what `bench` measures of one problem."""
+    """Return a comparison as `bench` makes it for one problem."""
     timings = [Timing(KERNEL, [kernel - 1, kernel, kernel + 2], [kernel - 0.5])]
     if floor is not None:
         timings.append(Timing(FLOOR, [floor], [floor - 1]))
@@ -74,7 +74,7 @@ def test_with_many_tokens_the_floor_is_multiplying() -> None:
 
 @pytest.fixture
 def recorded(tmp_path: Path) -> tuple[Path, list[Row]]:
-    """Give the folder of a run of four problems, and its rows."""
+    """Return the folder of a run of four problems, and its rows."""
     folder = tmp_path / "report"
     recorder = Recorder(folder, RUN)
     rows = []

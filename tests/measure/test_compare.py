@@ -29,7 +29,7 @@ from w4a16gen.measure.workload import Workload
 
 
 def screened(m: int, **microseconds: float) -> Comparison:
-    """Give a comparison of kernels of these times."""
+    """Return a comparison of kernels of these times."""
     return Comparison(Problem(m, 64, 64, 64), QuantMode.FINEGRAINED_SCALE_ONLY, microseconds, 0, [])
 
 

@@ -42,7 +42,7 @@ def describe_full(folders: Sequence[Path]) -> str:
 def describe_environment(text: str, tools: Toolchain) -> str | None:
     """Return what is wrong with the machine if a compiler's output shows it; None if it is about the source.
 
-    Such a failure happens to every kernel, so it is told once and ends the build.
+    Such a failure happens to every kernel, so it is reported once and ends the build.
 
     Args:
         text: what the compiler, the linker or CMake printed.

@@ -1,4 +1,4 @@
-"""Compiling kernels: as many compilers at once as cores and memory allow, and what becomes of failures."""
+"""Compiles kernels: runs as many compilers as cores and memory allow, and reports failures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a build and a call need, what this machine has, and the command that fixes what is missing."""
+"""Checks of this machine for builds and calls, each with the command that fixes a fault."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Finding:
 
 
 def diagnose() -> list[Finding]:
-    """Look for everything that a build needs; never raises for what it is there to find."""
+    """Look for everything that a build needs; never raise for a fault that it reports."""
     findings = [_nvcc(), *_toolkit(), _host_compiler(), *_linking_tools(), _cutlass(), _ignored_variables()]
     if all(finding.ok for finding in findings):
         findings.append(_trial_compilation())

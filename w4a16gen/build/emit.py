@@ -19,7 +19,7 @@ SOURCES_SCHEMA = "w4a16gen.sources/1"
 
 @dataclass(frozen=True)
 class Emission:
-    """What an emission did: paths of every kernel asked for, and which files were written or removed."""
+    """The result of an emission: paths of every kernel asked for, and which files were written or removed."""
 
     paths: tuple[Path, ...]
     written: tuple[Path, ...]

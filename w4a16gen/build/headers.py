@@ -15,7 +15,7 @@ _CUTLASS = ("cute/", "cutlass/")
 
 @dataclass(frozen=True)
 class Headers:
-    """What a source includes, directly or through other headers."""
+    """The headers that a source includes, directly or through other headers."""
 
     own: tuple[Path, ...]
     """Headers of this package, sorted."""

@@ -41,7 +41,7 @@ _ERROR_WORDS = ("error", "undefined reference", "could not find", "fatal", "not 
 
 @dataclass(frozen=True)
 class Link:
-    """What is to be linked."""
+    """The input of a link."""
 
     units: Sequence[CompiledUnit]
     configs: Sequence[KernelConfig]

@@ -27,7 +27,7 @@ from w4a16gen.runtime.artifact import MANIFEST, MODULE, Build, BuiltKernel, Mani
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a call of `build` did."""
+    """The result of a call of `build`."""
 
     build: Build
     compiled: int

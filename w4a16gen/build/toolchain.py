@@ -1,4 +1,4 @@
-"""Where the compiler, its parts, CMake and CUTLASS are."""
+"""The search for the compiler, its parts, CMake and CUTLASS."""
 
 from __future__ import annotations
 

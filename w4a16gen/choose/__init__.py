@@ -1,1 +1,1 @@
-"""Which kernel a call gets, and why."""
+"""The choice of a kernel for a call."""

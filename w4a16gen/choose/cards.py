@@ -1,4 +1,4 @@
-"""Which GPUs the packaged times are good for, and what estimates need to know of the other ones."""
+"""The GPUs that the packaged times apply to, and the figures by which estimates describe the others."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from w4a16gen.kernels.device import Device
 
 SAME_MEMORY = 0.2
-"""Cards share times if their SMs are as many and their memory bandwidths differ by at most this share. That includes
-the H800, the H100 NVL and the GH200 with HBM3. It leaves out the H200, and boards and MIG slices with fewer SMs."""
+"""Cards share times if they have equally many SMs and their memory bandwidths differ by at most this share.
+
+That includes the H800, the H100 NVL and the GH200 with HBM3. It leaves out the H200, and boards and MIG slices with
+fewer SMs."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ _FNV_OFFSET, _FNV_PRIME = 0xCBF29CE484222325, 0x100000001B3
 
 
 def choice_text(content_hashes: Mapping[KernelConfig, str], tuning_table: Path) -> str:
-    """Return the file for a build: one record a line, fields separated by single spaces, in a fixed order.
+    """Return the file for a build: one record per line, fields separated by single spaces, in a fixed order.
 
     The first line is the schema. Then come the constants of the estimates, the cards, the native kernels of the build,
     their packaged times, and the times of the build's tuning table. The last line counts the lines before it and holds

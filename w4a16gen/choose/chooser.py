@@ -18,7 +18,7 @@ from w4a16gen.kernels.problem import Problem, runnable, why_cannot_run
 
 
 class ChoiceSource(Enum):
-    """Where a choice comes from, in order of precedence; the value is what JSON carries."""
+    """The source of a choice, in order of precedence. The value is its name in JSON."""
 
     OVERRIDE = "override"
     TUNING_TABLE = "tuning_table"
@@ -28,7 +28,7 @@ class ChoiceSource(Enum):
 
     @property
     def sentence(self) -> str:
-        """Return the source in words."""
+        """The source in words."""
         return _SENTENCES[self]
 
 

@@ -17,7 +17,7 @@ from w4a16gen.kernels.legality import CTA_TOKENS
 from w4a16gen.kernels.problem import Problem, runnable
 
 MODEL_PATH = Path(__file__).resolve().parent / "data" / "h100_cost_model.json"
-"""What `tools/fit_cost_model.py` writes."""
+"""The file that `tools/fit_cost_model.py` writes."""
 SCHEMA = "w4a16gen.cost_model/1"
 PACKED_BLOCK_CHANNELS = 64
 PACKED_BLOCK_K = 128
@@ -29,7 +29,7 @@ CLUSTER_SIZE_THAT_FITS_BADLY = 4
 
 
 class Work(NamedTuple):
-    """What a native kernel does in a problem, in counts that no fitted constant enters."""
+    """The work of a native kernel in a problem, in counts that do not depend on fitted constants."""
 
     tile_tokens: int
     tile_blocks: int
@@ -65,7 +65,7 @@ class CostModel:
     cycles_per_microsecond: float
     """The clock that turns cycles into microseconds."""
     clusters_of_4: int
-    """Clusters of four CTAs that an H100's 132 SMs hold at once, one CTA an SM."""
+    """Clusters of four CTAs that an H100's 132 SMs hold at once, one CTA per SM."""
     launch_cycles: float
     """Cycles of every launch: until the first bytes arrive, and for the last store."""
     block_cycles: float
@@ -89,7 +89,7 @@ class CostModel:
     fixup_token_cycles: float
     """Cycles of the stream-K fix-up per token and 64 channels of the tile, for each CTA that shares a tile."""
     paired_share: float
-    """How far tiles come in pairs where two CTAs share an SM: 0 not at all, 1 always."""
+    """The share of tiles that come in pairs where two CTAs share an SM: 0 none, 1 all."""
     stream_k_loss: float
     """Share by which stream-K reads and works longer."""
     packed_bytes_per_cycle: float

@@ -19,7 +19,7 @@ from w4a16gen.kernels.problem import Problem
 
 DATA_FOLDER = Path(__file__).resolve().parent / "data"
 TIMES_PATH = DATA_FOLDER / "h100_times.json"
-"""What `tools/merge_times.py` writes: the kernels of space `default` on an H100."""
+"""The file that `tools/merge_times.py` writes: times of the kernels of space `default` on an H100."""
 NEIGHBOURS_PATH = DATA_FOLDER / "h100_neighbours.json"
 TIMES_SCHEMA = "w4a16gen.packaged_times/1"
 NEIGHBOURS_SCHEMA = "w4a16gen.neighbours/1"
@@ -55,7 +55,7 @@ def read_times(path: Path) -> TuningTable:
 
 
 def times_as_text(table: TuningTable, source: str) -> str:
-    """Return the file of packaged times for a table: JSON with one problem a line, in a fixed order.
+    """Return the file of packaged times for a table: JSON with one problem per line, in a fixed order.
 
     Args:
         table: times of `MEASURED_MODE` and `MEASURED_GROUP_SIZE`; others are left out.
@@ -120,7 +120,7 @@ def fastest(
 
 @dataclass(frozen=True)
 class Reach:
-    """How far the times of one problem say something about another."""
+    """The distance up to which a problem's times correct the estimates of other problems."""
 
     layer_octaves: float
     """Standard deviation of a normal distribution, in octaves of n and of k."""

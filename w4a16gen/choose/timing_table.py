@@ -23,10 +23,11 @@ SCHEMA = "w4a16gen.tuning/2"
 TABLE = "tuning.json"
 """File name in a build's folder."""
 TOKEN_STEP = 8
-"""Tiles have multiples of 8 tokens. Token counts that need as many steps of 8 therefore have the same waves of tiles.
-The kernel that is fastest at more tokens says little: in 158 problems of the packaged times with another time above, at
-fewer than twice the tokens, it would lose 9.6 % in geometric mean, the corrected estimate 0.23 %
-(`tools/choice_loss.py`)."""
+"""Tiles have multiples of 8 tokens. Token counts that need the same number of steps of 8 therefore have the
+same waves of tiles.
+
+A time at more tokens is a poor guide: 158 problems of the packaged times have one below twice the tokens. Its fastest
+kernel loses 9.6 % there in geometric mean, the corrected estimate 0.23 % (`tools/choice_loss.py`)."""
 
 
 class Measured(NamedTuple):
@@ -44,7 +45,7 @@ class TuningTable:
     gpu: str
     """The model's name, as the driver gives it."""
     sm_count: int
-    """Its streaming multiprocessors, which tell a MIG slice from the whole card."""
+    """Its streaming multiprocessors, which distinguish a MIG slice from the whole card."""
     times: Mapping[tuple[QuantMode, Problem], Mapping[KernelConfig, Measured]] = field(default_factory=dict)
     dependent: bool = False
     """Whether the launches were dependent ones, in a chain of the same kernel. A table holds one kind of launch,
@@ -93,7 +94,7 @@ class TuningTable:
             ) from None
 
     def as_text(self) -> str:
-        """Return the file's text: JSON with one time a line, in an order that depends on the content only."""
+        """Return the file's text: JSON with one time per line, in an order that depends on the content only."""
         rows = [
             {**vars(problem), "kernel": config.name, **measured._asdict()}
             for (_, problem), of_problem in self.times.items()
@@ -140,7 +141,8 @@ class TuningTable:
     ) -> tuple[KernelConfig, float] | None:
         """Return the built kernel that was fastest in a problem, and its time.
 
-        Times of other tokens count if every kernel has as many tiles there; the nearest count first. See `TOKEN_STEP`.
+        A time at another token count is valid if every kernel has the same number of tiles there; see `TOKEN_STEP`. The
+        nearest count comes first.
 
         Args:
             mode: the quantisation mode.
@@ -156,7 +158,7 @@ class TuningTable:
     def fastest_at_more_tokens(
         self, mode: QuantMode, problem: Problem, hashes: Mapping[KernelConfig, str]
     ) -> tuple[KernelConfig, float] | None:
-        """Return what `fastest` returns for the next more tokens that were measured, below twice as many."""
+        """Return what `fastest` returns for the next larger token count that was measured, below twice the tokens."""
         more = [m for m in self._tokens_of(mode, problem) if problem.m <= m < 2 * problem.m]
         return self._first(mode, problem, hashes, sorted(more))
 

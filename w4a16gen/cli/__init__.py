@@ -1,4 +1,4 @@
-"""The command line: one file a command; arguments in, tables or JSON out."""
+"""The command line: one file per command; arguments in, tables or JSON out."""
 
 from w4a16gen.cli.app import main
 

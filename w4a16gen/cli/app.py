@@ -24,12 +24,12 @@ COMPLETION_VARIABLE = "_W4A16GEN_COMPLETE"
 """Set by the completion script; its value says what the shell asks for."""
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
-"""128 + SIGPIPE, as programs exit whose output nobody reads any more."""
+"""128 + SIGPIPE: the usual status of a program whose output pipe is closed."""
 TRACEBACK_VARIABLE = "W4A16GEN_TRACEBACK"
 
 
 class Entry(NamedTuple):
-    """Where a command is, and its line in the list of commands."""
+    """A command's module, and its line in the list of commands."""
 
     module: str
     attribute: str
@@ -140,7 +140,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 class _Ending(NamedTuple):
-    """What an error tells the user."""
+    """The report of an error to the user."""
 
     kind: str
     message: str

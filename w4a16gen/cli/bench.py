@@ -55,14 +55,14 @@ _FRONT = 4
     ),
 )
 @problems_options
-@count_option("--finalists", section=METHOD, default=4, show_default=True, help="Kernels to time in turns.")
+@count_option("--finalists", section=METHOD, default=4, show_default=True, help="Kernels to time in alternation.")
 @count_option(
     "--rounds",
     section=METHOD,
     most=MOST_ROUNDS,
     default=9,
     show_default=True,
-    help="Timed repetitions per kernel; long problems use one-second blocks, a third as many.",
+    help="Timed repetitions per kernel; long problems use a third of this number of one-second blocks.",
 )
 @option(
     "--rivals/--no-rivals",
@@ -102,7 +102,7 @@ def command(
     folder: Path | None,
     as_json: bool,
 ) -> int:
-    """Time the built kernels on problems with cold L2, beside cuBLAS FP16 if torch is installed.
+    """Time the built kernels with a cold L2 cache, beside cuBLAS FP16 if torch is installed.
 
     If kernels of several targets are built, the fastest of each target is printed for every problem.
     """
@@ -145,7 +145,7 @@ def _show(measured: Bench, mode: QuantMode, *, wide: bool) -> None:
 
 
 def bench_table(measured: Bench) -> tuple[Sequence[Column], Sequence[Sequence[str]]]:
-    """Return the table of a bench run: a row a problem, with a column a target if kernels of several were timed."""
+    """Return the table of a bench run: a row per problem, and a column per target if several were timed."""
     comparisons = [found for found in measured.comparisons if found.kernels]
     fastest = [_fastest_by_target(found) for found in comparisons]
     targets = sorted({target for times in fastest for target in times})

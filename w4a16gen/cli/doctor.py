@@ -27,7 +27,7 @@ _INDENT = 9
 
 
 class Level(Enum):
-    """How much a finding matters."""
+    """The weight of a finding."""
 
     OK = "ok"
     NOTE = "note"

@@ -166,7 +166,7 @@ def _kernels(spaces: Sequence[str], folder: Path | None) -> _Kernels:
 
 
 def _rows(choice: Choice, estimates: Sequence[tuple[KernelConfig, float]], top: int) -> list[dict[str, Any]]:
-    """Return the chosen kernel, then the fastest others by estimate, each with how its time is known."""
+    """Return the chosen kernel, then the fastest others by estimate, each with the source of its time."""
     from w4a16gen.choose.chooser import ChoiceSource
 
     measured = choice.source in (ChoiceSource.TUNING_TABLE, ChoiceSource.PACKAGED_TIMES)

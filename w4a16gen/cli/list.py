@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from w4a16gen.kernels.spaces import Filter, Reason
 
 NAMED_KERNELS = 30
-"""At most as many kernels are shown one by one on a terminal, more by shape."""
+"""The most kernels that a terminal shows one by one; more are shown by shape."""
 NAMED_SHAPES = 40
-"""At most as many shapes are shown one by one on a terminal, more by CTA shape."""
+"""The most shapes that a terminal shows one by one; more are shown by CTA shape."""
 
 
 @click.command(
@@ -68,7 +68,7 @@ def command(
     as_json: bool,
     folder: Path | None,
 ) -> None:
-    """List kernels: names, one a line, in a pipe; names or a summary on a terminal."""
+    """List kernels: one name per line in a pipe; names or a summary on a terminal."""
     from w4a16gen.kernels.spaces import Filter, select_kernels
 
     wanted = Filter(ctas, clusters, modes, targets)

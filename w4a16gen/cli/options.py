@@ -29,7 +29,7 @@ KERNEL_NAME_START = "w4a16_sm90_"
 
 
 def shortened(text: str) -> str:
-    """Return the begin of a text that is too long for a message."""
+    """Return the beginning of a text that is too long for a message."""
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
 
@@ -127,7 +127,7 @@ def counts(least: int, most: int = MAX_DIMENSION) -> Parsed:
 
 
 MODE = Parsed("MODE", parse_mode, lambda _: [mode.value for mode in QuantMode])
-MODE_HELP = "cs: a scale per channel; fgs: a scale per group; fgsz: scales and zeros per group."
+MODE_HELP = "cs: one scale per channel; fgs: one scale per group; fgsz: scales and zeros per group."
 TARGETS = [target.value for target in Target]
 SPACE_SUMMARIES = "; ".join(f"{name}: {space.summary}" for name, space in SPACES.items())
 

@@ -38,7 +38,7 @@ def parse_problem(text: str) -> Problem:
 
 
 def read_problems(path: Path) -> list[Problem]:
-    """Read a file of problems: one a line, `#` begins a comment.
+    """Read a file of problems: one per line, `#` begins a comment.
 
     Raises:
         InvalidValueError: if a line is no problem; the text names the line.
@@ -48,7 +48,7 @@ def read_problems(path: Path) -> list[Problem]:
     except OSError as error:
         raise InvalidValueError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise InvalidValueError(f"{path} is not a text file: write one MxNxK[,GROUP] a line") from None
+        raise InvalidValueError(f"{path} is not a text file: write one MxNxK[,GROUP] per line") from None
     problems = []
     for number, line in enumerate(lines, 1):
         text = line.partition("#")[0].strip()
@@ -57,7 +57,7 @@ def read_problems(path: Path) -> list[Problem]:
         except InvalidValueError as error:
             raise InvalidValueError(f"{path}, line {number}: {error}") from None
     if not problems:
-        raise InvalidValueError(f"{path} names no problem: write one MxNxK[,GROUP] a line")
+        raise InvalidValueError(f"{path} names no problem: write one MxNxK[,GROUP] per line")
     return problems
 
 
@@ -101,7 +101,7 @@ def problems_options(command: _Command) -> _Command:
             multiple=True,
             type=click.Path(path_type=Path, dir_okay=False, exists=True),
             section=WHICH_PROBLEMS,
-            help="File with one MxNxK[,GROUP] a line; # begins a comment. Repeatable.",
+            help="File with one MxNxK[,GROUP] per line; # begins a comment. Repeatable.",
         ),
         option(
             "--model",

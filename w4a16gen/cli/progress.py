@@ -43,7 +43,7 @@ class _Tenths:
         tenths = 10 * done // total if total else 0
         if tenths > self._tenths:
             self._tenths = tenths
-            note(f"{self._title}: {done} of {total}")
+            note(f"{self._title}: step {done} of {total}")
 
 
 @contextmanager

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 MOST_RANDOM_PROBLEMS = 10_000_000
 NAMED_KERNELS = 24
-"""At most as many kernels have a row each, more a row per shape."""
+"""The most kernels that have a row each; more have a row per shape."""
 
 gpu_option = option(
     "--require-gpu",

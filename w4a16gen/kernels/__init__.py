@@ -1,1 +1,1 @@
-"""Which kernels exist: values, rules, spaces, and their source text. Pure: nothing is read, run or written."""
+"""The kernels that exist: values, rules, spaces, and their source text. Pure: nothing is read, run or written."""

@@ -1,4 +1,4 @@
-"""How a native kernel uses an SM: how its warpgroups divide a tile, its stages and its shared memory.
+"""The arrangement of a native kernel on an SM: how its warpgroups divide a tile, its stages and its shared memory.
 
 This module owns the numbers that the kernels are generated with. The headers derive the same layout of shared memory
 from the template arguments and assert that it fits.
@@ -23,7 +23,7 @@ RESERVED_SHARED_BYTES = 1024
 """Shared memory that the driver takes for every CTA that runs on an SM."""
 MAX_STAGES = 32
 BARRIER_BYTES = 8 * (2 * MAX_STAGES + 2)
-"""Two barriers a stage and two for sums from the cluster."""
+"""Two barriers per stage and two for sums from the cluster."""
 
 PAIRED_CTAS = 2
 """CTAs that share an SM if their registers allow it. One then fetches while the other finishes, also across dependent
@@ -60,7 +60,7 @@ MIN_STORE_TOKENS = 64
 
 @dataclass(frozen=True)
 class Arrangement:
-    """How a native kernel uses an SM."""
+    """The arrangement of a native kernel on an SM."""
 
     along_channels: int
     """Consumer warpgroups that divide the channels."""

@@ -63,7 +63,7 @@ class _Triple:
 
 
 class CtaShape(_Triple):
-    """What one CTA computes per stage: output channels (WGMMA's M), tokens (WGMMA's N) and values of K."""
+    """The tile of one CTA and one stage: output channels (WGMMA's M), tokens (WGMMA's N) and values of K."""
 
 
 class ClusterShape(_Triple):
@@ -102,7 +102,7 @@ class _OrderedEnum(Enum):
 
 
 class QuantMode(_OrderedEnum):
-    """How a 4-bit value q becomes a weight. The member's value is its tag in kernel names."""
+    """The formula by which a 4-bit value q becomes a weight. The member's value is its tag in kernel names."""
 
     PER_COLUMN_SCALE_ONLY = "cs"
     """(q - 8) * scale[n]."""
@@ -123,7 +123,7 @@ class QuantMode(_OrderedEnum):
 
 
 class Schedule(_OrderedEnum):
-    """How a CTA's consumer warpgroups share the work."""
+    """The division of a CTA's work among its consumer warpgroups."""
 
     PINGPONG = "pingpong"
     """Two warpgroups with an output tile each, which alternate on the tensor cores (CUTLASS)."""
@@ -138,7 +138,7 @@ class Schedule(_OrderedEnum):
 
 
 class Scheduler(_OrderedEnum):
-    """How output tiles are assigned to CTAs."""
+    """The assignment of output tiles to CTAs."""
 
     PERSISTENT = "persistent"
     """One wave of CTAs, each of which computes several whole tiles."""

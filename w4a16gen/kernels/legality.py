@@ -1,4 +1,4 @@
-"""Which configurations are legal: the values of each axis, and the rules of the hardware and of each target."""
+"""The legal configurations: the values of each axis, and the rules of the hardware and of each target."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MIN_CUTLASS_K = 64
 """Four k16 steps; CUTLASS's main loop does not compile below (nvcc 13.0: "Consider increasing TileShapeK")."""
 MAX_ACCUMULATORS = 128
 """fp32 accumulators per thread. The next size, 256, exceeds the 255 registers that a thread can address: CUTLASS
-compiles 256x256 and pingpong 128x256 with more than 9 KB of spills a thread (nvcc 13.0)."""
+compiles 256x256 and pingpong 128x256 with more than 9 KB of spills per thread (nvcc 13.0)."""
 NATIVE_K = (PACKED_BLOCK_K // 2, PACKED_BLOCK_K)
 """Values of K in a native kernel's stage: half of a packed block, or a whole one, as warps8 needs."""
 MAX_NATIVE_ACCUMULATORS = {

@@ -1,4 +1,4 @@
-"""Which kernels exist: the grid of axes, the spaces enumerated, and the rule by which commands select kernels."""
+"""The kernels that exist: the grid of axes, the spaces enumerated, and the rule by which commands select kernels."""
 
 from __future__ import annotations
 

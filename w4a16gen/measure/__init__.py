@@ -1,1 +1,1 @@
-"""How long kernels take."""
+"""Measurements of the time that kernels take."""

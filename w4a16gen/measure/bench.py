@@ -23,12 +23,12 @@ from w4a16gen.runtime.library import Library
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """How a bench run measures."""
+    """Options of a bench run."""
 
     finalists: int = 4
     """Kernels timed in turns on each problem."""
     rounds: int = 9
-    """Timed replays of each; for a long problem a third as many blocks of a second."""
+    """Timed replays of each. A long problem gets a third of this number of one-second blocks."""
     rivals: Sequence[Rival] = ()
     slack: float | None = None
     """Also find the smallest set of kernels within this fraction of the fastest on every problem."""

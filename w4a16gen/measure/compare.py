@@ -36,7 +36,7 @@ class Entrant(NamedTuple):
 
 
 def _time_briefly(workload: Workload, config: KernelConfig, *, dependent: bool) -> float:
-    """Return microseconds a launch: the least of a few replays, or the median of a short block for a long problem."""
+    """Return microseconds per launch: the least of a few replays, or the median of a short block for a long problem."""
     contender = workload.record(config, dependent=dependent, brief=True)
     contender.replay()
     if default_cost_model().is_long(workload.problem):

@@ -1,4 +1,4 @@
-"""What the GPU can do at most, measured by probes."""
+"""Probes that measure the GPU's peak rates."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from w4a16gen.runtime.streams import stream_pointer
 from w4a16gen.weights.packed import PackedWeight
 
 BURST_ROUNDS = 150
-"""Of the probe of the tensor cores: 0.1 ms, in which power does not limit."""
+"""Rounds of the tensor-core probe. They take 0.1 ms, too short for the power limit to act."""
 
 
 def probe_read(library: Library, w: PackedWeight, *, stream: Any, dependent_launch: bool = False) -> None:
-    """Launch a kernel that only reads a packed weight on a GPU: the least that any kernel takes.
+    """Launch a kernel that only reads a packed weight. Its time is a lower bound for every kernel.
 
     Raises:
         UnsupportedProblemError: if the build holds no native kernel, with which the probes come.
@@ -54,16 +54,16 @@ def probe_multiply(library: Library, rounds: int, *, stream: Any, device: int = 
 
 @dataclass(frozen=True)
 class TensorPeak:
-    """What the tensor cores reach with operands that are there already, TFLOP/s of fp16."""
+    """The peak rates of the tensor cores, fp16 TFLOP/s, with operands in registers and shared memory."""
 
     burst: float
-    """In 0.1 ms after a rest."""
+    """The rate for 0.1 ms after a rest."""
     sustained: float
-    """At the clock that the power limit leaves."""
+    """The rate at the clock that the power limit allows."""
 
 
 def tensor_peak(library: Library, device: int) -> TensorPeak | None:
-    """Measure it; None if the build holds no native kernel, with which the probe comes."""
+    """Measure the peak rates. Return None if the build has no native kernel, and so no probe."""
     if not any(config.target is Target.NATIVE for config in library.configs()):
         return None
     stream = library.module.Stream(device)

@@ -23,7 +23,7 @@ RECORD = "bench.jsonl"
 
 @dataclass(frozen=True)
 class Run:
-    """Where and when a run was, and the GPU's measured peaks."""
+    """The GPU, date and versions of a run, and the GPU's measured peaks."""
 
     gpu: str
     sm_count: int

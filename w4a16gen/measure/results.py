@@ -17,7 +17,7 @@ FLOOR = "streaming_floor"
 
 @dataclass(frozen=True)
 class Timing:
-    """One contender on one problem: microseconds a launch, one value per timed replay."""
+    """One contender on one problem: microseconds per launch, one value per timed replay."""
 
     contender: str
     isolated: Sequence[float]

@@ -20,7 +20,7 @@ CHECKED_ROWS = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """Which kernel runs a problem, and how many could."""
+    """The kernel that runs a problem, and the number of kernels that could."""
 
     problem: Problem
     mode: QuantMode
@@ -31,7 +31,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run measured."""
+    """The result of a run."""
 
     gpu: Device
     workspace_bytes: int

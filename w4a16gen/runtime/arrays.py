@@ -21,7 +21,7 @@ READ_ONLY = "is read-only: pass an array that can be written"
 
 
 class ArrayView(NamedTuple):
-    """Where an array is and what it holds. `owner` keeps the memory alive."""
+    """An array's place, dtype and shape. `owner` keeps the memory alive."""
 
     pointer: int
     shape: tuple[int, ...]

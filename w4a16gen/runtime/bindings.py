@@ -26,7 +26,7 @@ from w4a16gen.runtime.artifact import Build
 
 @dataclass(frozen=True)
 class KernelInfo:
-    """What the library says of one of its kernels."""
+    """The library's description of one of its kernels."""
 
     config: KernelConfig
     layout: str

@@ -1,4 +1,4 @@
-"""Where the default build is. Command-line completion asks this too, so nothing heavy is imported here."""
+"""The folder of the default build. Command-line completion asks this too, so nothing heavy is imported here."""
 
 from __future__ import annotations
 

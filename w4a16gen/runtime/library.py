@@ -57,7 +57,7 @@ class Library:
 
     @property
     def kernels(self) -> tuple[KernelInfo, ...]:
-        """What the library says of each kernel, in its order."""
+        """The library's description of each kernel, in its order."""
         return self.bindings.kernels
 
     def configs(self) -> list[KernelConfig]:

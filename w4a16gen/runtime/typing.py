@@ -6,7 +6,7 @@ from typing import Any, Protocol, TypeVar
 
 
 class Tensor(Protocol):
-    """What tells a torch tensor from other arrays."""
+    """The attributes that distinguish a torch tensor from other arrays."""
 
     @property
     def is_cuda(self) -> bool:
@@ -25,7 +25,7 @@ class CudaArray(Protocol):
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        """Where it is and what it holds."""
+        """The array's address, dtype, shape and strides."""
 
 
 class DlpackArray(Protocol):

@@ -60,7 +60,7 @@ class Report:
         return f"Static proofs {held} for {count} kernels. {proven}"
 
     def rows(self) -> Iterator[tuple[str, ...]]:
-        """Give one row per kernel, under `HEADINGS`."""
+        """Return one row per kernel, under `HEADINGS`."""
         numerics = {kernel["name"]: kernel for kernel in self.value["numerics"]["kernels"]}
         for kernel in self.value["static"]["kernels"]:
             proof = numerics.get(kernel["name"])
@@ -85,7 +85,7 @@ class Report:
             )
 
     def markdown(self) -> str:
-        """Give the report as a page."""
+        """Return the report as a page."""
         lines = ["# Verification report", "", self.summary(), ""]
         lines += [f"Date {self.value['date']}; compiler {self.value['compiler']}; CUTLASS {self.value['cutlass']}.", ""]
         lines += [f"- FAILED: {violation}" for violation in self.violations()]

@@ -35,7 +35,7 @@ _PROBED = Problem(m=1, n=264, k=1152, group_size=128)
 
 @dataclass
 class KernelCode:
-    """What a kernel's machine code says."""
+    """The properties of a kernel's machine code."""
 
     registers: int = 0
     stack_bytes: int = 0

@@ -1,1 +1,1 @@
-"""What a 4-bit weight is: quantised, packed, imported, and multiplied exactly. numpy only."""
+"""4-bit weights: quantised, packed, imported, and multiplied exactly. numpy only."""

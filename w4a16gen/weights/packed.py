@@ -175,7 +175,7 @@ class PackedWeight:
 
 
 class Layout(NamedTuple):
-    """How one layout is written, read and measured."""
+    """The functions that write, read and measure one layout."""
 
     pack: Callable[[QuantizedWeight], npt.NDArray[np.uint8]]
     unpack: Callable[[npt.NDArray[np.uint8], WeightGeometry], QuantizedWeight]

@@ -1,4 +1,4 @@
-// What is known of a native kernel at compile time, by subject: its tile, its threads, its shared memory, its pipeline.
+// The compile-time facts about a native kernel, by subject: its tile, its threads, its shared memory, its pipeline.
 //
 // w4a16gen/kernels/arrangement.py decides how many stages a kernel has and how many CTAs share an SM. This header lays
 // out shared memory for them and asserts that everything fits.

@@ -128,7 +128,8 @@ class Chooser {
     return h100_.resized(gpu->sm_count);
   }
 
-  // Keeps, of tokens that make as many tiles, the nearest, then the larger; and there the fastest, then the first.
+  // Keeps the nearest token count that makes the same number of tiles, then the larger; there the fastest kernel, then
+  // the first.
   struct Nearest {
     int64_t m, distance = -1, tokens = 0;
     double microseconds = 0.0;

@@ -1,4 +1,4 @@
-"""What a layout needs to know of a weight to place its bytes."""
+"""The facts about a weight by which a layout places its bytes."""
 
 from __future__ import annotations
 
