@@ -135,9 +135,11 @@ def test_exporting_from_the_command_line(cli: CliRunner, fake_build: Build) -> N
     assert {str(path.relative_to("prefix")) for path in written[:-1]} == {
         "lib/libw4a16_kernels.so",
         "include/w4a16.h",
+        "include/w4a16/choice_file.h",
         "include/w4a16/chooser.h",
         "include/w4a16/cost_model.h",
         "include/w4a16/default_chooser.h",
+        "include/w4a16/plain_weights.h",
         "include/w4a16/runner.h",
         "lib/cmake/w4a16/w4a16-config.cmake",
         "lib/cmake/w4a16/w4a16-config-version.cmake",

@@ -1,4 +1,4 @@
-"""The file by which C++ chooses kernels as Python does: what sdk/chooser.h reads beside an exported library."""
+"""The file by which C++ chooses kernels as Python does: what sdk/choice_file.h reads beside an exported library."""
 
 from __future__ import annotations
 

@@ -34,6 +34,7 @@
 
 #include "../w4a16.h"
 #include "default_chooser.h"
+#include "plain_weights.h"
 
 namespace w4a16 {
 
@@ -43,15 +44,6 @@ enum class QuantOp {
   FinegrainedScaleOnly = W4A16_FINEGRAINED_SCALE_ONLY,
   FinegrainedScaleAndZeros = W4A16_FINEGRAINED_SCALE_AND_ZEROS,
 };
-
-// The order of plain 4-bit weights in memory. A byte holds two, the first one in the low four bits.
-enum class WeightOrder {
-  KByN,  // k rows of n, as TensorRT-LLM's quantiser writes them
-  NByK,  // n rows of k, one row per output channel
-};
-
-// The meaning of four bits: 0 to 15 for -8 to 7, or two's complement.
-enum class WeightBits { Unsigned, Signed };
 
 // Thrown by wrong calls and failures of CUDA.
 class Error : public std::runtime_error {
@@ -177,7 +169,7 @@ class Runner {
     detail::check_cuda(cudaMemcpyAsync(nibbles.data(), weights, nibbles.size(), cudaMemcpyDefault, stream),
                        "reading the weights");
     detail::check_cuda(cudaStreamSynchronize(stream), "reading the weights");
-    const std::vector<uint8_t> values = spread(nibbles.data(), n, k, order, bits);
+    const std::vector<uint8_t> values = unpack_weights(nibbles.data(), n, k, order, bits);
     const detail::Scratch q(values.size());
     detail::check_cuda(cudaMemcpyAsync(q.get(), values.data(), values.size(), cudaMemcpyHostToDevice, stream),
                        "copying the weights");
@@ -339,36 +331,6 @@ class Runner {
       throw Error(W4A16_INVALID_ARGUMENT,
                   "B was packed with other scales or zeros, which it contains: pack it again or pass null");
     }
-  }
-
-  // Returns one byte per weight, 0 to 15, in the order [n, k].
-  static std::vector<uint8_t> spread(const uint8_t* weights, int n, int k, WeightOrder order, WeightBits bits) {
-    constexpr int64_t kBlock = 64;  // rows are transposed in blocks that fit into the cache
-    const bool transposes = order == WeightOrder::KByN;
-    const int64_t rows = transposes ? k : n;
-    const int64_t columns = transposes ? n : k;
-    const uint8_t flip = bits == WeightBits::Signed ? 0x88 : 0;  // two's complement to offset by 8
-    std::vector<uint8_t> values(static_cast<size_t>(rows * columns));
-    uint8_t block[kBlock][kBlock];
-    for (int64_t top = 0; top < rows; top += kBlock) {
-      const int64_t height = std::min(rows - top, kBlock);
-      for (int64_t left = 0; left < columns; left += kBlock) {
-        const int64_t width = std::min(columns - left, kBlock);  // even, as n and k are
-        for (int64_t row = 0; row < height; ++row) {
-          const uint8_t* from = weights + ((top + row) * columns + left) / 2;
-          for (int64_t column = 0; column < width; column += 2) {
-            const uint8_t pair = from[column / 2] ^ flip;
-            (transposes ? block[column][row] : block[row][column]) = pair & 15;
-            (transposes ? block[column + 1][row] : block[row][column + 1]) = pair >> 4;
-          }
-        }
-        for (int64_t line = 0; line < (transposes ? width : height); ++line) {
-          const int64_t at = transposes ? (left + line) * rows + top : (top + line) * columns + left;
-          std::copy_n(block[line], transposes ? height : width, values.begin() + at);
-        }
-      }
-    }
-    return values;
   }
 
   std::vector<GemmConfig> configs_;
