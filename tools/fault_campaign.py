@@ -21,52 +21,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from file_damage import HARMS, NAMES, PARTS, parts_of
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ("--space", "trtllm", "--mode", "cs", "--cluster", "1x1x1", "--target", "cutlass")
 REAL_KERNELS = ("--mode", "fgs", "--cluster", "1x1x1")
 FIRST, SECOND = ("--cta", "64x16x64"), ("--cta", "64x16x64", "--cta", "64x32x64")
 REAL_FIRST, REAL_SECOND = ("--cta", "64x8x128"), ("--cta", "64x8x128", "--cta", "128x8x64")
-NAMES = (
-    *(
-        "a b",
-        " leading",
-        "trailing ",
-        "a,b",
-        "a;b",
-        "a:b",
-        "a=b",
-        "a%b",
-        "a+b",
-        "a@b",
-        "@A@",
-        "a~b",
-        "#a",
-        "a&b",
-        "a|b",
-    ),
-    *("a'b", 'a"b', "a`b", "a\\b", "a\\", "$HOME", "$(touch HACKED)", "`touch HACKED`", "${IFS}", "a>b", "a<b", "a*b"),
-    *(
-        "a?b",
-        "[a]",
-        "{a,b}",
-        "(a)",
-        "!a",
-        "^a",
-        "-a",
-        "--help",
-        "-o",
-        "\u00e4",
-        "\u65e5\u672c",
-        "a\nb",
-        "a\tb",
-        "e" * 200,
-    ),
-)
 SECONDS = 600
 CHECK = """
 import json, sys
@@ -212,17 +178,7 @@ class Campaign:
     def damages(self) -> Tally:
         """Damage one file of the build, look at it, and build again."""
         tally = Tally("damages")
-        for part in (
-            "library",
-            "module",
-            "object",
-            "record",
-            "manifest",
-            "source",
-            "source list",
-            "log",
-            "cached module",
-        ):
+        for part in PARTS:
             for number in range(self.count):
                 with self.copy() as folder:
                     path = self.random.choice(parts_of(folder, part))
@@ -334,78 +290,6 @@ def ended_badly(name: str, done: subprocess.CompletedProcess[str]) -> list[str]:
     return []
 
 
-def parts_of(folder: Path, part: str) -> list[Path]:
-    """Return the files of one part of a build."""
-    build = folder / "build"
-    found = {
-        "library": build.glob("lib-*/libw4a16_kernels.so"),
-        "module": build.glob("lib-*/_w4a16*"),
-        "object": (build / "objects").glob("*.o"),
-        "record": (build / "objects").glob("*.json"),
-        "cached module": (build / "objects").glob("*.so"),
-        "manifest": [build / "manifest.json"],
-        "source": (folder / "generated").glob("*.cu"),
-        "source list": [folder / "generated" / "manifest.json"],
-        "log": (build / "logs").glob("*"),
-    }
-    return sorted(found[part])
-
-
-def _truncate(path: Path, rng: random.Random) -> None:
-    os.truncate(path, rng.randrange(max(1, path.stat().st_size)))
-
-
-def _empty(path: Path, _rng: random.Random) -> None:
-    os.truncate(path, 0)
-
-
-def _flip(path: Path, rng: random.Random) -> None:
-    data = bytearray(path.read_bytes() or b"\0")
-    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    path.write_bytes(data)
-
-
-def _remove(path: Path, _rng: random.Random) -> None:
-    path.unlink()
-
-
-def _folder(path: Path, _rng: random.Random) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def _full_folder(path: Path, _rng: random.Random) -> None:
-    path.unlink()
-    path.mkdir()
-    (path / "content").write_text("content")
-
-
-def _dangling_link(path: Path, _rng: random.Random) -> None:
-    path.unlink()
-    path.symlink_to("nowhere")
-
-
-def _link_to_other(path: Path, _rng: random.Random) -> None:
-    path.unlink()
-    path.symlink_to(sys.executable)
-
-
-def _pipe(path: Path, _rng: random.Random) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-HARMS: tuple[tuple[str, Callable[[Path, random.Random], None]], ...] = (
-    ("truncated", _truncate),
-    ("emptied", _empty),
-    ("one bit flipped", _flip),
-    ("removed", _remove),
-    ("replaced by a folder", _folder),
-    ("replaced by a folder with content", _full_folder),
-    ("replaced by a dangling link", _dangling_link),
-    ("replaced by a link to another file", _link_to_other),
-    ("replaced by a pipe", _pipe),
-)
 KINDS = ("kills", "damages", "names", "moves", "clocks", "full_disks", "pairs")
 
 
