@@ -63,6 +63,7 @@ WRONG = [
         2,
         "is not a kernel name such as",
     ),
+    ("run 1 64 64 --config foo", 2, "'foo' is not a kernel name such as"),
     (f"verify --random {HUGE}", 2, "must be a whole number from 0 to 10000000"),
     (f"build -j {HUGE}", 2, "must be a whole number"),
     (f"bench --file {FOLDER}", 2, "is a directory"),

@@ -125,7 +125,7 @@ def test_a_shape_off_the_grid_has_a_reason() -> None:
     odd = type(config)(
         config.target, config.mode, CtaShape(96, 16, 64), config.cluster, config.schedule, config.scheduler
     )
-    assert str(why_not(odd)) == "forbidden: CTA channels of 96 is not one of 64, 128, 256"
+    assert str(why_not(odd)) == "forbidden: CTA channels of 96 must be one of 64, 128, 256"
 
 
 @pytest.mark.parametrize(

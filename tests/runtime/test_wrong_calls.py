@@ -33,7 +33,7 @@ FGS = "w4a16_sm90_cutlass_fgs_cta128x64x64_cluster1x1x1_cooperative_streamk"
 CS = "w4a16_sm90_cutlass_cs_cta64x16x64_cluster1x1x1_pingpong_persistent"
 
 WITHOUT_BUILD = [
-    ("emit --cta 7x7x7", 2, "CTA channels of 7 is not one of 64, 128, 256"),
+    ("emit --cta 7x7x7", 2, "CTA channels of 7 must be one of 64, 128, 256"),
     ("emit --cta 128x128", 2, "must be CHANNELSxTOKENSxK"),
     ("emit --target cutlass --cta 128x8x64", 2, "does not compile below 16"),
     ("emit --cta 128x16x32", 2, "needs four k16 steps"),
@@ -42,7 +42,7 @@ WITHOUT_BUILD = [
     ("emit --cluster 4x4x1 --space all", 2, "the portable limit is 8"),
     ("emit --cluster 1x1x2 --space trtllm-native", 2, "is legal, but not in space trtllm-native: use --space default"),
     ("emit --cluster 1x1x2 --target cutlass", 2, "split K through stream-K"),
-    ("emit --cluster 3x1x1", 2, "cluster channels of 3 is not one of 1, 2, 4"),
+    ("emit --cluster 3x1x1", 2, "cluster channels of 3 must be one of 1, 2, 4"),
     ("emit --cta 64x64x64 --cluster 2x1x1 --space trtllm", 2, "but not in space trtllm: use --space native"),
     ("emit --mode int8", 2, "'int8' is not one of cs, fgs, fgsz"),
     ("emit --target marlin", 2, "'marlin' is not one of cutlass, native"),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,10 +24,21 @@ from w4a16gen.cli.output import note, print_result
 from w4a16gen.errors import InvalidValueError
 
 if TYPE_CHECKING:
-    from w4a16gen.kernels.config import ClusterShape, CtaShape, QuantMode, Target
+    from w4a16gen.kernels.config import ClusterShape, CtaShape, KernelConfig, QuantMode, Target
 
 TRTLLM = "trtllm"
 """The target that stands for TensorRT-LLM's own source tree."""
+
+
+@dataclass(frozen=True)
+class _Emitted:
+    """The files of an emission."""
+
+    files: Mapping[Path, Sequence[KernelConfig]]
+    written: frozenset[Path]
+    removed: Sequence[Path]
+    stale: int
+    """Files of earlier calls that stay."""
 
 
 def parse_emitted_target(text: str) -> Target | str:
@@ -129,43 +140,62 @@ def command(
     selection = select_kernels(wanted, spaces or ((TRTLLM,) if for_trtllm else ()))
     where = f"space {' + '.join(selection.spaces)}"
     if for_trtllm:
-        from w4a16gen.integrations.tensorrt_llm.emit import emit_trtllm
-        from w4a16gen.integrations.tensorrt_llm.launcher import Launcher, read_launcher
-
-        launcher = read_launcher(source) if source else Launcher()
-        launcher = replace(launcher, namespace=namespace) if namespace else launcher
-        units = emit_trtllm(
+        emitted = _emit_trtllm(
             selection.configs,
             output,
+            remove_stale,
             mixed_input=mixed_input_schedules,
-            remove_stale=remove_stale,
-            launcher=launcher,
+            source=source,
+            namespace=namespace,
         )
-        files = units.files
-        written, removed = set(units.written), list(units.removed)
-        lines = [f"{path}\t{len(kernels)}" for path, kernels in files.items()]
-        sentence = f"{len(selection.configs)} kernels of {where} in {len(files)} files"
-        if units.stale:
-            sentence += f"; {len(units.stale)} files of an earlier call in {output} (--remove-stale removes them)"
+        where += f" in {len(emitted.files)} files"
     else:
-        from w4a16gen.build.emit import emit
-
-        emission = emit(selection.configs, output, remove_stale=remove_stale)
-        files = {path: [config] for path, config in zip(emission.paths, selection.configs, strict=True)}
-        written, removed = set(emission.written), list(emission.removed)
-        lines = [str(path) for path in files]
-        sentence = f"{len(selection.configs)} kernels of {where}"
-        if emission.stale:
-            sentence += f"; {len(emission.stale)} other sources in {output} (--remove-stale removes them)"
+        emitted = _emit(selection.configs, output, remove_stale)
     if as_json:
-        listed = [
-            {"path": str(path), "written": path in written, "kernels": [config.name for config in kernels]}
-            for path, kernels in files.items()
-        ]
-        result = {"spaces": list(selection.spaces), "folder": str(output), "files": listed}
-        print_result("emit", result | {"removed": [str(path) for path in removed]})
+        print_result("emit", {"spaces": list(selection.spaces), "folder": str(output), **_as_json(emitted)})
     else:
-        for line in lines:
-            click.echo(line)
-    new = sum(path in written for path in files)
-    note(f"{sentence}: {new} files written, {len(files) - new} unchanged, {len(removed)} stale removed")
+        for path, kernels in emitted.files.items():
+            click.echo(f"{path}\t{len(kernels)}" if for_trtllm else str(path))
+    new = sum(path in emitted.written for path in emitted.files)
+    unchanged = len(emitted.files) - new
+    counts = f"{new} files written, {unchanged} unchanged, {len(emitted.removed)} stale removed"
+    note(f"{len(selection.configs)} kernels of {where}: {counts}")
+    if emitted.stale:
+        note(f"{emitted.stale} files of earlier calls stay in {output}; --remove-stale removes them")
+
+
+def _emit(configs: Sequence[KernelConfig], output: Path, remove_stale: bool) -> _Emitted:
+    """Write one source per kernel."""
+    from w4a16gen.build.emit import emit
+
+    emission = emit(configs, output, remove_stale=remove_stale)
+    files = {path: (config,) for path, config in zip(emission.paths, configs, strict=True)}
+    return _Emitted(files, frozenset(emission.written), emission.removed, len(emission.stale))
+
+
+def _emit_trtllm(
+    configs: Sequence[KernelConfig],
+    output: Path,
+    remove_stale: bool,
+    *,
+    mixed_input: bool,
+    source: Path | None,
+    namespace: str | None,
+) -> _Emitted:
+    """Write instantiations for TensorRT-LLM's launcher, as its source tree or the user names it."""
+    from w4a16gen.integrations.tensorrt_llm.emit import emit_trtllm
+    from w4a16gen.integrations.tensorrt_llm.launcher import Launcher, read_launcher
+
+    launcher = read_launcher(source) if source else Launcher()
+    launcher = replace(launcher, namespace=namespace) if namespace else launcher
+    units = emit_trtllm(configs, output, mixed_input=mixed_input, remove_stale=remove_stale, launcher=launcher)
+    return _Emitted(units.files, frozenset(units.written), units.removed, len(units.stale))
+
+
+def _as_json(emitted: _Emitted) -> dict[str, object]:
+    """Return the members of the command's JSON object that describe files."""
+    files = [
+        {"path": str(path), "written": path in emitted.written, "kernels": [config.name for config in kernels]}
+        for path, kernels in emitted.files.items()
+    ]
+    return {"files": files, "removed": [str(path) for path in emitted.removed]}

@@ -87,35 +87,40 @@ def command(
     kernels = _kernels(spaces, folder)
     problem = problem_of(m, n, k, group_size, mode)
     choice = kernels.chooser.choose(problem, mode, device=kernels.device)
-    estimates = kernels.chooser.estimates(problem, mode, kernels.device)
+    rows = _rows(choice, kernels.chooser.estimates(problem, mode, kernels.device), top)
     fp16 = default_cost_model().dense_microseconds(problem, card_of(kernels.device))
-    rows = _rows(choice, estimates, top)
     if as_json:
-        print_result(
-            "explain",
-            {
-                "problem": vars(problem),
-                "mode": mode.value,
-                "built": kernels.is_built,
-                "among": kernels.where,
-                "gpu": None if kernels.device is None else kernels.device.as_json(),
-                "kernel": choice.kernel.name,
-                "source": choice.source.value,
-                "dependent": choice.dependent,
-                "microseconds": rows[0]["microseconds"],
-                "fp16_microseconds": round(fp16, 2),
-                "kernels": rows,
-            },
-        )
+        result = {"problem": vars(problem), "mode": mode.value, **_as_json(kernels, choice)}
+        times = {"microseconds": rows[0]["microseconds"], "fp16_microseconds": round(fp16, 2), "kernels": rows}
+        print_result("explain", result | times)
         return
     if not kernels.is_built:
         note(f"No build is used: choosing among {kernels.where}.")
     click.echo(choice.kernel.name)
     launches = ", for dependent launches" if choice.dependent else ""
     note(f"Chosen by {choice.source.sentence}{launches}.")
-    expected = rows[0]["microseconds"]
-    if expected is not None:
-        note(_beside_fp16(fp16, expected))
+    if rows[0]["microseconds"] is not None:
+        note(_beside_fp16(fp16, rows[0]["microseconds"]))
+    _print_rows(f"{problem}, mode {mode}", rows, wide=wide)
+    if any(row["basis"] == "estimate" for row in rows):
+        note(f"Estimates are for {_card(kernels.device)}.")
+    note(f"To measure: w4a16gen bench --problem {m}x{n}x{k},{problem.group_size} --mode {mode}")
+
+
+def _as_json(kernels: _Kernels, choice: Choice) -> dict[str, Any]:
+    """Return the members of the command's JSON object that describe the choice."""
+    return {
+        "built": kernels.is_built,
+        "among": kernels.where,
+        "gpu": None if kernels.device is None else kernels.device.as_json(),
+        "kernel": choice.kernel.name,
+        "source": choice.source.value,
+        "dependent": choice.dependent,
+    }
+
+
+def _print_rows(title: str, rows: Sequence[dict[str, Any]], *, wide: bool) -> None:
+    """Print the table of kernels and their times."""
     columns = [
         Column("kernel", keep=True, own_line=True),
         Column("us", right=True, keep=True),
@@ -129,11 +134,7 @@ def command(
         )
         for row in rows
     )
-    print_table(f"{problem}, mode {mode}", columns, cells, wide=wide)
-    if any(row["basis"] == "estimate" for row in rows):
-        note(f"Estimates are for {_card(kernels.device)}.")
-    shape = f"{problem.m}x{problem.n}x{problem.k},{problem.group_size}"
-    note(f"To measure: w4a16gen bench --problem {shape} --mode {mode}")
+    print_table(title, columns, cells, wide=wide)
 
 
 def _card(device: Device | None) -> str:
@@ -186,4 +187,6 @@ def _beside_fp16(fp16: float, expected: float) -> str:
             f"Dense FP16 would take about {fp16:.1f} us, less than {expected:.1f} us: at this many tokens the GEMM is "
             "compute-bound, so 4-bit weights no longer help."
         )
+    if fp16 < 1.05 * expected:
+        return f"Dense FP16 takes about {fp16:.1f} us, nearly the same as {expected:.1f} us."
     return f"Dense FP16 takes about {fp16:.1f} us, {fp16 / expected:.1f} times as long as {expected:.1f} us."

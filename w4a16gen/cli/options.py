@@ -87,7 +87,10 @@ def parse_target(text: str) -> Target:
 
 def parse_kernel(text: str) -> KernelConfig:
     """Read a kernel's name, with or without the prefix that all kernels share."""
-    return KernelConfig.parse(text if text.startswith("w4a16_") else f"{KERNEL_NAME_START}{text}")
+    try:
+        return KernelConfig.parse(f"{KERNEL_NAME_START}{text}")
+    except InvalidValueError:
+        return KernelConfig.parse(text)
 
 
 def _shapes(axis: str) -> list[str]:

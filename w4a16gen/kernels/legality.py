@@ -54,7 +54,7 @@ def why_forbidden(config: KernelConfig) -> str | None:
         ("cluster", "k", config.cluster.k, CLUSTER_K),
     ):
         if value not in allowed:
-            return f"{shape} {name} of {value} is not one of {', '.join(map(str, allowed))}"
+            return f"{shape} {name} of {value} must be one of {', '.join(map(str, allowed))}"
     return _forbidden_cutlass(config) if config.target is Target.CUTLASS else _forbidden_native(config)
 
 

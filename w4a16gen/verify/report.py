@@ -157,7 +157,6 @@ def verify(
     manifest = library.build.manifest
     return Report(
         {
-            "schema": 1,
             "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
             "compiler": manifest.compiler,
             "cutlass": manifest.cutlass,
