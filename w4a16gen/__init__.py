@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from w4a16gen.kernels.problem import Problem
     from w4a16gen.runtime.default import configs, gemm, load, pack, to_device
     from w4a16gen.runtime.library import Library
+    from w4a16gen.weights.importers.checkpoint import open_checkpoint
     from w4a16gen.weights.packed import PackedWeight, pack_weight
     from w4a16gen.weights.quantize import quantize
     from w4a16gen.weights.quantized import QuantizedWeight
@@ -72,6 +73,7 @@ __all__ = [
     "configs",
     "gemm",
     "load",
+    "open_checkpoint",
     "pack",
     "pack_weight",
     "quantize",
@@ -89,6 +91,7 @@ _MODULES = {
     "kernels.problem": ("Problem",),
     "runtime.default": ("configs", "gemm", "load", "pack", "to_device"),
     "runtime.library": ("Library",),
+    "weights.importers.checkpoint": ("open_checkpoint",),
     "weights.packed": ("PackedWeight", "pack_weight"),
     "weights.quantize": ("quantize",),
     "weights.quantized": ("QuantizedWeight",),

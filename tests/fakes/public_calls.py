@@ -10,6 +10,7 @@ import numpy as np
 
 import w4a16gen
 from fakes.arrays import GpuArray
+from fakes.checkpoints.cases import awq_gemm
 from fakes.odd_values import NAME
 from w4a16gen import (
     ClusterShape,
@@ -71,6 +72,14 @@ class Source:
 
     def file(self) -> Path:
         return self.folder / f"{self.rng.integers(4)}.safetensors"
+
+    def checkpoint(self) -> Path:
+        """Return a folder with a checkpoint."""
+        folder = self.folder / "checkpoint"
+        if not folder.exists():
+            folder.mkdir()
+            awq_gemm(folder, self.rng)
+        return folder
 
 
 def dequantized(q: Any, scales: Any, zeros: Any = None, zero_points: Any = None) -> Any:
@@ -148,6 +157,11 @@ def check_pack_weight(arguments: Arguments, result: Any) -> None:
 def check_file(arguments: Arguments, result: Any) -> None:
     assert isinstance(result, PackedWeight)
     assert np.isfinite(result.unpack().dequantize()).all()
+    assert arguments
+
+
+def check_checkpoint(arguments: Arguments, result: Any) -> None:
+    assert all(np.isfinite(layer.quantized().dequantize()).all() for layer in result.values())
     assert arguments
 
 
@@ -237,6 +251,12 @@ def public_calls(library: Library, gpu: Library) -> dict[str, Call]:
             FILES,
         ),
         "PackedWeight.load": (PackedWeight.load, lambda source: {"path": source.file()}, check_file, FILES),
+        "open_checkpoint": (
+            w4a16gen.open_checkpoint,
+            lambda source: {"path": source.checkpoint()},
+            check_checkpoint,
+            OURS,
+        ),
         "load": (w4a16gen.load, lambda _: {"folder": str(library.build.folder)}, nothing, OURS),
         "configs": (w4a16gen.configs, lambda _: {}, nothing, OURS),
         "to_device": (w4a16gen.to_device, lambda source: {"value": source.packed(), "device": 0}, nothing, OURS),

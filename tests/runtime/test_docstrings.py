@@ -15,9 +15,28 @@ import pytest
 
 import w4a16gen
 
-FUNCTIONS = ["configs", "gemm", "load", "pack", "pack_weight", "quantize", "to_device", "use_kernels"]
+FUNCTIONS = [
+    "configs",
+    "gemm",
+    "load",
+    "open_checkpoint",
+    "pack",
+    "pack_weight",
+    "quantize",
+    "to_device",
+    "use_kernels",
+]
 CLASSES = ["PackedWeight", "QuantizedWeight"]
-MODULES = ["", "runtime.default", "weights.packed", "weights.quantize", "weights.quantized"]
+MODULES = [
+    "",
+    "runtime.default",
+    "weights.importers.checkpoint",
+    "weights.importers.rounding",
+    "weights.importers.words",
+    "weights.packed",
+    "weights.quantize",
+    "weights.quantized",
+]
 
 
 def callables() -> Iterator[tuple[str, Any]]:

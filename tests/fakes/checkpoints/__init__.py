@@ -1,0 +1,1 @@
+"""Writers of checkpoints, after the published descriptions of their formats. They share nothing with the importers."""

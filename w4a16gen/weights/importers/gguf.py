@@ -1,0 +1,123 @@
+"""GGUF's blocks of 4 bits: Q4_0, Q4_1 and Q4_K. Rows are stored one after the other, in blocks along K."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+
+from w4a16gen.weights.importers.mapped import shown_name
+from w4a16gen.weights.importers.stored import Double, Factors, StoredLayer, UnsupportedLayerError
+from w4a16gen.weights.importers.tensors import DTYPES, Tensors
+from w4a16gen.weights.quantized import MAX_Q, OFFSET, Nibbles
+
+Bytes = np.ndarray
+GROUP_SIZE = 32
+BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q4_K": 144}
+BLOCK_VALUES = {"Q4_0": 32, "Q4_1": 32, "Q4_K": 256}
+_DATA = {"Q4_0": 2, "Q4_1": 4, "Q4_K": 16}
+"""The first byte of a block that holds values."""
+_UNEVEN = ("IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4")
+_ROTATED = ("llama",)
+"""Architectures whose files hold the rows of attn_q and attn_k in the order of ggml's rotary embedding."""
+_ENDING = ".weight"
+_MATRIX, _EXPERTS = 2, 3
+
+
+def stored_layers(tensors: Tensors) -> dict[str, Callable[[], StoredLayer]]:
+    """Return what makes each layer of a GGUF file, by the tensor's name without `.weight`; an expert has its number."""
+    found: dict[str, Callable[[], StoredLayer]] = {}
+    for tensor, info in tensors.items():
+        name = tensor.removesuffix(_ENDING)
+        if info.dtype in DTYPES or len(info.shape) not in (_MATRIX, _EXPERTS):
+            continue
+        if len(info.shape) == _EXPERTS:
+            found |= {
+                f"{name}.{i}": partial(GgufLayer, tensors, tensor, f"{name}.{i}", i) for i in range(info.shape[0])
+            }
+        else:
+            found[name] = partial(GgufLayer, tensors, tensor, name, 0)
+    return found
+
+
+class GgufLayer(StoredLayer):
+    """A matrix of a GGUF file, or one expert of several."""
+
+    format = "gguf"
+
+    def __init__(self, tensors: Tensors, tensor: str, name: str, expert: int) -> None:
+        """Check the type of the tensor.
+
+        Raises:
+            UnsupportedLayerError: if its blocks are not of 4-bit integers.
+        """
+        info = tensors[tensor]
+        self.tensor, self.type, self.expert = tensor, info.dtype, expert
+        if info.dtype not in BLOCK_BYTES:
+            why = "levels that are not evenly spaced" if info.dtype in _UNEVEN else "no 4-bit integers"
+            raise UnsupportedLayerError(
+                f"tensor {shown_name(tensor)} of type {info.dtype} holds {why}: leave it dense, dequantized with the "
+                "gguf package, or quantize it to Q4_0"
+            )
+        n, k = info.shape[-2:]
+        super().__init__(tensors, name, n, k, k // GROUP_SIZE)
+
+    @property
+    def tensor_names(self) -> set[str]:
+        """Name of the tensor, and of the bias."""
+        return {self.tensor, self.bias_name}
+
+    @property
+    def note(self) -> str | None:
+        """Return that rows are rotated, if they are."""
+        architecture = self.tensors.metadata.get("general.architecture")
+        if self.name.endswith(("attn_q", "attn_k")) and architecture in _ROTATED:
+            return "rows are in the order of ggml's rotary embedding: permute them for models of transformers"
+        return None
+
+    def _blocks(self) -> Bytes:
+        """Return the blocks, uint8 [n, blocks of a row, bytes of a block]."""
+        rows = self.tensors.raw(self.tensor).reshape(
+            -1, self.n, self.k // BLOCK_VALUES[self.type], BLOCK_BYTES[self.type]
+        )
+        blocks: Bytes = rows[self.expert]
+        return blocks
+
+    def values(self) -> Nibbles:
+        """Return q, uint8 [n, k]: of 32 bytes or 16, first the lower halves, then the upper ones."""
+        data = self._blocks()[..., _DATA[self.type] :]
+        chunks = data.reshape(self.n, -1, GROUP_SIZE if self.type == "Q4_K" else GROUP_SIZE // 2)
+        return np.stack([chunks & MAX_Q, chunks >> 4], axis=-2).reshape(self.n, self.k)
+
+    def is_symmetric(self) -> bool:
+        """Return whether the type has no minima."""
+        return self.type == "Q4_0"
+
+    def factors(self) -> Factors:
+        """Return scales and zeros."""
+        blocks = self._blocks()
+        scales = _halves(blocks, 0)
+        if self.type == "Q4_0":
+            return Factors(scales.T, None)
+        minima = _halves(blocks, 2)
+        if self.type == "Q4_1":
+            return Factors(scales.T, (minima + OFFSET * scales).T)
+        of_scales, of_minima = _six_bits(blocks[..., 4:16])
+        scales = (scales[..., None] * of_scales).reshape(self.n, -1)
+        minima = (minima[..., None] * of_minima).reshape(self.n, -1)
+        note = "scales are products of a half and 6 bits: fp16 rounds them"
+        return Factors(scales.T, (OFFSET * scales - minima).T, (note,))
+
+
+def _halves(blocks: Bytes, place: int) -> Double:
+    """Return the halves at a place of each block, float64 [n, blocks of a row]."""
+    return np.ascontiguousarray(blocks[..., place : place + 2]).view("<f2")[..., 0].astype(np.float64)
+
+
+def _six_bits(packed: Bytes) -> tuple[Double, Double]:
+    """Return the factors of scales and of minima, float64 [..., 8] each, out of uint8 [..., 12]."""
+    first, second, third = packed[..., :4], packed[..., 4:8], packed[..., 8:]
+    scales = np.concatenate([first & 63, (third & 15) | (first >> 6) << 4], axis=-1)
+    minima = np.concatenate([second & 63, (third >> 4) | (second >> 6) << 4], axis=-1)
+    return scales.astype(np.float64), minima.astype(np.float64)
