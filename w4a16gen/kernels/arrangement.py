@@ -45,8 +45,8 @@ FLOAT_BYTES = 4
 USEFUL_WEIGHT_BYTES = 100 * 1024
 """Bytes of weights in flight beyond which more stages gained nothing and lost up to 8 % (H200, 2026-11)."""
 
-REDUCTION_TOKENS = 32
-"""Tokens whose partial sums the warpgroups along K reduce at a time."""
+REDUCTION_TOKENS = (32, 24, 16, 8)
+"""Tokens whose partial sums the warpgroups along K reduce at a time: the first of these that divides the tile."""
 REDUCTION_TOKENS_OF_TWO = 64
 """The same for a tile of 64 tokens and two warpgroups along K, which then reduce in one step."""
 
@@ -121,7 +121,7 @@ def _scale_bytes(config: KernelConfig) -> int:
 def _reduction_bytes(config: KernelConfig, along_k: int) -> int:
     """Return the room for partial sums of warpgroups along K and of the other CTAs of a cluster that splits K."""
     cta, splits = config.cta, config.cluster.k
-    phase = min(cta.tokens, REDUCTION_TOKENS)
+    phase = next(tokens for tokens in REDUCTION_TOKENS if cta.tokens % tokens == 0)
     if (along_k, cta.tokens) == (2, REDUCTION_TOKENS_OF_TWO):
         phase = REDUCTION_TOKENS_OF_TWO
     of_warpgroups = (along_k - 1) * phase * cta.channels * FLOAT_BYTES
@@ -133,6 +133,6 @@ def _reduction_bytes(config: KernelConfig, along_k: int) -> int:
 def _store_bytes(config: KernelConfig, warpgroups: int, along_k: int) -> int:
     """Return the room for boxes of output, where the output goes through shared memory."""
     splits, tokens = config.cluster.k, config.cta.tokens
-    whole_boxes = splits == 1 or tokens // splits >= STORE_BOX_TOKENS
+    whole_boxes = tokens % (splits * STORE_BOX_TOKENS) == 0
     through_shared = along_k == 1 and tokens >= MIN_STORE_TOKENS and whole_boxes
     return warpgroups * STORE_BOXES * STORE_BOX_BYTES if through_shared else 0

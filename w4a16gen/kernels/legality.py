@@ -14,6 +14,10 @@ from w4a16gen.kernels.config import KernelConfig, Schedule, Scheduler, Target
 
 CTA_CHANNELS = (64, 128, 256)
 CTA_TOKENS = (8, 16, 32, 64, 128, 256)
+"""Token tiles of CUTLASS kernels."""
+NATIVE_CTA_TOKENS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+"""Token tiles of native kernels: WGMMA multiplies any multiple of 8 tokens. The steps grow, because a larger tile leaves
+the same share of its last tile empty with a longer step."""
 CTA_K = (32, 64, 128)
 CLUSTER_CHANNELS = (1, 2, 4)
 CLUSTER_TOKENS = (1, 2, 4)
@@ -39,15 +43,18 @@ of them: with 64 accumulators ptxas serialises WGMMAs (C7512). With eight warps 
 accumulator, in half of an SM's registers."""
 MAX_NATIVE_MULTICAST = 2
 """CTAs of a native kernel's cluster that receive one copy of an operand."""
+SWIZZLE_ROWS = 8
+"""Rows of activations that the 128-byte swizzle permutes together: copies begin at multiples of them."""
 MAX_PORTABLE_CLUSTER = 8
 """CTAs per cluster that every GPU of compute capability 9.0 launches (CUDA programming guide, clusters)."""
 
 
 def why_forbidden(config: KernelConfig) -> str | None:
     """Return why the hardware or the target's implementation forbids a configuration, or None if it is legal."""
+    tokens = CTA_TOKENS if config.target is Target.CUTLASS else NATIVE_CTA_TOKENS
     for shape, name, value, allowed in (
         ("CTA", "channels", config.cta.channels, CTA_CHANNELS),
-        ("CTA", "tokens", config.cta.tokens, CTA_TOKENS),
+        ("CTA", "tokens", config.cta.tokens, tokens),
         ("CTA", "k", config.cta.k, CTA_K),
         ("cluster", "channels", config.cluster.channels, CLUSTER_CHANNELS),
         ("cluster", "tokens", config.cluster.tokens, CLUSTER_TOKENS),
@@ -100,6 +107,11 @@ def _forbidden_native(config: KernelConfig) -> str | None:
         return f"cluster {cluster}: native kernels multicast an operand to at most {MAX_NATIVE_MULTICAST} CTAs"
     if cluster.k > 1 and cluster.channels * cluster.tokens > 1:
         return f"cluster {cluster}: a native kernel's cluster multicasts operands or splits K, not both"
+    if cluster.channels > 1 and cta.tokens % (cluster.channels * SWIZZLE_ROWS) != 0:
+        return (
+            f"CTA {cta}: each of {cluster.channels} CTAs fetches an equal share of the tokens, in whole rows of "
+            f"{SWIZZLE_ROWS}"
+        )
     arrangement = native_arrangement(config)
     reason = _lacks_registers(config, arrangement)
     if reason is not None:

@@ -21,6 +21,7 @@ from w4a16gen.kernels.legality import (
     CTA_K,
     CTA_TOKENS,
     MAX_NATIVE_MULTICAST,
+    NATIVE_CTA_TOKENS,
     NATIVE_K,
     why_forbidden,
 )
@@ -88,17 +89,16 @@ class _Axes(NamedTuple):
     schedules: Sequence[Schedule]
 
 
-_GRID_CTAS = (CTA_CHANNELS, CTA_TOKENS, CTA_K)
 _GRID_CLUSTERS = (CLUSTER_CHANNELS, CLUSTER_TOKENS, CLUSTER_K)
 _GRIDS = {
-    Target.CUTLASS: _Axes(_GRID_CTAS, _GRID_CLUSTERS, (Schedule.PINGPONG, Schedule.COOPERATIVE)),
-    Target.NATIVE: _Axes(_GRID_CTAS, _GRID_CLUSTERS, tuple(NATIVE_WARPGROUPS)),
+    Target.CUTLASS: _Axes((CTA_CHANNELS, CTA_TOKENS, CTA_K), _GRID_CLUSTERS, (Schedule.PINGPONG, Schedule.COOPERATIVE)),
+    Target.NATIVE: _Axes((CTA_CHANNELS, NATIVE_CTA_TOKENS, CTA_K), _GRID_CLUSTERS, tuple(NATIVE_WARPGROUPS)),
 }
 _SHARING = tuple(count for count in CLUSTER_CHANNELS if count <= MAX_NATIVE_MULTICAST)
 _LEGAL_GRIDS = {
     Target.CUTLASS: _GRIDS[Target.CUTLASS],
     Target.NATIVE: _Axes(
-        (CTA_CHANNELS, CTA_TOKENS, NATIVE_K), (_SHARING, _SHARING, CLUSTER_K), tuple(NATIVE_WARPGROUPS)
+        (CTA_CHANNELS, NATIVE_CTA_TOKENS, NATIVE_K), (_SHARING, _SHARING, CLUSTER_K), tuple(NATIVE_WARPGROUPS)
     ),
 }
 """A smaller grid that contains every legal kernel of a family: enumeration need not walk the rest."""

@@ -82,9 +82,10 @@ struct TileShape {
 
   // CTAs that split K divide the output among them: by tokens where each gets whole boxes, otherwise by channels.
   static constexpr int BoxTokens = 32;
-  static constexpr bool DividesOutputByTokens = ClusterK > 1 && Tokens / ClusterK >= BoxTokens;
-  static constexpr bool StoresThroughShared =
-      WarpgroupsK == 1 && Tokens >= 64 && (ClusterK == 1 || DividesOutputByTokens);
+  static constexpr bool WholeBoxes = Tokens % (ClusterK * BoxTokens) == 0;
+  static constexpr bool DividesOutputByTokens = ClusterK > 1 && WholeBoxes;
+  static constexpr bool StoresThroughShared = WarpgroupsK == 1 && Tokens >= 64 && WholeBoxes;
+  static_assert(Tokens % (8 * ClusterChannels) == 0, "CTAs fetch equal shares of the tokens, in whole swizzled rows");
 
   // Whether a tile's copies leave out the rows past the last token. The copy engine is slow with out-of-bounds rows,
   // and CTAs of 64 channels wait for it: 200 tokens took 1.3 to 1.6 times as long as 256. Wider CTAs do not wait, and
@@ -143,7 +144,11 @@ struct StorageShape {
   static constexpr int StageBytes = WeightBytes + ActivationBytes;
 
   // Partial sums of warpgroups along K, for this many tokens at a time.
-  static constexpr int ReductionTokens = T::WarpgroupsK == 2 && T::Tokens == 64 ? 64 : min_of(T::Tokens, 32);
+  static constexpr int ReductionTokens = T::WarpgroupsK == 2 && T::Tokens == 64 ? 64
+                                         : T::Tokens % 32 == 0                  ? 32
+                                         : T::Tokens % 24 == 0                  ? 24
+                                         : T::Tokens % 16 == 0                  ? 16
+                                                                                : 8;
   static constexpr int PartialBytes = (T::WarpgroupsK - 1) * ReductionTokens * T::Channels * 4;
   // Partial sums that the other CTAs of a cluster send. There are two buffers: those of the next tile may arrive before
   // those of this one are read.
