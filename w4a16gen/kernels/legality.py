@@ -43,8 +43,6 @@ of them: with 64 accumulators ptxas serialises WGMMAs (C7512). With eight warps 
 accumulator, in half of an SM's registers."""
 MAX_NATIVE_MULTICAST = 2
 """CTAs of a native kernel's cluster that receive one copy of an operand."""
-SWIZZLE_ROWS = 8
-"""Rows of activations that the 128-byte swizzle permutes together: copies begin at multiples of them."""
 MAX_PORTABLE_CLUSTER = 8
 """CTAs per cluster that every GPU of compute capability 9.0 launches (CUDA programming guide, clusters)."""
 
@@ -107,11 +105,6 @@ def _forbidden_native(config: KernelConfig) -> str | None:
         return f"cluster {cluster}: native kernels multicast an operand to at most {MAX_NATIVE_MULTICAST} CTAs"
     if cluster.k > 1 and cluster.channels * cluster.tokens > 1:
         return f"cluster {cluster}: a native kernel's cluster multicasts operands or splits K, not both"
-    if cluster.channels > 1 and cta.tokens % (cluster.channels * SWIZZLE_ROWS) != 0:
-        return (
-            f"CTA {cta}: each of {cluster.channels} CTAs fetches an equal share of the tokens, in whole rows of "
-            f"{SWIZZLE_ROWS}"
-        )
     arrangement = native_arrangement(config)
     reason = _lacks_registers(config, arrangement)
     if reason is not None:

@@ -85,7 +85,6 @@ struct TileShape {
   static constexpr bool WholeBoxes = Tokens % (ClusterK * BoxTokens) == 0;
   static constexpr bool DividesOutputByTokens = ClusterK > 1 && WholeBoxes;
   static constexpr bool StoresThroughShared = WarpgroupsK == 1 && Tokens >= 64 && WholeBoxes;
-  static_assert(Tokens % (8 * ClusterChannels) == 0, "CTAs fetch equal shares of the tokens, in whole swizzled rows");
 
   // Whether a tile's copies leave out the rows past the last token. The copy engine is slow with out-of-bounds rows,
   // and CTAs of 64 channels wait for it: 200 tokens took 1.3 to 1.6 times as long as 256. Wider CTAs do not wait, and
