@@ -16,8 +16,8 @@ CTA_CHANNELS = (64, 128, 256)
 CTA_TOKENS = (8, 16, 32, 64, 128, 256)
 """Token tiles of CUTLASS kernels."""
 NATIVE_CTA_TOKENS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
-"""Token tiles of native kernels: WGMMA multiplies any multiple of 8 tokens. The steps grow, because a larger tile leaves
-the same share of its last tile empty with a longer step."""
+"""Token tiles of native kernels. WGMMA multiplies any multiple of 8 tokens; the steps grow with the tile, which keeps the
+share of a tile that is left empty about the same."""
 CTA_K = (32, 64, 128)
 CLUSTER_CHANNELS = (1, 2, 4)
 CLUSTER_TOKENS = (1, 2, 4)
@@ -41,6 +41,12 @@ MAX_NATIVE_ACCUMULATORS = {
 """fp32 accumulators per thread. With four consumer warpgroups a thread has 104 registers, and weight fragments take 32
 of them: with 64 accumulators ptxas serialises WGMMAs (C7512). With eight warps a thread keeps four values for each
 accumulator, in half of an SM's registers."""
+MIN_SPILLING_ACCUMULATORS_OF_FOUR = 20
+MIN_SPILLING_STREAM_K_ACCUMULATORS = 96
+MAX_REDUCED_ACCUMULATORS = {1: MAX_ACCUMULATORS, 2: 96, 4: 64}
+"""fp32 accumulators per thread from which, or beyond which, ptxas spills: with four warpgroups and stages of 64 k, with
+stream-K and warpgroups that split K, and by the CTAs of a cluster that split K. The last and the first hold for tiles
+that are no power of two of tokens; ptxas finds registers for the others (nvcc 13.0)."""
 MAX_NATIVE_MULTICAST = 2
 """CTAs of a native kernel's cluster that receive one copy of an operand."""
 MAX_PORTABLE_CLUSTER = 8
@@ -125,6 +131,9 @@ def _lacks_registers(config: KernelConfig, arrangement: Arrangement) -> str | No
         return f"CTA {cta}: eight warps lack registers to reduce sums of 256 channels among 4 CTAs (ptxas spills)"
     four = config.schedule is Schedule.FOUR_WARPGROUPS
     splits_k = arrangement.along_k > 1
+    reason = _lacks_registers_for_tile(config, arrangement)
+    if reason is not None:
+        return reason
     if four and (cta.tokens, cta.k) == (64, 64):
         if splits_k:
             return f"CTA {cta}: four warpgroups that split K lack registers for 64 tokens (ptxas warning C7512)"
@@ -132,13 +141,31 @@ def _lacks_registers(config: KernelConfig, arrangement: Arrangement) -> str | No
             return f"CTA {cta}: four warpgroups lack registers to reduce sums among 4 CTAs (ptxas spills)"
     if config.scheduler is not Scheduler.STREAM_K or not splits_k:
         return None
-    if arrangement.accumulators == MAX_ACCUMULATORS:
+    if arrangement.accumulators >= MIN_SPILLING_STREAM_K_ACCUMULATORS:
         return (
-            f"CTA {cta}: stream-K with warpgroups that split K lacks registers beside {MAX_ACCUMULATORS} accumulators "
-            "(ptxas spills)"
+            f"CTA {cta}: stream-K with warpgroups that split K lacks registers beside {arrangement.accumulators} "
+            "accumulators (ptxas spills)"
         )
     if four and (cta.tokens, cta.k) == (32, 64):
         return f"CTA {cta}: stream-K with four warpgroups that split K lacks registers for k 64 (ptxas spills)"
+    return None
+
+
+def _lacks_registers_for_tile(config: KernelConfig, arrangement: Arrangement) -> str | None:
+    """Return why a tile that is no power of two of tokens lacks registers, as compiling showed (nvcc 13.0), or None."""
+    cta, splits = config.cta, config.cluster.k
+    if cta.tokens in CTA_TOKENS:
+        return None
+    four = config.schedule is Schedule.FOUR_WARPGROUPS
+    if four and cta.k < PACKED_BLOCK_K and arrangement.accumulators >= MIN_SPILLING_ACCUMULATORS_OF_FOUR:
+        return f"CTA {cta}: four warpgroups lack registers for {cta.tokens} tokens and k {cta.k} (ptxas spills)"
+    two_fragments = cta.channels > arrangement.along_channels * WARPGROUP_CHANNELS
+    most = MAX_REDUCED_ACCUMULATORS[splits]
+    if splits > 1 and arrangement.accumulators > most and (two_fragments or splits < max(CLUSTER_K)):
+        return (
+            f"CTA {cta}: a thread lacks registers to reduce {arrangement.accumulators} accumulators among {splits} "
+            "CTAs (ptxas spills)"
+        )
     return None
 
 
