@@ -16,8 +16,8 @@ CTA_CHANNELS = (64, 128, 256)
 CTA_TOKENS = (8, 16, 32, 64, 128, 256)
 """Token tiles of CUTLASS kernels."""
 NATIVE_CTA_TOKENS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
-"""Token tiles of native kernels. WGMMA multiplies any multiple of 8 tokens; the steps grow with the tile, which keeps the
-share of a tile that is left empty about the same."""
+"""Token tiles of native kernels. WGMMA multiplies any multiple of 8 tokens. The steps grow with the tile, so that the
+share of the last tile that is left empty stays about the same."""
 CTA_K = (32, 64, 128)
 CLUSTER_CHANNELS = (1, 2, 4)
 CLUSTER_TOKENS = (1, 2, 4)
