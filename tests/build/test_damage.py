@@ -49,39 +49,37 @@ def replace_by_dangling_link(path: Path) -> None:
 DAMAGES = (truncate, empty, flip, remove, replace_by_folder, replace_by_dangling_link)
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("part", ["library", "module"])
-def test_a_damaged_library_or_module_is_not_loaded_and_is_linked_again(
-    workshop: Workshop, part: str, damage: Damage
-) -> None:
+def test_a_damaged_library_or_module_is_not_loaded_and_is_linked_again(workshop: Workshop, part: str) -> None:
     workshop.build()
-    path: Path = getattr(load_build(workshop.folder), part)
-    damage(path)
-    with pytest.raises(NotBuiltError, match=r"is missing|is damaged"):
-        load_build(workshop.folder)
-    assert workshop.build().compiled == 0, "its objects are good"
-    assert workshop.built() == CONFIGS[:1]
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("suffix", [".o", ".json"])
-def test_a_damaged_object_or_record_is_compiled_again(workshop: Workshop, suffix: str, damage: Damage) -> None:
-    workshop.build()
-    for path in (workshop.folder / "objects").glob(f"*{suffix}"):
+    for damage in DAMAGES:
+        path: Path = getattr(load_build(workshop.folder), part)
         damage(path)
-    assert workshop.build(CONFIGS[:1]).compiled == 1
-    assert workshop.built() == CONFIGS[:1]
-    assert workshop.build(CONFIGS[:1]).compiled == 0
+        with pytest.raises(NotBuiltError, match=r"is missing|is damaged"):
+            load_build(workshop.folder)
+        assert workshop.build().compiled == 0, f"{damage.__name__}: its objects are good"
+        assert load_build(workshop.folder).configs == CONFIGS[:1], damage.__name__
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_manifest_is_no_build_and_is_written_again(workshop: Workshop, damage: Damage) -> None:
+@pytest.mark.parametrize("suffix", [".o", ".json"])
+def test_a_damaged_object_or_record_is_compiled_again(workshop: Workshop, suffix: str) -> None:
     workshop.build()
-    damage(workshop.folder / "manifest.json")
-    with pytest.raises(NotBuiltError, match=r"run `w4a16gen build`|No build found"):
-        load_build(workshop.folder)
-    assert workshop.build().compiled == 0
-    assert workshop.built() == CONFIGS[:1]
+    for damage in DAMAGES:
+        for path in (workshop.folder / "objects").glob("*.o"):
+            damage(path.with_suffix(suffix))
+        assert workshop.build(CONFIGS[:1]).compiled == 1, damage.__name__
+        assert workshop.build(CONFIGS[:1]).compiled == 0, damage.__name__
+        assert load_build(workshop.folder).configs == CONFIGS[:1], damage.__name__
+
+
+def test_a_damaged_manifest_is_no_build_and_is_written_again(workshop: Workshop) -> None:
+    workshop.build()
+    for damage in DAMAGES:
+        damage(workshop.folder / "manifest.json")
+        with pytest.raises(NotBuiltError, match=r"run `w4a16gen build`|No build found"):
+            load_build(workshop.folder)
+        assert workshop.build().compiled == 0, damage.__name__
+        assert load_build(workshop.folder).configs == CONFIGS[:1], damage.__name__
 
 
 @pytest.mark.parametrize("folder", ["objects", "logs"])
