@@ -82,11 +82,10 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def make_folder(path: Path, mode: int = 0o777) -> None:
-    """Make a folder with the folders above it. A file or a dangling link of that name is removed first."""
-    if not path.is_dir():
+def make_way(path: Path) -> None:
+    """Remove anything but a regular file that has the name of a file to be written: a folder, a link or a pipe."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
         remove(path)
-        path.mkdir(mode, parents=True, exist_ok=True)
 
 
 def file_digest(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +47,12 @@ def replace_by_dangling_link(path: Path) -> None:
     path.symlink_to("nowhere")
 
 
-DAMAGES = (truncate, empty, flip, remove, replace_by_folder, replace_by_dangling_link)
+def replace_by_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+DAMAGES = (truncate, empty, flip, remove, replace_by_folder, replace_by_dangling_link, replace_by_pipe)
 
 
 @pytest.mark.parametrize("part", ["library", "module"])

@@ -25,7 +25,7 @@ from w4a16gen.build.scratch import LOGS, OBJECTS, OWNER_VARIABLE, alias, librari
 from w4a16gen.build.toolchain import Toolchain, compiler_identity
 from w4a16gen.build.units import CompiledUnit
 from w4a16gen.errors import BuildError
-from w4a16gen.files import file_digest, has_digest, read_sealed, remove, seal, write_if_changed, write_json
+from w4a16gen.files import file_digest, has_digest, make_way, read_sealed, remove, seal, write_if_changed, write_json
 from w4a16gen.kernels.config import KernelConfig
 from w4a16gen.kernels.render import render_registry
 from w4a16gen.runtime.artifact import LIBRARIES_PREFIX, LIBRARY, MODULE
@@ -143,8 +143,7 @@ def _cache_module(what: Link, build: Path, module: Path) -> None:
     shutil.copyfile(module, copy)
     put_in_place(copy, path)
     record = path.with_suffix(".json")
-    if record.is_dir() or record.is_symlink():
-        remove(record)
+    make_way(record)
     write_json(record, seal({"schema": MODULE_SCHEMA, "module_sha256": file_digest(path)}), mode=0o644)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import filelock
 
 from w4a16gen.errors import BuildLockedError
-from w4a16gen.files import remove
+from w4a16gen.files import make_way
 
 LOCK = ".lock"
 
@@ -23,8 +23,7 @@ def locked(build: Path) -> Iterator[None]:
         OSError: if the lock cannot be made.
     """
     path = build / LOCK
-    if path.is_symlink() or path.is_dir():
-        remove(path)
+    make_way(path)
     lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=0)

@@ -20,7 +20,7 @@ from w4a16gen.build.scratch import LOGS, OBJECTS, OWNER_VARIABLE, alias
 from w4a16gen.build.toolchain import Toolchain
 from w4a16gen.build.units import COMPILE_COSTS, FLAGS, CompiledUnit
 from w4a16gen.errors import BuildError
-from w4a16gen.files import file_digest, remove, write_if_changed, write_json
+from w4a16gen.files import file_digest, make_way, remove, write_if_changed, write_json
 from w4a16gen.kernels.config import KernelConfig
 from w4a16gen.kernels.render import render_kernel, render_unit, source_name
 
@@ -102,8 +102,7 @@ class Compiler:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         record = unit.path.with_suffix(".json")
-        if record.is_symlink() or record.is_dir():
-            remove(record)
+        make_way(record)
         write_json(record, unit.as_json(), mode=0o644)
         return unit
 
@@ -160,8 +159,7 @@ class Compiler:
 
 def write_log(log: Path, text: str) -> None:
     """Write what a compiler printed, over anything that has the log's name."""
-    if log.is_symlink() or log.is_dir():
-        remove(log)
+    make_way(log)
     write_if_changed(log, text)
 
 

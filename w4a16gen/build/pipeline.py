@@ -18,7 +18,7 @@ from w4a16gen.build.toolchain import Toolchain, describe_compiler, find_toolchai
 from w4a16gen.build.units import CompiledUnit, find_units, kernel_hashes
 from w4a16gen.build.versions import cuda_version, cutlass_version
 from w4a16gen.errors import BuildError, InvalidValueError, NotBuiltError
-from w4a16gen.files import remove, write_json
+from w4a16gen.files import make_way, write_json
 from w4a16gen.kernels.config import KernelConfig
 from w4a16gen.kernels.render import render_kernel
 from w4a16gen.progress import Progress, no_progress
@@ -161,8 +161,7 @@ class _Run:
     def _write(self, manifest: Manifest) -> None:
         """Replace the manifest, which makes this build the one in use."""
         path = self._folder / MANIFEST
-        if path.is_symlink() or path.is_dir():
-            remove(path)
+        make_way(path)
         write_json(path, manifest.as_json(), mode=0o644)
 
 
