@@ -16,7 +16,7 @@ from w4a16gen import QuantMode
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.integrations.tensorrt_llm.audit import Audit, audit
 from w4a16gen.integrations.tensorrt_llm.emit import emit_trtllm
-from w4a16gen.integrations.tensorrt_llm.folders import printable
+from w4a16gen.integrations.tensorrt_llm.folders import LARGEST_FILE, NotReadError, printable, read_file
 from w4a16gen.integrations.tensorrt_llm.known import W4A16
 from w4a16gen.kernels.spaces import enumerate_space
 
@@ -160,6 +160,7 @@ def test_kernels_that_a_macro_writes_are_foreign_by_its_name(tmp_path: Path) -> 
         ("extern template void f<int>();\ntemplate <> void f<int>();\ntemplate <class T> void f(T);\n", {}),
         ("void f() { x.template g<int>(1); }\nusing T = typename A::template B<int>;\n", {}),
         ("SOME_MACRO(x) {\ntemplate void f<int>();\n}\n", {"f": 1}),
+        ("#ifdef ENABLE_A\nvoid f() {\n#else\nINST_A(1);\nvoid g() {\n#endif\n}\nINST_A(2);\n", {"INST_A": 2}),
         ('extern "C++" { template void f<int>(); }\n', {"f": 1}),
     ],
 )  # fmt: skip
@@ -215,6 +216,7 @@ def test_an_alias_with_two_meanings_is_not_guessed(tmp_path: Path) -> None:
         ("#define ON 0\n#if ON", "#endif", "dead"),
         ("/*", "*/", "dead"),
         ("// \\", "", "dead"),
+        ("// \\  ", "", "dead"),
         ('auto x = R"(', ')";', "dead"),
         ("#define UNUSED \\", "", "dead"),
         ("#ifdef ENABLE_BF16", "#endif", "live"),
@@ -321,6 +323,20 @@ def test_links_special_files_and_what_cannot_be_read_are_reported_and_not_opened
     assert found.foreign_places == {"BF16 x uint4": ["folder.cu/deep.CU:1"]}
     assert found.duplicates == []
     assert not found.ok
+
+
+def test_reading_never_waits_and_never_follows_a_link(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "file").write_text("x")
+    for name, reason in (("fifo", "not a regular file"), ("link", "cannot be read"), (".", "not a regular file")):
+        with pytest.raises(NotReadError, match=reason):
+            read_file(tmp_path / name)
+    assert read_file(tmp_path / "file") == b"x"
+    with (tmp_path / "file").open("wb") as file:
+        file.truncate(LARGEST_FILE + 1)
+    with pytest.raises(NotReadError, match="67108865 bytes, more than 67108864"):
+        read_file(tmp_path / "file")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give up the right to read and take it back")
