@@ -44,7 +44,8 @@ def values(rng: Random, n: int = N, k: int = K) -> Array:
 
 def halves(rng: Random, *shape: int) -> Array:
     """Return random scales in fp16, of both signs."""
-    return (rng.uniform(0.001, 0.02, shape) * rng.choice([-1, 1], shape)).astype(np.float16)
+    scales: Array = rng.uniform(0.001, 0.02, shape) * rng.choice([-1, 1], shape)
+    return scales.astype(np.float16)
 
 
 def bfloats(rng: Random, *shape: int) -> Array:

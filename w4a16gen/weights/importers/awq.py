@@ -26,6 +26,8 @@ from w4a16gen.weights.importers.words import nibbles
 from w4a16gen.weights.quantized import MAX_Q, OFFSET, Nibbles
 
 PER_WORD = 8
+STRIDE = 64
+"""Values of K that gemv_fast takes from each of four rows in turn."""
 CHANNEL_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
 NIBBLE_OF_CHANNEL = tuple(CHANNEL_OF_NIBBLE.index(channel) for channel in range(PER_WORD))
 
@@ -166,8 +168,8 @@ class AwqGemvFastLayer(StoredLayer):
         """
         fours, k = tensors.need(f"{name}.qweight", ("I16", "U16"), (None, None))
         n = 4 * fours
-        if k % 64 != 0:
-            tensors.need(f"{name}.qweight", ("I16",), (fours, k - k % 64))
+        if k % STRIDE != 0:
+            raise InvalidValueError(f"layer {shown_name(name)}: k = {k} of gemv_fast must be a multiple of {STRIDE}")
         groups = groups_of(k, group_size)
         for part in ("scales", "qzeros"):
             tensors.need(f"{name}.{part}", FLOATS, (padded_groups(groups, group_size), n))
@@ -175,7 +177,7 @@ class AwqGemvFastLayer(StoredLayer):
 
     def values(self) -> Nibbles:
         """Return q, uint8 [n, k]."""
-        stored = nibbles(self.tensors.array(f"{self.name}.qweight")).reshape(self.n // 4, self.k // 64, 4, 64)
+        stored = nibbles(self.tensors.array(f"{self.name}.qweight")).reshape(self.n // 4, self.k // STRIDE, 4, STRIDE)
         rows = stored.transpose(0, 2, 1, 3).reshape(self.n, self.k)
         halves = rows.reshape(self.n, -1, 2, 4).swapaxes(-1, -2)  # even and odd values of each eight
         runs = halves.reshape(self.n, -1, 4, 4, 2).swapaxes(-2, -3)

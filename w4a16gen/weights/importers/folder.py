@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.weights.importers.mapped import map_file, parse_json, shown_name
+from w4a16gen.weights.importers.mapped import MAX_JSON_BYTES, map_file, parse_json, shown_name
 from w4a16gen.weights.importers.safetensors_file import read_header
 from w4a16gen.weights.importers.tensors import TensorInfo, Tensors
 
@@ -54,7 +54,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     if not (folder / name).is_symlink() and not (folder / name).exists():
         return {}
     file = map_file(inside(folder, name))
-    return parse_json(file.data[: 1 << 25].tobytes(), str(file.path))
+    return parse_json(file.data[: MAX_JSON_BYTES + 1].tobytes(), str(file.path))
 
 
 def open_safetensors(folder: Path, names: list[str]) -> Tensors:

@@ -51,9 +51,11 @@ TYPES = {
 """Name, values of a block and bytes of a block of each type of tensor."""
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_MAX_COUNT = 1 << 22
-"""Most keys, tensors, or texts in an array; the largest vocabularies have 2^18."""
-_MAX_NAME = 1 << 16
+_MAX_KEYS, _MAX_TENSORS, _MAX_TEXTS = 1 << 14, 1 << 16, 1 << 22
+"""Most keys, tensors, and texts in an array; the largest vocabularies have 2^18 texts."""
+_MAX_NAME = 1 << 10
+_MAX_TEXT = 1 << 8
+"""Longest text that is kept; longer ones, such as templates, are skipped."""
 _MAX_RANK = 4
 _DEFAULT_ALIGNMENT = 32
 _MAX_SIZE = 1 << 62
@@ -78,10 +80,10 @@ class _Cursor:
     def scalar(self, kind: str) -> Any:
         return struct.unpack(f"<{kind}", self.take(struct.calcsize(f"<{kind}")))[0]
 
-    def count(self, what: str) -> int:
+    def count(self, what: str, most: int) -> int:
         count = int(self.scalar("Q"))
-        if count > _MAX_COUNT:
-            raise InvalidValueError(f"{self.file.path}: {count} {what} are more than {_MAX_COUNT}")
+        if count > most:
+            raise InvalidValueError(f"{self.file.path}: {count} {what} are more than {most}")
         return count
 
     def name(self) -> str:
@@ -107,7 +109,7 @@ class _Cursor:
 
     def _text(self) -> str | None:
         length = int(self.scalar("Q"))
-        if length > _MAX_NAME:
+        if length > _MAX_TEXT:
             self.skip(length)
             return None
         return self.take(length).decode(errors="replace")
@@ -119,7 +121,7 @@ class _Cursor:
             return
         if kind != _STRING:
             raise InvalidValueError(f"{self.file.path}: an array of the unknown type {kind}")
-        for _ in range(self.count("texts")):
+        for _ in range(self.count("texts", _MAX_TEXTS)):
             self.skip(int(self.scalar("Q")))
 
 
@@ -142,7 +144,7 @@ def read_header(file: MappedFile) -> tuple[dict[str, TensorInfo], dict[str, Any]
     version = int(cursor.scalar("I"))
     if version not in VERSIONS:
         raise InvalidValueError(f"{file.path}: GGUF version {version} must be 2 or 3, little endian")
-    tensor_count, key_count = cursor.count("tensors"), cursor.count("keys")
+    tensor_count, key_count = cursor.count("tensors", _MAX_TENSORS), cursor.count("keys", _MAX_KEYS)
     metadata: dict[str, Any] = {}
     for _ in range(key_count):
         key = cursor.name()

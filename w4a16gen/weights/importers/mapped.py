@@ -15,8 +15,12 @@ import numpy.typing as npt
 
 from w4a16gen.errors import InvalidValueError
 
-MAX_JSON_BYTES = 1 << 24
-"""Longest header or configuration that is read; real ones are below 4 MiB. Python needs about ten times as much."""
+MAX_JSON_BYTES = 24 << 20
+"""Longest header or index that is read. The index of a model of 10^12 weights has 21 MiB."""
+MAX_JSON_VALUES = 1 << 20
+"""Most values in it. Python needs up to 100 bytes for a value of two bytes, so the length alone limits no memory."""
+MAX_WIDE_BYTES = 4 << 20
+"""Longest text with letters beyond ASCII, also escaped ones, which take four bytes each in memory."""
 
 
 def shown_name(name: object) -> str:
@@ -85,14 +89,17 @@ def parse_json(text: bytes, origin: str) -> dict[str, Any]:
     Raises:
         InvalidValueError: if it is too long, no JSON object, or repeats a key.
     """
-    if len(text) > MAX_JSON_BYTES:
-        raise InvalidValueError(f"{origin} of {len(text)} bytes is longer than {MAX_JSON_BYTES}")
+    longest = MAX_JSON_BYTES if text.isascii() and rb"\u" not in text else MAX_WIDE_BYTES
+    if len(text) > longest:
+        raise InvalidValueError(f"{origin} of {len(text)} bytes is longer than {longest}")
+    if sum(text.count(mark) for mark in (b",", b":", b"[", b"{")) > MAX_JSON_VALUES:
+        raise InvalidValueError(f"{origin} has more than {MAX_JSON_VALUES} values")
     try:
         value = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, origin))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, ValueError) as error:
-        if isinstance(error, InvalidValueError):
-            raise
-        raise InvalidValueError(f"{origin} is not JSON: {type(error).__name__}") from None
+    except InvalidValueError:
+        raise
+    except (ValueError, RecursionError):
+        raise InvalidValueError(f"{origin} is not JSON in UTF-8, or has too many levels or digits") from None
     if not isinstance(value, dict):
         raise InvalidValueError(f"{origin} must be a JSON object")
     return value

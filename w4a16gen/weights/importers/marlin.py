@@ -11,7 +11,9 @@ from functools import partial
 
 import numpy as np
 
+from w4a16gen.errors import InvalidValueError
 from w4a16gen.weights.importers.config import layer_names
+from w4a16gen.weights.importers.mapped import shown_name
 from w4a16gen.weights.importers.stored import Factors, Indices, StoredLayer
 from w4a16gen.weights.importers.tensors import FLOATS, INTEGERS, Tensors
 from w4a16gen.weights.importers.words import nibbles
@@ -70,7 +72,10 @@ class MarlinLayer(StoredLayer):
         groups, n = tensors.need(self.scales, FLOATS, (None, None))
         rows, _ = tensors.need(self.words, INTEGERS, (None, 2 * n))
         if n % N_MULTIPLE != 0 or rows * TILE % K_MULTIPLE != 0:
-            tensors.need(self.words, INTEGERS, (rows - rows % (K_MULTIPLE // TILE), 2 * (n - n % N_MULTIPLE)))
+            raise InvalidValueError(
+                f"layer {shown_name(name)}: n = {n} and k = {rows * TILE} of Marlin's form must be multiples of "
+                f"{N_MULTIPLE} and {K_MULTIPLE}"
+            )
         super().__init__(tensors, name, n, rows * TILE, groups)
 
     def values(self) -> Nibbles:

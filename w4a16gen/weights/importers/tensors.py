@@ -131,7 +131,7 @@ class Tensors(Mapping[str, TensorInfo]):
             found > 0 if wanted is None else found == wanted for found, wanted in zip(info.shape, shape, strict=True)
         )
         if not fits:
-            wanted = ", ".join("any" if size is None else str(size) for size in shape)
+            wanted = ", ".join("1 or more" if size is None else str(size) for size in shape)
             raise InvalidValueError(f"tensor {shown_name(name)} of shape {list(info.shape)} must be [{wanted}]")
         return info.shape
 
