@@ -21,24 +21,16 @@ from w4a16gen.kernels.config import KernelConfig, Target
 
 LAYOUTS = {Target.CUTLASS: "kmajor_s4_v1", Target.NATIVE: "fragment_blocks_v2"}
 """`TARGET_LAYOUTS`, whose module imports numpy: that would take four times as long as all else here."""
+CPP = Path(__file__).resolve().parents[1] / "cpp"
 RELEASE = "Cuda compilation tools, release {}, V13.0.88\nBuild fake"
 
 
 def entry(config: KernelConfig) -> str:
-    """Return the C++ of one kernel's entry."""
-    zeros = "true" if config.mode.has_zeros else "false"
-    shape = ", ".join(map(str, config.cta.as_list())), ", ".join(map(str, config.cluster.as_list()))
-    return f"""
-namespace w4a16 {{
-extern const Kernel {config.name}_kernel;
-const Kernel {config.name}_kernel = {{
-    {{"{config.name}", "{config.target}", "{LAYOUTS[config.target]}", mode::{config.mode},
-      {{{shape[0]}}}, {{{shape[1]}}}, 4, 384, {config.cta.k}, 100000}},
-    [](const Problem& problem) {{ return cutlass_target::PackedLayout(problem, {zeros}).bytes; }},
-    [](const Problem& problem, int sm_count) {{ return static_cast<size_t>(problem.m * sm_count); }},
-    [](const Launch&) {{ return cudaErrorNotSupported; }}}};
-}}
-"""
+    """Return the line of C++ that defines one kernel's entry; see tests/cpp/fake_kernel.h."""
+    family = f'"{config.target}", "{LAYOUTS[config.target]}"'
+    mode = f"{config.mode}, {str(config.mode.has_zeros).lower()}"
+    sizes = ", ".join(map(str, [*config.cta.as_list(), *config.cluster.as_list()]))
+    return f"W4A16_FAKE_KERNEL({config.name}, {family}, {mode}, {sizes})"
 
 
 def main(arguments: list[str]) -> int:
@@ -59,9 +51,7 @@ def main(arguments: list[str]) -> int:
     if failing and any(failing in name for name in names):
         print(f"{source}(1): error: this kernel cannot be compiled")
         return 2
-    text = '#include "cutlass/layout.h"\n#include "library/kernel.h"\n' + "".join(
-        entry(KernelConfig.parse(name)) for name in names
-    )
+    text = "\n".join(['#include "fake_kernel.h"', *(entry(KernelConfig.parse(name)) for name in names), ""])
     generated = source.with_suffix(".cpp")
     generated.write_text(text)
     output = Path(arguments[arguments.index("-o") + 1])
@@ -70,7 +60,7 @@ def main(arguments: list[str]) -> int:
         shutil.copyfile(made, output)
         return 0
     includes = [argument for argument in arguments if argument.startswith("-I")]
-    includes.append(f"-isystem{os.environ['FAKE_NVCC_INCLUDE']}")
+    includes += [f"-I{CPP}", f"-isystem{os.environ['FAKE_NVCC_INCLUDE']}"]
     fresh = made.with_name(f".{made.name}.{os.getpid()}")
     command = ["g++", "-std=c++17", "-fPIC", *includes, "-c", str(generated), "-o", str(fresh)]
     returncode = subprocess.run(command, check=False).returncode  # noqa: S603
