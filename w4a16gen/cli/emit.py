@@ -129,13 +129,14 @@ def command(
     for_trtllm = len(families) < len(targets)
     if for_trtllm and families:
         raise click.UsageError("--target trtllm cannot be combined with another target: it writes other files")
-    for_trtllm_only = {
-        "--mixed-input-schedules": mixed_input_schedules,
-        "--trtllm-source": source,
-        "--trtllm-namespace": namespace,
-    }
-    if not for_trtllm and (given := [name for name, value in for_trtllm_only.items() if value]):
-        raise click.UsageError(f"{given[0]} needs --target trtllm")
+    if not for_trtllm:
+        _refuse(
+            {
+                "--mixed-input-schedules": mixed_input_schedules,
+                "--trtllm-source": source,
+                "--trtllm-namespace": namespace,
+            }
+        )
     wanted = Filter(ctas, clusters, modes, families)
     selection = select_kernels(wanted, spaces or ((TRTLLM,) if for_trtllm else ()))
     where = f"space {' + '.join(selection.spaces)}"
@@ -162,6 +163,13 @@ def command(
     note(f"{len(selection.configs)} kernels of {where}: {counts}")
     if emitted.stale:
         note(f"{emitted.stale} files of earlier calls stay in {output}; --remove-stale removes them")
+
+
+def _refuse(options: Mapping[str, object]) -> None:
+    """Refuse options that need --target trtllm."""
+    for name, value in options.items():
+        if value:
+            raise click.UsageError(f"{name} needs --target trtllm")
 
 
 def _emit(configs: Sequence[KernelConfig], output: Path, remove_stale: bool) -> _Emitted:

@@ -1,0 +1,152 @@
+"""The shape of every JSON object that commands print: members and their types."""
+
+from __future__ import annotations
+
+from typing import Any
+
+NUMBER = (int, float)
+OPTIONAL_NUMBER = (int, float, type(None))
+OPTIONAL_TEXT = (str, type(None))
+PROBLEM = {"m": int, "n": int, "k": int, "group_size": int}
+GPU = {"index": int, "name": str, "compute_capability": [int], "sm_count": int}
+KERNEL = {
+    "name": str,
+    "target": str,
+    "mode": str,
+    "cta": [int],
+    "cluster": [int],
+    "schedule": str,
+    "scheduler": str,
+}
+BUILD = {
+    "folder": str,
+    "library": str,
+    "compiled": int,
+    "up_to_date": int,
+    "failures": [{"kernel": str, "summary": str, "log": str}],
+    "kernels": [str],
+}
+PROOFS = {
+    "date": str,
+    "compiler": str,
+    "cutlass": str,
+    "static": {"ok": bool, "violations": [str], "kernels": [dict]},
+    "numerics": {"status": str, "reason": str, "kernels": [dict]},
+}
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "list": {"built": bool, "spaces": [str], "kernels": [KERNEL]},
+    "emit": {
+        "spaces": [str],
+        "folder": str,
+        "files": [{"path": str, "written": bool, "kernels": [str]}],
+        "removed": [str],
+    },
+    "build": BUILD,
+    "verify": PROOFS,
+    "build-and-verify": {"build": BUILD, "verify": PROOFS},
+    "export": {"kernels": int, "written": [str]},
+    "clean": {"folder": str, "removed": [str]},
+    "run": {
+        "gpu": GPU,
+        "problem": PROBLEM,
+        "mode": str,
+        "built": int,
+        "candidates": [str],
+        "kernel": str,
+        "workspace_bytes": int,
+        "ok": bool,
+        "error_over_bound": OPTIONAL_NUMBER,
+        "checked_rows": int,
+        "microseconds": NUMBER,
+        "replays_microseconds": [NUMBER],
+        "launches_per_replay": int,
+        "tflops": NUMBER,
+    },
+    "bench": {
+        "gpu": GPU,
+        "peak_tflops": {"burst": NUMBER, "sustained": NUMBER},
+        "comparisons": [
+            {
+                "problem": PROBLEM,
+                "mode": str,
+                "screened": {str: NUMBER},
+                "left_out": int,
+                "chosen": OPTIONAL_TEXT,
+                "rivals_left_out": {str: str},
+                "error_over_bound": {str: OPTIONAL_NUMBER},
+                "timings": [{"contender": str, "isolated": [NUMBER], "dependent": [NUMBER]}],
+            }
+        ],
+        "smallest_set": [str],
+        "wrong": {str: OPTIONAL_NUMBER},
+        "written": [str],
+    },
+    "report": {"folder": str, "problems": int, "written": [str]},
+    "tune": {
+        "gpu": GPU,
+        "table": str,
+        "problems": [
+            {
+                "problem": PROBLEM,
+                "name": str,
+                "measured": int,
+                "known": int,
+                "left_out": int,
+                "fastest": OPTIONAL_TEXT,
+                "microseconds": OPTIONAL_NUMBER,
+            }
+        ],
+    },
+    "explain": {
+        "problem": PROBLEM,
+        "mode": str,
+        "built": bool,
+        "among": str,
+        "gpu": (dict, type(None)),
+        "kernel": str,
+        "source": str,
+        "dependent": bool,
+        "microseconds": OPTIONAL_NUMBER,
+        "fp16_microseconds": NUMBER,
+        "kernels": [{"kernel": str, "microseconds": OPTIONAL_NUMBER, "basis": str}],
+    },
+    "audit": {
+        "folder": str,
+        "ok": bool,
+        "instantiations": int,
+        "present": [str],
+        "missing": [str],
+        "duplicates": [str],
+        "foreign": {str: int},
+        "foreign_places": {str: [str]},
+        "unknown": [str],
+        "unknown_places": [str],
+        "conditional": [{"what": str, "condition": str}],
+        "problems": [str],
+        "files": [{"file": str, "types": {str: int}, "mixed": bool, "kernels": [str]}],
+        "extracted": [str],
+    },
+    "doctor": {"ok": bool, "findings": [{"subject": str, "level": str, "detail": str, "fix": str}]},
+    "completion": {"shell": str, "script": str},
+    "error": {"error": {"type": str, "message": str, "exit_code": int}},
+}
+
+
+def check(value: Any, shape: Any, where: str) -> None:
+    """Raise unless a value has a shape: a type, several, [of a list], {of each member} or {str: of all members}."""
+    if isinstance(shape, dict) and str in shape:
+        assert isinstance(value, dict), where
+        for key, member in value.items():
+            check(member, shape[str], f"{where}.{key}")
+    elif isinstance(shape, dict):
+        assert isinstance(value, dict), where
+        assert value.keys() == shape.keys(), where
+        for key, member in value.items():
+            check(member, shape[key], f"{where}.{key}")
+    elif isinstance(shape, list):
+        assert isinstance(value, list), where
+        for index, member in enumerate(value):
+            check(member, shape[0], f"{where}[{index}]")
+    else:
+        assert isinstance(value, shape), f"{where} is {value!r}"
+        assert not isinstance(value, bool) or shape is bool, where
