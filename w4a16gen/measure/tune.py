@@ -25,6 +25,24 @@ def _no_progress(_title: str) -> Iterator[Progress]:
     yield no_progress
 
 
+def _call_all(
+    one: Callable[[str, Problem], None], named: Sequence[tuple[str, Problem]], *, threads: int, stop: threading.Event
+) -> None:
+    """Call a function for every problem, several at once. The first failure sets `stop` and is raised."""
+    if threads == 1:
+        for name, problem in named:
+            one(name, problem)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for done in as_completed([pool.submit(one, name, problem) for name, problem in named]):
+                done.result()
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
 @dataclass(frozen=True)
 class Tuned:
     """The result of one problem."""
@@ -120,18 +138,7 @@ class Job:
                 left = (time.monotonic() - began) / len(outcomes) * (len(named) - len(outcomes))
                 tell(f"{outcome}; {len(outcomes)} of {len(named)} problems, about {left:.0f} s left")
 
-        if len(devices) == 1:
-            for name, problem in named:
-                one(name, problem)
-            return outcomes
-        with ThreadPoolExecutor(len(devices)) as pool:
-            try:
-                for done in as_completed([pool.submit(one, name, problem) for name, problem in named]):
-                    done.result()
-            except BaseException:
-                stop.set()
-                pool.shutdown(cancel_futures=True)
-                raise
+        _call_all(one, named, threads=len(devices), stop=stop)
         return outcomes
 
     def _tune_one(

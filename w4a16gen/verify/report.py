@@ -130,30 +130,6 @@ def verify(
         progress: called as the numerical proofs advance.
     """
     proof = static.prove(library, generated)
-    hopper = library.hopper_devices()
-    if hopper:
-        gpu = hopper[0]
-        kernels = numeric.prove(library, device=gpu.index, sampled=sampled, progress=progress)
-        proofs = {KernelConfig.parse(kernel.name): kernel for kernel in kernels}
-        k = SAMPLED_CHAIN_K if sampled else CHAIN_K
-        launch_chains.prove_chains(library, proofs, sm_count=gpu.sm_count, device=gpu.index, k=k, progress=progress)
-        if drawn_problems:
-            random_problems.prove_random(library, proofs, drawn_problems, device=gpu.index, progress=progress)
-        failed = any(kernel.failures for kernel in kernels)
-        numerics: dict[str, Any] = {
-            "status": "failed" if failed else "passed",
-            "gpu": gpu.name,
-            "sm_count": gpu.sm_count,
-            "sampled": sampled,
-            "drawn_problems": drawn_problems,
-            "kernels": [kernel.as_json() for kernel in kernels],
-        }
-    else:
-        found = ", ".join(map(str, library.devices()))
-        reason = f"this machine has {found or 'no CUDA GPU'}; they need an NVIDIA Hopper GPU (compute capability 9.0)"
-        if not found and (fault := library.why_no_device()):
-            reason = f"no GPU can be used: {fault}"
-        numerics = {"status": NOT_RUN, "reason": reason, "kernels": []}
     manifest = library.build.manifest
     return Report(
         {
@@ -161,6 +137,32 @@ def verify(
             "compiler": manifest.compiler,
             "cutlass": manifest.cutlass,
             "static": {"ok": proof.ok, "violations": proof.violations, "kernels": proof.kernels},
-            "numerics": numerics,
+            "numerics": _numerics(library, sampled=sampled, drawn_problems=drawn_problems, progress=progress),
         }
     )
+
+
+def _numerics(library: Library, *, sampled: bool, drawn_problems: int, progress: Progress) -> dict[str, Any]:
+    """Run the numerical proofs, or say why they cannot run."""
+    hopper = library.hopper_devices()
+    if not hopper:
+        found = ", ".join(map(str, library.devices()))
+        reason = f"this machine has {found or 'no CUDA GPU'}; they need an NVIDIA Hopper GPU (compute capability 9.0)"
+        if not found and (fault := library.why_no_device()):
+            reason = f"no GPU can be used: {fault}"
+        return {"status": NOT_RUN, "reason": reason, "kernels": []}
+    gpu = hopper[0]
+    kernels = numeric.prove(library, device=gpu.index, sampled=sampled, progress=progress)
+    proofs = {KernelConfig.parse(kernel.name): kernel for kernel in kernels}
+    k = SAMPLED_CHAIN_K if sampled else CHAIN_K
+    launch_chains.prove_chains(library, proofs, sm_count=gpu.sm_count, device=gpu.index, k=k, progress=progress)
+    if drawn_problems:
+        random_problems.prove_random(library, proofs, drawn_problems, device=gpu.index, progress=progress)
+    return {
+        "status": "failed" if any(kernel.failures for kernel in kernels) else "passed",
+        "gpu": gpu.name,
+        "sm_count": gpu.sm_count,
+        "sampled": sampled,
+        "drawn_problems": drawn_problems,
+        "kernels": [kernel.as_json() for kernel in kernels],
+    }
