@@ -32,7 +32,8 @@ OWNERS = {
     "filelock": {"build", "choose"},
     "pybind11": {"build"},
     "psutil": {"build"},
-    "matplotlib": {"measure.report"},
+    "matplotlib": {"measure.plots"},
+    "torch": {"measure.rivals"},
     "cuda": {"build.toolchain"},
 }
 """The rooms, or the modules, that may import a foreign library."""
@@ -57,6 +58,8 @@ def imports(path: Path) -> set[str]:
             submodules = {f"{module}.{alias.name}" for alias in node.names}
             known = {name for name in submodules if name.removeprefix("w4a16gen.") in MODULES}
             found |= known or {module}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            found |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
     return found
 
 

@@ -73,6 +73,12 @@ PHRASES = (
     "end the kernel that they are at",
     "a handler of Python's does not run",
     "who reads too early is seen",
+    # Patterns behind them.
+    "one a line",
+    "so many",
+    " anew",
+    "what the gpu can do at most",
+    '"""give ',
 )
 
 
