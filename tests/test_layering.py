@@ -59,7 +59,7 @@ def imports(path: Path) -> set[str]:
             known = {name for name in submodules if name.removeprefix("w4a16gen.") in MODULES}
             found |= known or {module}
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-            found |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
+            found |= {str(argument.value) for argument in node.args if isinstance(argument, ast.Constant)}
     return found
 
 

@@ -54,7 +54,7 @@ const char* fault_of(int64_t m, int channel_blocks, int k_blocks, int clusters_a
       if (work.unit + 1 < ctas && native::unit_begin(tiling, work.unit + 1) <= begin) return "work units out of order";
     }
   }
-  // Tiles start where the tile before ends. The last one may start earlier, so that it ends where the tokens end. A
+  // Tiles start where the previous tile ends. The last one may start earlier, so that it ends where the tokens end. A
   // cluster that multicasts weights may have one token tile too many: it computes the last tile again, or lies beyond
   // the tokens.
   const int64_t tokens = (m + S::Tokens - 1) / S::Tokens;

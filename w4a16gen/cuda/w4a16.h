@@ -115,8 +115,8 @@ W4A16_API w4a16_status w4a16_pack(int kernel, const w4a16_problem* problem, cons
                                   char* message, size_t message_bytes);
 
 /* Launches a kernel that reads bytes and discards them: its time is a lower bound for kernels that need these bytes. Of
- * dependent launches two read at a time, and each ends after the one before. data is 16-byte aligned, bytes a positive
- * multiple of 16. Needs a library with a native kernel. */
+ * dependent launches two read at a time, and each ends after the previous one. data is 16-byte aligned, and bytes is a
+ * positive multiple of 16. Needs a library with a native kernel. */
 W4A16_API w4a16_status w4a16_probe_read(const void* data, size_t bytes, int32_t dependent_launch, void* stream,
                                         char* message, size_t message_bytes);
 

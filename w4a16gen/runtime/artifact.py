@@ -7,8 +7,8 @@ A build is a folder:
     objects/               compiled kernels, kept for the next build
     logs/                  what the compilers printed
 
-The manifest is replaced last. Until then it names the libraries of the build before, so a build that fails or is killed
-leaves the previous one in use.
+The manifest is replaced last. Until then it names the libraries of the previous build, which stays in use if a
+build fails or is killed.
 
 A build is code: loading one runs it. `load_build` checks that the files are the ones that the manifest describes, which
 finds damage. It cannot tell who wrote them: see `check_owner`.

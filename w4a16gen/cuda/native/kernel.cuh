@@ -39,7 +39,7 @@ __device__ inline void consume(const Parameters& p, const Shared<S>& shared, con
     } else {
       consume_stages<S, Rows>(shared, mine, me, at, sum);
     }
-    wait_for_prerequisites();  // the kernel before may read this output or write the bias
+    wait_for_prerequisites();  // the previous kernel may read this output or write the bias
     // Without spare registers the thread's role is computed again, since values derived from it would occupy registers
     // during the main loop. With two warpgroups that pays only if two reductions follow (ptxas otherwise spills).
     constexpr bool kReducesTwice = S::WarpgroupsK > 1 && S::ClusterK > 1;

@@ -85,7 +85,7 @@ __device__ inline void consume_stages(const Shared<S>& shared, int stages, const
   const uint64_t first = descriptor(descriptor_low(shared.activations(0)));
   constexpr bool kAdd64 = k64BitDescriptorAdd<S>;
   uint32_t weights = 0;
-  int in_flight = -1;  // slot of the stage before, which its last WGMMAs may still read
+  int in_flight = -1;  // slot of the previous stage, which its last WGMMAs may still read
   const auto begin_stage = [&](int half) {
     // A warpgroup that takes every second or fourth stage of 64 k always has the same half of a block.
     if (kHalfStages && S::WarpgroupsK > 1) half = me.warpgroup_k % 2;
@@ -123,7 +123,7 @@ __device__ inline void consume_stages(const Shared<S>& shared, int stages, const
       const int next_half = kHalfStages ? 1 - half : 0;
       // A stage of one piece is released before the wait for the next: the ring may hold only two.
       if (!kOnePiece && more) begin_stage(next_half);
-      wgmma_wait<1>();  // the WGMMAs of the piece before are done: its buffer is free, and perhaps its stage
+      wgmma_wait<1>();  // the WGMMAs of the previous piece are done: its buffer is free, and perhaps its stage
       if (begins && in_flight >= 0) release<S>(shared, in_flight, me.lane);
       if (ends) in_flight = slot;
       if (kOnePiece && more) begin_stage(next_half);

@@ -18,8 +18,8 @@ constexpr int kProbeTileBytes = kProbeTokens * 64 * 2;
 constexpr int kProbeTiles = 4;
 
 // Reads `bytes` once, each CTA an equal part, and discards them. Of dependent launches two read at a time, and each
-// ends after the one before. A launch that started reading after the last request of the one before would take up to
-// 0.7 us longer (H100, 2026-11).
+// ends after the previous one. A launch that started reading only after the previous launch's last request would take
+// up to 0.7 us longer (H100, 2026-11).
 template <int Stages>
 __global__ void __launch_bounds__(kReaders* kWarp)
     probe_read(const uint8_t* data, int64_t bytes, int64_t bytes_per_cta) {

@@ -132,7 +132,7 @@ __device__ inline void allocate_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
 }
 
-// Programmatic dependent launch: lets the next kernel of the stream start; waits until the kernel before has finished
+// Programmatic dependent launch: lets the next kernel of the stream start; waits until the previous kernel has finished
 // and its writes are visible. Both do nothing in an ordinary launch.
 __device__ inline void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
 __device__ inline void wait_for_prerequisites() { asm volatile("griddepcontrol.wait;" ::: "memory"); }

@@ -185,12 +185,12 @@ struct PipelineShape {
   static constexpr int MaxWeightsAtTrigger = 56 * 1024;
   static constexpr int StagesAtTrigger = max_of(MaxWeightsAtTrigger / Storage::WeightBytes, 1);
 
-  // Cycles between the stages of a dependent launch's first ring. The launch before is about to fetch its last stages
+  // Cycles between the stages of a dependent launch's first ring. The previous launch is about to fetch its last stages
   // on the same SM, and everything waits for it. Without pauses chains take 3 to 5 % longer.
   static constexpr int FillPause = 100;
 
   // Stages beyond the first ring that a dependent launch prefetches into L2, if they are its last. 4096x5120 with 16
-  // tokens takes 5 % less time; with 72 KiB the prefetches delay the launch before by up to 16 %.
+  // tokens takes 5 % less time; with 72 KiB the prefetches delay the previous launch by up to 16 %.
   static constexpr int MaxPrefetchedWeights = 36 * 1024;
   static constexpr int PrefetchedStages = MaxPrefetchedWeights / Storage::WeightBytes;
 };

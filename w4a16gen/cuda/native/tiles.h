@@ -13,7 +13,7 @@ struct Tiling {
   int k_blocks;
   int channel_tiles;  // of a whole cluster
   int token_tiles;
-  int last_token;    // first token of the last tile, which may overlap the tile before
+  int last_token;    // first token of the last tile, which may overlap the previous tile
   int unit_blocks;   // stream-K: k blocks of a work unit
   int longer_units;  // stream-K: how many units, from the first on, have one more
 };

@@ -34,7 +34,7 @@ struct Activations {
 };
 
 // Accumulates this warp's stages of one tile. Two or four successive k16 steps have separate accumulators, which are
-// added at the end, so that no mma waits for the one before.
+// added at the end, so that no mma waits for the previous one.
 template <class S, int Rows>
 __device__ inline void consume_stages_by_warps(const Shared<S>& shared, int stages, const Consumer& me,
                                                Position<S::Stages>& at, Accumulators<S>& sum) {
