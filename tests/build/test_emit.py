@@ -86,6 +86,16 @@ def test_the_proof_reads_the_sources(workshop: Workshop) -> None:
     assert source_violations(asked, built.sources) == []
 
 
+def test_a_huge_file_in_place_of_a_source_is_not_read_whole(workshop: Workshop) -> None:
+    workshop.build(CONFIGS[:1])
+    path = workshop.generated / source_name(CONFIGS[0])
+    os.truncate(path, 1 << 40)
+    violations = source_violations([CONFIGS[0].name], workshop.generated)
+    assert violations == [f"{path} differs from what the kernel was compiled from: run `w4a16gen build`"]
+    workshop.build(CONFIGS[:1])
+    assert source_violations([CONFIGS[0].name], workshop.generated) == []
+
+
 def test_missing_sources_are_one_violation(workshop: Workshop, tmp_path: Path) -> None:
     built = workshop.build(CONFIGS).build
     (violation,) = source_violations(built.manifest.asked, tmp_path / "elsewhere")
