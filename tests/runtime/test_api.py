@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import w4a16gen
-from w4a16gen import Problem, QuantMode, pack_weight, quantize
-from w4a16gen.errors import InvalidValueError, NotBuiltError
+from w4a16gen import Problem, QuantizedWeight, QuantMode, pack_weight, quantize
+from w4a16gen.errors import InvalidValueError, NotBuiltError, UnsupportedProblemError
 from w4a16gen.files import file_digest, write_json
 from w4a16gen.runtime import default as api
 from w4a16gen.runtime.arrays import _is_contiguous
@@ -57,6 +57,7 @@ def test_contiguity_is_what_numpy_says(shape: list[int]) -> None:
     for array in (np.zeros(shape), np.zeros(shape).T, np.zeros([*shape, 2])[..., 0], np.zeros([2 * s for s in shape])):
         strides = tuple(stride // array.itemsize for stride in array.strides)
         assert _is_contiguous(array.shape, strides) == array.flags.c_contiguous
+        assert _is_contiguous(array.shape, array.strides, array.itemsize) == array.flags.c_contiguous
 
 
 def test_importing_and_multiplying_needs_no_torch_build_or_gpu() -> None:
@@ -171,9 +172,69 @@ def test_alpha_is_one_number(alpha: Any) -> None:
     assert (got == np.float16(float(alpha) * 64)).all()
 
 
-def test_an_output_over_the_activations_is_refused_as_on_a_gpu() -> None:
+def test_an_output_over_an_operand_is_refused_as_on_a_gpu() -> None:
     packed = pack_weight(quantize(np.ones((64, 64)), group_size=64))
-    both = np.ones((3, 128), np.float16)
-    with pytest.raises(InvalidValueError, match="output overlaps the activations: pass another array"):
-        w4a16gen.gemm(both[:, :64], packed, out=both[:, 32:96])
-    assert (w4a16gen.gemm(both[:, :64], packed, out=both[:, 64:]) == 64).all()
+    both = np.ones((6, 64), np.float16)
+    weight = packed.data[: 3 * 64 * 2].view(np.float16).reshape(3, 64)
+    for out, bias, name in (
+        (both[2:5], None, "activations"),
+        (weight, None, "packed weight"),
+        (both[3:], both[5], "bias"),
+    ):
+        with pytest.raises(InvalidValueError, match=f"output overlaps the {name}: pass another array"):
+            w4a16gen.gemm(both[:3], packed, bias=bias, out=out)
+    assert (w4a16gen.gemm(both[:3], packed, out=both[3:]) == 64).all()
+
+
+def test_what_is_not_contiguous_is_refused_as_on_a_gpu() -> None:
+    packed = pack_weight(quantize(np.ones((64, 64)), group_size=64))
+    a, wide = np.ones((3, 64), np.float16), np.ones((3, 128), np.float16)
+    one_row = np.broadcast_to(a[0], (3, 64))
+    same_row = np.lib.stride_tricks.as_strided(np.empty(64, np.float16), (3, 64), (0, 2))
+    calls: list[tuple[str, dict[str, Any]]] = [
+        ("activations", {"a": wide[:, :64]}),
+        ("activations", {"a": one_row}),
+        ("output", {"out": wide[:, 64:]}),
+        ("output", {"out": same_row}),
+        ("bias", {"bias": wide[0, ::2]}),
+    ]
+    for name, change in calls:
+        with pytest.raises(InvalidValueError, match=f"{name} must be contiguous, row-major: make a contiguous copy"):
+            w4a16gen.gemm(**{"a": a, "w": packed, **change})
+
+
+@pytest.mark.parametrize(("n", "k", "sentence"), [(60, 64, "n of 60 must be"), (64, 60, "k of 60 must be")])
+def test_sizes_that_no_kernel_runs_are_refused_without_a_gpu(n: int, k: int, sentence: str) -> None:
+    packed = pack_weight(quantize(np.ones((n, k))), target="cutlass")
+    with pytest.raises(UnsupportedProblemError, match=f"^{sentence} a positive multiple of 8"):
+        w4a16gen.gemm(np.ones((1, k), np.float16), packed)
+
+
+class Evil(np.ndarray[Any, Any]):
+    """An array whose every operation raises."""
+
+    def __array_ufunc__(self, *_: object, **__: object) -> object:
+        raise RuntimeError("no operation")
+
+
+def test_subclasses_of_arrays_are_read_as_arrays() -> None:
+    weight = quantize(np.ones((64, 64)), group_size=64)
+    subclassed = QuantizedWeight(weight.q.view(Evil), weight.scales.view(Evil), None, 64, weight.mode)
+    a = np.ones((1, 64), np.float16).view(Evil)
+    assert np.array_equal(w4a16gen.gemm(a, pack_weight(subclassed)), np.full((1, 64), 64, np.float16))
+
+
+@pytest.mark.parametrize("span", [np.timedelta64(64), np.timedelta64(64, "s")])
+def test_a_span_of_time_is_no_number(span: Any) -> None:
+    packed = pack_weight(quantize(np.ones((64, 64)), group_size=64))
+    with pytest.raises(InvalidValueError, match="alpha of type timedelta64 must be"):
+        w4a16gen.gemm(np.ones((1, 64), np.float16), packed, alpha=span)
+    with pytest.raises(InvalidValueError, match="group_size of type timedelta64 must be"):
+        quantize(np.ones((64, 64)), group_size=span)
+
+
+@pytest.mark.skipif(np.finfo(np.longdouble).max == np.finfo(np.float64).max, reason="this longdouble is a float64")
+def test_alpha_beyond_float64_is_not_taken_for_infinity() -> None:
+    packed = pack_weight(quantize(np.ones((64, 64)), group_size=64))
+    with pytest.raises(InvalidValueError, match="must fit in fp32"):
+        w4a16gen.gemm(np.ones((1, 64), np.float16), packed, alpha=np.longdouble("1e400"))

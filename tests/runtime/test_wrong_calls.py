@@ -185,6 +185,8 @@ GPU_CALLS: list[tuple[str, dict[str, Any], str]] = [
     ("activations of another k", {"a": GpuArray((4, 32))}, r"activations of shape \[4, 32\] must be \[m, 64\]"),
     ("activations of one axis", {"a": GpuArray((64,))}, r"activations of shape \[64\] must be \[m, 64\]"),
     ("activations transposed", {"a": GpuArray((4, 64), strides=(2, 8))}, "activations must be contiguous"),
+    ("activations one byte apart", {"a": GpuArray((4, 64), strides=(129, 3))}, "activations must be contiguous"),
+    ("activations of too few strides", {"a": GpuArray((4, 64), strides=(2,))}, "cannot be read as an array"),
     ("activations sliced", {"a": GpuArray((4, 64), strides=(256, 2))}, "activations must be contiguous"),
     ("bias on the host", {"bias": np.zeros(16, np.float16)}, "bias of type ndarray must be on a GPU"),
     ("bias of another n", {"bias": GpuArray((8,))}, r"bias of shape \[8\] must be \[16\]"),
@@ -289,6 +291,13 @@ C_CALLS: list[tuple[str, dict[str, Any], int, str]] = [
     ("output in place", {"output": ALIGNED}, 1, "output overlaps the activations: pass another array"),
     ("output over the last row", {"output": ALIGNED + 4 * 64 * 2 - 16}, 1, "output overlaps the activations"),
     ("activations behind the output", {"output": ALIGNED - 4 * 16 * 2 + 16}, 1, "output overlaps the activations"),
+    (
+        "output over the weight",
+        {"output": 3 * ALIGNED + 640 - 16},
+        1,
+        "output overlaps the packed weight: pass another",
+    ),
+    ("output at the bias", {"bias": 2 * ALIGNED + 4 * 16 * 2 - 2}, 1, "output overlaps the bias: pass another array"),
     ("short weight", {"packed_bytes": 639}, 1, "packed weight of 639 bytes must be exactly 640 bytes"),
     ("group", {"group_size": 48}, 2, "group size 48 must be 64 (= k)"),
     ("n", {"n": 12}, 2, "n of 12 must be a positive multiple of 8"),
@@ -298,7 +307,7 @@ C_CALLS: list[tuple[str, dict[str, Any], int, str]] = [
 def c_gemm(library: Library, change: dict[str, Any]) -> tuple[int, str]:
     """Call the C interface with one thing wrong."""
     problem = _Problem(4, 16, 64, 64)
-    arguments = _Arguments(ALIGNED, ALIGNED, 640, None, 2 * ALIGNED, None, 0, None, 1.0, 0)
+    arguments = _Arguments(ALIGNED, 3 * ALIGNED, 640, None, 2 * ALIGNED, None, 0, None, 1.0, 0)
     for name, value in change.items():
         for struct in (problem, arguments):
             if hasattr(struct, name):

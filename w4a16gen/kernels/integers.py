@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import operator
 from typing import Any
 
 from w4a16gen.errors import InvalidValueError
@@ -20,7 +21,10 @@ def integer(name: str, value: Any) -> int:
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise InvalidValueError(f"{name} of type {type(value).__name__} must be an integer")
-    number = int(value)
+    try:
+        number = operator.index(value)
+    except TypeError:  # numpy's spans of time call themselves integers
+        raise InvalidValueError(f"{name} of type {type(value).__name__} must be an integer") from None
     if not -(1 << 63) <= number < 1 << 63:
         raise InvalidValueError(f"{name} must fit in 64 bits")
     return number

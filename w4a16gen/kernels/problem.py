@@ -71,12 +71,8 @@ def group_multiple(config: KernelConfig) -> int:
     return config.cta.k if config.target is Target.CUTLASS else NATIVE_GROUP_MULTIPLE
 
 
-def why_cannot_run(config: KernelConfig, problem: Problem) -> str | None:
-    """Return why a kernel cannot run a problem, or None if it can.
-
-    The built library states the same rule in the same words (`why_not` in cuda/library/problem.h). A test compares
-    the two over a grid of problems.
-    """
+def why_never_runs(problem: Problem) -> str | None:
+    """Return why no kernel can run a problem of these m, n and k, or None if one may."""
     for name, value in (("n", problem.n), ("k", problem.k)):
         if value <= 0 or value % DIMENSION_MULTIPLE != 0:
             return f"{name} of {value} must be a positive multiple of {DIMENSION_MULTIPLE}: pad the layer with zeros"
@@ -85,6 +81,17 @@ def why_cannot_run(config: KernelConfig, problem: Problem) -> str | None:
     for name, value in (("m", problem.m), ("n", problem.n), ("k", problem.k)):
         if value > MAX_DIMENSION:
             return f"{name} of {value} must be at most {MAX_DIMENSION}: split the problem"
+    return None
+
+
+def why_cannot_run(config: KernelConfig, problem: Problem) -> str | None:
+    """Return why a kernel cannot run a problem, or None if it can.
+
+    The built library states the same rule in the same words (`why_not` in cuda/library/problem.h). A test compares
+    the two over a grid of problems.
+    """
+    if reason := why_never_runs(problem):
+        return reason
     group, k = problem.group_size, problem.k
     if group == k:
         return None

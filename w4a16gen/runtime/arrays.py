@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import sys
 from functools import cache
 from typing import Any, NamedTuple
@@ -149,10 +150,16 @@ def _view_tensor(name: str, tensor: Any) -> ArrayView:
     )
 
 
-def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...] | None) -> bool:
-    """Return whether strides, counted in values, are those of a row-major array."""
-    expected = 1
-    for size, stride in zip(reversed(shape), reversed(strides or ()), strict=False):
+def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...] | None, step: int = 1) -> bool:
+    """Return whether strides are those of a row-major array; `step` is the stride of neighbours in a row.
+
+    Raises:
+        ValueError: if there is not one stride per dimension.
+    """
+    if strides is None:
+        return True
+    expected = step
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
         if size != 1 and stride != expected:
             return False
         expected *= size
@@ -188,14 +195,14 @@ def view(name: str, array: Any, module: Any) -> ArrayView:
 
 
 def _view_interface(array: Any, interface: dict[str, Any], module: Any) -> ArrayView:
-    (pointer, read_only), shape = interface["data"], tuple(map(int, interface["shape"]))
+    (pointer, read_only), shape = interface["data"], tuple(map(operator.index, interface["shape"]))
     if interface.get("mask") is not None:
         raise TypeError("it is masked, but every value counts")
     dtype: str = interface["typestr"]
-    strides = interface.get("strides")
-    counted = None if strides is None else tuple(stride // np.dtype(dtype).itemsize for stride in strides)
+    strides = interface.get("strides")  # in bytes
+    contiguous = strides is None or _is_contiguous(shape, strides, np.dtype(dtype).itemsize)
     device = module.pointer_device(pointer) if pointer else None  # an empty array is nowhere
-    return ArrayView(pointer or 0, shape, dtype, device, _is_contiguous(shape, counted), array, bool(read_only))
+    return ArrayView(pointer or 0, shape, dtype, device, contiguous, array, bool(read_only))
 
 
 def _view_dlpack(array: Any, module: Any) -> ArrayView:
@@ -232,11 +239,21 @@ def check(
     if seen.shape != shape:
         raise InvalidValueError(f"{name} of shape {list(seen.shape)} must be {list(shape)}")
     if not seen.contiguous:
-        raise InvalidValueError(f"{name} must be contiguous, row-major: make a contiguous copy")
+        raise InvalidValueError(why_not_contiguous(name))
     if None not in (device, seen.device) and seen.device != device:
         raise InvalidValueError(f"{name} on GPU {seen.device} must be on GPU {device}, like the packed weight")
     if written and seen.read_only:
         raise InvalidValueError(f"{name} {READ_ONLY}")
+
+
+def why_not_contiguous(name: str) -> str:
+    """Return the sentence about an array whose rows do not follow each other."""
+    return f"{name} must be contiguous, row-major: make a contiguous copy"
+
+
+def why_overlaps(name: str) -> str:
+    """Return the sentence about an output that would be written over what a kernel reads; the library says the same."""
+    return f"output overlaps the {name}: pass another array"
 
 
 def check_activations_shape(shape: tuple[int, ...], k: int) -> None:

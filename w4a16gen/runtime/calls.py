@@ -61,7 +61,7 @@ def checked_alpha(alpha: Any) -> float:
     Raises:
         InvalidValueError: if it is anything but one finite or infinite number that fp32 holds.
     """
-    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
+    if isinstance(alpha, (bool, np.timedelta64)) or not isinstance(alpha, numbers.Real):
         raise InvalidValueError(f"alpha of type {type(alpha).__name__} must be one finite or infinite float")
     try:
         value = float(alpha)
@@ -69,8 +69,8 @@ def checked_alpha(alpha: Any) -> float:
         raise InvalidValueError("alpha must fit in fp32: scale the weight instead") from None
     if math.isnan(value):
         raise InvalidValueError("alpha of nan must be one finite or infinite float")
-    if math.isfinite(value) and abs(value) > _FLOAT_MAX:
-        raise InvalidValueError(f"alpha of {value:.4g} must fit in fp32: scale the weight instead")
+    if abs(value) > _FLOAT_MAX and not (math.isinf(value) and alpha == value):
+        raise InvalidValueError(f"alpha of {alpha:.4g} must fit in fp32: scale the weight instead")
     return value
 
 

@@ -9,8 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from w4a16gen.errors import InvalidValueError, UnsupportedProblemError
-from w4a16gen.kernels.problem import Problem, why_cannot_run
-from w4a16gen.runtime.arrays import READ_ONLY, check_activations_shape, refuse_gradients
+from w4a16gen.kernels.problem import Problem, why_cannot_run, why_never_runs
+from w4a16gen.runtime.arrays import (
+    READ_ONLY,
+    check_activations_shape,
+    refuse_gradients,
+    why_not_contiguous,
+    why_overlaps,
+)
 from w4a16gen.runtime.calls import GemmOptions, check_weight
 from w4a16gen.weights.host import host_array, is_tensor
 from w4a16gen.weights.packed import PackedWeight
@@ -33,13 +39,18 @@ def gemm_on_host(a: Any, w: PackedWeight, options: GemmOptions) -> Any:
     for name, array, wanted in (("bias", bias, (w.n,)), ("output", out, shape)):
         if array is not None and array.shape != wanted:
             raise InvalidValueError(f"{name} of shape {list(array.shape)} must be {list(wanted)}")
-    if out is not None and np.shares_memory(out, activations):
-        raise InvalidValueError("output overlaps the activations: pass another array")
+    for name, array in (("activations", activations), ("bias", bias), ("output", out)):
+        if array is not None and not array.flags.c_contiguous:
+            raise InvalidValueError(why_not_contiguous(name))
+    for name, read in (("activations", activations), ("packed weight", w.host_data()), ("bias", bias)):
+        if out is not None and read is not None and np.may_share_memory(out, read):
+            raise InvalidValueError(why_overlaps(name))
+    problem = Problem(*shape, w.k, w.group_size)
     if kernel is not None:
         check_weight(kernel, w)
-        reason = why_cannot_run(kernel, Problem(*shape, w.k, w.group_size))
-        if reason is not None:
-            raise UnsupportedProblemError(reason)
+    reason = why_never_runs(problem) if kernel is None else why_cannot_run(kernel, problem)
+    if reason is not None:
+        raise UnsupportedProblemError(reason)
     with np.errstate(over="ignore", invalid="ignore"):  # beyond 65504 is infinity, as on the GPU
         result = gemm_reference(activations, w.unpack(), alpha=alpha, bias=bias).astype(np.float16)
     if out is None:

@@ -23,8 +23,10 @@ def stream_pointer(stream: Any, array: Any) -> int:
     Raises:
         InvalidValueError: if it is none of these.
     """
+    if stream is None and is_tensor(array):
+        return torch_stream(array.get_device())
     if stream is None:
-        return torch_stream(array.get_device()) if is_tensor(array) else _stream_of_interface(array)
+        stream = _stream_of_interface(array)
     try:
         address = integer("stream", _raw_stream(stream))
     except Exception:  # noqa: BLE001  (attributes of a foreign object may raise anything)
@@ -34,11 +36,11 @@ def stream_pointer(stream: Any, array: Any) -> int:
     return address
 
 
-def _stream_of_interface(array: Any) -> int:
-    """Return the stream that writes an array: 1 and 2 are CUDA's own names of its two default streams."""
+def _stream_of_interface(array: Any) -> Any:
+    """Return the stream that writes an array, or 0: 1 and 2 are CUDA's own names of its two default streams."""
     interface = getattr(array, "__cuda_array_interface__", None)
     stream = interface.get("stream") if isinstance(interface, dict) else None
-    return stream if isinstance(stream, int) else 0
+    return 0 if stream is None else stream
 
 
 def _raw_stream(stream: Any) -> Any:

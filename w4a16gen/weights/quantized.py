@@ -65,6 +65,10 @@ class QuantizedWeight:
     def __post_init__(self) -> None:
         """Check every part, and keep arrays row-major, as layouts read them; see the class."""
         object.__setattr__(self, "group_size", integer("group_size", self.group_size))
+        for name in ("q", "scales", "zeros"):
+            array = getattr(self, name)
+            if isinstance(array, np.ndarray) and not isinstance(array, np.ma.MaskedArray):
+                object.__setattr__(self, name, np.asarray(array))  # a subclass may compute anything
         self.check()
         for name in ("q", "scales", "zeros"):
             if (array := getattr(self, name)) is not None:

@@ -111,15 +111,29 @@ std::string why_not_arguments(const w4a16_gemm_arguments& arguments, size_t pack
   return sentence;
 }
 
-// Tiles of the output are written while others still read the activations.
+// Tiles of the output are written while others still read the operands.
 std::string why_not_in_place(const w4a16_problem& problem, const w4a16_gemm_arguments& arguments) {
-  const auto activations = reinterpret_cast<uintptr_t>(arguments.activations);
-  const auto output = reinterpret_cast<uintptr_t>(arguments.output);
+  struct Operand {
+    const char* name;
+    const void* pointer;
+    uint64_t bytes;
+  };
   const uint64_t half_bytes = 2;
-  const uint64_t rows = static_cast<uint64_t>(problem.m) * half_bytes;
-  const bool overlap = output < activations + rows * static_cast<uint64_t>(problem.k) &&
-                       activations < output + rows * static_cast<uint64_t>(problem.n);
-  return overlap ? "output overlaps the activations: pass another array" : std::string();
+  const uint64_t row_bytes = static_cast<uint64_t>(problem.n) * half_bytes;
+  const uint64_t rows = static_cast<uint64_t>(problem.m);
+  const Operand operands[] = {
+      {"activations", arguments.activations, rows * static_cast<uint64_t>(problem.k) * half_bytes},
+      {"packed weight", arguments.packed, arguments.packed_bytes},
+      {"bias", arguments.bias, arguments.bias != nullptr ? row_bytes : 0},
+  };
+  const auto output = reinterpret_cast<uintptr_t>(arguments.output);
+  for (const Operand& operand : operands) {
+    const auto begin = reinterpret_cast<uintptr_t>(operand.pointer);
+    if (output < begin + operand.bytes && begin < output + rows * row_bytes) {
+      return std::string("output overlaps the ") + operand.name + ": pass another array";
+    }
+  }
+  return {};
 }
 
 std::string why_not_workspace(const w4a16_gemm_arguments& arguments, size_t needed) {
