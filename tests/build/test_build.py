@@ -139,7 +139,7 @@ def test_two_builds_in_one_folder_do_not_meet(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.usefixtures("fake_nvcc")
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminated"])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["ctrl-c", "terminated", "hung-up"])
 def test_an_interrupted_build_leaves_nothing_half_written_and_goes_on(tmp_path: Path, how: signal.Signals) -> None:
     log = tmp_path / "calls"
     environment = {**os.environ, "FAKE_NVCC_LOG": str(log), "FAKE_NVCC_SLEEP": "150"}
@@ -164,8 +164,19 @@ def test_an_interrupted_build_leaves_nothing_half_written_and_goes_on(tmp_path: 
 
 
 def heed_interrupts() -> None:
-    """Undo what a background shell job inherits: an ignored SIGINT, which Python then leaves ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """Undo what a background job inherits: ignored signals, which Python then leaves ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+@pytest.mark.usefixtures("fake_nvcc")
+def test_a_build_that_ignores_hang_ups_goes_on(tmp_path: Path) -> None:
+    log = tmp_path / "calls"
+    environment = {**os.environ, "FAKE_NVCC_LOG": str(log), "FAKE_NVCC_SLEEP": "2"}
+    with subprocess.Popen(["nohup", *COMMAND], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) as process:  # noqa: S603, S607
+        wait_for(lambda: bool(calls(log)))
+        process.send_signal(signal.SIGHUP)
+    assert process.returncode == 0
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:

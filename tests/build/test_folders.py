@@ -41,7 +41,7 @@ ODD_NAMES = (
         "a|b",
     ),
     *("a'b", 'a"b', "a`b", "a\\b", "a\\", "$HOME", "$(touch HACKED)", "`touch HACKED`", "${IFS}", "a>b", "a<b", "a*b"),
-    *("a?b", "[a]", "{a,b}", "(a)", "!a", "^a", "-a", "--help", "-o", "ä", "日本", "a\nb", "a\tb", "é" * 60),
+    *("a?b", "[a]", "{a,b}", "(a)", "!a", "^a", "-a", "--help", "-o", "ä", "日本", "a\nb", "a\tb", "é" * 60, "\udcff"),
 )
 
 NAMES_PER_PATH = 6

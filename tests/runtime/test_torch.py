@@ -74,9 +74,9 @@ def test_the_stream_is_torchs_current_one(torch: Any) -> None:
         array = SimpleNamespace(__cuda_array_interface__={"stream": named})
         assert stream_pointer(None, array) == address
         assert stream_pointer(5, array) == 5
-    for named in ("fast", -1, True):
+    for wrong in ("fast", -1, True):
         with pytest.raises(InvalidValueError, match="must be a CUDA stream"):
-            stream_pointer(None, SimpleNamespace(__cuda_array_interface__={"stream": named}))
+            stream_pointer(None, SimpleNamespace(__cuda_array_interface__={"stream": wrong}))
 
 
 LAYER = Problem(16, 512, 1024, 128)

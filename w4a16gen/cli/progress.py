@@ -80,16 +80,21 @@ def _bar(title: str, total: int | None) -> Iterator[Progress]:
 
 @contextmanager
 def termination_interrupts() -> Iterator[None]:
-    """Treat SIGTERM as Ctrl-C while compilers run, so that they are stopped too.
+    """Treat SIGTERM, and SIGHUP unless it is ignored, as Ctrl-C while compilers run, so that they are stopped too.
 
-    Only while compiling: Python cannot run a signal handler while it waits for a GPU, and the default action ends it.
+    A closed terminal sends SIGHUP, and nohup makes programs ignore it. Only while compiling: Python cannot run a signal
+    handler while it waits for a GPU, and the default action ends it.
     """
 
     def interrupt(_signal: int, _frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    taken = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+    for number in taken:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number in taken:
+            signal.signal(number, before[number])

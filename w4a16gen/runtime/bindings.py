@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -61,7 +62,7 @@ class Bindings:
         """
         try:
             self.module = _import_module(build.module.resolve(), build.module.stat().st_mtime_ns)
-            self.library = self.module.KernelLibrary(str(build.library.resolve()))
+            self.library = self.module.KernelLibrary(os.fsencode(build.library.resolve()))
         except (ImportError, RuntimeError) as error:
             raise NotBuiltError(
                 f"the build in {build.folder} cannot be loaded ({error}): run `w4a16gen build`"
