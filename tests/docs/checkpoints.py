@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from fakes.checkpoints.cases import gptq
 
 N, K, GROUP_SIZE = 64, 256, 64
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -34,8 +36,17 @@ def parts() -> dict[str, npt.NDArray[Any]]:
     }
 
 
+def _new_folder(name: str) -> Path:
+    folder = Path(name)
+    folder.mkdir()
+    return folder
+
+
 def tensors(name: str) -> dict[str, Any]:
-    """Return a layer's tensors as a format stores them, and its sizes."""
+    """Return a layer's tensors as a format stores them, and its sizes; or write a folder where the page runs."""
+    if name == "gptq-folder":
+        gptq(version=1, symmetric=False, act_order=True)(_new_folder("model-gptq"), np.random.default_rng(5))
+        return {}
     part = parts()
     common = {"k": K, "n": N, "a": part["a"], "scales": part["scales"], "g_idx": part["g_idx"]}
     if name == "gptq":  # version 1: eight values of K in a word, zero points less 1

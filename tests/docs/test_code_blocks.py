@@ -29,7 +29,7 @@ RUN_BY_CI = ("main command", "test command")
 SYNOPSES = ("docs/reference/cli.md", "docs/reference/json.md")
 """Pages whose blocks of text show how commands are written; the first is generated."""
 NEEDS = ("gpu", "network", "nvcc")
-GIVEN = ("gptq", "awq", "compressed-tensors")
+GIVEN = ("gptq", "awq", "compressed-tensors", "gptq-folder")
 CPP_VARIABLES = """extern void *packed, *workspace, *c;
 extern const void *host_int4, *scales, *a;
 extern int m, n, k;
