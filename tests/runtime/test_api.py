@@ -224,7 +224,7 @@ def test_subclasses_of_arrays_are_read_as_arrays() -> None:
     assert np.array_equal(w4a16gen.gemm(a, pack_weight(subclassed)), np.full((1, 64), 64, np.float16))
 
 
-@pytest.mark.parametrize("span", [np.timedelta64(64), np.timedelta64(64, "s")])
+@pytest.mark.parametrize("span", [np.timedelta64(64, "D"), np.timedelta64(64, "s")])
 def test_a_span_of_time_is_no_number(span: Any) -> None:
     packed = pack_weight(quantize(np.ones((64, 64)), group_size=64))
     with pytest.raises(InvalidValueError, match="alpha of type timedelta64 must be"):
