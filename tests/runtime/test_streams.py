@@ -220,3 +220,20 @@ def test_torch_parameters_and_bfloat16_are_packed_from_the_host(library: Library
         if any(kernel.mode is MODE and kernel.target.value == "native" for kernel in library.configs()):
             exact = x.float().cpu() @ weight.detach().float().t()
             assert (library.gemm(x, packed).float().cpu() - exact).abs().max() < 1
+
+
+def test_a_buffer_that_goes_during_a_capture_does_not_break_it(library: Library, torch: Any) -> None:
+    weight = random_weight(np.random.default_rng(5), 256, 512, 128, MODE)
+    packed = packed_for(library, weight, None)
+    x = torch.ones((4, weight.k), dtype=torch.float16, device="cuda")
+    buffers = [library.to_device(np.zeros(1 << 20, np.uint8)) for _ in range(3)]
+    streams = [library.module.Stream(0)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = library.gemm(x, packed)
+        buffers.clear()
+        streams.clear()
+    graph.replay()
+    torch.cuda.synchronize()
+    ratio = error_over_bound(y.cpu().numpy(), Expectation(x.cpu().numpy(), weight), 1.0, None)
+    assert ratio <= 1

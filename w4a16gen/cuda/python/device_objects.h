@@ -18,9 +18,14 @@ class DeviceBuffer {
  public:
   DeviceBuffer(size_t bytes, int device) : bytes_(bytes), device_(device) {
     const DeviceGuard guard(device);
+    const RelaxedCaptureMode relaxed;
     check(cudaMalloc(&pointer_, bytes > 0 ? bytes : 1), "cudaMalloc");
   }
-  ~DeviceBuffer() { cudaFree(pointer_); }
+  // Python may collect a buffer at any moment, also while some thread captures a graph.
+  ~DeviceBuffer() {
+    const RelaxedCaptureMode relaxed;
+    cudaFree(pointer_);
+  }
   DeviceBuffer(const DeviceBuffer&) = delete;
   DeviceBuffer& operator=(const DeviceBuffer&) = delete;
 
@@ -62,6 +67,7 @@ class Stream {
     check(cudaEventCreate(&stop_), "cudaEventCreate");
   }
   ~Stream() {
+    const RelaxedCaptureMode relaxed;
     if (graph_ != nullptr) cudaGraphExecDestroy(graph_);
     cudaEventDestroy(start_);
     cudaEventDestroy(stop_);

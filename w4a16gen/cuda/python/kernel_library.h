@@ -41,6 +41,19 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
+// Lets this thread allocate and free memory while any thread captures. Such calls are not recorded, but would otherwise
+// fail and invalidate captures in the global mode.
+class RelaxedCaptureMode {
+ public:
+  RelaxedCaptureMode() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~RelaxedCaptureMode() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCaptureMode(const RelaxedCaptureMode&) = delete;
+  RelaxedCaptureMode& operator=(const RelaxedCaptureMode&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 // A buffer for the sentence of a failed call.
 struct Message : std::array<char, 512> {
   Message() { front() = '\0'; }

@@ -16,19 +16,6 @@
 
 namespace w4a16 {
 
-// Lets this thread allocate and free memory while any thread captures. Such calls are not recorded, but would otherwise
-// fail and invalidate captures in the global mode.
-class RelaxedCaptureMode {
- public:
-  RelaxedCaptureMode() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  ~RelaxedCaptureMode() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  RelaxedCaptureMode(const RelaxedCaptureMode&) = delete;
-  RelaxedCaptureMode& operator=(const RelaxedCaptureMode&) = delete;
-
- private:
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
-};
-
 // Calls of `allocate` and `release` need the device to be current. The mutex is never held during a call of CUDA: CUDA
 // may run `retire` in another thread, or in this one, before such a call returns.
 class Workspaces {
