@@ -68,8 +68,10 @@ def emit(configs: Iterable[KernelConfig], folder: Path, *, remove_stale: bool = 
 
 
 def _set_aside(path: Path) -> None:
-    """Rename anything but a regular file that has the name of a file to be written; its content stays."""
-    if path.exists() and not path.is_file():
+    """Rename a folder, a pipe or a device that has the name of a file to be written; remove a link to one."""
+    if path.is_symlink() and not path.is_file():
+        path.unlink()
+    elif path.exists() and not path.is_file():
         number = next(number for number in itertools.count(1) if not path.with_name(f"{path.name}.{number}").exists())
         path.rename(path.with_name(f"{path.name}.{number}"))
 
