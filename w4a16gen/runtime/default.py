@@ -251,10 +251,10 @@ def gemm(
     Args:
         a: activations, fp16 [m, k], row-major.
         w: the packed weight, in the same memory.
-        bias: fp16 [n] in the same memory, or None.
+        bias: fp16 [n], contiguous, in the same memory, or None.
         alpha: factor of the product, one finite or infinite number that fp32 holds.
         config: the kernel, or its name; None chooses one.
-        out: fp16 [m, n] to write into; None allocates.
+        out: fp16 [m, n] to write into, contiguous, apart from the other arrays; None allocates.
         workspace: uint8 array of at least `Library.workspace_bytes`; None allocates it for the call, in stream order.
         stream: a CUDA stream object or address; None is the current stream of torch or CuPy, else the default.
         dependent_launch: let the kernel start while those before it on the stream still run; see `Library.gemm`.
