@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from fakes.arrays import GpuArray
-from fakes.machine import LibraryOnGpus
+from fakes.library import FakeLibrary
 
 import w4a16gen
 from w4a16gen import KernelConfig, Library, Problem, QuantMode, Target, pack, quantize
-from w4a16gen.cli import main
 from w4a16gen.errors import (
     CudaError,
     InvalidValueError,
@@ -25,112 +22,12 @@ from w4a16gen.errors import (
     UnsupportedProblemError,
     W4A16Error,
 )
+from w4a16gen.kernels.spaces import enumerate_space
 from w4a16gen.runtime.artifact import Build
-from w4a16gen.runtime.folders import BUILD_FOLDER_VARIABLE
 from w4a16gen.weights.packed import PackedWeight
 
 FGS = "w4a16_sm90_cutlass_fgs_cta128x64x64_cluster1x1x1_cooperative_streamk"
 CS = "w4a16_sm90_cutlass_cs_cta64x16x64_cluster1x1x1_pingpong_persistent"
-
-WITHOUT_BUILD = [
-    ("emit --cta 7x7x7", 2, "CTA channels of 7 must be one of 64, 128, 256"),
-    ("emit --cta 128x128", 2, "must be CHANNELSxTOKENSxK"),
-    ("emit --target cutlass --cta 128x8x64", 2, "does not compile below 16"),
-    ("emit --cta 128x16x32", 2, "needs four k16 steps"),
-    ("emit --cta 256x256x64", 2, "no legal kernel matches --cta 256x256x64"),
-    ("emit --cta 256x128x64 --space trtllm", 2, "is legal, but not in space trtllm: use --space default"),
-    ("emit --cluster 4x4x1 --space all", 2, "the portable limit is 8"),
-    ("emit --cluster 1x1x2 --space trtllm-native", 2, "is legal, but not in space trtllm-native: use --space default"),
-    ("emit --cluster 1x1x2 --target cutlass", 2, "split K through stream-K"),
-    ("emit --cluster 3x1x1", 2, "cluster channels of 3 must be one of 1, 2, 4"),
-    ("emit --cta 64x64x64 --cluster 2x1x1 --space trtllm", 2, "but not in space trtllm: use --space native"),
-    ("emit --mode int8", 2, "'int8' is not one of cs, fgs, fgsz"),
-    ("emit --target marlin", 2, "'marlin' is not one of cutlass, native"),
-    ("emit --space everything", 2, "is not one of 'default', 'trtllm-native', 'trtllm'"),
-    ("emit --output a_file", 2, "is a file"),
-    ("emit --output /proc/read_only", 1, "/proc/read_only"),
-    ("emti", 2, "No such command 'emti'"),
-    ("build --jobs 0", 2, "'0' must be a whole number from 1"),
-    ("build --build-dir /proc/read_only", 1, "/proc/read_only"),
-    ("verify", 3, "No build found in build. Run `w4a16gen build`"),
-    ("verify --build-dir elsewhere", 3, "No build found in elsewhere"),
-    ("run 16 512 512", 3, "No build found in build"),
-    ("run -1 512 512", 2, "No such option"),
-    ("run 16 512", 2, "Missing argument 'K'"),
-    ("run 16 512 many", 2, "'many' must be a whole number from 1"),
-    ("list --built", 3, "No build found in build"),
-]
-WITH_BUILD = [
-    ("run 16 12 512", 2, "n of 12 must be a positive multiple of 8"),
-    ("run 16 512 500", 2, "k of 500 must be a positive multiple of 8"),
-    ("run 16 512 576 --group-size 96", 2, "group size 96 must be 576 (= k) or a multiple of 64 that divides k"),
-    ("run 16 512 576 --group-size 128", 2, "group size 128 must be 576 (= k)"),
-    ("run 16 512 512 --mode cs --group-size 64", 2, "per-column mode has one scale per channel"),
-    ("run 16 512 512 --config nonsense", 2, "nonsense' is not a kernel name"),
-    (f"run 16 512 512 --mode fgs --config {CS}", 2, "pass --mode cs"),
-    (f"run 16 512 576 --group-size 96 --config {FGS}", 2, "cannot run 16x512x576, group size 96"),
-    (f"run 16 512 512 --config {FGS.replace('128x64x64', '256x64x64')}", 3, "is not in"),
-    ("list --built --cta 128x8x64", 2, "the build has no kernel with --cta 128x8x64"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "code", "text"), WITHOUT_BUILD, ids=[row[0] for row in WITHOUT_BUILD])
-def test_a_wrong_command_fails_clearly_and_leaves_nothing(
-    cli: CliRunner, tmp_path: Path, arguments: str, code: int, text: str
-) -> None:
-    (tmp_path / "a_file").touch()
-    result = cli.invoke(main, arguments.split())
-    assert result.exit_code == code, result.output
-    assert text in " ".join(result.output.split())
-    assert "Traceback" not in result.output
-    assert [path.name for path in tmp_path.iterdir()] == ["a_file"]
-
-
-@pytest.mark.parametrize(("arguments", "code", "text"), WITH_BUILD, ids=[row[0] for row in WITH_BUILD])
-def test_a_wrong_command_on_a_build_fails_clearly(
-    cli: CliRunner, fake_build: Build, monkeypatch: pytest.MonkeyPatch, arguments: str, code: int, text: str
-) -> None:
-    monkeypatch.setenv(BUILD_FOLDER_VARIABLE, str(fake_build.folder))
-    result = cli.invoke(main, arguments.split())
-    assert result.exit_code == code, result.output
-    assert text in " ".join(result.output.split())
-
-
-def test_running_without_a_gpu_says_what_is_needed(
-    cli: CliRunner, fake_build: Build, fake_library: Library, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if fake_library.hopper_devices():
-        pytest.skip("this machine has a Hopper GPU")
-    monkeypatch.setenv(BUILD_FOLDER_VARIABLE, str(fake_build.folder))
-    result = cli.invoke(main, ["run", "16", "512", "512"])
-    assert result.exit_code == 3
-    assert "needs an NVIDIA Hopper GPU" in " ".join(result.output.split())
-
-
-ENVIRONMENTS = [
-    ("no nvcc", {"W4A16GEN_NVCC": "/nowhere/nvcc"}, "W4A16GEN_NVCC=/nowhere/nvcc is not an executable file"),
-    ("old nvcc", {"FAKE_NVCC_RELEASE": "11.8"}, "release 11.8; 13.0 or newer is needed"),
-    ("no CUTLASS", {"W4A16GEN_CUTLASS": "/nowhere"}, "pip install nvidia-cutlass"),
-    ("no host compiler", {"CXX": "no-such-compiler"}, "CXX=no-such-compiler is not a program"),
-]
-
-
-@pytest.mark.usefixtures("fake_nvcc")
-@pytest.mark.parametrize(("variables", "text"), [row[1:] for row in ENVIRONMENTS], ids=[row[0] for row in ENVIRONMENTS])
-def test_building_without_a_tool_names_it(
-    cli: CliRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], text: str
-) -> None:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    result = cli.invoke(main, ["build", "--space", "trtllm"])  # CUTLASS kernels need every tool
-    assert result.exit_code == 3, result.output
-    assert text in " ".join(result.output.split())
-    assert not (tmp_path / "build").exists()
-    assert not (tmp_path / "generated").exists()
-    diagnosis = cli.invoke(main, ["doctor"])
-    assert diagnosis.exit_code == 3
-    assert "MISSING" in diagnosis.output
-
 
 W = np.zeros((16, 64), np.uint8)
 S = np.ones((1, 16), np.float16)
@@ -218,12 +115,12 @@ def test_a_wrong_call_on_the_host_is_refused(change: dict[str, Any], text: str) 
 
 
 @pytest.mark.parametrize(("change", "text"), [row[1:] for row in GPU_CALLS], ids=[row[0] for row in GPU_CALLS])
-def test_a_wrong_call_on_the_gpu_is_refused(fake_build: Build, change: dict[str, Any], text: str) -> None:
-    library = LibraryOnGpus(fake_build)
+def test_a_wrong_call_on_the_gpu_is_refused(change: dict[str, Any], text: str) -> None:
+    library = FakeLibrary(enumerate_space("trtllm"))
     arguments: dict[str, Any] = {"a": GpuArray((4, 64)), "w": GPU_PACKED, "config": FGS} | change
     with pytest.raises((InvalidValueError, NotBuiltError), match=text):
         library.gemm(**arguments)
-    assert library.launches == []
+    assert library.module.launches == []
 
 
 def test_a_problem_that_a_kernel_cannot_run_is_refused_on_the_host_as_on_the_gpu(fake_library: Library) -> None:
@@ -256,92 +153,6 @@ def test_sizes_of_a_problem_that_a_kernel_cannot_run_are_refused(fake_library: L
         fake_library.packed_bytes(config, problem)
     with pytest.raises(UnsupportedProblemError, match="group size 48 must be 96"):
         fake_library.workspace_bytes(config, problem, sm_count=132)
-
-
-class _Problem(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("m", "n", "k", "group_size")]
-
-
-class _Arguments(ctypes.Structure):
-    _fields_ = [
-        ("activations", ctypes.c_void_p),
-        ("packed", ctypes.c_void_p),
-        ("packed_bytes", ctypes.c_size_t),
-        ("bias", ctypes.c_void_p),
-        ("output", ctypes.c_void_p),
-        ("workspace", ctypes.c_void_p),
-        ("workspace_bytes", ctypes.c_size_t),
-        ("stream", ctypes.c_void_p),
-        ("alpha", ctypes.c_float),
-        ("dependent_launch", ctypes.c_int32),
-    ]
-
-
-ALIGNED = 1 << 20
-C_CALLS: list[tuple[str, dict[str, Any], int, str]] = [
-    ("kernel index", {"kernel": 63}, 1, "kernel index 63 must be at least 0 and below 63"),
-    ("negative index", {"kernel": -1}, 1, "kernel index -1 must be"),
-    ("null problem", {"problem": None}, 1, "problem must not be null"),
-    ("null arguments", {"arguments": None}, 1, "arguments must not be null"),
-    ("null activations", {"activations": None}, 1, "activations must not be null"),
-    ("misaligned activations", {"activations": ALIGNED + 8}, 1, "activations at 0x100008 must be aligned to 16 bytes"),
-    ("misaligned weight", {"packed": ALIGNED + 64}, 1, "packed weight at 0x100040 must be aligned to 128 bytes"),
-    ("misaligned output", {"output": ALIGNED + 2}, 1, "output at 0x100002 must be aligned to 16 bytes"),
-    ("misaligned bias", {"bias": ALIGNED + 1}, 1, "bias at 0x100001 must be aligned to 2 bytes"),
-    ("output in place", {"output": ALIGNED}, 1, "output overlaps the activations: pass another array"),
-    ("output over the last row", {"output": ALIGNED + 4 * 64 * 2 - 16}, 1, "output overlaps the activations"),
-    ("activations behind the output", {"output": ALIGNED - 4 * 16 * 2 + 16}, 1, "output overlaps the activations"),
-    (
-        "output over the weight",
-        {"output": 3 * ALIGNED + 640 - 16},
-        1,
-        "output overlaps the packed weight: pass another",
-    ),
-    ("output at the bias", {"bias": 2 * ALIGNED + 4 * 16 * 2 - 2}, 1, "output overlaps the bias: pass another array"),
-    ("short weight", {"packed_bytes": 639}, 1, "packed weight of 639 bytes must be exactly 640 bytes"),
-    ("group", {"group_size": 48}, 2, "group size 48 must be 64 (= k)"),
-    ("n", {"n": 12}, 2, "n of 12 must be a positive multiple of 8"),
-]
-
-
-def c_gemm(library: Library, change: dict[str, Any]) -> tuple[int, str]:
-    """Call the C interface with one thing wrong."""
-    problem = _Problem(4, 16, 64, 64)
-    arguments = _Arguments(ALIGNED, 3 * ALIGNED, 640, None, 2 * ALIGNED, None, 0, None, 1.0, 0)
-    for name, value in change.items():
-        for struct in (problem, arguments):
-            if hasattr(struct, name):
-                setattr(struct, name, value)
-    kernel = change.get("kernel", [kernel.config.name for kernel in library.kernels].index(FGS))
-    message = ctypes.create_string_buffer(300)
-    status = ctypes.CDLL(str(library.build.library)).w4a16_gemm(
-        kernel,
-        None if "problem" in change else ctypes.byref(problem),
-        None if "arguments" in change else ctypes.byref(arguments),
-        message,
-        ctypes.c_size_t(len(message)),
-    )
-    return status, message.value.decode()
-
-
-@pytest.mark.parametrize(("change", "status", "text"), [row[1:] for row in C_CALLS], ids=[row[0] for row in C_CALLS])
-def test_a_wrong_call_in_c_is_refused(fake_library: Library, change: dict[str, Any], status: int, text: str) -> None:
-    got, message = c_gemm(fake_library, change)
-    assert got == status
-    assert text in message
-
-
-@pytest.mark.parametrize("output", [ALIGNED + 4 * 64 * 2, ALIGNED - 4 * 16 * 2])
-def test_an_output_beside_the_activations_is_not_refused(fake_library: Library, output: int) -> None:
-    assert "overlaps" not in c_gemm(fake_library, {"output": output, "packed_bytes": 640})[1]
-
-
-def test_c_without_a_gpu_says_so_and_no_tokens_are_no_work(fake_library: Library) -> None:
-    assert c_gemm(fake_library, {"m": 0}) == (0, "")
-    if not fake_library.devices():
-        status, message = c_gemm(fake_library, {})
-        assert status == 3
-        assert "need an NVIDIA Hopper GPU of compute capability 9.0" in message
 
 
 def test_without_a_gpu_nothing_moves_there(fake_library: Library) -> None:
