@@ -6,13 +6,13 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
+from paths import CPP
+
 from w4a16gen.build import toolchain
 from w4a16gen.build.emit import emit
 from w4a16gen.build.headers import CUDA_FOLDER
 from w4a16gen.kernels.config import KernelConfig
 from w4a16gen.kernels.render import render_unit, source_name
-
-SOURCES = Path(__file__).parent / "cpp"
 
 
 def compile_for_host(name: str, folder: Path, configs: Iterable[KernelConfig] = ()) -> Path:
@@ -30,8 +30,8 @@ def compile_for_host(name: str, folder: Path, configs: Iterable[KernelConfig] = 
     if kernels := sorted(configs):
         emit(kernels, folder)
         (folder / "unit.cu").write_text(render_unit([source_name(config) for config in kernels]))
-        command += [f'-DUNIT="{folder / "unit.cu"}"', f"-I{SOURCES / 'on_host'}"]
-    command += [f"-I{CUDA_FOLDER}", f"-isystem{tools.cuda_include}", str(SOURCES / f"{name}.cpp"), "-o", str(program)]
+        command += [f'-DUNIT="{folder / "unit.cu"}"', f"-I{CPP / 'on_host'}"]
+    command += [f"-I{CUDA_FOLDER}", f"-isystem{tools.cuda_include}", str(CPP / f"{name}.cpp"), "-o", str(program)]
     subprocess.run(command, check=True)  # noqa: S603
     return program
 

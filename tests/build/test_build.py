@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from fakes.workshop import CONFIGS, Workshop
+from processes import heed_interrupts
 
 from w4a16gen.build.link import STEPS
 from w4a16gen.build.pipeline import build
@@ -161,12 +162,6 @@ def test_an_interrupted_build_leaves_nothing_half_written_and_goes_on(tmp_path: 
     finished = subprocess.run(COMMAND, cwd=tmp_path, capture_output=True, text=True, check=False)  # noqa: S603
     assert finished.returncode == 0, finished.stderr
     assert "2 kernels compiled, 0 up to date" in " ".join(finished.stderr.split())
-
-
-def heed_interrupts() -> None:
-    """Undo what a background job inherits: ignored signals, which Python then leaves ignored."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.mark.usefixtures("fake_nvcc")

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-CAMPAIGN = Path(__file__).resolve().parents[2] / "tools" / "fault_campaign.py"
+CAMPAIGN = ROOT / "tools" / "fault_campaign.py"
 
 
 @pytest.mark.usefixtures("fake_nvcc")

@@ -7,12 +7,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from paths import EXAMPLES
 
 from w4a16gen.build import toolchain
 from w4a16gen.build.export import export_prefix
 from w4a16gen.runtime.artifact import Build
 
-MINIMAL = Path(__file__).resolve().parents[2] / "examples" / "cpp" / "minimal.cpp"
+MINIMAL = EXAMPLES / "cpp" / "minimal.cpp"
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import pytest
 from fakes.library import FakeLibrary
 from fakes.runner import Runner
 from paths import ROOT
+from processes import heed_interrupts
 
 from w4a16gen import errors
 from w4a16gen.cli.app import EXIT_BROKEN_PIPE, TRACEBACK_VARIABLE
@@ -260,7 +261,12 @@ def test_an_interrupted_build_ends_with_a_sentence(tmp_path: Path, number: signa
     nvcc.chmod(0o755)
     line = command("build --cta 64x8x128 --mode cs --generated-dir g")
     program = subprocess.Popen(  # noqa: S603
-        line, cwd=tmp_path, env=environment(W4A16GEN_NVCC=str(nvcc)), stderr=subprocess.PIPE, text=True
+        line,
+        cwd=tmp_path,
+        env=environment(W4A16GEN_NVCC=str(nvcc)),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,  # noqa: PLW1509
     )
     until = time.monotonic() + 60
     while not list(tmp_path.rglob("began")) and time.monotonic() < until and program.poll() is None:

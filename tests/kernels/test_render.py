@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from paths import GOLDEN
 
 from w4a16gen import KernelConfig
 from w4a16gen.build.emit import emit
@@ -14,7 +15,6 @@ from w4a16gen.kernels.spaces import enumerate_space
 from w4a16gen.runtime.artifact import MANIFEST
 from w4a16gen.verify.static import FOREIGN
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 KERNEL = KernelConfig.parse("w4a16_sm90_cutlass_fgsz_cta128x64x64_cluster2x1x1_cooperative_streamk")
 NATIVE = KernelConfig.parse("w4a16_sm90_native_fgs_cta64x16x128_cluster1x1x2_warpgroups4_persistent")
 STREAM_K = KernelConfig.parse("w4a16_sm90_native_fgsz_cta256x64x128_cluster1x1x1_warpgroups2_streamk")

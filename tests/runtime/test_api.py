@@ -20,7 +20,7 @@ from w4a16gen import Problem, QuantizedWeight, QuantMode, pack_weight, quantize
 from w4a16gen.errors import InvalidValueError, NotBuiltError, UnsupportedProblemError
 from w4a16gen.files import file_digest, write_json
 from w4a16gen.runtime import default as api
-from w4a16gen.runtime.arrays import _is_contiguous
+from w4a16gen.runtime.arrays import is_contiguous
 from w4a16gen.runtime.artifact import MANIFEST, Build
 from w4a16gen.runtime.folders import BUILD_FOLDER_VARIABLE
 from w4a16gen.weights.reference import Expectation, random_weight
@@ -56,8 +56,8 @@ def test_a_result_beyond_fp16_is_infinite_without_a_warning() -> None:
 def test_contiguity_is_what_numpy_says(shape: list[int]) -> None:
     for array in (np.zeros(shape), np.zeros(shape).T, np.zeros([*shape, 2])[..., 0], np.zeros([2 * s for s in shape])):
         strides = tuple(stride // array.itemsize for stride in array.strides)
-        assert _is_contiguous(array.shape, strides) == array.flags.c_contiguous
-        assert _is_contiguous(array.shape, array.strides, array.itemsize) == array.flags.c_contiguous
+        assert is_contiguous(array.shape, strides) == array.flags.c_contiguous
+        assert is_contiguous(array.shape, array.strides, array.itemsize) == array.flags.c_contiguous
 
 
 def test_importing_and_multiplying_needs_no_torch_build_or_gpu() -> None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from paths import CPP
 
 from w4a16gen import Library
 from w4a16gen.build.headers import CUDA_FOLDER
@@ -155,7 +156,7 @@ class Recorded(ctypes.Structure):
 @pytest.fixture(scope="module")
 def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("stub") / "libstub.so"
-    source = Path(__file__).parents[1] / "cpp" / "stub_library.cpp"
+    source = CPP / "stub_library.cpp"
     command = ["g++", "-std=c++17", "-shared", "-fPIC", f"-I{CUDA_FOLDER}", str(source), "-o", str(path)]
     subprocess.run(command, check=True)  # noqa: S603
     return path

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import runpy
-from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import ROOT
 
 NAME = "w4a16_sm90_native_cs_cta64x8x128_cluster1x1x1_warps8_persistent"
 SASS = """
@@ -24,7 +24,7 @@ arch = sm_90a
 @pytest.fixture(scope="module")
 def tool() -> dict[str, Any]:
     """Load the script."""
-    return runpy.run_path(str(Path(__file__).parents[2] / "tools" / "compare_sass.py"))
+    return runpy.run_path(str(ROOT / "tools" / "compare_sass.py"))
 
 
 def functions(tool: dict[str, Any], rows: int = 1, address: str = "0x28", name: str = "10Parameters") -> Any:

@@ -10,7 +10,7 @@ import pytest
 from host_programs import compile_for_host
 
 from w4a16gen import QuantMode, Target, pack_weight
-from w4a16gen.weights.layouts.fragments import _unit_exponents, scale_exponents
+from w4a16gen.weights.layouts.fragments import scale_exponents, unit_exponents
 from w4a16gen.weights.reference import dequantized_half, random_weight
 
 
@@ -48,7 +48,7 @@ def test_the_kernels_and_packing_agree_on_units_and_ranges(walker: Path) -> None
     lines = subprocess.run([walker], capture_output=True, check=True, text=True).stdout.splitlines()  # noqa: S603
     for line, mode in zip(lines, list(QuantMode)[1:], strict=True):
         *units, largest = map(int, line.split())
-        assert units == _unit_exponents(16, mode).tolist()
+        assert units == unit_exponents(16, mode).tolist()
         just_too_large = np.array([[2.0**largest]], np.float16)
         assert scale_exponents(just_too_large, mode).tolist() == [1]
         assert scale_exponents(just_too_large * np.float16(0.5), mode).tolist() == [0]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+from paths import EXAMPLES
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "quantize_minilm.py"
+EXAMPLE = EXAMPLES / "quantize_minilm.py"
 
 
 def load_example() -> ModuleType:

@@ -150,7 +150,7 @@ def _view_tensor(name: str, tensor: Any) -> ArrayView:
     )
 
 
-def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...] | None, step: int = 1) -> bool:
+def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...] | None, step: int = 1) -> bool:
     """Return whether strides are those of a row-major array; `step` is the stride of neighbours in a row.
 
     Raises:
@@ -200,7 +200,7 @@ def _view_interface(array: Any, interface: dict[str, Any], module: Any) -> Array
         raise TypeError("it is masked, but every value counts")
     dtype: str = interface["typestr"]
     strides = interface.get("strides")  # in bytes
-    contiguous = strides is None or _is_contiguous(shape, strides, np.dtype(dtype).itemsize)
+    contiguous = strides is None or is_contiguous(shape, strides, np.dtype(dtype).itemsize)
     device = module.pointer_device(pointer) if pointer else None  # an empty array is nowhere
     return ArrayView(pointer or 0, shape, dtype, device, contiguous, array, bool(read_only))
 
@@ -210,7 +210,7 @@ def _view_dlpack(array: Any, module: Any) -> ArrayView:
     pointer, shape, strides, (code, bits, lanes), device = module.dlpack_view(owner)
     kind = _DLPACK_KINDS.get(code)
     dtype = np.dtype(f"{kind}{bits // 8}" if kind is not None and lanes == 1 else "V1").str
-    return ArrayView(pointer, shape, dtype, device, _is_contiguous(shape, strides), (array, owner))
+    return ArrayView(pointer, shape, dtype, device, is_contiguous(shape, strides), (array, owner))
 
 
 def _dtype_name(typestr: str) -> str:

@@ -44,7 +44,7 @@ class _FragmentBlocks(NamedTuple):
         return cls(channel_blocks, k_blocks, rows, header_rows, block_bytes, factors, factors + channel_blocks * 256)
 
 
-def _unit_exponents(channels: int, mode: QuantMode) -> npt.NDArray[np.int32]:
+def unit_exponents(channels: int, mode: QuantMode) -> npt.NDArray[np.int32]:
     """Return the exponent of two by which one step of a nibble is scaled when it meets its scale, [channels]."""
     units = np.where(np.arange(channels) // 8 % 2 == 0, -21, -17) + (15 if mode.has_zeros else 0)
     return units.astype(np.int32)
@@ -79,7 +79,7 @@ def pack(weight: QuantizedWeight) -> npt.NDArray[np.uint8]:
     for block, channels in zip(blocks, q.reshape(nb, 4, 2, 8, kb, 2, 4, 2, 4, 2), strict=True):
         _pack_words(channels, block[:, sizes.block_bytes - 4096 :])
     factors = data[sizes.factors :].view(np.float32)
-    units = _unit_exponents(n, weight.mode)
+    units = unit_exponents(n, weight.mode)
     if weight.mode.is_grouped:
         exponents = scale_exponents(weight.scales, weight.mode)
         factors[:n] = np.ldexp(np.float32(1), exponents)
@@ -154,7 +154,7 @@ def unpack(data: npt.NDArray[np.uint8], geometry: WeightGeometry) -> QuantizedWe
     pairs = np.ascontiguousarray(pairs.transpose(0, 3, 4, 1, 2, 6, 8, 5, 7)).reshape(nb, 4, 1, 8, kb * 128)
     q = np.concatenate([pairs & 15, pairs >> 4], axis=2).reshape(nb * 64, kb * 128)[:n, :k]
 
-    factors, units = data[sizes.factors :].view(np.float32)[:n], _unit_exponents(n, geometry.mode)
+    factors, units = data[sizes.factors :].view(np.float32)[:n], unit_exponents(n, geometry.mode)
     if not geometry.mode.is_grouped:
         with np.errstate(over="ignore", invalid="ignore"):
             scales = np.ldexp(factors, units).astype(np.float16)
