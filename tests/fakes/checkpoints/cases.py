@@ -281,12 +281,13 @@ def mlx(experts: int = 0) -> Any:
         biases = (-rng.integers(0, 16, scales.shape) * scales).astype(np.float16)
         words = np.stack([packers.along_columns(part).view(np.uint32) for part in q])
         parts = {"weight": words, "scales": scales, "biases": biases}
+        parts["bias"] = halves(rng, count, N)
         tensors = {f"{LAYER}.{name}": part if experts else part[0] for name, part in parts.items()}
         config = {"group_size": 64, "bits": 4, "model.other": {"bits": 8}}
         path = write_folder(folder, tensors, config, key="quantization")
         last = scales[-1].T.astype(np.float64)
         name = f"{LAYER}.{experts - 1}" if experts else LAYER
-        return Expected(path, "mlx", q[-1], last, biases[-1].T + 8 * last, name=name)
+        return Expected(path, "mlx", q[-1], last, biases[-1].T + 8 * last, name=name, bias=parts["bias"][-1])
 
     return write
 

@@ -231,6 +231,14 @@ def named(name: str, **settings: Any) -> Writer:
     return write
 
 
+def mlx_of_no_size(folder: Path) -> Path:
+    """Write an MLX layer of many experts that take no bytes."""
+    entry = {"dtype": "F16", "shape": [1 << 40, 0, 0], "data_offsets": [0, 0]}
+    header({"a.scales": entry, "a.weight": entry, "a.biases": entry}, b"")(folder)
+    (folder / "config.json").write_text('{"quantization": {"bits": 4, "group_size": 64}}')
+    return folder
+
+
 MANY = "9" * 5000
 HOSTILE: dict[str, Writer] = {
     "no bytes": file_of(b""),
@@ -326,6 +334,7 @@ HOSTILE: dict[str, Writer] = {
         json.dumps({"_type": "Int4TilePackedTo4dTensor", "_data": {"shape": [1 << 60, 64]}})
     ),
     "torchao shape of text": torchao(json.dumps({"_type": "Int4TilePackedTo4dTensor", "_data": {"shape": "big"}})),
+    "mlx with 2^40 experts of no size": mlx_of_no_size,
     "gguf without magic": gguf_file(b"GGML" + SOUND_GGUF[4:]),
     "gguf of four bytes": gguf_file(b"GGUF"),
     "gguf of version 1": gguf_file(gguf_head(version=1)),
@@ -392,6 +401,7 @@ HEAVY: dict[str, Writer] = {
             gguf_head(keys=1 << 14) + b"".join(gguf_key("k" * 1000 + f"{i}", 0, b"1") for i in range(1 << 14))
         )
     ),
+    "gguf experts": late(lambda: gguf_file(gguf_head(tensors=1) + gguf_entry((32, 1, 1 << 20)) + bytes(19 << 20))),
     "gguf texts": late(
         lambda: gguf_file(
             gguf_head(keys=1 << 11) + b"".join(gguf_key(f"{i}", 8, gguf_text("a" * 50_000)) for i in range(1 << 10))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ def check(expected: Expected) -> None:
     np.testing.assert_array_equal(order, np.arange(k) if layer.permutation is None else layer.permutation)
     np.testing.assert_array_equal(weight.q, expected.q[:, order])
     assert weight.mode is layer.mode
+    np.testing.assert_array_equal(layer.bias, expected.bias)
     assert layer.alpha == 1
     exact = layer.exactness
     scales = np.atleast_2d(weight.scales).astype(np.float64)
@@ -120,3 +122,39 @@ def test_layers_are_a_mapping_and_the_rest_is_dense(tmp_path: Path, rng: np.rand
     np.testing.assert_array_equal(checkpoint.tensor("model.norm.weight"), np.ones(64, np.float16))
     assert checkpoint[expected.name].bias is not None
     np.testing.assert_array_equal(checkpoint[expected.name].bias, expected.bias)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_only_what_belongs_to_no_layer_is_dense(name: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    checkpoint = w4a16gen.open_checkpoint(CASES[name](tmp_path, rng).path)
+    assert checkpoint.dense == [name for name in checkpoint.dense if "norm" in name or "lm_head" in name]
+
+
+def test_a_configuration_of_mlx_may_stand_under_both_names(tmp_path: Path, rng: np.random.Generator) -> None:
+    CASES["mlx"](tmp_path, rng)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": config["quantization"]}))
+    assert w4a16gen.open_checkpoint(tmp_path).method == "mlx"
+
+
+def test_older_files_of_compressed_tensors_have_a_compression_config(tmp_path: Path, rng: np.random.Generator) -> None:
+    CASES["compressed-tensors"](tmp_path, rng)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({"compression_config": config["quantization_config"]}))
+    assert len(w4a16gen.open_checkpoint(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "config", "case"),
+    [
+        ("quant_config.json", {"zero_point": True, "q_group_size": 64, "version": "GEMM"}, "awq-gemm"),
+        ("hf_quant_config.json", {"quantization": {"quant_algo": "W4A16_AWQ", "group_size": 128}}, "modelopt"),
+    ],
+)
+def test_configurations_in_files_of_their_own(
+    file: str, config: dict[str, object], case: str, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    expected = CASES[case](tmp_path, rng)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / file).write_text(json.dumps(config))
+    check(expected)

@@ -68,6 +68,7 @@ def test_a_model_that_is_not_quantized(tmp_path: Path) -> None:
             {"config_groups": {"g": {"weights": {"strategy": "block"}}}},
             "strategy 'block' must be group or channel",
         ),
+        ("gptq-v1", {"checkpoint_format": "bitblas"}, "'bitblas' must be marlin or one of gptq, gptq_v2, gptq_p"),
         ("awq-gemm", {"version": "new"}, "AWQ version 'new' must be gemm"),
         ("autoround-auto_gptq", {"packing_format": "auto_round:llm_compressor"}, "export the model as auto_gptq"),
         ("mlx", {"mode": "mxfp4"}, "quantize the model in mode affine"),

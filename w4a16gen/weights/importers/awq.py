@@ -25,6 +25,7 @@ from w4a16gen.weights.importers.tensors import FLOATS, INTEGERS, Tensors
 from w4a16gen.weights.importers.words import nibbles
 from w4a16gen.weights.quantized import MAX_Q, OFFSET, Nibbles
 
+PARTS = ("qweight", "qzeros", "scales")
 PER_WORD = 8
 STRIDE = 64
 """Values of K that gemv_fast takes from each of four rows in turn."""
@@ -94,6 +95,7 @@ class AwqGemmLayer(_WithZeroPoints):
     """A layer of AWQ's version `gemm`."""
 
     format = "awq-gemm"
+    parts = PARTS
 
     def __init__(self, tensors: Tensors, name: str) -> None:
         """Check the headers of a layer.
@@ -127,6 +129,7 @@ class AwqGemvLayer(_WithZeroPoints):
     """A layer of AWQ's version `gemv`."""
 
     format = "awq-gemv"
+    parts = PARTS
 
     def __init__(self, tensors: Tensors, name: str, group_size: int) -> None:
         """Check the headers of a layer.
@@ -159,6 +162,7 @@ class AwqGemvFastLayer(StoredLayer):
     """A layer of AWQ's version `gemv_fast`, which is also the second version of llm-awq."""
 
     format = "awq-gemv_fast"
+    parts = PARTS
 
     def __init__(self, tensors: Tensors, name: str, group_size: int) -> None:
         """Check the headers of a layer.

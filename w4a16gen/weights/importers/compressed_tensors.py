@@ -63,6 +63,7 @@ class PackQuantizedLayer(StoredLayer):
     """A layer in the format `pack-quantized`."""
 
     format = "compressed-tensors"
+    parts = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 
     def __init__(self, tensors: Tensors, name: str, note: str | None) -> None:
         """Check the headers of a layer.

@@ -72,14 +72,16 @@ def configuration_of(folder: Path) -> tuple[str, dict[str, Any]]:
     """
     model = read_json(folder, "config.json")
     config = section(model, "quantization_config") or section(section(model, "text_config"), "quantization_config")
+    config = config or section(model, "compression_config")  # older compressed-tensors
+    of_mlx = section(model, "quantization")
+    if of_mlx and "quant_method" not in config:  # MLX writes its configuration under both names
+        return "mlx", of_mlx
     if config:
         method = text(config, "quant_method", "modelopt" if "quant_algo" in config else "")
         return SYNONYMS.get(method, method), config
     for name, method in _SIDE_FILES:
         if side := read_json(folder, name):
             return method, section(side, "quantization") if method == "modelopt" else side
-    if config := section(model, "quantization"):
-        return "mlx", config
     raise InvalidValueError(
         f"{folder} has no quantization_config in config.json, and no quantize_config.json, quant_config.json or "
         "hf_quant_config.json: the format of its weights is not known. A model in FP16 must be quantized first"

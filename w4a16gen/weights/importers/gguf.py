@@ -7,8 +7,16 @@ from functools import partial
 
 import numpy as np
 
+from w4a16gen.errors import InvalidValueError
 from w4a16gen.weights.importers.mapped import shown_name
-from w4a16gen.weights.importers.stored import Double, Factors, StoredLayer, UnsupportedLayerError
+from w4a16gen.weights.importers.stored import (
+    Double,
+    Factors,
+    StoredLayer,
+    UnsupportedLayerError,
+    check_matrix,
+    expert_numbers,
+)
 from w4a16gen.weights.importers.tensors import DTYPES, Tensors
 from w4a16gen.weights.quantized import MAX_Q, OFFSET, Nibbles
 
@@ -22,22 +30,25 @@ _UNEVEN = ("IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4")
 _ROTATED = ("llama",)
 """Architectures whose files hold the rows of attn_q and attn_k in the order of ggml's rotary embedding."""
 _ENDING = ".weight"
-_MATRIX, _EXPERTS = 2, 3
+MAX_LAYERS = 1 << 17
 
 
 def stored_layers(tensors: Tensors) -> dict[str, Callable[[], StoredLayer]]:
-    """Return what makes each layer of a GGUF file, by the tensor's name without `.weight`; an expert has its number."""
+    """Return what makes each layer of a GGUF file, by the tensor's name without `.weight`; an expert has its number.
+
+    Raises:
+        InvalidValueError: if there are too many.
+    """
     found: dict[str, Callable[[], StoredLayer]] = {}
     for tensor, info in tensors.items():
         name = tensor.removesuffix(_ENDING)
-        if info.dtype in DTYPES or len(info.shape) not in (_MATRIX, _EXPERTS):
+        if info.dtype in DTYPES:
             continue
-        if len(info.shape) == _EXPERTS:
-            found |= {
-                f"{name}.{i}": partial(GgufLayer, tensors, tensor, f"{name}.{i}", i) for i in range(info.shape[0])
-            }
-        else:
-            found[name] = partial(GgufLayer, tensors, tensor, name, 0)
+        for expert in expert_numbers(info.shape):
+            layer = name if expert is None else f"{name}.{expert}"
+            found[layer] = partial(GgufLayer, tensors, tensor, layer, expert)
+        if len(found) > MAX_LAYERS:
+            raise InvalidValueError(f"the file holds more than {MAX_LAYERS} matrices")
     return found
 
 
@@ -46,8 +57,8 @@ class GgufLayer(StoredLayer):
 
     format = "gguf"
 
-    def __init__(self, tensors: Tensors, tensor: str, name: str, expert: int) -> None:
-        """Check the type of the tensor.
+    def __init__(self, tensors: Tensors, tensor: str, name: str, expert: int | None) -> None:
+        """Check the type and the shape of the tensor.
 
         Raises:
             UnsupportedLayerError: if its blocks are not of 4-bit integers.
@@ -60,13 +71,14 @@ class GgufLayer(StoredLayer):
                 f"tensor {shown_name(tensor)} of type {info.dtype} holds {why}: leave it dense, dequantized with the "
                 "gguf package, or quantize it to Q4_0"
             )
+        check_matrix(tensor, info.shape, expert)
         n, k = info.shape[-2:]
         super().__init__(tensors, name, n, k, k // GROUP_SIZE)
 
     @property
     def tensor_names(self) -> set[str]:
         """Name of the tensor, and of the bias."""
-        return {self.tensor, self.bias_name}
+        return {self.tensor, f"{self.module}.bias"}
 
     @property
     def note(self) -> str | None:
@@ -81,7 +93,7 @@ class GgufLayer(StoredLayer):
         rows = self.tensors.raw(self.tensor).reshape(
             -1, self.n, self.k // BLOCK_VALUES[self.type], BLOCK_BYTES[self.type]
         )
-        blocks: Bytes = rows[self.expert]
+        blocks: Bytes = rows[self.expert or 0]
         return blocks
 
     def values(self) -> Nibbles:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from w4a16gen.errors import InvalidValueError
 from w4a16gen.weights.importers.config import flag, layer_names, text
 from w4a16gen.weights.importers.mapped import shown_name
 from w4a16gen.weights.importers.stored import Factors, StoredLayer, UnsupportedLayerError, zeros_of_points
@@ -23,6 +24,8 @@ from w4a16gen.weights.quantized import MAX_Q, OFFSET, Nibbles
 
 WORDS = (*INTEGERS, "I64", "I16", "I8", "U8")
 ONE_IN_EACH_NIBBLE = 0x11
+VERSIONS = {"gptq": 1, "gptq_v2": 2, "gptq_p": 2}
+"""The version of the zero points by `checkpoint_format`; words of 4 bits are the same in all."""
 
 
 def gptq_words(q: Nibbles, axis: int) -> npt.NDArray[np.int32]:
@@ -51,11 +54,21 @@ class ZeroPointRules:
 
 
 def rules_of(config: dict[str, Any]) -> ZeroPointRules:
-    """Return the rules of zero points of a GPTQ configuration."""
+    """Return the rules of zero points of a GPTQ configuration.
+
+    Raises:
+        InvalidValueError: if it names an unknown form.
+    """
     meta = config.get("meta")
     writers = meta.get("quantizer") if isinstance(meta, dict) else None
     writer = str(writers[0] if isinstance(writers, list) and writers else writers).lower()
-    version = 1 if text(config, "checkpoint_format", "gptq") in {"gptq", "marlin"} else 2
+    label = text(config, "checkpoint_format", "gptq")
+    if label not in VERSIONS:
+        raise InvalidValueError(
+            f"checkpoint_format {shown_name(label)} must be marlin or one of {', '.join(VERSIONS)}: "
+            "save the model in the format gptq"
+        )
+    version = VERSIONS[label]
     return ZeroPointRules(
         version,
         carries=version == 1 and writer.startswith("gptqmodel"),
@@ -73,6 +86,7 @@ class GptqLayer(StoredLayer):
     """A layer of GPTQ, version 1 or 2."""
 
     format = "gptq"
+    parts = ("qweight", "qzeros", "scales", "g_idx")
 
     def __init__(self, tensors: Tensors, name: str, rules: ZeroPointRules) -> None:
         """Check the headers of a layer.

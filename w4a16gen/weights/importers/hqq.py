@@ -34,6 +34,11 @@ class HqqLayer(StoredLayer):
     """A layer of HQQ, 4 bits, axis 1."""
 
     format = "hqq"
+    parts = (
+        *("W_q", "scale", "zero", "shape", "nbits", "axis", "group_size", "packing", "compute_dtype", "view_as_float"),
+        *("unpack_view_dtype", "quant_scale", "quant_zero", "channel_wise", "optimize", "round_zero", "offload_meta"),
+        *("encoded_state_dict", "stores_quant_config"),
+    )
 
     def __init__(self, tensors: Tensors, name: str, settings: dict[str, Any]) -> None:
         """Check the headers and the settings of a layer.

@@ -61,6 +61,7 @@ class MarlinLayer(StoredLayer):
     """A layer in Marlin's form."""
 
     format = "marlin"
+    parts = ("B", "s", "qweight", "scales", "qzeros", "g_idx", "workspace")
 
     def __init__(self, tensors: Tensors, name: str, words: str, scales: str) -> None:
         """Check the headers of a layer.

@@ -15,13 +15,19 @@ import numpy as np
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.weights.importers.config import layer_names, number, text
 from w4a16gen.weights.importers.mapped import shown_name
-from w4a16gen.weights.importers.stored import Double, Factors, StoredLayer, UnsupportedLayerError
+from w4a16gen.weights.importers.stored import (
+    Double,
+    Factors,
+    StoredLayer,
+    UnsupportedLayerError,
+    check_matrix,
+    expert_numbers,
+)
 from w4a16gen.weights.importers.tensors import FLOATS, Tensors
 from w4a16gen.weights.importers.words import nibbles
 from w4a16gen.weights.quantized import OFFSET, Nibbles
 
 BITS = 4
-_EXPERTS = 3
 
 
 def stored_layers(tensors: Tensors, config: dict[str, Any]) -> dict[str, Callable[[], StoredLayer]]:
@@ -39,11 +45,9 @@ def stored_layers(tensors: Tensors, config: dict[str, Any]) -> dict[str, Callabl
     for name in layer_names(tensors, "scales"):
         own = config.get(name)
         settings = {**config, **own} if isinstance(own, dict) else config
-        shape = tensors[f"{name}.scales"].shape
-        if len(shape) == _EXPERTS:
-            found |= {f"{name}.{i}": partial(MlxLayer, tensors, name, settings, i) for i in range(min(shape[0], 4096))}
-        else:
-            found[name] = partial(MlxLayer, tensors, name, settings, None)
+        for expert in expert_numbers(tensors[f"{name}.scales"].shape):
+            layer = name if expert is None else f"{name}.{expert}"
+            found[layer] = partial(MlxLayer, tensors, layer, settings, expert)
     return found
 
 
@@ -51,15 +55,17 @@ class MlxLayer(StoredLayer):
     """A layer of MLX, or one expert of several."""
 
     format = "mlx"
+    parts = ("weight", "scales", "biases")
 
-    def __init__(self, tensors: Tensors, module: str, settings: dict[str, Any], expert: int | None) -> None:
+    def __init__(self, tensors: Tensors, name: str, settings: dict[str, Any], expert: int | None) -> None:
         """Check the headers and the settings of a layer.
 
         Raises:
             InvalidValueError: if they contradict each other.
         """
-        self.module, self.expert = module, expert
-        name = module if expert is None else f"{module}.{expert}"
+        self.name, self.expert = name, expert
+        module = self.module
+        check_matrix(f"{module}.scales", tensors[f"{module}.scales"].shape, expert)
         bits, size = number(settings, ("bits",), BITS), number(settings, ("group_size",), 64)
         if bits != BITS:
             raise UnsupportedLayerError(f"layer {shown_name(name)} has {bits} bits, not 4: quantize it to 4 bits")
@@ -68,15 +74,10 @@ class MlxLayer(StoredLayer):
         k = 8 * words
         if size is None or size <= 0 or k % size != 0:
             raise InvalidValueError(f"layer {shown_name(name)}: group_size {size} must divide k = {k}")
-        experts_shape = () if expert is None else (tensors[f"{module}.weight"].shape[0],)
+        experts_shape = tensors[f"{module}.weight"].shape[:-2]
         for part in ("scales", "biases"):
             tensors.need(f"{module}.{part}", FLOATS, (*experts_shape, n, k // size))
         super().__init__(tensors, name, n, k, k // size)
-
-    @property
-    def tensor_names(self) -> set[str]:
-        """Names of the weight's parts and of the bias."""
-        return {f"{self.module}.{part}" for part in ("weight", "scales", "biases")} | {self.bias_name}
 
     def values(self) -> Nibbles:
         """Return q, uint8 [n, k]."""

@@ -44,6 +44,7 @@ class ModelOptLayer(StoredLayer):
     """A layer of ModelOpt's int4_awq."""
 
     format = "modelopt-int4_awq"
+    parts = ("weight", "weight_scale", "pre_quant_scale")
 
     def __init__(self, tensors: Tensors, name: str) -> None:
         """Check the headers of a layer.

@@ -18,6 +18,10 @@ Double = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.intp]
 
 
+EXPERT_RANK = 3
+MAX_EXPERTS = 4096
+
+
 class UnsupportedLayerError(InvalidValueError):
     """A layer is well-formed, but is no uint4 weight with groups along K; the other layers can be read."""
 
@@ -49,6 +53,10 @@ class StoredLayer(ABC):
 
     format: ClassVar[str]
     """Name of the format, as `CheckpointLayer.format` shows it."""
+    parts: ClassVar[tuple[str, ...]]
+    """Last parts of the names of the layer's tensors, without the bias."""
+    expert: int | None = None
+    """Number of the expert, of those that are stored together."""
 
     def __init__(self, tensors: Tensors, name: str, n: int, k: int, groups: int) -> None:
         """Take the sizes, which the subclass has checked against the headers.
@@ -73,14 +81,14 @@ class StoredLayer(ABC):
         return self.k // self.group_size
 
     @property
-    def tensor_names(self) -> set[str]:
-        """Names of the tensors that belong to the layer; all that begin with its name, unless a format says others."""
-        return {name for name in self.tensors if name.startswith(f"{self.name}.")}
+    def module(self) -> str:
+        """Path of the module that holds the tensors; experts that are stored together share one."""
+        return self.name if self.expert is None else self.name.rpartition(".")[0]
 
     @property
-    def bias_name(self) -> str:
-        """Name of the bias, which need not exist."""
-        return f"{self.name}.bias"
+    def tensor_names(self) -> set[str]:
+        """Names of the tensors that belong to the layer; they need not all exist."""
+        return {f"{self.module}.{part}" for part in (*self.parts, "bias")}
 
     @property
     def input_scale_name(self) -> str | None:
@@ -134,10 +142,17 @@ class StoredLayer(ABC):
         Raises:
             InvalidValueError: if it has another shape, or is not finite.
         """
-        if self.bias_name not in self.tensors:
+        name = f"{self.module}.bias"
+        if name not in self.tensors:
             return None
-        self.tensors.need(self.bias_name, FLOATS, (self.n,))
-        return self.tensors.double(self.bias_name)
+        if self.expert is None:
+            self.tensors.need(name, FLOATS, (self.n,))
+            return self.tensors.double(name)
+        experts, _ = self.tensors.need(name, FLOATS, (None, self.n))
+        if self.expert >= experts:
+            raise InvalidValueError(f"tensor {shown_name(name)} has {experts} rows, none of expert {self.expert}")
+        row: Double = self.tensors.double(name)[self.expert]
+        return row
 
     def input_scale(self) -> Double | None:
         """Return the factors of the activations, float64 [k], or None.
@@ -149,6 +164,27 @@ class StoredLayer(ABC):
             return None
         self.tensors.need(self.input_scale_name, FLOATS, (self.k,))
         return self.tensors.double(self.input_scale_name)
+
+
+def expert_numbers(shape: tuple[int, ...]) -> list[int | None]:
+    """Return the numbers of the experts in a tensor of some shape: None alone if it is a matrix.
+
+    A tensor of too many experts counts as one layer, which is then refused.
+    """
+    is_several = len(shape) == EXPERT_RANK and 0 < shape[0] <= MAX_EXPERTS
+    return list(range(shape[0])) if is_several else [None]
+
+
+def check_matrix(name: str, shape: tuple[int, ...], expert: int | None) -> None:
+    """Raise unless a tensor is a matrix, or several where an expert is named.
+
+    Raises:
+        UnsupportedLayerError: naming the shape.
+    """
+    if len(shape) != (EXPERT_RANK - 1 if expert is None else EXPERT_RANK):
+        raise UnsupportedLayerError(
+            f"tensor {shown_name(name)} of shape {list(shape)} must be a matrix, or at most {MAX_EXPERTS} of them"
+        )
 
 
 def zeros_of_points(zero_points: npt.NDArray[np.uint8], scales: Double) -> Double:

@@ -59,10 +59,7 @@ def _refuse(name: str, kind: str) -> StoredLayer:
 class _TorchaoLayer(StoredLayer):
     """What both classes share."""
 
-    @property
-    def tensor_names(self) -> set[str]:
-        """Names of the parts of the weight, and of the bias."""
-        return {name for name in self.tensors if name.startswith(f"{self.name}._weight_")} | {self.bias_name}
+    parts = tuple(f"_weight_{part}" for part in ("qdata", "scale", "zero_point", "scale_and_zero", "act_pre_scale"))
 
     @property
     def input_scale_name(self) -> str | None:
