@@ -106,6 +106,7 @@ def test_activations_have_the_factors_of_modelopt(tmp_path: Path, rng: np.random
     layer = layer_of(CASES["modelopt"](tmp_path, rng))
     stored = w4a16gen.open_checkpoint(tmp_path).tensor(f"{layer.name}.pre_quant_scale")
     assert layer.input_scale is not None
+    assert layer.notes == ("multiply the activations by input_scale",)
     np.testing.assert_array_equal(layer.input_scale, stored)
 
 

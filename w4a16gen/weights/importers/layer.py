@@ -108,7 +108,7 @@ class CheckpointLayer:
     @property
     def tensor_names(self) -> frozenset[str]:
         """Names of the layer's tensors in the checkpoint."""
-        return frozenset(self._stored.tensor_names & set(self._stored.tensors))
+        return frozenset(name for name in self._stored.tensor_names if name in self._stored.tensors)
 
     def quantized(self) -> QuantizedWeight:
         """Read the layer.

@@ -49,7 +49,9 @@ class MappedFile:
         """
         end = start + size
         if not 0 <= start <= end <= len(self.data):
-            raise InvalidValueError(f"{self.path} ends at byte {len(self.data)}, before the {end} that it promises")
+            raise InvalidValueError(
+                f"{self.path} is truncated: it has {len(self.data)} bytes, and its header needs {end}"
+            )
         if self.path.stat().st_size < len(self.data):  # touching the map past the end would end the process
             raise InvalidValueError(f"{self.path} has become shorter since it was opened: open it again")
         return self.data[start:end]

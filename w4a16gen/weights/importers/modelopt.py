@@ -67,11 +67,6 @@ class ModelOptLayer(StoredLayer):
         """Name of the factors of the activations."""
         return f"{self.name}.pre_quant_scale"
 
-    @property
-    def note(self) -> str | None:
-        """Return that activations must be multiplied, if they must."""
-        return "multiply the activations by input_scale" if self.input_scale_name in self.tensors else None
-
     def values(self) -> Nibbles:
         """Return q, uint8 [n, k]."""
         data = self.tensors.array(f"{self.name}.weight")

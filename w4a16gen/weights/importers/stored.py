@@ -97,8 +97,8 @@ class StoredLayer(ABC):
 
     @property
     def note(self) -> str | None:
-        """What a user of the layer must know beside its values, or None."""
-        return None
+        """What a user of the layer must know beside its values, or None: here, that activations have factors."""
+        return "multiply the activations by input_scale" if self.input_scale_name in self.tensors else None
 
     @abstractmethod
     def values(self) -> Nibbles:
