@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from fakes.checkpoints.cases import gptq
+from fakes.checkpoints.word_formats import gptq
 
 N, K, GROUP_SIZE = 64, 256, 64
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

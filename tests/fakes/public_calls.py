@@ -10,7 +10,7 @@ import numpy as np
 
 import w4a16gen
 from fakes.arrays import GpuArray
-from fakes.checkpoints.cases import awq_gemm
+from fakes.checkpoints.word_formats import awq_gemm
 from fakes.odd_values import NAME
 from w4a16gen import (
     ClusterShape,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from fakes.checkpoints.cases import LAYER
+from fakes.checkpoints.expected import LAYER
 from fakes.checkpoints.files import BFloat16, gguf_bytes, write_folder
 
 import w4a16gen

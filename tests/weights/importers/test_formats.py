@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes.checkpoints.cases import CASES, Expected
+from fakes.checkpoints.cases import CASES
+from fakes.checkpoints.expected import Expected
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -10,8 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from fakes.checkpoints import packers
-from fakes.checkpoints.cases import CASES, LAYER, gptq, halves, values
+from fakes.checkpoints.cases import CASES
+from fakes.checkpoints.expected import LAYER, halves, values
 from fakes.checkpoints.files import write_folder
+from fakes.checkpoints.word_formats import gptq
 
 import w4a16gen
 from w4a16gen import InvalidValueError, QuantMode

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes.checkpoints import hostile
-from fakes.checkpoints.cases import CASES, LAYER
+from fakes.checkpoints import hostile_writers as hostile
+from fakes.checkpoints.cases import CASES
+from fakes.checkpoints.expected import LAYER
 from fakes.checkpoints.files import write_folder
-from fakes.checkpoints.hostile import HEAVY, HOSTILE, MARKER, SOUND_GGUF
+from fakes.checkpoints.hostile import HEAVY, HOSTILE
+from fakes.checkpoints.hostile_writers import MARKER, SOUND_GGUF
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes.checkpoints.cases import CASES, LAYER, N
+from fakes.checkpoints.cases import CASES
+from fakes.checkpoints.expected import LAYER, N
 from fakes.checkpoints.files import gguf_bytes, write_folder
 
 import w4a16gen
