@@ -138,6 +138,8 @@ def test_a_symmetric_layer_needs_no_zero_points(folder: Folder) -> None:
     assert layer.notes == ("no qzeros: all zero points are 8",)
     with pytest.raises(InvalidValueError, match="qzeros' is missing"):
         w4a16gen.open_checkpoint(write_folder(folder.path, tensors, CONFIG))
+    with pytest.raises(InvalidValueError, match="has 8 bits, not 4"):
+        w4a16gen.open_checkpoint(write_folder(folder.path, tensors, {**CONFIG, "sym": True, "bits": 8}))
 
 
 def test_groups_of_different_size_are_refused(folder: Folder) -> None:

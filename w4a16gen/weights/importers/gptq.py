@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.weights.importers.config import flag, layer_names, text
+from w4a16gen.weights.importers.config import flag, layer_names, number, text
 from w4a16gen.weights.importers.mapped import shown_name
 from w4a16gen.weights.importers.stored import Factors, StoredLayer, UnsupportedLayerError, zeros_of_points
 from w4a16gen.weights.importers.tensors import FLOATS, INTEGERS, Tensors
@@ -23,6 +23,7 @@ from w4a16gen.weights.importers.words import nibbles, values_per_word
 from w4a16gen.weights.quantized import MAX_Q, OFFSET, Nibbles
 
 WORDS = (*INTEGERS, "I64", "I16", "I8", "U8")
+BITS = 4
 ONE_IN_EACH_NIBBLE = 0x11
 VERSIONS = {"gptq": 1, "gptq_v2": 2, "gptq_p": 2}
 """The version of the zero points by `checkpoint_format`; words of 4 bits are the same in all."""
@@ -45,12 +46,14 @@ class ZeroPointRules:
         carries: whether 1 was subtracted from each nibble of a word with borrows, as GPTQModel does.
         symmetric: whether the configuration says that all zero points are 8.
         clamped: whether the writer stored zero point 0 as 1, as AutoRound does in version 1.
+        bits: bits of a value that the configuration names, for layers whose tensors do not show them.
     """
 
     version: int
     carries: bool = False
     symmetric: bool = True
     clamped: bool = False
+    bits: int = BITS
 
 
 def rules_of(config: dict[str, Any]) -> ZeroPointRules:
@@ -74,6 +77,7 @@ def rules_of(config: dict[str, Any]) -> ZeroPointRules:
         carries=version == 1 and writer.startswith("gptqmodel"),
         symmetric=flag(config, "sym", default=True),
         clamped=version == 1 and writer.startswith("auto"),
+        bits=number(config, ("bits",), BITS) or BITS,
     )
 
 
@@ -107,11 +111,11 @@ class GptqLayer(StoredLayer):
     def _check_zeros(self, per_word: int) -> None:
         """Raise unless the zero points are those of 4-bit values."""
         name = f"{self.name}.qzeros"
-        if name not in self.tensors and self.rules.symmetric:
-            return
-        _, columns = self.tensors.need(name, WORDS, (self.groups, None))
-        if columns != -(-self.n // per_word):
-            bits = columns * per_word * 4 / self.n
+        bits: float = self.rules.bits
+        if name in self.tensors or not self.rules.symmetric:
+            _, columns = self.tensors.need(name, WORDS, (self.groups, None))
+            bits = BITS if columns == -(-self.n // per_word) else columns * per_word * BITS / self.n
+        if bits != BITS:
             raise UnsupportedLayerError(
                 f"layer {shown_name(self.name)} has {bits:.3g} bits, not 4: the kernels read 4-bit values only; "
                 "quantize it to 4 bits, or leave it dense"
