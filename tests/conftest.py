@@ -32,6 +32,14 @@ GENERATED = "generated"
 BUILD = "build"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep tests that share a real build, or a GPU, in one of xdist's workers."""
+    for item in items:
+        for name in ("gpu", "compile"):
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.xdist_group(name))
+
+
 def one_per_mode() -> list[KernelConfig]:
     """Return the kernels of the real build: one per mode, of both schedules and schedulers, one with a cluster."""
     shapes = {
@@ -87,8 +95,11 @@ def install_fake_nvcc(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture(scope="session")
 def fake_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of what the stand-in compilers have compiled in this session."""
-    return tmp_path_factory.mktemp("compiled")
+    """Return the folder of what the stand-in compilers have compiled in this session, for all of xdist's workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture
