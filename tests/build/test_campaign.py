@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 
+pytestmark = pytest.mark.compile
+
 CAMPAIGN = ROOT / "tools" / "fault_campaign.py"
 
 

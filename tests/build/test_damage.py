@@ -15,6 +15,8 @@ from w4a16gen.errors import BuildError, NotBuiltError
 from w4a16gen.files import seal
 from w4a16gen.runtime.artifact import load_build
 
+pytestmark = pytest.mark.compile
+
 Damage = Callable[[Path], None]
 
 

@@ -22,6 +22,8 @@ from w4a16gen.runtime.artifact import load_build, others_may_write
 from w4a16gen.runtime.folders import load_default_build
 from w4a16gen.runtime.library import Library
 
+pytestmark = pytest.mark.compile
+
 ODD_NAMES = (
     *(
         "a b",

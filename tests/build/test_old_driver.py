@@ -12,7 +12,7 @@ import pytest
 from fakes.workshop import Workshop
 
 SOURCE = Path(__file__).resolve().parents[1] / "cpp" / "old_driver.cpp"
-SENTENCE = "supports CUDA 12.4; kernels built with CUDA 13.0 need driver 580 or newer"
+SENTENCE = "supports CUDA 12.4; kernels built with CUDA {} need driver 580 or newer"
 TO_DEVICE = """
 import numpy, w4a16gen
 try:
@@ -34,14 +34,14 @@ def old_driver(tmp_path: Path) -> str:
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a driver of its own")
 def test_an_old_driver_is_named_by_everything_that_needs_it(workshop: Workshop, old_driver: str) -> None:
-    workshop.build()
+    sentence = SENTENCE.format(".".join(map(str, workshop.build().build.manifest.cuda_version)))
     run = workshop.run("run", "16", "4096", "4096", "--mode", "cs", LD_LIBRARY_PATH=old_driver)
     assert run.returncode == 3
-    assert SENTENCE in " ".join(run.stderr.split())
+    assert sentence in " ".join(run.stderr.split())
     doctor = workshop.run("doctor", "--json", LD_LIBRARY_PATH=old_driver)
     assert doctor.returncode == 3
     (driver,) = [found for found in json.loads(doctor.stdout)["findings"] if found["subject"] == "NVIDIA driver"]
-    assert driver["detail"] == SENTENCE
+    assert driver["detail"] == sentence
     assert driver["fix"] == "install NVIDIA's driver 580 or newer"
     copied = subprocess.run(  # noqa: S603
         [sys.executable, "-c", TO_DEVICE],
@@ -51,4 +51,4 @@ def test_an_old_driver_is_named_by_everything_that_needs_it(workshop: Workshop, 
         text=True,
         check=True,
     )
-    assert SENTENCE in copied.stdout
+    assert sentence in copied.stdout
