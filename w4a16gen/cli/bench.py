@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from w4a16gen import __version__
+from w4a16gen.cli.first_build import load_or_build
 from w4a16gen.cli.help import METHOD, OUTPUT, ExampleCommand, option
 from w4a16gen.cli.options import Parsed, build_option, count_option, json_option, parse_percent, wide_option
 from w4a16gen.cli.output import note, print_result
@@ -104,14 +105,15 @@ def command(
 ) -> int:
     """Time the built kernels with a cold L2 cache, beside cuBLAS FP16 if torch is installed.
 
-    If kernels of several targets are built, the fastest of each target is printed for every problem.
+    If kernels of several targets are built, the fastest of each target is printed for every problem. If ./build has no
+    build yet, the default kernels are built first.
     """
     from w4a16gen.measure.bench import BenchOptions
     from w4a16gen.measure.rivals import RIVALS
 
     named = named_problems(problems, models, files, tokens, mode)
     measured: Bench = services().bench(
-        services().load(folder),
+        load_or_build(folder),
         named,
         mode,
         BenchOptions(finalists, rounds, RIVALS if rivals else (), None if slack is None else slack / 100),

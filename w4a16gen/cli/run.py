@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from w4a16gen.cli.first_build import load_or_build
 from w4a16gen.cli.help import METHOD, ExampleCommand, option
 from w4a16gen.cli.options import (
     MODE,
@@ -58,11 +59,14 @@ def command(
     folder: Path | None,
     as_json: bool,
 ) -> int:
-    """Run one GEMM of M tokens, N output channels and K on random data; check and time it."""
+    """Run one GEMM of M tokens, N output channels and K on random data; check and time it.
+
+    If ./build has no build yet, the default kernels are built first.
+    """
     from w4a16gen.measure.single import plan
 
     used = mode or (kernel.mode if kernel else QuantMode.FINEGRAINED_SCALE_ONLY)
-    library = services().load(folder)
+    library = load_or_build(folder)
     chosen = plan(library, problem_of(m, n, k, group_size, used), used, kernel.name if kernel else None)
     library.hopper_device()
     outcome = services().run_one(library, chosen)
