@@ -79,6 +79,7 @@ HOSTILE: dict[str, Writer] = {
     "half a byte": entry(dtype="F4", shape=[127], data_offsets=[0, 64]),
     "overlapping tensors": pair((0, 40), (24, 64)),
     "equal places": pair((0, 64), (0, 64)),
+    "overlap as large as the hole": pair((0, 32), (16, 48)),
     "hole between tensors": pair((0, 16), (48, 64)),
     "bytes after the last tensor": pair((0, 16), (16, 32)),
     "bytes before the first tensor": pair((8, 16), (16, 64)),

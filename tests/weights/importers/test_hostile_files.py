@@ -52,6 +52,22 @@ def test_a_hostile_file_is_refused_with_a_sentence(name: str, tmp_path: Path) ->
     assert not (tmp_path / MARKER).exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("last byte is missing", "the file is truncated"),
+        ("offsets after the file", "the file is truncated"),
+        ("overlap as large as the hole", "overlaps the tensor before it"),
+        ("gguf of 2^60 tensors", "are more than"),
+        ("gguf of 2^60 keys", "are more than"),
+        ("gguf with 2^60 texts", "are more than"),
+    ],
+)
+def test_the_sentence_names_the_reason(name: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidValueError, match=reason):
+        w4a16gen.open_checkpoint(HOSTILE[name](tmp_path))
+
+
 def test_all_hostile_files_together_need_little_memory(tmp_path: Path) -> None:
     paths = []
     for number, write in enumerate(HOSTILE.values()):
