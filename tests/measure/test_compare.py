@@ -265,3 +265,9 @@ def test_launches_take_more_than_200_mb_of_weights_in_turn(m: int) -> None:
     assert stage.launches(len(copies)) == len(copies)
     assert stage.launches(1) == 20
     assert len(briefly) == stage.launches(len(briefly), brief=True) == (len(copies) if m == 1 else 6)
+
+
+def test_copies_of_a_small_weight_are_limited() -> None:
+    library = cast("Library", SimpleNamespace(to_device=lambda value, _device: value))
+    stage = Workload(library, 0, Problem(3, 64, 128, 128), QuantMode.FINEGRAINED_SCALE_ONLY, 0)
+    assert len(stage.copies(Target.NATIVE)) == 1000

@@ -22,6 +22,8 @@ from w4a16gen.weights.reference import Expectation, error_over_bound, random_wei
 
 COLD_BYTES = 200e6
 """Launches take copies of the weight in turn, of more bytes than this: over three times an H200's 60 MB of L2."""
+MAX_COPIES = 1000
+"""Copies of a weight, at most: a layer of less than 0.2 MB, such as 512x512, does not fill a graph with its copies."""
 CHECKED_ROWS = 8
 CHECKED_CHANNELS = 64
 """Rows and channels of a finalist's result that are compared with float64 before it is timed."""
@@ -36,6 +38,11 @@ def _weight(n: int, k: int, group_size: int, mode: QuantMode, seed: int) -> Quan
 @lru_cache(maxsize=len(Target))
 def _packed(n: int, k: int, group_size: int, mode: QuantMode, seed: int, target: Target) -> PackedWeight:
     return pack_weight(_weight(n, k, group_size, mode, seed), target=target)
+
+
+def _copies_for(nbytes: int) -> int:
+    """Return how many copies of a weight launches take in turn, so that they find L2 cold."""
+    return min(int(COLD_BYTES / nbytes) + 1, MAX_COPIES)
 
 
 def evenly(length: int, count: int) -> npt.NDArray[np.int_]:
@@ -59,7 +66,7 @@ class Workload:
     def copies(self, target: Target, *, brief: bool = False) -> list[PackedWeight]:
         """Return copies of the weight on the GPU, enough for a cold L2, or a few if a long problem is timed briefly."""
         packed = _packed(*self._drawn, target)
-        wanted = int(COLD_BYTES / packed.nbytes) + 1
+        wanted = _copies_for(packed.nbytes)
         if brief and default_cost_model().is_long(self.problem):
             wanted = min(wanted, BRIEF_LAUNCHES)
         copies = self._copies.setdefault(target, [])
@@ -152,7 +159,7 @@ class Workload:
     def record_cublas(self, torch: Any) -> Contender:
         """Record the dense product of the dequantised weight, less its zeros, through torch."""
         a, weight = self._on_torch(torch, "float16"), _weight(*self._drawn)
-        wanted = int(COLD_BYTES / (2 * weight.q.size)) + 1
+        wanted = _copies_for(2 * weight.q.size)
         products = cublas_products(torch, a, weight, max(2, wanted))
         return record_torch(torch, self.device, products, self.launches(wanted))
 
@@ -164,7 +171,7 @@ class Workload:
             UnsupportedProblemError: if it cannot run the problem.
         """
         a, weight = self._on_torch(torch, rival.dtype), _weight(*self._drawn)
-        wanted = int(COLD_BYTES / (weight.q.size / 2)) + 1
+        wanted = _copies_for(weight.q.size // 2)
         with torch.cuda.device(self.device):
             products = rival.prepare(torch, a, weight, wanted)
             channels = evenly(weight.n, CHECKED_CHANNELS)
