@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 from conftest import install_fake_nvcc
 from paths import EXAMPLES, ROOT
@@ -30,11 +31,8 @@ SYNOPSES = ("docs/reference/cli.md", "docs/reference/json.md")
 """Pages whose blocks of text show how commands are written; the first is generated."""
 NEEDS = ("gpu", "network", "nvcc")
 GIVEN = ("gptq", "awq", "compressed-tensors", "gptq-folder")
-CPP_VARIABLES = """extern void *packed, *workspace, *c;
-extern const void *host_int4, *scales, *a;
-extern int m, n, k;
-extern cudaStream_t stream;"""
-"""What the C++ of the README takes for declared."""
+CPP_EXAMPLE = Path(__file__).with_name("example.cpp.jinja")
+"""A function around a C++ block, and the variables that the README takes for declared."""
 NETWORK_COMMANDS = (
     r"git clone https://github\.com/w4a16gen/w4a16gen( && cd w4a16gen)?",
     r"python3 -m venv \.venv && \. \.venv/bin/activate",
@@ -166,7 +164,7 @@ def test_c_and_cpp_blocks_compile(block: Block, tmp_path: Path) -> None:
     text = block.text
     if "main(" not in text:
         head, rest = text.split("\n\n", 1)
-        text = f"{head}\n{CPP_VARIABLES}\nvoid example() {{\n{rest}}}\n"
+        text = jinja2.Template(CPP_EXAMPLE.read_text()).render(head=head, rest=rest)  # C++, not HTML
     source = tmp_path / f"program.{block.language}"
     source.write_text(text)
     compiler = [str(tools.host_compiler), *(["-x", "c"] if block.language == "c" else ["-std=c++17"])]

@@ -6,7 +6,10 @@ import itertools
 import re
 from pathlib import Path
 
-GOLDEN = (Path(__file__).parents[1] / "golden" / "trtllm_instantiations.txt").read_text().splitlines()
+import jinja2
+import paths
+
+GOLDEN = (paths.GOLDEN / "trtllm_instantiations.txt").read_text().splitlines()
 INCLUDE = '#include "tensorrt_llm/kernels/cutlass_kernels/fpA_intB_gemm/launchers/fpA_intB_launcher_sm90.inl"\n'
 TYPES = [
     ("__nv_fp8_e4m3", "cutlass::uint4b_t", "half", "half", "half"),
@@ -17,6 +20,13 @@ TYPES = [
     ("__nv_bfloat16", "uint8_t", "__nv_bfloat16", "__nv_bfloat16", "__nv_bfloat16"),
 ]
 """Activation, weight, scale, bias and output of the real generator, in its order."""
+TEMPLATES = jinja2.Environment(  # noqa: S701 # C++, not HTML
+    loader=jinja2.FileSystemLoader(paths.FAKES / "generator_templates"), undefined=jinja2.StrictUndefined
+)
+
+
+def render(template: str, **values: object) -> str:
+    return TEMPLATES.get_template(template).render(**values)
 
 
 def of_types(instantiation: str, types: tuple[str, ...]) -> str:
@@ -27,12 +37,16 @@ def of_types(instantiation: str, types: tuple[str, ...]) -> str:
     shapes = rest.partition(">(")[0]
     if "fp8" in activation:
         shapes = shapes.replace("cute::Int<64>>, cute::Shape", "cute::Int<128>>, cute::Shape")
-    parameters = (
-        f"const {activation}*, const {weight}*, const {scale}*, const {scale}*, const {bias}*, const float, {output}*, "
-        "int, int, int, const int, tensorrt_llm::cutlass_extensions::CutlassGemmConfig, char*, size_t, cudaStream_t, "
-        "int*"
+    return render(
+        "kernel.cu.jinja",
+        name=name,
+        activation=activation,
+        weight=weight,
+        scale=scale,
+        bias=bias,
+        output=output,
+        shapes=shapes,
     )
-    return f"{name}<{', '.join(types)}, cutlass::WeightOnlyQuantOp{shapes}>(\n{parameters}\n);"
 
 
 def generated(folder: Path, *, mixed_input: bool = False) -> Path:
@@ -49,11 +63,8 @@ def generated(folder: Path, *, mixed_input: bool = False) -> Path:
     folder.mkdir(parents=True)
     files = [group[at : at + 8] for group in groups.values() for at in range(0, len(group), 8)]
     for number, file in enumerate(files, 1):
-        body = "\n\n".join(file)
-        (folder / f"cutlass_kernel_file_{number}.generated.cu").write_text(
-            f"{INCLUDE}namespace tensorrt_llm\n{{\nnamespace kernels\n{{\nnamespace cutlass_kernels\n{{\n\n{body}\n\n"
-            "} // namespace cutlass_kernels\n} // namespace kernels\n} // namespace tensorrt_llm\n"
-        )
+        path = folder / f"cutlass_kernel_file_{number}.generated.cu"
+        path.write_text(render("file.cu.jinja", include=INCLUDE.rstrip(), kernels="\n\n".join(file)) + "\n")
     return folder
 
 
@@ -69,14 +80,12 @@ def grouped(folder: Path, types: tuple[str, ...] = ("half", "__nv_bfloat16", "fl
     """Write mixture-of-experts kernels by a macro, between conditions, as since 2025; return their number."""
     guards = {"__nv_bfloat16": "defined(ENABLE_BF16)", "__nv_fp8_e4m3": "defined(ENABLE_FP8)"}
     blocks = [
-        f"#if {guards.get(type_, '1')} && {guards.get(type_, '1')}\n"
-        f"        INSTANTIATE_TMA_WARP_SPECIALIZED_MOE_GEMM(Sm90, {type_}, {type_}, {type_}, void, EpilogueOpDefault,"
-        f" NONE,\n                128, {tokens}, 64, 1, 1, 1, false, false, false, true);\n#endif\n"
+        render("grouped_kernel.cu.jinja", guard=guards.get(type_, "1"), type=type_, tokens=tokens)
         for type_ in types
         for tokens in (16, 32, 64, 128, 256)
     ]
     folder.mkdir(parents=True)
     (folder / "cutlass_kernel_file_gemm_grouped_sm90_M128_group0.generated.cu").write_text(
-        '#include "launcher.inl"\nnamespace a { namespace b {\n' + "\n".join(blocks) + "\n} }\n"
+        render("grouped_file.cu.jinja", kernels="\n\n".join(blocks)) + "\n"
     )
     return len(blocks)

@@ -14,6 +14,7 @@ from fakes import cpp
 from fakes.generator import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import CPP
 
 from w4a16gen.integrations.tensorrt_llm import conditions
 from w4a16gen.integrations.tensorrt_llm.instantiations import scan
@@ -105,40 +106,7 @@ def test_any_bytes_are_read_without_an_error_and_with_and_without_whole_statemen
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="this machine has no g++")
 def test_a_real_preprocessor_leaves_the_same_instantiations() -> None:
-    source = r"""
-#define ONE template void f<1>();
-#define OF(a, ...) template void g<a, __VA_ARGS__>();
-#define PASTE(a, b) a##b
-#define TEXT(a) #a
-#define AGAIN OF
-#define SELF SELF ONE
-ONE OF(2, 3) AGAIN(4, (5, 6)) PASTE(tem, plate) void h<7>();
-char const* a = TEXT(template void f<8>(););
-OF(PASTE(1, 2), TEXT())
-SELF ;
-#undef ONE
-#define ONE template void f<9>();
-ONE
-#if defined ONE && (2 > 1 ? 1 : 0) && -7 / 2 == -3 && (1 << 3 | 1) == 9 && !('a' == 0) && 0x1F == 31 && 010 == 8
-#elif 1
-template void f<10>();
-#else
-template void f<11>();
-#endif
-#if UNDEFINED_NAME + 0 || 7 % 4 != 3 || ~0 != -1 || 1'000 != 1000
-template void f<12>();
-#elif 5 >> 1 == 2
-template void f<13>();
-#endif
-#if 0
-don't "mind
-#elif 1 and not 0
-template void f<14>();
-#endif
-%:define DIGRAPHS <:1:>
-template void f<::global>();
-template void f<sizeof(x <: 0 :>)>();
-"""
+    source = (CPP / "macros_and_conditions.cu").read_text()
     command = ["g++", "-E", "-P", "-w", "-std=c++17", "-x", "c++", "-"]
     done = subprocess.run(command, input=source, capture_output=True, text=True, check=True)  # noqa: S603
     assert found_in(source) == found_in(done.stdout)

@@ -96,7 +96,7 @@ def test_a_source_tree_says_where_its_launcher_is(tmp_path: Path, age: str, mixe
 
 @pytest.mark.skipif(COMPILER is None, reason="this machine has no g++")
 def test_files_for_onnxruntime_name_its_header_and_namespaces(tmp_path: Path) -> None:
-    write_header(tmp_path / "tree", DESCENDANT, root="onnxruntime::llm", header=ORT_HEADER)
+    write_header(tmp_path / "tree", DESCENDANT, header=ORT_HEADER)
     launcher = read_launcher(tmp_path / "tree")
     assert launcher == Launcher(ORT_HEADER, "onnxruntime::llm::kernels::cutlass_kernels", "onnxruntime::llm")
     emission = emit_trtllm(enumerate_space("trtllm"), tmp_path / "out", launcher=launcher)
@@ -105,12 +105,9 @@ def test_files_for_onnxruntime_name_its_header_and_namespaces(tmp_path: Path) ->
 
 
 def test_a_launcher_behind_a_macro_that_opens_kernels_too_is_found(tmp_path: Path) -> None:
-    header = tmp_path / "fpA_intB_launcher_sm90.inl"
-    header.write_text(
-        "KERNELS_BEGIN\nnamespace cutlass_kernels_oss {\nvoid sm90_generic_mixed_gemm_kernelLauncher(int) {}\n}\n"
-    )
-    assert read_launcher(tmp_path).namespace == "tensorrt_llm::kernels::cutlass_kernels_oss"
-    assert read_launcher(tmp_path).include == "fpA_intB_launcher_sm90.inl"
+    write_header(tmp_path / "in", "macro_opens_kernels.inl", header="fpA_intB_launcher_sm90.inl")
+    assert read_launcher(tmp_path / "in").namespace == "tensorrt_llm::kernels::cutlass_kernels_oss"
+    assert read_launcher(tmp_path / "in").include == "fpA_intB_launcher_sm90.inl"
 
 
 def test_a_source_tree_without_one_launcher_is_refused(tmp_path: Path) -> None:

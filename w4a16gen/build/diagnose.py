@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pybind11
 
 from w4a16gen.build import causes
 from w4a16gen.build.environment import IGNORED_VARIABLES, child_environment
+from w4a16gen.build.headers import CUDA_FOLDER
 from w4a16gen.build.install import INSTALL_COMPILER, install_compiler, install_cuda, install_python_headers, pip_install
 from w4a16gen.build.scratch import alias
 from w4a16gen.build.toolchain import (
@@ -44,7 +46,7 @@ from w4a16gen.errors import MissingToolError
 from w4a16gen.kernels.device import driver_fault, needed_driver
 
 _CUDA_WHEELS = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-runtime")
-_TRIAL = "#include <cmath>\n#include <cuda_fp16.h>\n__global__ void trial(__half* value) { *value = hexp(*value); }\n"
+_TRIAL = CUDA_FOLDER / "trial.cu"
 
 
 @dataclass(frozen=True)
@@ -214,14 +216,14 @@ def _ignored_variables() -> Finding:
 
 
 def _trial_compilation() -> Finding:
-    """Compile a file of one line, which shows whether nvcc, g++ and the C library fit each other."""
+    """Compile a small kernel, which shows whether nvcc, g++ and the C library fit each other."""
     tools = find_toolchain()
     with tempfile.TemporaryDirectory(prefix="w4a16gen-") as name:
         folder = Path(name)
-        (folder / "trial.cu").write_text(_TRIAL)
+        shutil.copyfile(_TRIAL, folder / _TRIAL.name)
         nvcc = alias(folder, "toolkit", tools.nvcc.parent.parent) / tools.nvcc.parent.name / tools.nvcc.name
         done = subprocess.run(  # noqa: S603
-            [nvcc, *FLAGS, f"-ccbin={tools.host_compiler}", "-c", "trial.cu", "-o", "trial.o"],
+            [nvcc, *FLAGS, f"-ccbin={tools.host_compiler}", "-c", _TRIAL.name, "-o", "trial.o"],
             cwd=folder,
             env=child_environment(TMPDIR=name),
             capture_output=True,

@@ -1,0 +1,21 @@
+// As in onnxruntime.
+#include "contrib_ops/cuda/llm/fpA_intB_gemm/launchers/fpA_intB_launcher_sm90.h"
+
+namespace onnxruntime::llm {
+namespace cutlass_extensions {
+struct EpilogueOpBias {};
+struct CutlassGemmConfig {};
+}  // namespace cutlass_extensions
+}  // namespace onnxruntime::llm
+
+namespace onnxruntime::llm {
+namespace kernels {
+namespace cutlass_kernels {
+template <class A, class W, class S, class B, class O, cutlass::WeightOnlyQuantOp Q, class E, class C, class G, class M,
+          class P>
+void sm90_generic_mixed_gemm_kernelLauncher(A const*, W const*, S const*, S const*, B const*, float const, O*, int, int,
+                                            int, int const, onnxruntime::llm::cutlass_extensions::CutlassGemmConfig,
+                                            char*, size_t, cudaStream_t, int* = nullptr) {}
+}  // namespace cutlass_kernels
+}  // namespace kernels
+}  // namespace onnxruntime::llm
