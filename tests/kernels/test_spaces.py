@@ -252,3 +252,8 @@ def test_cutlass_kernels_have_tiles_of_a_power_of_two_of_tokens() -> None:
     of_target = {target: {c.cta.tokens for c in enumerate_space("all") if c.target is target} for target in Target}
     assert of_target[Target.CUTLASS] == {16, 32, 64, 128, 256}
     assert of_target[Target.NATIVE] == {8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256}
+
+
+def test_a_tile_that_is_too_large_is_refused_for_its_accumulators() -> None:
+    with pytest.raises(InvalidValueError, match="256x256 needs 256 accumulators per thread"):
+        select_kernels(Filter(ctas=[CtaShape(256, 256, 64)]), ())

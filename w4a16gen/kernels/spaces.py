@@ -238,14 +238,17 @@ def _narrow(wanted: Filter, axis: str, value: Any) -> Filter:
 
 
 def _why_illegal(wanted: Filter) -> str:
-    """Say why no legal kernel matches a filter: the most frequent reason of each family."""
+    """Say why no legal kernel matches a filter: the most frequent reason of each family.
+
+    If no cluster is named, kernels without one give the reason: a cluster only adds limits.
+    """
     reasons: dict[str, list[str]] = {}
     for target in wanted.targets or Target:
         axes = _GRIDS[target]
         grid = itertools.product(
             wanted.modes or QuantMode,
             wanted.ctas or [CtaShape(*shape) for shape in itertools.product(*axes.ctas)],
-            wanted.clusters or [ClusterShape(*shape) for shape in itertools.product(*axes.clusters)],
+            wanted.clusters or [ClusterShape(1, 1, 1)],
             axes.schedules,
             Scheduler,
         )
