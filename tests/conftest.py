@@ -35,9 +35,10 @@ BUILD = "build"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep tests that share a real build, or a GPU, in one of xdist's workers."""
     for item in items:
-        for name in ("gpu", "compile"):
-            if item.get_closest_marker(name):
-                item.add_marker(pytest.mark.xdist_group(name))
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.xdist_group("gpu"))
+        elif {"real_build", "real_library"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group("real build"))
 
 
 def one_per_mode() -> list[KernelConfig]:

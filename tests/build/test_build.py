@@ -25,6 +25,8 @@ from w4a16gen.kernels.config import Target
 from w4a16gen.kernels.spaces import enumerate_space
 from w4a16gen.runtime.artifact import Build, Manifest, load_build
 
+pytestmark = pytest.mark.compile
+
 CUTLASS_COST = COMPILE_COSTS[Target.CUTLASS]
 NATIVE_COST = COMPILE_COSTS[Target.NATIVE]
 BUILD_CS = ["build", "--space", "trtllm", "--mode", "cs"]

@@ -21,6 +21,8 @@ from w4a16gen.build.lock import locked
 from w4a16gen.errors import BuildError, BuildLockedError
 from w4a16gen.files import remove_abandoned, write_if_changed
 
+pytestmark = pytest.mark.compile
+
 COMMAND = [
     *(sys.executable, "-m", "w4a16gen", "build", "--space", "trtllm", "--mode", "cs"),
     *("--cta", "64x16x64", "--cluster", "1x1x1", "-j", "2"),

@@ -26,6 +26,8 @@ from w4a16gen.kernels.device import Device
 from w4a16gen.kernels.problem import why_cannot_run
 from w4a16gen.kernels.spaces import enumerate_space
 
+pytestmark = pytest.mark.compile
+
 DEFAULT = enumerate_space("default")
 HASHES = build_of(DEFAULT).content_hashes
 FGS = QuantMode.FINEGRAINED_SCALE_ONLY

@@ -23,6 +23,8 @@ from w4a16gen.kernels.config import Target
 from w4a16gen.kernels.device import Device
 from w4a16gen.kernels.spaces import enumerate_space
 
+pytestmark = pytest.mark.compile
+
 CUDA = ROOT / "w4a16gen" / "cuda"
 FGS = QuantMode.FINEGRAINED_SCALE_ONLY
 KERNELS = [*enumerate_space("default"), *enumerate_space("trtllm")[:3]]

@@ -106,6 +106,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, fake_cache: Path) -> Ite
     versions.program_version.cache_clear()
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("page", pages_with("bash"), ids=name_of)
 def test_bash_blocks_run_one_after_the_other(page: Path, workspace: Path) -> None:
     if page.name != "quickstart.md":  # which builds itself

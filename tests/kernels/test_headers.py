@@ -42,6 +42,7 @@ TILINGS = (
 """Kernels of every way to divide work: schedulers, clusters, two CTAs on an SM, overlapping token tiles."""
 
 
+@pytest.mark.compile
 def test_headers_derive_the_arrangement_that_python_chose_for_every_native_kernel(tmp_path: Path) -> None:
     configs = enumerate_space("native")
     assert len(configs) == 2590
@@ -57,12 +58,14 @@ def tilings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compile_for_host("host_tiles", tmp_path_factory.mktemp("tiles"), configs)
 
 
+@pytest.mark.compile
 def test_the_ctas_of_every_kind_of_kernel_sum_everything_once(tilings: Path) -> None:
     lines = output_of(tilings)
     assert len(lines) == len(TILINGS) * (1 + 192 * 2)
     assert [line for line in lines if not line.endswith(": ok")] == []
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize(
     ("name", "ctas", "clusters", "grid"),
     [
