@@ -14,8 +14,9 @@
 
 namespace native = w4a16::native;
 
-// Every k block of every tile is summed once. Under stream-K a CTA gives away partial sums of its first tile only, and
-// work units are in order. A dependent launch may have redundant CTAs, each of which computes one tile again.
+// Every k block of every tile is summed once. Under stream-K a CTA gives away partial sums of its first tile only, work
+// units are in order, all CTAs sum equally many k blocks but for one, and where there are more tiles than clusters, two
+// of these at most share a tile. A dependent launch may have redundant CTAs, each of which computes one tile again.
 template <class S>
 const char* fault_of(int64_t m, int channel_blocks, int k_blocks, int clusters_at_once, bool is_dependent) {
   native::Tiling tiling{};
@@ -30,15 +31,20 @@ const char* fault_of(int64_t m, int channel_blocks, int k_blocks, int clusters_a
     return (channel_block << 40) + (token << 20) + block;
   };
   std::map<int, int> worked_on;  // tiles, by CTAs that have work of their own
+  std::map<int, int> sharers;    // split tiles, by CTAs that sum a part
+  int most = 0;
+  int fewest = INT32_MAX;
   for (int cta = 0; cta < grid; ++cta) {
     const native::Work work = native::work_of<S>(tiling, cta, grid, cta % S::ClusterSize);
     if (native::is_redundant_cta<S>(tiling, cta) != (cta >= ctas)) return "the wrong CTAs are redundant";
     if (cta >= ctas) {
       if (worked_on[work.first_tile] != S::ClusterSize) return "a redundant CTA without a tile";
-      if (work.first_tile + work.tile_step < work.end_tile) return "a redundant CTA with several tiles";
+      if (native::next_tile<S>(tiling, work, work.first_tile) < work.end_tile)
+        return "a redundant CTA with several tiles";
       continue;
     }
-    for (int index = work.first_tile; index < work.end_tile; index += work.tile_step) {
+    int blocks = 0;
+    for (int index = work.first_tile; index < work.end_tile; index = native::next_tile<S>(tiling, work, index)) {
       ++worked_on[index];
       const native::Tile tile = native::tile_at<S>(tiling, work, index);
       if (tile.blocks < 1 && !(S::ClusterK > 1 && tile.blocks == 0)) return "a tile of nothing";
@@ -46,14 +52,25 @@ const char* fault_of(int64_t m, int channel_blocks, int k_blocks, int clusters_a
       for (int block = 0; block < tile.blocks; ++block) {
         ++sums[key(tile.channel_block, tile.token, tile.first_block + block)];
       }
+      blocks += tile.blocks;
       if (!S::StreamK) continue;
+      if (index >= tiling.split_tiles) {
+        if (tile.blocks != k_blocks) return "splits a whole tile";
+        continue;
+      }
+      if (++sharers[index] > 2 * S::ClusterSize && tiling.channel_tiles * tiling.token_tiles > ctas / S::ClusterSize)
+        return "three clusters share a tile";
       if (tile.first_block > 0 && index != work.first_tile) return "gives away sums of a later tile";
       const int begin = native::unit_begin(tiling, work.unit);
       if (index == work.first_tile && begin != index * k_blocks + tile.first_block)
         return "a work unit begins elsewhere";
-      if (work.unit + 1 < ctas && native::unit_begin(tiling, work.unit + 1) <= begin) return "work units out of order";
+      if ((work.unit + 1) * S::ClusterSize < ctas && native::unit_begin(tiling, work.unit + 1) <= begin)
+        return "work units out of order";
     }
+    most = blocks > most ? blocks : most;
+    fewest = blocks < fewest ? blocks : fewest;
   }
+  if (S::StreamK && most > fewest + 1) return "CTAs work differently long";
   // Tiles start where the previous tile ends. The last one may start earlier, so that it ends where the tokens end. A
   // cluster that multicasts weights may have one token tile too many: it computes the last tile again, or lies beyond
   // the tokens.

@@ -38,10 +38,10 @@ class Work(NamedTuple):
     """Tiles that the busiest SM works through, one after the other."""
     paired_waves: int
     """The same if tiles come in pairs on an SM, so always an even number; 0 where CTAs do not share SMs."""
-    k_blocks: int
-    """Blocks of 128 values of K that a CTA works through in a wave."""
+    k_blocks: float
+    """Blocks of 128 values of K that a CTA works through in a wave, on average."""
     ctas_per_tile: float
-    """Stream-K CTAs that share a tile; 0 for persistent kernels."""
+    """CTAs that share a tile that stream-K divides; 0 if it divides none."""
     activation_bytes: float
     """Activations that come with each packed block into the SM's shared memory."""
     moved_bytes: float
@@ -177,17 +177,17 @@ class CostModel:
             at_once = max(1, self.clusters_of_4 * card.sm_count // H100.sm_count)
         arrangement = native_arrangement(config)
         stream_k = config.scheduler is Scheduler.STREAM_K
-        waves = 1 if stream_k else max(1, -(-tiles // at_once))
-        is_paired = arrangement.ctas_per_sm > 1 and waves > 1
-        per_cta = -(-tiles * k_blocks // card.sm_count) if stream_k else -(-k_blocks // cluster.k)
+        waves = max(1, -(-tiles // at_once))
+        is_paired = arrangement.ctas_per_sm > 1 and waves > 1 and not stream_k
+        sharing = _clusters_per_split_tile(tiles, at_once * arrangement.ctas_per_sm, k_blocks) if stream_k else 0.0
         activation_bytes = ACTIVATION_BYTES * cta.tokens * PACKED_BLOCK_CHANNELS / cta.channels
         return Work(
             tile_tokens=cta.tokens,
             tile_blocks=cta.channels // PACKED_BLOCK_CHANNELS,
             waves=waves,
             paired_waves=2 * -(-tiles // (2 * at_once)) if is_paired else 0,
-            k_blocks=per_cta,
-            ctas_per_tile=max(1.0, k_blocks / max(per_cta, 1)) if stream_k else 0.0,
+            k_blocks=-(-tiles * k_blocks // at_once) / waves if stream_k else -(-k_blocks // cluster.k),
+            ctas_per_tile=sharing,
             activation_bytes=activation_bytes,
             moved_bytes=activation_bytes / cluster.channels + PACKED_BLOCK_BYTES / cluster.tokens,
             reduces_warpgroups=arrangement.along_k > 1,
@@ -206,7 +206,7 @@ class CostModel:
             waves += self.paired_share * (work.paired_waves - work.waves)
         working = waves * slower * work.k_blocks * work.tile_blocks * self._block_cycles(work, card)
         # In a pair, one CTA reduces while the other works.
-        working += self._reduction_cycles(work) * (1 if work.paired_waves else waves)
+        working += self._reduction_cycles(work) * (1 if work.paired_waves else waves) + self._fixup_cycles(work)
         reading = slower * work.weight_bytes / (self.packed_bytes_per_cycle * memory)
         cycles = self.launch_cycles + max(working, reading) + self.overlap_loss * min(working, reading)
         if work.multicasts:
@@ -225,14 +225,18 @@ class CostModel:
         )
 
     def _reduction_cycles(self, work: Work) -> float:
-        """Return the cycles that a tile's partial sums take, within a CTA, a cluster and through the workspace."""
+        """Return the cycles that a tile's partial sums take within a CTA and a cluster."""
         area = work.tile_tokens * work.tile_blocks
         cycles = self.warpgroup_reduction_cycles if work.reduces_warpgroups else 0.0
         if work.reduces_cluster:
             cycles += self.cluster_reduction_cycles + self.cluster_reduction_token_cycles * area
-        if work.ctas_per_tile:
-            cycles += self.fixup_cycles + self.fixup_token_cycles * area * work.ctas_per_tile
         return cycles
+
+    def _fixup_cycles(self, work: Work) -> float:
+        """Return the cycles that stream-K's partial sums take through the workspace."""
+        if not work.ctas_per_tile:
+            return 0.0
+        return self.fixup_cycles + self.fixup_token_cycles * work.tile_tokens * work.tile_blocks * work.ctas_per_tile
 
     def dense_microseconds(self, problem: Problem, card: Card = H100) -> float:
         """Return the estimated microseconds of cuBLAS for the same product with fp16 weights."""
@@ -245,6 +249,13 @@ class CostModel:
         working = problem.flops / (rate * tensor)
         hidden = min(reading, working)
         return self.dense_launch_microseconds + max(reading, working) + self.dense_overlap_loss * hidden
+
+
+def _clusters_per_split_tile(tiles: int, clusters: int, k_blocks: int) -> float:
+    """Return how many clusters share a tile that stream-K divides; see `scheduler::streamk` in native/tiles.h."""
+    if tiles <= clusters:
+        return min(clusters / max(tiles, 1), float(k_blocks))
+    return 2.0 if tiles % clusters else 0.0
 
 
 def in_preference(

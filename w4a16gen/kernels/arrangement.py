@@ -50,12 +50,13 @@ REDUCTION_TOKENS = (32, 24, 16, 8)
 REDUCTION_TOKENS_OF_TWO = 64
 """The same for a tile of 64 tokens and two warpgroups along K, which then reduce in one step."""
 
-STORE_BOX_TOKENS = 32
-STORE_BOX_BYTES = STORE_BOX_TOKENS * WARPGROUP_CHANNELS * 2
-STORE_BOXES = 2
-"""Boxes of output that a warpgroup has in shared memory: it fills one while the copy engine stores the other."""
-MIN_STORE_TOKENS = 64
-"""Tokens from which the output goes through shared memory, so that the copy engine writes whole rows."""
+OUTPUT_BYTES = 2
+DIVIDED_TOKENS = 32
+"""CTAs that split K divide the tokens of the output if each gets a multiple of this, otherwise the channels."""
+MIN_STORED_TOKENS = 64
+"""Tokens from which the output goes through shared memory, so that the copy engine stores it during the next tile."""
+MIN_RING_K = 256
+"""Values of K that the ring must hold beside the output. Otherwise the output is stored from registers."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class Arrangement:
     """Stages that fit into shared memory and are of use, a multiple of `along_k`."""
     shared_bytes: int
     """Dynamic shared memory of a CTA."""
+    stores_through_shared: bool
+    """Whether the output of a whole tile has room in shared memory, from which the copy engine stores it."""
 
     @property
     def min_stages(self) -> int:
@@ -96,13 +99,24 @@ def native_arrangement(config: KernelConfig) -> Arrangement:
 
     weight_bytes = blocks * (_scale_bytes(config) + cta.k * WARPGROUP_CHANNELS // 2)
     stage_bytes = weight_bytes + cta.k * cta.tokens * ACTIVATION_BYTES
-    beside_ring = BARRIER_BYTES + _reduction_bytes(config, along_k) + _store_bytes(config, warpgroups, along_k)
     budget = SHARED_BYTES_PER_SM // ctas_per_sm - RESERVED_SHARED_BYTES
-    fitting = min(MAX_STAGES, (budget - beside_ring) // stage_bytes)
     useful = max(USEFUL_WEIGHT_BYTES // weight_bytes, 2 * along_k)
-    # A slot of the ring always falls to the same warpgroup along K, which would otherwise mistake its barrier's phase.
-    stages = min(fitting, useful) // along_k * along_k
-    return Arrangement(along_channels, along_k, accumulators, ctas_per_sm, stages, beside_ring + stages * stage_bytes)
+
+    def stages_beside(others: int) -> int:
+        fitting = min(MAX_STAGES, (budget - others) // stage_bytes)
+        # A slot of the ring always falls to the same warpgroup along K, which would otherwise mistake its barrier's
+        # phase.
+        return min(fitting, useful) // along_k * along_k
+
+    beside_ring = BARRIER_BYTES + _reduction_bytes(config, along_k)
+    output_bytes = _output_bytes(config, along_k)
+    fewest = max(2 * along_k, MIN_RING_K // cta.k)
+    through_shared = output_bytes > 0 and stages_beside(beside_ring + output_bytes) >= fewest
+    if through_shared:
+        beside_ring += output_bytes
+    stages = stages_beside(beside_ring)
+    shared_bytes = beside_ring + stages * stage_bytes
+    return Arrangement(along_channels, along_k, accumulators, ctas_per_sm, stages, shared_bytes, through_shared)
 
 
 def _ctas_per_sm(config: KernelConfig, warpgroups: int, accumulators: int) -> int:
@@ -130,9 +144,11 @@ def _reduction_bytes(config: KernelConfig, along_k: int) -> int:
     return of_warpgroups + of_cluster
 
 
-def _store_bytes(config: KernelConfig, warpgroups: int, along_k: int) -> int:
-    """Return the room for boxes of output, where the output goes through shared memory."""
+def _output_bytes(config: KernelConfig, along_k: int) -> int:
+    """Return the bytes of output that a CTA stores of a tile, or 0 if it stores them from registers in any case."""
     splits, tokens = config.cluster.k, config.cta.tokens
-    whole_boxes = tokens % (splits * STORE_BOX_TOKENS) == 0
-    through_shared = along_k == 1 and tokens >= MIN_STORE_TOKENS and whole_boxes
-    return warpgroups * STORE_BOXES * STORE_BOX_BYTES if through_shared else 0
+    if tokens < MIN_STORED_TOKENS:
+        return 0
+    if splits > 1 and (along_k > 1 or tokens % (splits * DIVIDED_TOKENS) != 0):
+        return 0
+    return config.cta.channels * tokens // splits * OUTPUT_BYTES

@@ -43,6 +43,10 @@ of them: with 64 accumulators ptxas serialises WGMMAs (C7512). With eight warps 
 accumulator, in half of an SM's registers."""
 MIN_SPILLING_ACCUMULATORS_OF_FOUR = 20
 MIN_SPILLING_STREAM_K_ACCUMULATORS = 96
+MAX_STREAM_K_ACCUMULATORS_IN_CLUSTERS = 80
+MAX_STREAM_K_ACCUMULATORS_OF_ONE_FRAGMENT_IN_CLUSTERS = 96
+"""The most fp32 accumulators per thread with stream-K in clusters. The second is for warpgroups of 64 channels without
+zeros. Beyond, ptxas spills (nvcc 13.0)."""
 MAX_REDUCED_ACCUMULATORS = {1: MAX_ACCUMULATORS, 2: 96, 4: 64}
 """fp32 accumulators per thread from which, or beyond which, ptxas spills: with four warpgroups and stages of 64 k, with
 stream-K and warpgroups that split K, and by the CTAs of a cluster that split K. The last and the first hold for tiles
@@ -101,8 +105,8 @@ def _forbidden_native(config: KernelConfig) -> str | None:
     cta, cluster = config.cta, config.cluster
     if config.schedule not in NATIVE_WARPGROUPS:
         return "native kernels have the schedules warpgroups2, warpgroups4 and warps8"
-    if config.scheduler is Scheduler.STREAM_K and (cluster.channels, cluster.tokens, cluster.k) != (1, 1, 1):
-        return f"cluster {cluster}: native stream-K kernels split K among single CTAs, not clusters"
+    if config.scheduler is Scheduler.STREAM_K and cluster.k > 1:
+        return f"cluster {cluster}: native stream-K kernels split K among clusters, not within them"
     stages_k = NATIVE_K[1:] if config.schedule is Schedule.EIGHT_WARPS else NATIVE_K
     if cta.k not in stages_k:
         allowed = " or ".join(map(str, stages_k))
@@ -132,6 +136,7 @@ def _lacks_registers(config: KernelConfig, arrangement: Arrangement) -> str | No
     four = config.schedule is Schedule.FOUR_WARPGROUPS
     splits_k = arrangement.along_k > 1
     reason = _lacks_registers_for_tile(config, arrangement)
+    reason = reason or _lacks_registers_for_stream_k_in_clusters(config, arrangement)
     if reason is not None:
         return reason
     if four and (cta.tokens, cta.k) == (64, 64):
@@ -149,6 +154,21 @@ def _lacks_registers(config: KernelConfig, arrangement: Arrangement) -> str | No
     if four and (cta.tokens, cta.k) == (32, 64):
         return f"CTA {cta}: stream-K with four warpgroups that split K lacks registers for k 64 (ptxas spills)"
     return None
+
+
+def _lacks_registers_for_stream_k_in_clusters(config: KernelConfig, arrangement: Arrangement) -> str | None:
+    """Return why stream-K in clusters lacks registers, as compiling showed (nvcc 13.0), or None."""
+    cta, cluster = config.cta, config.cluster
+    one_fragment = cta.channels == arrangement.along_channels * WARPGROUP_CHANNELS
+    most = MAX_STREAM_K_ACCUMULATORS_IN_CLUSTERS
+    if one_fragment and not config.mode.has_zeros:
+        most = MAX_STREAM_K_ACCUMULATORS_OF_ONE_FRAGMENT_IN_CLUSTERS
+    in_cluster = config.scheduler is Scheduler.STREAM_K and cluster.channels * cluster.tokens > 1
+    if not in_cluster or arrangement.accumulators <= most:
+        return None
+    return (
+        f"CTA {cta}: stream-K in clusters lacks registers beside {arrangement.accumulators} accumulators (ptxas spills)"
+    )
 
 
 def _lacks_registers_for_tile(config: KernelConfig, arrangement: Arrangement) -> str | None:

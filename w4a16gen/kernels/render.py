@@ -46,7 +46,11 @@ def render_kernel(config: KernelConfig) -> str:
     }
     if config.target is Target.NATIVE:
         arrangement = native_arrangement(config)
-        values |= {"stages": arrangement.stages, "ctas_per_sm": arrangement.ctas_per_sm}
+        values |= {
+            "stages": arrangement.stages,
+            "ctas_per_sm": arrangement.ctas_per_sm,
+            "stores_through_shared": str(arrangement.stores_through_shared).lower(),
+        }
     return render_text(f"kernels/{config.target}_kernel.cu.jinja", **values)
 
 

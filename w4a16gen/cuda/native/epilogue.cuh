@@ -26,7 +26,7 @@ struct ChannelFactors {
 #pragma unroll
       for (int upper = 0; upper < 2; ++upper) {
         const int channel = first_channel<S>(tile, me, f) + me.warp * 16 + upper * 8 + me.lane / 4;
-        value[f][upper] = channel < p.n ? p.alpha * load_constant(p.channel_factors + channel) : 0.f;
+        value[f][upper] = channel < p.n ? load_constant(p.channel_factors + channel) : 0.f;
       }
     }
   }
@@ -42,7 +42,7 @@ struct PairOfChannels {
   float bias[2];
 
   __device__ PairOfChannels(const Parameters& p, int lower, const float* factors)
-      : factor{factors[0], factors[1]}, bias{channel_bias(p, lower), channel_bias(p, lower + 8)} {}
+      : factor{p.alpha * factors[0], p.alpha * factors[1]}, bias{channel_bias(p, lower), channel_bias(p, lower + 8)} {}
 
   // The outputs of two tokens: accumulator 4 * j + 2 * upper + i belongs to token 8 * j + 2 * (lane % 4) + i.
   template <int Count>
@@ -81,41 +81,49 @@ __device__ inline void store_from_registers(const Parameters& p, const Tile& til
   }
 }
 
-// Stores many tokens through shared memory, in boxes of 32 tokens x 64 channels. The copy engine writes whole rows of
-// 128 bytes while the warpgroup fills the other box.
+// Stores through shared memory, from which the copy engine writes whole rows of 128 bytes while the next tile is
+// computed. Shared memory holds the whole tile: all CTAs store at about the same time, and waiting for L2 to take a
+// part of it, to reuse its place, would leave the tensor cores idle.
 template <class S>
 __device__ inline void store_through_shared(const Parameters& p, const Shared<S>& shared, const Tile& tile, int rank,
                                             const Consumer& me, const ChannelFactors<S>& factors,
                                             const Accumulators<S>& sum) {
-  constexpr int kBoxes = S::Tokens / S::BoxTokens / S::ClusterK;         // of a fragment, stored by this CTA
-  constexpr int kPendingReads = kBoxes * S::Fragments % 2 == 0 ? 1 : 0;  // a single box is reused at once
+  constexpr int kGroups = S::StoredTokens / 8;
+  constexpr bool kInPairs = S::WarpgroupsK == 1 && kGroups % 2 == 0;  // 16 tokens at a time
+  constexpr int kThreads = S::WarpgroupsK * kWarpgroup;
   const uint32_t boxes = shared.output(me.warpgroup_m);
   const int barrier = kWarpgroupBarrier + me.warpgroup_m;
-  const bool stores = me.warp == 0 && me.lane == 0;
+  const bool stores = me.warpgroup_k == 0 && me.warp == 0 && me.lane == 0;
   // The lane's row for stmatrix: matrices 0 and 1 are 8 tokens of the lower and upper 8 channels, 2 and 3 the next 8.
-  const int row = me.lane / 16 * 8 + me.lane % 8;
+  const int row = (kInPairs ? me.lane / 16 * 8 : 0) + me.lane % 8;
   const int piece = (me.warp * 2 + me.lane / 8 % 2) ^ (me.lane % 8);  // 128-byte swizzle
   const uint32_t offset = row * 128 + piece * 16;
+  if (stores) wait_for_store_reads<0>();  // of the previous tile
+  named_barrier(barrier, kThreads);
 #pragma unroll
   for (int f = 0; f < S::Fragments; ++f) {
-    const int first = first_channel<S>(tile, me, f);
-    const PairOfChannels channels(p, first + me.warp * 16 + me.lane / 4, factors.value[f]);
+    const PairOfChannels channels(p, first_channel<S>(tile, me, f) + me.warp * 16 + me.lane / 4, factors.value[f]);
 #pragma unroll
-    for (int box = 0; box < S::Tokens / S::BoxTokens; ++box) {
-      if (S::ClusterK > 1 && box / kBoxes != rank) continue;
-      const uint32_t to = boxes + (f * kBoxes + box % kBoxes) % 2 * S::BoxBytes;
-      if (stores) wait_for_store_reads<kPendingReads>();
-      named_barrier(barrier, kWarpgroup);
-#pragma unroll
-      for (int j = 0; j < S::BoxTokens / 8; j += 2) {
-        const int group = box * S::BoxTokens / 8 + j;
+    for (int group = 0; group < S::Tokens / 8; group += kInPairs ? 2 : 1) {
+      if (S::ClusterK > 1 && group / kGroups != rank) continue;
+      const uint32_t to = boxes + f * S::BoxBytes + offset + group % kGroups * 8 * 128;
+      if constexpr (kInPairs) {
         const uint32_t matrices[4] = {channels.outputs(sum[f], group, 0), channels.outputs(sum[f], group, 1),
                                       channels.outputs(sum[f], group + 1, 0), channels.outputs(sum[f], group + 1, 1)};
-        store_transposed(to + offset + j * 8 * 128, matrices);
+        store_transposed(to, matrices);
+      } else if (owns_piece<S>(me, group * S::Fragments + f)) {
+        const uint32_t matrices[2] = {channels.outputs(sum[f], group, 0), channels.outputs(sum[f], group, 1)};
+        store_transposed(to, matrices);
       }
-      async_proxy_fence();
-      named_barrier(barrier, kWarpgroup);
-      if (stores) tensor_store(&p.output, first, tile.token + box * S::BoxTokens, to);
+    }
+  }
+  async_proxy_fence();
+  named_barrier(barrier, kThreads);
+  if (stores) {
+#pragma unroll
+    for (int f = 0; f < S::Fragments; ++f) {
+      const int token = tile.token + (S::ClusterK > 1 ? rank * S::StoredTokens : 0);
+      tensor_store(&p.output, first_channel<S>(tile, me, f), token, boxes + f * S::BoxBytes);
     }
   }
 }

@@ -12,17 +12,31 @@
 
 namespace w4a16::native {
 
+// The same work, with what a thread's special registers hold read again: kept in registers it makes ptxas spill.
+template <class S>
+__device__ inline Work renewed(const Tiling& tiling, const Work& work) {
+  if constexpr (!S::StreamK) return work;
+  Work again = work;
+  if constexpr (S::Multicasts) again.rank = static_cast<int>(cluster_rank());
+  again.unit = tiling.clusters - 1 - block_index() / S::ClusterSize;
+  return again;
+}
+
 template <class S, int Rows>
 __device__ inline void consume(const Parameters& p, const Shared<S>& shared, const Work& work, const Consumer& me) {
   Position<S::Stages> at;
   at.advance(me.warpgroup_k);
   int skip = me.warpgroup_k;  // stages of the next tile before this warpgroup's first one
   int turn = 0;
+  // Without spare registers the factors are loaded while the last products of a tile are computed, or after a
+  // reduction.
+  constexpr bool kLoadsFactorsLate = !S::SpareRegisters && !S::ReducesOnChip && !S::ByWarps;
   if constexpr (S::ClusterK > 1 && kWaitsLate)
     cluster_wait();  // all CTAs of the cluster run and have initialised their barriers
 #pragma unroll 1
-  for (int index = work.first_tile; index < work.end_tile; index += work.tile_step, ++turn) {
-    const Tile tile = tile_at<S>(p.tiling, work, index);
+  for (int index = work.first_tile; index < work.end_tile; index = next_tile<S>(p.tiling, work, index), ++turn) {
+    const Work now = renewed<S>(p.tiling, work);
+    const Tile tile = tile_at<S>(p.tiling, now, index);
     ChannelFactors<S> factors;
     if constexpr (S::SpareRegisters) factors.load(p, tile, me);
     const int stages = tile.blocks * S::StagesPerBlock;
@@ -37,7 +51,9 @@ __device__ inline void consume(const Parameters& p, const Shared<S>& shared, con
     if constexpr (S::ByWarps) {
       consume_stages_by_warps<S, Rows>(shared, mine, me, at, sum);
     } else {
-      consume_stages<S, Rows>(shared, mine, me, at, sum);
+      consume_stages<S, Rows>(shared, mine, me, at, sum, [&] {
+        if constexpr (kLoadsFactorsLate) factors.load(p, tile, me);
+      });
     }
     wait_for_prerequisites();  // the previous kernel may read this output or write the bias
     // Without spare registers the thread's role is computed again, since values derived from it would occupy registers
@@ -47,10 +63,11 @@ __device__ inline void consume(const Parameters& p, const Shared<S>& shared, con
     constexpr bool kRecomputesRole = S::Reduces && !S::SpareRegisters && kIsTight;
     const Consumer here = kRecomputesRole ? consumer_at<S>(thread_index()) : me;
     if constexpr (S::Reduces) {
-      if (!reduce<S>(p, shared, tile, index, work, here, turn, sum)) continue;
+      const Work then = renewed<S>(p.tiling, work);
+      if (!reduce<S>(p, shared, tile, index, then, here, turn, sum)) continue;
     }
     if (is_redundant_cta<S>(p.tiling, static_cast<int>(blockIdx.x))) continue;
-    if constexpr (!S::SpareRegisters) factors.load(p, tile, here);
+    if constexpr (!S::SpareRegisters && !kLoadsFactorsLate) factors.load(p, tile, here);
     store<S>(p, shared, tile, work.rank, here, factors, sum);
   }
   if constexpr (S::StoresThroughShared) {

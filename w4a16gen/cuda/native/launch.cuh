@@ -137,13 +137,14 @@ inline uint64_t next_epoch() {
   return next.fetch_add(2, std::memory_order_relaxed);
 }
 
-// Stream-K needs room for the partial sums of every work unit.
+// Stream-K needs room for the partial sums of every CTA. How many clusters run at once is known only once the kernel is
+// loaded; it is never more than this.
 template <class S>
 size_t workspace_bytes(const Problem& problem, int sm_count) {
   if (!S::StreamK) return 0;
   const PackedLayout layout(problem, S::Mode);
   Tiling tiling{};
-  const int at_once = sm_count * S::CtasPerSm;
+  const int at_once = sm_count * S::CtasPerSm / S::ClusterSize;
   return size_t{S::FixupBytes} * make_tiling<S>(&tiling, problem.m, layout.channel_blocks, layout.k_blocks, at_once);
 }
 
@@ -170,7 +171,7 @@ cudaError_t launch(const Launch& launch) {
   const int fetched_tokens = S::SkipsOutOfBoundsRows && m < S::Tokens ? static_cast<int>(m) : S::Tokens;
   if (!encode_tensor_map(&parameters.activations, given.activations, m, k, fetched_tokens))
     return cudaErrorInvalidValue;
-  if (S::StoresThroughShared && !encode_tensor_map(&parameters.output, given.output, m, n, S::BoxTokens)) {
+  if (S::StoresThroughShared && !encode_tensor_map(&parameters.output, given.output, m, n, S::StoredTokens)) {
     return cudaErrorInvalidValue;
   }
   parameters.weights = packed;

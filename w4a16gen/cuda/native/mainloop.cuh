@@ -74,10 +74,10 @@ __device__ inline void release(const Shared<S>& shared, int slot, int lane) {
 //
 // The work is divided into pieces of 64 channels x 64 k. While the WGMMAs of one piece run, the next piece is
 // dequantised into the other of two buffers. Pieces alternate between the fragments, so that a buffer holds only one
-// piece.
-template <class S, int Rows>
+// piece. Calls `before_drain` while the last WGMMAs run.
+template <class S, int Rows, class BeforeDrain>
 __device__ inline void consume_stages(const Shared<S>& shared, int stages, const Consumer& me, Position<S::Stages>& at,
-                                      Accumulators<S>& sum) {
+                                      Accumulators<S>& sum, const BeforeDrain& before_drain) {
   constexpr bool kHalfStages = S::K != kBlockK;
   constexpr bool kOnePiece = S::Fragments * S::Halves == 1;  // per stage
   Fragments fragments[2];
@@ -136,6 +136,7 @@ __device__ inline void consume_stages(const Shared<S>& shared, int stages, const
     work_on_half(1);
   }
   if (kHalfStages && S::WarpgroupsK > 1 && stages > 0) work_on_half(0);
+  before_drain();
   wgmma_wait<0>();
   if (in_flight >= 0) release<S>(shared, in_flight, me.lane);
 }

@@ -74,7 +74,7 @@ struct Shared {
 
   __device__ uint32_t activations(int slot) const { return base + slot * S::ActivationBytes; }
   __device__ uint32_t weights(int slot) const { return base + kWeights + slot * S::WeightBytes; }
-  __device__ uint32_t output(int warpgroup) const { return base + kOutput + warpgroup * 2 * S::BoxBytes; }
+  __device__ uint32_t output(int warpgroup) const { return base + kOutput + warpgroup * S::Fragments * S::BoxBytes; }
   __device__ uint32_t partials() const { return base + kPartials; }
   __device__ uint32_t received(int buffer) const { return base + kReceived + buffer * S::ReceivedBytes; }
   __device__ uint32_t full(int slot) const { return base + kBarriers + slot * 8; }

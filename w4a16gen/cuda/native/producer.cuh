@@ -61,7 +61,7 @@ __device__ inline void produce(const Parameters& p, const Shared<S>& shared, con
                                const FetchTile& fetch_tile) {
   Position<S::Stages> at;
 #pragma unroll 1
-  for (int index = work.first_tile; index < work.end_tile; index += work.tile_step) {
+  for (int index = work.first_tile; index < work.end_tile; index = next_tile<S>(p.tiling, work, index)) {
     const Tile tile = tile_at<S>(p.tiling, work, index);
     const int stages = tile.blocks * S::StagesPerBlock;
     const auto fetch = fetch_tile(tile);

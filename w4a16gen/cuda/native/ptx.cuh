@@ -144,6 +144,12 @@ __device__ inline int thread_index() {
   return index;
 }
 
+__device__ inline int block_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  return index;
+}
+
 // Barrier among some warps of the CTA. Number 0 belongs to __syncthreads.
 __device__ inline void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -240,6 +246,12 @@ __device__ inline void wait_until_published(const uint64_t* flag, uint64_t value
 __device__ inline void store_transposed(uint32_t row, const uint32_t (&matrix)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(matrix[0]),
                "r"(matrix[1]), "r"(matrix[2]), "r"(matrix[3])
+               : "memory");
+}
+
+__device__ inline void store_transposed(uint32_t row, const uint32_t (&matrix)[2]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(row), "r"(matrix[0]),
+               "r"(matrix[1])
                : "memory");
 }
 

@@ -2,7 +2,8 @@
 //
 // The unit of reduction is a piece: the four accumulators that a thread has of 8 tokens and one fragment. A thread adds
 // only pieces of threads with its own place in other warpgroups or CTAs, so that each moves 16 bytes next to its
-// neighbour's. The order of all additions is fixed.
+// neighbour's. The order of all additions is fixed, and a result does not depend on who adds: where token tiles
+// overlap, two CTAs store the same tokens, as different pieces.
 #pragma once
 
 #include "native/pipeline.cuh"
@@ -25,14 +26,28 @@ __device__ inline void add_piece(float (&sum)[Count], int group, float4 other) {
   sum[4 * group + 3] += other.w;
 }
 
+// Adds the partial sums of the others, of which load(source) returns one, in pairs: that of `me` and of the one two
+// places away, and those of the other two. Whatever stage a warpgroup begins with, it has the same partner.
+template <int Sources, int Count, class Load>
+__device__ inline void add_others(float (&sum)[Count], int group, int me, const Load& load) {
+  static_assert(Sources == 2 || Sources == 4, "sums are added in pairs");
+  add_piece(sum, group, load(me ^ (Sources / 2)));
+  if constexpr (Sources == 4) {
+    float4 pair = load(me % 2 ^ 1);
+    const float4 other = load((me % 2 ^ 1) + 2);
+    pair = make_float4(pair.x + other.x, pair.y + other.y, pair.z + other.z, pair.w + other.w);
+    add_piece(sum, group, pair);
+  }
+}
+
 // Calls visit(fragment, group, number) for all pieces of the groups of 8 tokens from `begin` to `end`. Groups past the
 // last token are included, since branches would keep loads from overlapping. Where registers are short, a warp barrier
-// keeps ptxas from hoisting loads.
-template <class S, class Visit>
+// after every `Together` groups keeps ptxas from hoisting loads.
+template <class S, int Together = 1, class Visit>
 __device__ inline void for_pieces(int begin, int end, const Visit& visit) {
 #pragma unroll
   for (int group = begin; group < end; ++group) {
-    if constexpr (!S::SpareRegisters) __syncwarp();
+    if (!S::SpareRegisters && (group - begin) % Together == 0) __syncwarp();
 #pragma unroll
     for (int f = 0; f < S::Fragments; ++f) visit(f, group, group * S::Fragments + f);
   }
@@ -61,8 +76,9 @@ __device__ inline void reduce_warpgroups(const Shared<S>& shared, const Consumer
     named_barrier(barrier, S::WarpgroupsK * kWarpgroup);
     for_pieces<S>(begin, begin + kPhaseGroups, [&](int f, int group, int piece) {
       if (!owns_piece<S>(me, piece)) return;
-#pragma unroll
-      for (int i = 0; i < S::WarpgroupsK - 1; ++i) add_piece(sum[f], group, load_shared_floats(place(piece, i)));
+      add_others<S::WarpgroupsK>(sum[f], group, me.warpgroup_k, [&](int source) {
+        return load_shared_floats(place(piece, source - (source > me.warpgroup_k)));
+      });
     });
   }
 }
@@ -92,18 +108,17 @@ __device__ inline bool reduce_cluster(const Shared<S>& shared, int rank, const C
   barrier_wait(arrived, turn / 2 % 2);
   for_pieces<S>(0, S::Tokens / 8, [&](int f, int group, int piece) {
     if (owner_of<S>(me, group) != rank || !owns_piece<S>(me, piece)) return;
-#pragma unroll
-    for (int source = 0; source < S::ClusterK - 1; ++source) {
-      const int place = source * kOwnPieces + piece % kOwnPieces;
-      add_piece(sum[f], group, load_shared_floats(received + place * kStride));
-    }
+    add_others<S::ClusterK>(sum[f], group, rank, [&](int source) {
+      const int place = (source - (source > rank)) * kOwnPieces + piece % kOwnPieces;
+      return load_shared_floats(received + place * kStride);
+    });
   });
   return true;
 }
 
 template <class S>
-__device__ inline uint8_t* fixup_slot(const Parameters& p, int unit) {
-  return p.workspace + static_cast<int64_t>(unit) * S::FixupBytes;
+__device__ inline uint8_t* fixup_slot(const Parameters& p, int unit, int rank) {
+  return p.workspace + static_cast<int64_t>(unit * S::ClusterSize + rank) * S::FixupBytes;
 }
 
 // The stream-K fix-up: reduces across the work units that share a tile. The unit with the tile's first k block stores
@@ -116,6 +131,9 @@ __device__ inline uint8_t* fixup_slot(const Parameters& p, int unit) {
 template <class S>
 __device__ inline bool fix_up(const Parameters& p, const Tile& tile, int index, const Work& work, const Consumer& me,
                               Accumulators<S>& sum) {
+  if (index >= p.tiling.split_tiles) return true;
+  // The registers of weight fragments are free now: they hold sums on their way from L2, which takes 900 cycles.
+  constexpr int kTogether = max_of(S::MaxPiecesOnTheWay / S::Fragments, 1);
   constexpr int kStride = S::WarpgroupsM * kWarpgroup * kPieceBytes;
   const int warp_m = me.warpgroup_m * 4 + me.warp;
   const auto place = [&](uint8_t* partials, int piece) {
@@ -123,7 +141,7 @@ __device__ inline bool fix_up(const Parameters& p, const Tile& tile, int index, 
     return reinterpret_cast<float4*>(of_warp + piece * kStride) + me.lane;
   };
   if (tile.first_block > 0) {
-    uint8_t* const partials = fixup_slot<S>(p, work.unit);
+    uint8_t* const partials = fixup_slot<S>(p, work.unit, work.rank);
     for_pieces<S>(0, S::Tokens / 8, [&](int f, int group, int piece) {
       if (owns_piece<S>(me, piece)) *place(partials, piece) = piece_of(sum[f], group);
     });
@@ -132,11 +150,11 @@ __device__ inline bool fix_up(const Parameters& p, const Tile& tile, int index, 
   }
   const int end = (index + 1) * p.tiling.k_blocks;
   for (int unit = work.unit + 1; unit_begin(p.tiling, unit) < end; ++unit) {
-    uint8_t* const partials = fixup_slot<S>(p, unit);
+    uint8_t* const partials = fixup_slot<S>(p, unit, work.rank);
     uint64_t* const flag = reinterpret_cast<uint64_t*>(partials) + me.warpgroup_k * S::WarpgroupsM * 4 + warp_m;
     if (me.lane == 0) wait_until_published(flag, p.epoch);
     __syncwarp();
-    for_pieces<S>(0, S::Tokens / 8, [&](int f, int group, int piece) {
+    for_pieces<S, kTogether>(0, S::Tokens / 8, [&](int f, int group, int piece) {
       if (owns_piece<S>(me, piece)) add_piece(sum[f], group, __ldcg(place(partials, piece)));
     });
     __syncwarp();
@@ -150,10 +168,10 @@ __device__ inline bool fix_up(const Parameters& p, const Tile& tile, int index, 
 template <class S>
 __device__ inline void publish_fixup(const Parameters& p, const Work& work) {
   static_assert(kWarpgroupBarrier + S::Warpgroups <= kFixupBarrier, "named barriers must not overlap");
-  if (work.first_block == 0) return;
+  if (tile_at<S>(p.tiling, work, work.first_tile).first_block == 0) return;
   named_barrier(kFixupBarrier, S::Consumers + kWarp);
   const int lane = threadIdx.x % kWarp;
-  auto* const flags = reinterpret_cast<uint64_t*>(fixup_slot<S>(p, work.unit));
+  auto* const flags = reinterpret_cast<uint64_t*>(fixup_slot<S>(p, work.unit, work.rank));
   if (lane < S::Consumers / kWarp) publish(flags + lane, p.epoch);
 }
 

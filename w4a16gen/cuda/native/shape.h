@@ -55,14 +55,14 @@ struct TileShape {
   static constexpr int K = Cta::K;                          // of a stage: a packed block's 128, or half of it
   static constexpr int Warpgroups = Schedule::Warpgroups;   // of consumers
   static constexpr bool ByWarps = Schedule::ByWarps;        // warps multiply independently, with mma.sync
-  static constexpr bool StreamK = Scheduler::kSplitsTiles;  // all CTAs get an equal number of k blocks
+  static constexpr bool StreamK = Scheduler::kSplitsTiles;  // no CTA is idle in the last wave of tiles
   static constexpr int ClusterChannels = Cluster::Channels;
   static constexpr int ClusterTokens = Cluster::Tokens;
   static constexpr int ClusterK = Cluster::K;
   static constexpr int ClusterSize = ClusterChannels * ClusterTokens * ClusterK;
   static constexpr bool Multicasts = ClusterChannels * ClusterTokens > 1;
   static_assert(!(Multicasts && ClusterK > 1), "a cluster multicasts operands or splits K, not both");
-  static_assert(!(StreamK && ClusterSize > 1), "stream-K has no clusters");
+  static_assert(!(StreamK && ClusterK > 1), "stream-K splits K among clusters, not within them");
 
   static constexpr int Mode = Mode_;
   static constexpr bool Scales = Mode != W4A16_PER_COLUMN_SCALE_ONLY;
@@ -80,11 +80,10 @@ struct TileShape {
   static constexpr bool ReducesOnChip = WarpgroupsK > 1 || ClusterK > 1;
   static constexpr bool Reduces = ReducesOnChip || StreamK;
 
-  // CTAs that split K divide the output among them: by tokens where each gets whole boxes, otherwise by channels.
-  static constexpr int BoxTokens = 32;
-  static constexpr bool WholeBoxes = Tokens % (ClusterK * BoxTokens) == 0;
-  static constexpr bool DividesOutputByTokens = ClusterK > 1 && WholeBoxes;
-  static constexpr bool StoresThroughShared = WarpgroupsK == 1 && Tokens >= 64 && WholeBoxes;
+  // CTAs that split K divide the output among them: by tokens where each gets a multiple of 32, otherwise by channels.
+  static constexpr bool DividesOutputByTokens = ClusterK > 1 && Tokens % (ClusterK * 32) == 0;
+  // Tokens that a CTA stores of a tile.
+  static constexpr int StoredTokens = DividesOutputByTokens ? Tokens / ClusterK : Tokens;
 
   // Whether a tile's copies leave out the rows past the last token. The copy engine is slow with out-of-bounds rows,
   // and CTAs of 64 channels wait for it: 200 tokens took 1.3 to 1.6 times as long as 256. Wider CTAs do not wait, and
@@ -114,6 +113,8 @@ struct ThreadShape {
   // With more accumulators than these it spills.
   static constexpr int MaxSpareOfFour = T::K == 64 || (T::ClusterSize > 1 && T::Channels == 256) ? 8 : 16;
   static constexpr bool SpareRegisters = Accumulators <= (T::Warpgroups == 2 ? 64 : MaxSpareOfFour);
+  // Pieces of four sums that a thread without spare registers loads at a time from the workspace.
+  static constexpr int MaxPiecesOnTheWay = T::Warpgroups == 4 ? 4 : 8;
 
   // Registers of a thread after setmaxnreg has moved them from the producers to the consumers.
   static constexpr int LaunchRegisters = kRegistersPerSm / (Threads * CtasPerSm) / 8 * 8;
@@ -124,8 +125,11 @@ struct ThreadShape {
 };
 
 // Shared memory: the ring of stages, then partial sums, output and barriers.
-template <class T, class Thread, int Stages_>
+template <class T, class Thread, int Stages_, bool StoresThroughShared_>
 struct StorageShape {
+  static constexpr bool StoresThroughShared = StoresThroughShared_;
+  static_assert(!StoresThroughShared || T::ClusterK == 1 || T::DividesOutputByTokens,
+                "the copy engine stores all channels of a tile");
   static constexpr int Stages = Stages_;
   static constexpr int MaxStages = 32;
   static_assert(Stages >= 2 * T::WarpgroupsK, "a warpgroup along K releases a stage while it works on its next one");
@@ -152,9 +156,9 @@ struct StorageShape {
   // Partial sums that the other CTAs of a cluster send. There are two buffers: those of the next tile may arrive before
   // those of this one are read.
   static constexpr int ReceivedBytes = (T::ClusterK - 1) * T::Tokens * (T::Channels / T::ClusterK) * 4;
-  // Output on its way to global memory: two boxes of 32 tokens x 64 channels per warpgroup.
-  static constexpr int BoxBytes = T::BoxTokens * kBlockChannels * 2;
-  static constexpr int OutputBytes = T::StoresThroughShared ? T::Warpgroups * 2 * BoxBytes : 0;
+  // Output on its way to global memory: a box of the tile's tokens for every 64 channels.
+  static constexpr int BoxBytes = T::StoredTokens * kBlockChannels * 2;
+  static constexpr int OutputBytes = StoresThroughShared ? T::Blocks * BoxBytes : 0;
   static constexpr int BarrierBytes = (2 * MaxStages + 2) * 8;
 
   static constexpr int SharedBytes =
@@ -197,8 +201,9 @@ struct PipelineShape {
 
 // A whole kernel.
 template <class Cta, class Cluster, class Schedule, class Scheduler_, int Mode, int Stages, int CtasPerSm,
-          class Tile = TileShape<Cta, Cluster, Schedule, Scheduler_, Mode>, class Thread = ThreadShape<Tile, CtasPerSm>,
-          class Storage = StorageShape<Tile, Thread, Stages>>
+          bool StoresThroughShared, class Tile = TileShape<Cta, Cluster, Schedule, Scheduler_, Mode>,
+          class Thread = ThreadShape<Tile, CtasPerSm>,
+          class Storage = StorageShape<Tile, Thread, Stages, StoresThroughShared>>
 struct Shape : Tile, Thread, Storage, PipelineShape<Tile, Storage> {
   using Scheduler = Scheduler_;
 };

@@ -14,8 +14,10 @@ struct Tiling {
   int channel_tiles;  // of a whole cluster
   int token_tiles;
   int last_token;    // first token of the last tile, which may overlap the previous tile
+  int split_tiles;   // stream-K: how many tiles, from the first on, are divided among all clusters
   int unit_blocks;   // stream-K: k blocks of a work unit
   int longer_units;  // stream-K: how many units, from the first on, have one more
+  int clusters;      // that have work
 };
 
 // One output tile, and the range of k blocks that this CTA sums.
@@ -26,19 +28,32 @@ struct Tile {
   int blocks;
 };
 
-// The tiles of a CTA, and its rank in its cluster. Under stream-K also its work unit, which begins and ends within the
-// first and the last tile.
+// The tiles of a CTA, from the first to the end, and its rank in its cluster. Under stream-K also its work unit.
 struct Work {
   int first_tile;
   int tile_step;
   int end_tile;
   int rank;
   int unit;
-  int first_block;
-  int end_block;
 };
 
-// The first k block of a stream-K work unit, counted over all tiles.
+// The coordinates of a tile of clusters.
+struct Place {
+  int channel;
+  int token;
+};
+
+// A sweep covers all channels for a few token tiles, which share activations and weights in L2.
+W4A16_HOST_DEVICE inline Place place_in_sweeps(const Tiling& tiling, int tile) {
+  const int per_sweep = kRasterTokens * tiling.channel_tiles;
+  const int sweep = tile / per_sweep;
+  const int within = tile - sweep * per_sweep;
+  const int tokens = min_of(tiling.token_tiles - sweep * kRasterTokens, kRasterTokens);
+  const int channel = within / tokens;
+  return {channel, sweep * kRasterTokens + within - channel * tokens};
+}
+
+// The first k block of a stream-K work unit, counted over all split tiles.
 W4A16_HOST_DEVICE inline int unit_begin(const Tiling& tiling, int unit) {
   return unit * tiling.unit_blocks + min_of(unit, tiling.longer_units);
 }
@@ -67,12 +82,17 @@ struct persistent {
 
   static int64_t parts(int64_t tiles, int) { return tiles; }
 
+  static int split_tiles(int, int) { return 0; }
+
   template <class S>
   W4A16_HOST_DEVICE static Work work_of(const Tiling& tiling, int cta, int ctas, int rank) {
     const int tiles = tiling.channel_tiles * tiling.token_tiles;
     const int cluster = cta / S::ClusterSize;
-    return {is_redundant_cta<S>(tiling, cta) ? cluster - tiles : cluster, ctas / S::ClusterSize, tiles, rank, 0, 0, 0};
+    const int first = is_redundant_cta<S>(tiling, cta) ? cluster - tiles : cluster;
+    return {first, ctas / S::ClusterSize, tiles, rank, 0};
   }
+
+  W4A16_HOST_DEVICE static int next_tile(const Tiling&, const Work& work, int tile) { return tile + work.tile_step; }
 
   template <class S>
   W4A16_HOST_DEVICE static Tile tile_at(const Tiling& tiling, const Work& work, int index) {
@@ -86,12 +106,9 @@ struct persistent {
     }
     // A division takes hundreds of cycles before the first copy, and one token tile needs none.
     if (tiling.token_tiles > 1) {
-      const int per_sweep = kRasterTokens * tiling.channel_tiles;
-      const int sweep = index / per_sweep;
-      const int within = index - sweep * per_sweep;
-      const int tokens = min_of(tiling.token_tiles - sweep * kRasterTokens, kRasterTokens);
-      channel_tile = within / tokens;
-      token_tile = sweep * kRasterTokens + within - channel_tile * tokens;
+      const Place place = place_in_sweeps(tiling, index);
+      channel_tile = place.channel;
+      token_tile = place.token;
     }
     if constexpr (S::Multicasts) {
       channel_tile = channel_tile * S::ClusterChannels + work.rank % S::ClusterChannels;
@@ -103,38 +120,64 @@ struct persistent {
   }
 };
 
-// All CTAs get an equal number of k blocks, one work unit each. A unit may begin and end within a tile.
+// Whole waves of whole tiles, but for the last: its tiles, and those of one whole wave, are divided among all clusters,
+// so that none is idle. Each cluster gets an equal number of their k blocks, a work unit, which may begin and end
+// within a tile. Two clusters at most then share a tile. Where there are fewer tiles than clusters, all of them are
+// divided.
 struct streamk {
   static constexpr bool kSplitsTiles = true;
 
   static int64_t parts(int64_t tiles, int k_blocks) { return tiles * k_blocks; }
 
+  static int split_tiles(int tiles, int clusters) {
+    if (tiles <= clusters) return tiles;
+    const int rest = tiles % clusters;
+    return rest == 0 ? 0 : clusters + rest;
+  }
+
+  // Work units come first: a cluster that waits for sums of others then waits for what they did first.
   template <class S>
-  W4A16_HOST_DEVICE static Work work_of(const Tiling& tiling, int cta, int ctas, int) {
-    // A CTA waits for sums of the units after its own. They belong to CTAs that started before it.
-    const int unit = ctas - 1 - cta;
-    const int begin = unit_begin(tiling, unit);
-    const int end = unit_begin(tiling, unit + 1);
-    const int first = begin / tiling.k_blocks;
-    const int last = (end - 1) / tiling.k_blocks;
-    return {first, 1, last + 1, 0, unit, begin - first * tiling.k_blocks, end - last * tiling.k_blocks};
+  W4A16_HOST_DEVICE static Work work_of(const Tiling& tiling, int cta, int, int rank) {
+    const int cluster = cta / S::ClusterSize;
+    // A cluster waits for sums of the units after its own. They belong to clusters that started before it.
+    const int unit = tiling.clusters - 1 - cluster;
+    const int first = tiling.split_tiles == 0 ? cluster : unit_begin(tiling, unit) / tiling.k_blocks;
+    return {first, 1, tiling.channel_tiles * tiling.token_tiles, rank, unit};
+  }
+
+  W4A16_HOST_DEVICE static int next_tile(const Tiling& tiling, const Work& work, int tile) {
+    if (tile >= tiling.split_tiles) return tile + tiling.clusters;
+    const int next = tile + 1;
+    if (next * tiling.k_blocks < unit_begin(tiling, work.unit + 1)) return next;
+    return tiling.split_tiles + tiling.clusters - 1 - work.unit;
   }
 
   template <class S>
   W4A16_HOST_DEVICE static Tile tile_at(const Tiling& tiling, const Work& work, int index) {
     int first = 0;
+    int end = tiling.k_blocks;
+    if (index < tiling.split_tiles) {
+      const int before = index * tiling.k_blocks;
+      first = max_of(unit_begin(tiling, work.unit) - before, 0);
+      end = min_of(unit_begin(tiling, work.unit + 1) - before, end);
+    }
     int channel_tile = index;
     int token_tile = 0;
-    if (index == work.first_tile) first = work.first_block;
-    const int blocks = (index == work.end_tile - 1 ? work.end_block : tiling.k_blocks) - first;
-    // Token tiles in turn: CTAs a part of the grid apart then read the same weights at about the same time.
     if (tiling.token_tiles > 1) {
-      token_tile = index / tiling.channel_tiles;
-      channel_tile = index - token_tile * tiling.channel_tiles;
+      Place place = place_in_sweeps(tiling, index);
+      if (tiling.split_tiles == tiling.channel_tiles * tiling.token_tiles) {
+        // Token tiles in turn: clusters a part of the grid apart then read the same weights at about the same time.
+        place.token = index / tiling.channel_tiles;
+        place.channel = index - place.token * tiling.channel_tiles;
+      }
+      channel_tile = place.channel;
+      token_tile = place.token;
     }
-    int token = token_tile * S::Tokens;
-    if constexpr (S::OverlapsLastTile) token = min_of(token, tiling.last_token);
-    return {channel_tile * S::Blocks, token, first, blocks};
+    if constexpr (S::Multicasts) {
+      channel_tile = channel_tile * S::ClusterChannels + work.rank % S::ClusterChannels;
+      token_tile = token_tile * S::ClusterTokens + work.rank / S::ClusterChannels;
+    }
+    return {channel_tile * S::Blocks, token_tile * S::Tokens, first, end - first};
   }
 };
 
@@ -143,6 +186,12 @@ struct streamk {
 template <class S>
 W4A16_HOST_DEVICE inline Work work_of(const Tiling& tiling, int cta, int ctas, int rank) {
   return S::Scheduler::template work_of<S>(tiling, cta, ctas, rank);
+}
+
+// The tile that a cluster works on after another one. There is none if it is not below `work.end_tile`.
+template <class S>
+W4A16_HOST_DEVICE inline int next_tile(const Tiling& tiling, const Work& work, int tile) {
+  return S::Scheduler::next_tile(tiling, work, tile);
 }
 
 // The tile that a CTA computes when its cluster works on tile `index`.
@@ -163,8 +212,11 @@ int make_tiling(Tiling* tiling, int64_t m, int channel_blocks, int k_blocks, int
   const bool overlaps = m > S::Tokens && (S::SkipsOutOfBoundsRows || parts <= clusters_at_once);
   tiling->last_token = overlaps ? static_cast<int>(m - S::Tokens) : (tiling->token_tiles - 1) * S::Tokens;
   const int clusters = parts < clusters_at_once ? static_cast<int>(parts) : clusters_at_once;
-  tiling->unit_blocks = static_cast<int>(parts) / clusters;
-  tiling->longer_units = static_cast<int>(parts) % clusters;
+  tiling->split_tiles = S::Scheduler::split_tiles(tiling->channel_tiles * tiling->token_tiles, clusters);
+  tiling->clusters = clusters;
+  const int split_blocks = tiling->split_tiles * k_blocks;
+  tiling->unit_blocks = split_blocks / clusters;
+  tiling->longer_units = split_blocks % clusters;
   return clusters * S::ClusterSize;
 }
 
