@@ -33,7 +33,7 @@ OWNERS = {
     "pybind11": {"build"},
     "psutil": {"build"},
     "matplotlib": {"measure.plots"},
-    "torch": {"measure.rivals"},
+    "torch": {"measure.rivals", "integrations.torch"},
     "cuda": {"build.toolchain"},
 }
 """The rooms, or the modules, that may import a foreign library."""

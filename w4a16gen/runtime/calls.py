@@ -35,6 +35,8 @@ class GemmOptions:
     workspace: Any = None
     stream: Any = None
     dependent_launch: bool = False
+    remembered: PackedWeight | None = None
+    """The weight by which later calls find this one; None is the call's own. One without data serves many weights."""
 
     @property
     def may_repeat(self) -> bool:
@@ -129,8 +131,19 @@ class CallCache:
             self._calls[key] = weakref.ref(w, lambda _: self._calls.pop(key, None)), calls
         self._calls[key][1].add(problem.m, launch.kernel_index)
 
-    def try_fast_path(self, a: Any, w: PackedWeight, bias: Any, out: Any, alpha: Any, dependent_launch: bool) -> Any:
+    def try_fast_path(
+        self, a: Any, w: PackedWeight, bias: Any, out: Any, alpha: Any, dependent_launch: bool, *, data: Any = None
+    ) -> Any:
         """Repeat a call that has been validated.
+
+        Args:
+            a: the activations.
+            w: the weight by which the call was remembered.
+            bias: the bias, or None.
+            out: where to write, or None.
+            alpha: factor of the product.
+            dependent_launch: whether the launch is dependent.
+            data: the packed bytes if the weight has none of its own.
 
         Returns:
             The output; or None, without side effects, if the call does not match one that has been validated. The
@@ -139,7 +152,7 @@ class CallCache:
         known = self._calls.get(id(w))
         if known is None or is_in_block():
             return None
-        return known[1].try_launch(a, w.data, bias, out, alpha, dependent_launch)
+        return known[1].try_launch(a, w.data if data is None else data, bias, out, alpha, dependent_launch)
 
 
 def check_weight(kernel: KernelConfig, w: PackedWeight) -> None:

@@ -61,7 +61,8 @@ class _InUse:
     library: Library | None = None
 
 
-def _library_in_use() -> Library:
+def library_in_use() -> Library:
+    """Return the default build, loaded if no call has needed it yet; see `load`."""
     return load() if _InUse.library is None else _InUse.library
 
 
@@ -90,7 +91,7 @@ def configs() -> list[KernelConfig]:
         >>> [config.name for config in w4a16gen.configs()]  # doctest: +SKIP
         ['w4a16_sm90_native_cs_cta64x8x128_cluster1x1x1_warps8_persistent', ...]
     """
-    return _library_in_use().configs()
+    return library_in_use().configs()
 
 
 @overload
@@ -121,7 +122,7 @@ def to_device(value: Any, device: int = 0) -> Any:
         >>> packed = w4a16gen.PackedWeight.load("layer.safetensors")  # doctest: +SKIP
         >>> on_gpu = w4a16gen.to_device(packed)  # doctest: +SKIP
     """
-    return _library_in_use().to_device(value, device)
+    return library_in_use().to_device(value, device)
 
 
 def pack(
@@ -167,7 +168,7 @@ def pack(
         return packing.pack(q, scales, zeros, zero_points=zero_points, group_size=group_size, target=family)
     if family is not Target.NATIVE:
         raise InvalidValueError(f"weights for target {family} are packed on the host only: copy q there")
-    return _library_in_use().pack(q, scales, zeros, zero_points=zero_points, group_size=group_size)
+    return library_in_use().pack(q, scales, zeros, zero_points=zero_points, group_size=group_size)
 
 
 @overload

@@ -68,7 +68,7 @@ class Launcher:
         )
         self._bindings.result_of(outcome)
         if options.may_repeat:
-            self._calls.add(w, launch, device)
+            self._calls.add(options.remembered or w, launch, device)
         return out
 
     def _plan_shape(

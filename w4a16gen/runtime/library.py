@@ -52,7 +52,7 @@ class Library:
         self.chooser = Chooser(build.content_hashes, build.folder / TABLE)
         self.calls = CallCache(self.bindings)
         self.launcher = Launcher(self.bindings, self.calls, self._plan_launch)
-        self._packer = GpuPacker(self.bindings)
+        self.packer = GpuPacker(self.bindings)
         self._indices = {info.config: index for index, info in enumerate(self.kernels)}
 
     @property
@@ -236,7 +236,7 @@ class Library:
             UnsupportedProblemError: if n, k or the group size are none that a kernel can run.
             NotBuiltError: if the build holds no native kernel of the mode.
         """
-        return self._packer.pack(q, scales, zeros, zero_points, group_size, stream)
+        return self.packer.pack(q, scales, zeros, zero_points, group_size, stream)
 
     def gemm(
         self,

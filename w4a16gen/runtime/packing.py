@@ -64,6 +64,37 @@ class GpuPacker:
         data = self._launch(values, factors, added, Problem(0, n, k, size), mode, q, address)
         return PackedWeight(data, TARGET_LAYOUTS[Target.NATIVE], n, k, size, mode)
 
+    def pack_checked(self, q: Any, scales: Any, zeros: Any, group_size: int, mode: QuantMode) -> PackedWeight:
+        """Pack for the native kernels, on the current stream, without reading scales and zeros back to the host.
+
+        The caller has made sure that the factors are finite. The kernel checks q and the range of the factors.
+
+        Args:
+            q: uint8 [n, k], values 0 to 15, contiguous.
+            scales: fp16 [k / group_size, n], or [n] in per-column mode.
+            zeros: fp16 [k / group_size, n], or None.
+            group_size: values of K per scale.
+            mode: the quantisation mode.
+
+        Raises:
+            InvalidValueError: if an array does not fit, a value of q is above 15, or a channel's factors span too wide
+                a range for the layout.
+            UnsupportedProblemError: if no kernel can run n and k.
+            NotBuiltError: if the build holds no native kernel of the mode.
+        """
+        values = view("q", q, self._module)
+        n, k = values.shape
+        check("q", values, dtype="|u1", shape=(n, k), device=values.device)
+        shape = (k // group_size, n) if mode.is_grouped else (n,)
+        factors = view("scales", scales, self._module)
+        added = None if zeros is None else view("zeros", zeros, self._module)
+        for name, part in (("scales", factors), ("zeros", added)):
+            if part is not None:
+                check(name, part, dtype="<f2", shape=shape, device=values.device)
+        address = stream_pointer(None, q)
+        data = self._launch(values, factors, added, Problem(0, n, k, group_size), mode, q, address)
+        return PackedWeight(data, TARGET_LAYOUTS[Target.NATIVE], n, k, group_size, mode)
+
     def _download(self, name: str, array: ArrayView, device: int, stream: int) -> npt.NDArray[Any]:
         """Copy an array to the host, after the work of a stream."""
         check(name, array, dtype=array.dtype, shape=array.shape, device=device)

@@ -108,7 +108,7 @@ class PackQuantizedLayer(StoredLayer):
         index = self.tensors.array(name).astype(np.int64)
         return None if (index == -1).all() else index
 
-    def _zero_points(self) -> Nibbles | None:
+    def zero_points(self) -> Nibbles | None:
         """Return the zero points, uint8 [groups, n], or None."""
         name = f"{self.name}.weight_zero_point"
         if name not in self.tensors:
@@ -117,12 +117,12 @@ class PackQuantizedLayer(StoredLayer):
 
     def is_symmetric(self) -> bool:
         """Return whether all zero points are 8."""
-        points = self._zero_points()
+        points = self.zero_points()
         return points is None or bool((points == OFFSET).all())
 
     def factors(self) -> Factors:
         """Return scales and zeros."""
         scales = self.tensors.double(f"{self.name}.weight_scale").T
-        points = self._zero_points()
+        points = self.zero_points()
         symmetric = points is None or (points == OFFSET).all()
         return Factors(scales, None if points is None or symmetric else zeros_of_points(points, scales))

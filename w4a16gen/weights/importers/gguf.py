@@ -24,7 +24,7 @@ Bytes = np.ndarray
 GROUP_SIZE = 32
 BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q4_K": 144}
 BLOCK_VALUES = {"Q4_0": 32, "Q4_1": 32, "Q4_K": 256}
-_DATA = {"Q4_0": 2, "Q4_1": 4, "Q4_K": 16}
+DATA = {"Q4_0": 2, "Q4_1": 4, "Q4_K": 16}
 """The first byte of a block that holds values."""
 _UNEVEN = ("IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4")
 _ROTATED = ("llama",)
@@ -98,7 +98,7 @@ class GgufLayer(StoredLayer):
 
     def values(self) -> Nibbles:
         """Return q, uint8 [n, k]: of 32 bytes or 16, first the lower halves, then the upper ones."""
-        data = self._blocks()[..., _DATA[self.type] :]
+        data = self._blocks()[..., DATA[self.type] :]
         chunks = data.reshape(self.n, -1, GROUP_SIZE if self.type == "Q4_K" else GROUP_SIZE // 2)
         return np.stack([chunks & MAX_Q, chunks >> 4], axis=-2).reshape(self.n, self.k)
 

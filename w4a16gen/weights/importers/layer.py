@@ -38,7 +38,8 @@ class CheckpointLayer:
 
     def __init__(self, stored: StoredLayer) -> None:
         """Take a layer in its stored form; `open_checkpoint` makes layers."""
-        self._stored = stored
+        self.stored = stored
+        """The layer as its file holds it, for readers that decode it by other means."""
         self.name = stored.name
         self.format = stored.format
         self.n = stored.n
@@ -52,7 +53,7 @@ class CheckpointLayer:
     @cached_property
     def mode(self) -> QuantMode:
         """The quantisation mode. Reads the zero points of asymmetric formats."""
-        if not self._stored.is_symmetric():
+        if not self.stored.is_symmetric():
             return QuantMode.FINEGRAINED_SCALE_AND_ZEROS
         if self.group_size == self.k:
             return QuantMode.PER_COLUMN_SCALE_ONLY
@@ -65,7 +66,7 @@ class CheckpointLayer:
         Raises:
             InvalidValueError: if the groups of an act-order checkpoint have different sizes.
         """
-        return self._stored.permutation()
+        return self.stored.permutation()
 
     @property
     def bias(self) -> Half | None:
@@ -74,7 +75,7 @@ class CheckpointLayer:
         Raises:
             InvalidValueError: if it does not fit fp16.
         """
-        return self._half("bias", self._stored.bias())
+        return self._half("bias", self.stored.bias())
 
     @property
     def input_scale(self) -> Half | None:
@@ -83,7 +84,7 @@ class CheckpointLayer:
         Raises:
             InvalidValueError: if it does not fit fp16.
         """
-        return self._half("the scale of its activations", self._stored.input_scale())
+        return self._half("the scale of its activations", self.stored.input_scale())
 
     @property
     def alpha(self) -> float:
@@ -102,13 +103,13 @@ class CheckpointLayer:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user of the layer should know, one sentence each. Reads scales and zero points."""
-        own = () if self._stored.note is None else (self._stored.note,)
+        own = () if self.stored.note is None else (self.stored.note,)
         return (*own, *self.exactness.notes)
 
     @property
     def tensor_names(self) -> frozenset[str]:
         """Names of the layer's tensors in the checkpoint."""
-        return frozenset(name for name in self._stored.tensor_names if name in self._stored.tensors)
+        return frozenset(name for name in self.stored.tensor_names if name in self.stored.tensors)
 
     def quantized(self) -> QuantizedWeight:
         """Read the layer.
@@ -120,7 +121,7 @@ class CheckpointLayer:
             InvalidValueError: if scales or zeros are not finite, or the file has changed.
         """
         rounded = self._rounded()
-        values = self._stored.values()
+        values = self.stored.values()
         if self.permutation is not None:
             values = values[:, self.permutation]
         per_column = self.mode is QuantMode.PER_COLUMN_SCALE_ONLY
@@ -129,7 +130,7 @@ class CheckpointLayer:
         return QuantizedWeight(values, scales, zeros, self.group_size, self.mode)
 
     def _rounded(self) -> Rounded:
-        rounded = round_factors(self._stored.factors(), name=shown_name(self.name))
+        rounded = round_factors(self.stored.factors(), name=shown_name(self.name))
         self.__dict__["exactness"] = rounded.exactness
         return rounded
 

@@ -1,0 +1,20 @@
+"""Torch: the operator `w4a16gen::gemm`, the module `W4A16Linear`, and models whose linear layers have 4 bits.
+
+`import w4a16gen` does not import torch; this package does.
+"""
+
+from __future__ import annotations
+
+from w4a16gen.errors import MissingToolError
+
+try:
+    import torch as _torch
+except ImportError:
+    raise MissingToolError("torch is not installed: pip install 'w4a16gen[torch]'") from None
+del _torch
+
+from w4a16gen.integrations.torch.device_weights import DeviceWeight, load_layer, pack_decoded  # noqa: E402
+from w4a16gen.integrations.torch.linear import W4A16Linear  # noqa: E402
+from w4a16gen.integrations.torch.ops import gemm  # noqa: E402
+
+__all__ = ["DeviceWeight", "W4A16Linear", "gemm", "load_layer", "pack_decoded"]

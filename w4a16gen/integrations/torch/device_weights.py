@@ -1,0 +1,134 @@
+"""Weights of checkpoints, decoded and packed by torch operations on the device that will use them.
+
+The checkpoint's own bytes go to the device, so that a GPU does the work that takes minutes on the host. On the CPU the
+same code runs on tensors in host memory. The packed bytes are those of `pack_weight(layer.quantized())`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from w4a16gen.errors import InvalidValueError
+from w4a16gen.integrations.torch import formats
+from w4a16gen.integrations.torch.nibbles import Decoded, Tensor, do_not_fit, to_half
+from w4a16gen.integrations.torch.upload import Uploader
+from w4a16gen.kernels.config import QuantMode
+from w4a16gen.runtime.default import library_in_use
+from w4a16gen.weights.importers.layer import CheckpointLayer
+from w4a16gen.weights.importers.rounding import round_factors
+from w4a16gen.weights.importers.stored import Factors
+from w4a16gen.weights.packed import PackedWeight, check_layout_group_size, pack_weight
+from w4a16gen.weights.quantized import QuantizedWeight
+
+_LAYOUT = "fragment_blocks_v2"
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceWeight:
+    """A packed weight on a device, and what a call needs beside it.
+
+    Attributes:
+        packed: the packed weight; its data is a torch tensor.
+        permutation: the columns of the activations in the order of the weight, int64 [k], or None.
+        alpha: the factor of the product, a power of two, and 1 unless the scales do not fit fp16.
+    """
+
+    packed: PackedWeight
+    permutation: Tensor | None = None
+    alpha: float = 1.0
+
+
+def load_layer(layer: CheckpointLayer, device: Any = "cpu", *, uploader: Uploader | None = None) -> DeviceWeight:
+    """Read a layer of a checkpoint, and pack it for the native kernels on a device.
+
+    GPTQ, AWQ (gemm), compressed-tensors and GGUF are decoded on the device. Other formats are decoded on the host.
+
+    Args:
+        layer: the layer.
+        device: the device, in torch's terms.
+        uploader: copies bytes to that device; pass one for all layers, so that its buffers are allocated once.
+
+    Raises:
+        InvalidValueError: if the layer is damaged, or the layout cannot hold it.
+        NotBuiltError: on a GPU, if no native kernel of the mode is built.
+    """
+    moved = uploader or Uploader(device)
+    decoded = formats.decode(layer, moved)
+    permutation = None if layer.permutation is None else moved.array(layer.permutation.astype(np.int64))
+    if decoded is not None:
+        return pack_decoded(decoded, permutation, name=layer.name)
+    weight = layer.quantized()
+    return DeviceWeight(_pack_quantized(weight, moved), permutation, layer.alpha)
+
+
+def pack_decoded(decoded: Decoded, permutation: Tensor | None = None, *, name: str = "weight") -> DeviceWeight:
+    """Round the factors of a weight to fp16, and pack it on its device.
+
+    Args:
+        decoded: the weight, with K in the order of the file.
+        permutation: the order of K that the packed weight shall have, int64 [k], or None.
+        name: what messages call the layer.
+
+    Raises:
+        InvalidValueError: if a factor is not finite, or the layout cannot hold the weight.
+        NotBuiltError: on a GPU, if no native kernel of the mode is built.
+    """
+    q, scales, zeros = decoded
+    groups, k = len(scales), q.shape[1]
+    if groups == 0 or k % groups != 0:
+        raise InvalidValueError(f"layer {name}: {groups} groups do not divide k = {k}")
+    if zeros is not None:
+        mode = QuantMode.FINEGRAINED_SCALE_AND_ZEROS
+    else:
+        mode = QuantMode.PER_COLUMN_SCALE_ONLY if groups == 1 else QuantMode.FINEGRAINED_SCALE_ONLY
+    check_layout_group_size(_LAYOUT, k, k // groups, mode)
+    halves, added, alpha = _rounded(scales, zeros, name)
+    if permutation is not None:
+        q = q.index_select(1, permutation)
+    packed = _pack(q, halves if mode.is_grouped else halves[0], added, k // groups, mode)
+    return DeviceWeight(packed, permutation, alpha)
+
+
+def _rounded(scales: Tensor, zeros: Tensor | None, name: str) -> tuple[Tensor, Tensor | None, float]:
+    """Return scales and zeros in fp16, and alpha. Waits for the device once."""
+    halves = to_half(scales)
+    added = None if zeros is None else to_half(zeros)
+    lost = do_not_fit(scales, halves).any()
+    if zeros is not None and added is not None:
+        lost = lost | do_not_fit(zeros, added).any()
+    if not bool(lost):
+        return halves, added, 1.0
+    factors = Factors(scales.cpu().numpy(), None if zeros is None else zeros.cpu().numpy())
+    rounded = round_factors(factors, name=name)  # which finds alpha, or refuses
+    moved = None if rounded.zeros is None else torch.from_numpy(rounded.zeros).to(scales.device)
+    return torch.from_numpy(rounded.scales).to(scales.device), moved, rounded.exactness.alpha
+
+
+def _pack(q: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, mode: QuantMode) -> PackedWeight:
+    """Pack checked factors, and values of 0 to 15, where they are."""
+    if q.is_cuda:
+        packer = library_in_use().packer
+        added = None if zeros is None else zeros.contiguous()
+        return packer.pack_checked(q, scales.contiguous(), added, group_size, mode)
+    parts = [None if part is None else part.numpy() for part in (q, scales, zeros)]
+    return _on_host(QuantizedWeight(parts[0], parts[1], parts[2], group_size, mode))  # type: ignore[arg-type]
+
+
+def _pack_quantized(weight: QuantizedWeight, moved: Uploader) -> PackedWeight:
+    """Pack a weight that was decoded on the host."""
+    if moved.device.type == "cpu":
+        return _on_host(weight)
+    zeros = None if weight.zeros is None else moved.array(weight.zeros)
+    check_layout_group_size(_LAYOUT, weight.k, weight.group_size, weight.mode)
+    return _pack(moved.array(weight.q), moved.array(weight.scales), zeros, weight.group_size, weight.mode)
+
+
+def _on_host(weight: QuantizedWeight) -> PackedWeight:
+    packed = pack_weight(weight)
+    return PackedWeight(
+        torch.from_numpy(packed.data), packed.layout, packed.n, packed.k, packed.group_size, packed.mode
+    )

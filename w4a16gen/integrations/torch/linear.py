@@ -1,0 +1,371 @@
+"""`W4A16Linear`: a linear layer of a torch model whose weight has 4 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from w4a16gen.errors import InvalidValueError
+from w4a16gen.integrations.torch import formats, ops
+from w4a16gen.integrations.torch.device_weights import DeviceWeight, load_layer, pack_decoded
+from w4a16gen.integrations.torch.nibbles import Tensor
+from w4a16gen.integrations.torch.state import check_tensor, moved_only, read_state, write_state
+from w4a16gen.integrations.torch.upload import Uploader
+from w4a16gen.kernels.config import QuantMode
+from w4a16gen.weights.importers.layer import CheckpointLayer
+from w4a16gen.weights.packed import PackedWeight, pack_weight
+from w4a16gen.weights.quantize import quantize
+
+_EXTRA_STATE = "_extra_state"
+OVERFLOW = ("ignore", "check")
+
+
+class W4A16Linear(torch.nn.Module):
+    """A linear layer with a 4-bit weight: y = alpha * x W + bias.
+
+    Where the weight asks for it, x is multiplied by `input_scale`, and permuted. x may be fp16, bf16 or fp32, [..., k].
+    It is cast to fp16 before the kernel, and y is cast to the dtype of x. Both casts lie outside the operator, so that
+    a compiler fuses them with their neighbours.
+
+    `.to(device)`, `state_dict`, `copy.deepcopy`, pickle, `torch.compile`, `torch.export` and CUDA graphs work as with
+    other modules. `.half()`, `.bfloat16()` and `.to(dtype)` change nothing: the kernels read these dtypes only.
+
+    Attributes:
+        packed: buffer, uint8 [bytes]: the packed weight.
+        bias: buffer, fp16 [n], or None.
+        permutation: buffer, int64 [k], or None: the columns of x in the order of the weight (act-order).
+        input_scale: buffer, fp16 [k], or None: what x is multiplied by first.
+        alpha: factor of the product.
+        activation_scale: a power of two that x is divided by before its cast to fp16, and y multiplied by; see
+            `calibrate`.
+        output_scale: a power of two that y is divided by while it is fp16, and multiplied by after its cast.
+
+    Example:
+        >>> import torch
+        >>> from w4a16gen.integrations.torch import W4A16Linear
+        >>> linear = W4A16Linear.from_linear(torch.nn.Linear(256, 64), group_size=128)
+        >>> linear(torch.ones(2, 3, 256, dtype=torch.bfloat16)).shape
+        torch.Size([2, 3, 64])
+    """
+
+    packed: Tensor
+    bias: Tensor | None
+    permutation: Tensor | None
+    input_scale: Tensor | None
+    non_finite: Tensor | None
+
+    def __init__(
+        self,
+        weight: PackedWeight,
+        bias: Any = None,
+        *,
+        permutation: Any = None,
+        input_scale: Any = None,
+        alpha: float = 1.0,
+    ) -> None:
+        """Take a packed weight; `from_packed` converts arrays to tensors first.
+
+        Args:
+            weight: the packed weight; its data is a torch tensor on any device, also `meta`.
+            bias: fp16 [n], or None.
+            permutation: integers [k], or None.
+            input_scale: fp16 [k], or None.
+            alpha: factor of the product.
+
+        Raises:
+            InvalidValueError: if the sizes do not fit together.
+        """
+        super().__init__()
+        self.n, self.k, self.group_size = weight.n, weight.k, weight.group_size
+        self.mode, self.layout = str(weight.mode), weight.layout
+        self.alpha = float(alpha)
+        self.activation_scale = 1.0
+        self.output_scale = 1.0
+        check_tensor("packed", weight.data, (weight.nbytes,), torch.uint8)
+        self.register_buffer("packed", weight.data)
+        for name, value, size, dtype in (
+            ("bias", bias, self.n, torch.float16),
+            ("permutation", permutation, self.k, torch.int64),
+            ("input_scale", input_scale, self.k, torch.float16),
+        ):
+            self.register_buffer(name, None if value is None else value.to(weight.data.device, dtype))
+            if value is not None:
+                check_tensor(name, getattr(self, name), (size,), dtype)
+        self.register_buffer("non_finite", None, persistent=False)
+
+    @classmethod
+    def from_packed(
+        cls,
+        weight: PackedWeight,
+        bias: Any = None,
+        *,
+        permutation: Any = None,
+        input_scale: Any = None,
+        alpha: float = 1.0,
+        device: Any = None,
+    ) -> W4A16Linear:
+        """Make a layer of a packed weight.
+
+        Args:
+            weight: the packed weight, of numpy, torch or another library.
+            bias: [n], rounded to fp16, or None.
+            permutation: the columns of x in the order of the weight, integers [k], or None.
+            input_scale: what x is multiplied by, [k], or None.
+            alpha: factor of the product.
+            device: where the layer shall be; None leaves it where the weight is.
+
+        Raises:
+            InvalidValueError: if the sizes do not fit together.
+        """
+        tensors = [
+            None if value is None else torch.as_tensor(value).detach() for value in (bias, permutation, input_scale)
+        ]
+        moved = ops.on_torch(weight, device)
+        return cls(moved, tensors[0], permutation=tensors[1], input_scale=tensors[2], alpha=alpha)
+
+    @classmethod
+    def from_weight(cls, weight: DeviceWeight, bias: Any = None, *, input_scale: Any = None) -> W4A16Linear:
+        """Make a layer of what `device_weights` returned, on the same device.
+
+        Args:
+            weight: the packed weight with its permutation and alpha.
+            bias: [n], rounded to fp16, or None.
+            input_scale: what x is multiplied by, [k], or None.
+        """
+        return cls.from_packed(
+            weight.packed, bias, permutation=weight.permutation, input_scale=input_scale, alpha=weight.alpha
+        )
+
+    @classmethod
+    def from_checkpoint(
+        cls, layer: CheckpointLayer, *, device: Any = "cpu", uploader: Uploader | None = None
+    ) -> W4A16Linear:
+        """Read a layer of a checkpoint that `w4a16gen.open_checkpoint` opened, and pack it on a device.
+
+        Args:
+            layer: the layer.
+            device: where the layer shall be.
+            uploader: copies bytes to that device; pass one for all layers of a model.
+
+        Raises:
+            InvalidValueError: if the layer is damaged, or the layout cannot hold it.
+            NotBuiltError: on a GPU, if no native kernel of the mode is built.
+        """
+        moved = uploader or Uploader(device)
+        return cls.from_weight(load_layer(layer, device, uploader=moved), layer.bias, input_scale=layer.input_scale)
+
+    @classmethod
+    def from_linear(
+        cls, linear: torch.nn.Linear, *, group_size: int | None = 128, zero_points: bool = False
+    ) -> W4A16Linear:
+        """Round a linear layer to the nearest 4-bit values, on the host; the result is where the layer is.
+
+        Args:
+            linear: the layer, of any floating dtype.
+            group_size: values of K that share a scale; None for one scale per output channel.
+            zero_points: whether each group has a zero point.
+
+        Raises:
+            InvalidValueError: if the group size does not divide k, or a value is not finite.
+        """
+        weight = linear.weight.detach()
+        if weight.is_meta:
+            raise InvalidValueError("the layer is on the meta device and has no values: load it first")
+        packed = pack_weight(quantize(weight.cpu(), group_size=group_size, zero_points=zero_points))
+        return cls.from_packed(packed, linear.bias, device=weight.device)
+
+    @classmethod
+    def from_gptq(
+        cls, qweight: Any, scales: Any, qzeros: Any = None, *, g_idx: Any = None, bias: Any = None, version: int = 1
+    ) -> W4A16Linear:
+        """Make a layer of GPTQ's tensors, on their device; see `formats.gptq`.
+
+        Args:
+            qweight: int32 [k / 8, n].
+            scales: [groups, n].
+            qzeros: int32 [groups, n / 8], or None for zero points of 8.
+            g_idx: the group of each value of K, [k], or None.
+            bias: [n], or None.
+            version: 1 if `checkpoint_format` is "gptq" or missing, 2 for "gptq_v2".
+
+        Raises:
+            InvalidValueError: if the tensors contradict each other, or the layout cannot hold the weight.
+        """
+        decoded = formats.gptq(qweight, scales, qzeros, version=version)
+        return cls.from_weight(pack_decoded(decoded, formats.order_of(g_idx, len(scales))), bias)
+
+    @classmethod
+    def from_awq(cls, qweight: Any, scales: Any, qzeros: Any = None, *, bias: Any = None) -> W4A16Linear:
+        """Make a layer of the tensors of AWQ's version gemm, on their device; see `formats.awq`.
+
+        Args:
+            qweight: int32 [k, n / 8].
+            scales: [groups, n].
+            qzeros: int32 [groups, n / 8], or None for zero points of 8.
+            bias: [n], or None.
+
+        Raises:
+            InvalidValueError: if the tensors contradict each other, or the layout cannot hold the weight.
+        """
+        return cls.from_weight(pack_decoded(formats.awq(qweight, scales, qzeros)), bias)
+
+    @classmethod
+    def from_compressed_tensors(
+        cls,
+        weight_packed: Any,
+        weight_scale: Any,
+        weight_zero_point: Any = None,
+        *,
+        g_idx: Any = None,
+        bias: Any = None,
+        k: int | None = None,
+    ) -> W4A16Linear:
+        """Make a layer of compressed-tensors' tensors, on their device; see `formats.compressed_tensors`.
+
+        Args:
+            weight_packed: int32 [n, k / 8].
+            weight_scale: [n, groups].
+            weight_zero_point: int32 [n / 8, groups], or None for zero points of 8.
+            g_idx: the group of each value of K, [k], or None.
+            bias: [n], or None.
+            k: the length of the reduction if the last word is not full.
+
+        Raises:
+            InvalidValueError: if the tensors contradict each other, or the layout cannot hold the weight.
+        """
+        decoded = formats.compressed_tensors(weight_packed, weight_scale, weight_zero_point, k=k)
+        return cls.from_weight(pack_decoded(decoded, formats.order_of(g_idx, weight_scale.shape[1])), bias)
+
+    @classmethod
+    def from_gguf(cls, blocks: Any, kind: str, *, bias: Any = None) -> W4A16Linear:
+        """Make a layer of GGUF's blocks, on their device; see `formats.gguf`.
+
+        Args:
+            blocks: uint8 [n, bytes of a row].
+            kind: `Q4_0`, `Q4_1` or `Q4_K`.
+            bias: [n], or None.
+
+        Raises:
+            InvalidValueError: if the type is another one, or the layout cannot hold the weight.
+        """
+        return cls.from_weight(pack_decoded(formats.gguf(blocks, kind)), bias)
+
+    @property
+    def in_features(self) -> int:
+        """The length of the reduction, k."""
+        return self.k
+
+    @property
+    def out_features(self) -> int:
+        """The number of output channels, n."""
+        return self.n
+
+    @property
+    def overflow(self) -> str:
+        """`check` if outputs that are not finite are counted, on the device and without waiting for it; else `ignore`.
+
+        Raises:
+            InvalidValueError: if it is set to anything else.
+        """
+        return "ignore" if self.non_finite is None else "check"
+
+    @overflow.setter
+    def overflow(self, value: str) -> None:
+        if value not in OVERFLOW:
+            raise InvalidValueError(f"overflow of {value!r} must be one of {', '.join(OVERFLOW)}")
+        counter = torch.zeros((), dtype=torch.int64, device=self.packed.device) if value == "check" else None
+        self.non_finite = counter
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return alpha * x' W + bias, [..., n], in the dtype of x.
+
+        Args:
+            x: floating point [..., k], on the device of the layer.
+
+        Raises:
+            InvalidValueError: if x is of another dtype or shape.
+        """
+        if not x.is_floating_point():
+            raise InvalidValueError(f"x of dtype {x.dtype} must be floating point, [..., {self.k}]")
+        dtype = x.dtype
+        if self.activation_scale != 1:
+            x = x * (1 / self.activation_scale)
+        if self.input_scale is not None:
+            x = x * self.input_scale
+        if self.permutation is not None:
+            x = x.index_select(-1, self.permutation)
+        bias = self.bias if self.bias is None or self.output_scale == 1 else self.bias * (1 / self.output_scale)
+        alpha = self.alpha * self.activation_scale / self.output_scale
+        y = torch.ops.w4a16gen.gemm(
+            x.to(torch.float16), self.packed, bias, self.n, self.k, self.group_size, self.mode, self.layout, alpha
+        )
+        if self.non_finite is not None:
+            self.non_finite.add_((~torch.isfinite(y)).sum())
+        y = y.to(dtype)
+        return y if self.output_scale == 1 else y * self.output_scale
+
+    def weight_of(self) -> PackedWeight:
+        """Return the packed weight, which shares the layer's memory."""
+        mode = QuantMode.parse(self.mode)
+        return PackedWeight(self.packed, self.layout, self.n, self.k, self.group_size, mode)
+
+    def dequantize(self, dtype: Any = torch.float32) -> Tensor:
+        """Return the weight of the equivalent torch.nn.Linear, [n, k], in the order of the activations.
+
+        Alpha and the input scale are multiplied in. fp32 holds it exactly without an input scale, unless zeros and
+        scales differ by many powers of two.
+
+        Args:
+            dtype: the dtype of the result.
+        """
+        exact = self.weight_of().to_host().unpack().dequantize() * self.alpha
+        weight = torch.from_numpy(exact)
+        if self.permutation is not None:
+            weight = torch.empty_like(weight).index_copy_(1, self.permutation.cpu(), weight)
+        if self.input_scale is not None:
+            weight = weight * self.input_scale.cpu().double()
+        return weight.to(self.packed.device, dtype)
+
+    def extra_repr(self) -> str:
+        """Return what `print` shows of the layer."""
+        parts = [f"in_features={self.k}, out_features={self.n}, bias={self.bias is not None}"]
+        parts.append(f"group_size={self.group_size}, mode={self.mode}")
+        if self.permutation is not None:
+            parts.append("act_order=True")
+        parts += [f"{name}={value:g}" for name, value in self.scales.items() if value != 1]
+        return ", ".join(parts)
+
+    def _apply(self, fn: Callable[[Any], Any], *arguments: Any, **keywords: Any) -> Any:
+        """Move the tensors, and leave their dtypes and bits as they are."""
+        return super()._apply(lambda tensor: moved_only(fn, tensor), *arguments, **keywords)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a state dict must agree with: n, k, the group size, the mode and the layout."""
+        return {name: getattr(self, name) for name in ("n", "k", "group_size", "mode", "layout")}
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """The scalars that a state dict brings: alpha, activation_scale and output_scale."""
+        return {name: getattr(self, name) for name in ("alpha", "activation_scale", "output_scale")}
+
+    def get_extra_state(self) -> Tensor:
+        """Return the facts and the scalars as bytes of JSON in a tensor, which files of safetensors can hold."""
+        return write_state(self.facts, self.scales)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take the scales out of the facts of a state dict.
+
+        Raises:
+            InvalidValueError: if they describe another layer.
+        """
+        for name, value in read_state(self.facts, state).items():
+            setattr(self, name, value)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        """Refuse the state of another layer before any tensor is copied."""
+        if f"{prefix}{_EXTRA_STATE}" in state_dict:
+            read_state(self.facts, state_dict[f"{prefix}{_EXTRA_STATE}"])
+        super()._load_from_state_dict(state_dict, prefix, *arguments)

@@ -1,0 +1,204 @@
+"""The operator `w4a16gen::gemm`: what torch's dispatcher, compiler, exporter and graphs need to know about `gemm`.
+
+The namespace is private. Every fact of a call is a plain argument, so that compiled and exported programs hold no
+Python object. The operator is functional: it returns a new tensor, and writes to no argument.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from w4a16gen.errors import InvalidValueError
+from w4a16gen.kernels.config import QuantMode
+from w4a16gen.runtime.calls import GemmOptions
+from w4a16gen.runtime.default import library_in_use
+from w4a16gen.runtime.host import gemm_on_host
+from w4a16gen.weights.packed import PackedWeight
+
+NAMESPACE = "w4a16gen"
+_GEMM = (
+    "gemm(Tensor x, Tensor weight, Tensor? bias, int n, int k, int group_size, str mode, str layout, float alpha)"
+    " -> Tensor"
+)
+_NO_GRADIENT = "no_gradient(Tensor gradient, int k) -> Tensor"
+_ALIGNMENT = 16
+"""Bytes. The kernels read rows of activations with TMA."""
+_SHAPES_KEPT = 1 << 12
+
+
+def gemm(x: Any, weight: PackedWeight, bias: Any = None, *, alpha: float = 1.0) -> Any:
+    """Multiply activations by a packed weight with the operator `torch.ops.w4a16gen.gemm`.
+
+    This is `w4a16gen.gemm` for programs that are compiled, exported, or have more than two dimensions. On a GPU it
+    launches a kernel of the default build on torch's current stream; in host memory it computes the reference.
+
+    Args:
+        x: activations, fp16 [..., k].
+        weight: the packed weight; its data is a torch tensor, uint8 [bytes], on the same device.
+        bias: fp16 [n] on the same device, or None.
+        alpha: factor of the product.
+
+    Returns:
+        A new tensor, fp16 [..., n].
+
+    Raises:
+        InvalidValueError: if the tensors do not fit together. A backward pass raises it too.
+
+    Example:
+        >>> import torch, w4a16gen
+        >>> packed = w4a16gen.pack_weight(w4a16gen.quantize(torch.eye(64, 256), group_size=128))
+        >>> gemm(torch.ones(2, 3, 256, dtype=torch.float16), on_torch(packed)).shape
+        torch.Size([2, 3, 64])
+    """
+    return torch.ops.w4a16gen.gemm(x, weight.data, bias, *facts_of(weight), float(alpha))
+
+
+def facts_of(weight: PackedWeight) -> tuple[int, int, int, str, str]:
+    """Return the arguments of the operator that describe a weight: n, k, group size, mode and layout."""
+    return weight.n, weight.k, weight.group_size, str(weight.mode), weight.layout
+
+
+def on_torch(weight: PackedWeight, device: Any = None) -> PackedWeight:
+    """Return a packed weight whose data is a torch tensor.
+
+    Args:
+        weight: the weight, in host memory or on a GPU.
+        device: where the tensor shall be; None leaves it where the data is.
+
+    Raises:
+        InvalidValueError: if the data is no array of bytes.
+    """
+    data = weight.data
+    if not isinstance(data, torch.Tensor):
+        on_gpu = getattr(data, "__cuda_array_interface__", None) is not None
+        data = torch.as_tensor(data, device="cuda") if on_gpu else torch.from_numpy(weight.host_data().copy())
+    return replace(weight, data=data if device is None else data.to(device))
+
+
+@lru_cache(maxsize=_SHAPES_KEPT)
+def _shape_of(n: int, k: int, group_size: int, mode: str, layout: str, _device: int) -> PackedWeight:
+    """Return a weight without data, which all weights of these facts on one GPU share."""
+    return PackedWeight(None, layout, n, k, group_size, QuantMode.parse(mode))
+
+
+def _check(x: Any, k: int) -> None:
+    """Raise unless activations are fp16 [..., k]."""
+    if x.dtype != torch.float16:
+        raise InvalidValueError(
+            f"x of dtype {str(x.dtype).removeprefix('torch.')} must be float16: cast it, as W4A16Linear does"
+        )
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise InvalidValueError(f"x of shape {list(x.shape)} must be [..., {k}]")
+
+
+def _without_gradient(tensor: Any) -> Any:
+    """Return a tensor, or None, that the runtime does not refuse: backward passes have their own refusal."""
+    return tensor.detach() if tensor is not None and tensor.requires_grad else tensor
+
+
+def _rows_of(x: Any, k: int) -> Any:
+    """Return activations [..., k] as [m, k], contiguous and aligned as kernels read them."""
+    _check(x, k)
+    rows = _without_gradient(x)
+    rows = (rows if rows.dim() == 2 else rows.reshape(-1, k)).contiguous()  # noqa: PLR2004
+    return rows.clone() if rows.data_ptr() % _ALIGNMENT else rows
+
+
+def _on_gpu(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    n: int,
+    k: int,
+    group_size: int,
+    mode: str,
+    layout: str,
+    alpha: float,
+) -> Any:
+    """Launch a kernel of the default build on the current stream."""
+    rows, added = _rows_of(x, k), _without_gradient(bias)
+    library = library_in_use()
+    shape = _shape_of(n, k, group_size, mode, layout, x.get_device())
+    out = library.calls.try_fast_path(rows, shape, added, None, alpha, dependent_launch=False, data=weight)
+    if out is None:
+        options = GemmOptions(added, alpha, remembered=shape)
+        out = library.launcher.run(rows, replace(shape, data=weight), options)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], n)  # noqa: PLR2004
+
+
+def _on_host(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    n: int,
+    k: int,
+    group_size: int,
+    mode: str,
+    layout: str,
+    alpha: float,
+) -> Any:
+    """Compute the reference."""
+    packed = PackedWeight(weight, layout, n, k, group_size, QuantMode.parse(mode))
+    out = gemm_on_host(_rows_of(x, k), packed, GemmOptions(_without_gradient(bias), alpha))
+    return out.view(*x.shape[:-1], n)
+
+
+def _fake(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    n: int,
+    k: int,
+    group_size: int,
+    mode: str,
+    layout: str,
+    alpha: float,
+) -> Any:
+    """Return a tensor of the result's shape, for tracing."""
+    del weight, bias, group_size, mode, layout, alpha
+    _check(x, k)
+    return x.new_empty((*x.shape[:-1], n))
+
+
+def _refuse_gradient(_gradient: Any, _k: int) -> Any:
+    raise InvalidValueError(
+        "the kernels compute no gradients: train the model before it is quantized, or run this part within "
+        "torch.no_grad()"
+    )
+
+
+def _keep_k(ctx: Any, inputs: Any, output: Any) -> None:
+    del output
+    ctx.k = inputs[4]  # torch passes all three by name
+
+
+def _backward(ctx: Any, gradient: Any) -> Any:
+    """Return a gradient whose computation refuses, so that forward passes can be traced together with backward ones."""
+    return torch.ops.w4a16gen.no_gradient(gradient, ctx.k), *[None] * 8
+
+
+def _register() -> Any:
+    """Define the operators once per process, and return the object that keeps them."""
+    if hasattr(torch.ops.w4a16gen, "gemm"):
+        return None
+    library = torch.library.Library(NAMESPACE, "FRAGMENT")
+    library.define(_GEMM, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_contiguous_strides))
+    library.define(_NO_GRADIENT, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl("gemm", _on_gpu, "CUDA")
+    library.impl("gemm", _on_host, "CPU")
+    torch.library.register_fake(f"{NAMESPACE}::gemm", _fake, lib=library)
+    torch.library.register_autograd(f"{NAMESPACE}::gemm", _backward, setup_context=_keep_k, lib=library)
+    for device in ("CUDA", "CPU"):
+        library.impl("no_gradient", _refuse_gradient, device)
+    torch.library.register_fake(
+        f"{NAMESPACE}::no_gradient", lambda gradient, k: gradient.new_empty((*gradient.shape[:-1], k)), lib=library
+    )
+    return library
+
+
+_library = _register() or globals().get("_library")
+"""Keeps the operators registered; a module that is loaded again keeps the first."""

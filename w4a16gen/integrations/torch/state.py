@@ -1,0 +1,85 @@
+"""The state of a `W4A16Linear`: its facts as a tensor, and tensors that move without a change of their bits."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from w4a16gen.errors import InvalidValueError
+from w4a16gen.integrations.torch.nibbles import Tensor
+
+STATE_FORMAT = "w4a16gen.linear/1"
+"""What state dicts carry; the number changes with their tensors."""
+
+
+def write_state(facts: dict[str, Any], scales: dict[str, float]) -> Tensor:
+    """Return facts and scalars as bytes of JSON, uint8 [bytes]."""
+    text = json.dumps({"format": STATE_FORMAT, **facts, **scales})
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def read_state(facts: dict[str, Any], state: Any) -> dict[str, float]:
+    """Return the scalars of a state that `write_state` returned.
+
+    Args:
+        facts: what the state must agree with.
+        state: the tensor.
+
+    Raises:
+        InvalidValueError: if it is no such tensor, or describes another layer.
+    """
+    try:
+        found: dict[str, Any] = json.loads(bytes(state.cpu().tolist()))
+        version = found["format"]
+        alpha = float(found["alpha"])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise InvalidValueError("the state dict does not hold a W4A16Linear: its facts are damaged") from None
+    if version != STATE_FORMAT:
+        raise InvalidValueError(f"the state dict is of format {version!r}, but this version reads {STATE_FORMAT!r}")
+    for name, value in facts.items():
+        if found.get(name) != value:
+            raise InvalidValueError(
+                f"the state dict holds a weight with {name} = {found.get(name)}, but this layer has {value}: make a "
+                "layer of the same kind first"
+            )
+    return {
+        "alpha": alpha,
+        **{name: power_of_two(name, found.get(name)) for name in ("activation_scale", "output_scale")},
+    }
+
+
+def power_of_two(name: str, value: Any) -> float:
+    """Return a scale.
+
+    Raises:
+        InvalidValueError: if it is no power of two.
+    """
+    if not isinstance(value, (int, float)) or not math.isfinite(value) or math.frexp(value)[0] != 0.5:  # noqa: PLR2004
+        raise InvalidValueError(f"{name} of {value!r} must be a power of two")
+    return float(value)
+
+
+def check_tensor(name: str, tensor: Any, shape: tuple[int, ...], dtype: Any) -> None:
+    """Raise unless a value is a tensor of a shape and a dtype.
+
+    Raises:
+        InvalidValueError: naming what it is and what it must be.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise InvalidValueError(f"{name} of type {type(tensor).__name__} must be a torch tensor: see from_packed")
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        found = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+        raise InvalidValueError(f"{name} of {found} must be {str(dtype).removeprefix('torch.')} {list(shape)}")
+
+
+def moved_only(fn: Callable[[Any], Any], tensor: Any) -> Any:
+    """Apply a function that moves or casts a tensor, so that it only moves it."""
+    if not tensor.is_floating_point():
+        moved = fn(tensor)
+        return moved if moved.dtype == tensor.dtype else tensor
+    moved = fn(tensor.view(torch.int16))
+    return moved.view(tensor.dtype) if moved.dtype == torch.int16 else tensor
