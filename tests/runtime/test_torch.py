@@ -16,6 +16,7 @@ from w4a16gen import KernelConfig, Problem, QuantMode, use_kernels
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.spaces import enumerate_space
 from w4a16gen.runtime.arrays import check, is_on_gpu, view
+from w4a16gen.runtime.calls import GemmOptions
 from w4a16gen.runtime.streams import empty_like_library, stream_pointer
 from w4a16gen.weights.packed import TARGET_LAYOUTS, PackedWeight
 
@@ -147,6 +148,20 @@ def test_a_usual_call_is_repeated_by_the_module_as_long_as_the_weight_lives(
     del weight
     gc.collect()
     assert not library.calls.has(replace(weight_for(config), data=key))
+
+
+@pytest.mark.usefixtures("torch")
+def test_calls_may_be_remembered_by_a_weight_without_data_for_all_weights_like_it(library: FakeLibrary) -> None:
+    config = next(config for config in library.configs() if config.mode is MODE)
+    weight, other = weight_for(config), weight_for(config)
+    shape = replace(weight, data=None)
+    a = Tensor((16, 1024))
+    library.launcher.run(a, weight, GemmOptions(remembered=shape))
+    assert library.calls.has(shape)
+    assert not library.calls.has(weight)
+    repeated = library.calls.try_fast_path(a, shape, None, None, 0.5, dependent_launch=False, data=other.data)
+    assert repeated == "repeated"
+    assert library.module.repeated == [(a, other.data, None, None, 0.5, False)]
 
 
 @pytest.mark.usefixtures("torch")

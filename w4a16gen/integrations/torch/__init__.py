@@ -14,7 +14,22 @@ except ImportError:
 del _torch
 
 from w4a16gen.integrations.torch.device_weights import DeviceWeight, load_layer, pack_decoded  # noqa: E402
+from w4a16gen.integrations.torch.fuse import fuse  # noqa: E402
 from w4a16gen.integrations.torch.linear import W4A16Linear  # noqa: E402
 from w4a16gen.integrations.torch.ops import gemm  # noqa: E402
+from w4a16gen.integrations.torch.overflow import calibrate, check_overflow, first_overflow  # noqa: E402
+from w4a16gen.integrations.torch.replace import Replacement, replace_linears  # noqa: E402
 
-__all__ = ["DeviceWeight", "W4A16Linear", "gemm", "load_layer", "pack_decoded"]
+__all__ = [
+    "DeviceWeight",
+    "Replacement",
+    "W4A16Linear",
+    "calibrate",
+    "check_overflow",
+    "first_overflow",
+    "fuse",
+    "gemm",
+    "load_layer",
+    "pack_decoded",
+    "replace_linears",
+]

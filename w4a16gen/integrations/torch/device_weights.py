@@ -132,3 +132,20 @@ def _on_host(weight: QuantizedWeight) -> PackedWeight:
     return PackedWeight(
         torch.from_numpy(packed.data), packed.layout, packed.n, packed.k, packed.group_size, packed.mode
     )
+
+
+def dense_weight(
+    weight: QuantizedWeight, alpha: float, permutation: Tensor | None, input_scale: Tensor | None
+) -> Tensor:
+    """Return the weight that multiplies activations as they are, float64 [n, k], in host memory.
+
+    Args:
+        weight: the weight, with K in the order of the permutation.
+        alpha: factor of the product.
+        permutation: int64 [k], or None.
+        input_scale: factors of the activations, [k], or None.
+    """
+    exact = torch.from_numpy(weight.dequantize() * alpha)
+    if permutation is not None:
+        exact = torch.empty_like(exact).index_copy_(1, permutation.cpu(), exact)
+    return exact if input_scale is None else exact * input_scale.cpu().double()

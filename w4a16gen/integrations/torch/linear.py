@@ -9,9 +9,9 @@ import torch
 
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.integrations.torch import formats, ops
-from w4a16gen.integrations.torch.device_weights import DeviceWeight, load_layer, pack_decoded
+from w4a16gen.integrations.torch.device_weights import DeviceWeight, dense_weight, load_layer, pack_decoded
 from w4a16gen.integrations.torch.nibbles import Tensor
-from w4a16gen.integrations.torch.state import check_tensor, moved_only, read_state, write_state
+from w4a16gen.integrations.torch.state import check_tensor, half, moved_only, read_state, write_state
 from w4a16gen.integrations.torch.upload import Uploader
 from w4a16gen.kernels.config import QuantMode
 from w4a16gen.weights.importers.layer import CheckpointLayer
@@ -85,14 +85,13 @@ class W4A16Linear(torch.nn.Module):
         self.output_scale = 1.0
         check_tensor("packed", weight.data, (weight.nbytes,), torch.uint8)
         self.register_buffer("packed", weight.data)
-        for name, value, size, dtype in (
-            ("bias", bias, self.n, torch.float16),
-            ("permutation", permutation, self.k, torch.int64),
-            ("input_scale", input_scale, self.k, torch.float16),
-        ):
-            self.register_buffer(name, None if value is None else value.to(weight.data.device, dtype))
-            if value is not None:
-                check_tensor(name, getattr(self, name), (size,), dtype)
+        device = weight.data.device
+        self.register_buffer("bias", None if bias is None else half("bias", bias, device))
+        self.register_buffer("permutation", None if permutation is None else permutation.to(device, torch.int64))
+        self.register_buffer("input_scale", None if input_scale is None else half("input_scale", input_scale, device))
+        for name, size in (("bias", self.n), ("permutation", self.k), ("input_scale", self.k)):
+            if (value := getattr(self, name)) is not None:
+                check_tensor(name, value, (size,), value.dtype)
         self.register_buffer("non_finite", None, persistent=False)
 
     @classmethod
@@ -198,16 +197,9 @@ class W4A16Linear(torch.nn.Module):
 
     @classmethod
     def from_awq(cls, qweight: Any, scales: Any, qzeros: Any = None, *, bias: Any = None) -> W4A16Linear:
-        """Make a layer of the tensors of AWQ's version gemm, on their device; see `formats.awq`.
+        """Make a layer of the tensors of AWQ's version gemm, on their device.
 
-        Args:
-            qweight: int32 [k, n / 8].
-            scales: [groups, n].
-            qzeros: int32 [groups, n / 8], or None for zero points of 8.
-            bias: [n], or None.
-
-        Raises:
-            InvalidValueError: if the tensors contradict each other, or the layout cannot hold the weight.
+        Args and errors are those of `formats.awq`.
         """
         return cls.from_weight(pack_decoded(formats.awq(qweight, scales, qzeros)), bias)
 
@@ -222,34 +214,16 @@ class W4A16Linear(torch.nn.Module):
         bias: Any = None,
         k: int | None = None,
     ) -> W4A16Linear:
-        """Make a layer of compressed-tensors' tensors, on their device; see `formats.compressed_tensors`.
+        """Make a layer of compressed-tensors' pack-quantized tensors, on their device.
 
-        Args:
-            weight_packed: int32 [n, k / 8].
-            weight_scale: [n, groups].
-            weight_zero_point: int32 [n / 8, groups], or None for zero points of 8.
-            g_idx: the group of each value of K, [k], or None.
-            bias: [n], or None.
-            k: the length of the reduction if the last word is not full.
-
-        Raises:
-            InvalidValueError: if the tensors contradict each other, or the layout cannot hold the weight.
+        Args and errors are those of `formats.compressed_tensors`; g_idx is the group of each value of K, [k].
         """
         decoded = formats.compressed_tensors(weight_packed, weight_scale, weight_zero_point, k=k)
         return cls.from_weight(pack_decoded(decoded, formats.order_of(g_idx, weight_scale.shape[1])), bias)
 
     @classmethod
     def from_gguf(cls, blocks: Any, kind: str, *, bias: Any = None) -> W4A16Linear:
-        """Make a layer of GGUF's blocks, on their device; see `formats.gguf`.
-
-        Args:
-            blocks: uint8 [n, bytes of a row].
-            kind: `Q4_0`, `Q4_1` or `Q4_K`.
-            bias: [n], or None.
-
-        Raises:
-            InvalidValueError: if the type is another one, or the layout cannot hold the weight.
-        """
+        """Make a layer of GGUF's blocks, on their device. Args and errors are those of `formats.gguf`."""
         return cls.from_weight(pack_decoded(formats.gguf(blocks, kind)), bias)
 
     @property
@@ -320,13 +294,9 @@ class W4A16Linear(torch.nn.Module):
         Args:
             dtype: the dtype of the result.
         """
-        exact = self.weight_of().to_host().unpack().dequantize() * self.alpha
-        weight = torch.from_numpy(exact)
-        if self.permutation is not None:
-            weight = torch.empty_like(weight).index_copy_(1, self.permutation.cpu(), weight)
-        if self.input_scale is not None:
-            weight = weight * self.input_scale.cpu().double()
-        return weight.to(self.packed.device, dtype)
+        weight = self.weight_of().to_host().unpack()
+        exact = dense_weight(weight, self.alpha, self.permutation, self.input_scale)
+        return exact.to(self.packed.device, dtype)
 
     def extra_repr(self) -> str:
         """Return what `print` shows of the layer."""

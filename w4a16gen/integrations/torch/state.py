@@ -83,3 +83,15 @@ def moved_only(fn: Callable[[Any], Any], tensor: Any) -> Any:
         return moved if moved.dtype == tensor.dtype else tensor
     moved = fn(tensor.view(torch.int16))
     return moved.view(tensor.dtype) if moved.dtype == torch.int16 else tensor
+
+
+def half(name: str, values: Any, device: Any) -> Tensor:
+    """Return values rounded to fp16, on a device.
+
+    Raises:
+        InvalidValueError: if a value does not fit.
+    """
+    rounded = values.to(device, torch.float16)
+    if values.dtype != torch.float16 and not rounded.is_meta and not bool(torch.isfinite(rounded).all()):
+        raise InvalidValueError(f"{name} holds values that are not finite in fp16, beyond 65504: leave the layer dense")
+    return rounded

@@ -180,3 +180,13 @@ def unpack(data: npt.NDArray[np.uint8], geometry: WeightGeometry) -> QuantizedWe
 def packed_bytes(geometry: WeightGeometry) -> int:
     """Return the bytes that `pack` writes for a weight of these sizes."""
     return _FragmentBlocks.of(geometry.n, geometry.k, geometry.group_size, geometry.mode).end
+
+
+def factors_start(geometry: WeightGeometry) -> int:
+    """Return the byte at which the factors of the channels begin, after the blocks of all channels."""
+    return _FragmentBlocks.of(geometry.n, geometry.k, geometry.group_size, geometry.mode).factors
+
+
+def channels_join(layout: str, n: int) -> bool:
+    """Return whether the blocks of other channels may follow those of n channels of this layout."""
+    return layout == "fragment_blocks_v2" and n % 64 == 0

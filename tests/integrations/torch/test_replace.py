@@ -1,0 +1,114 @@
+"""Models whose linear layers become those of a checkpoint, one by one."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes.checkpoints import packers
+from fakes.checkpoints.files import write_folder
+
+import w4a16gen
+from w4a16gen import InvalidValueError
+
+torch = pytest.importorskip("torch")
+integration = pytest.importorskip("w4a16gen.integrations.torch")
+N, K, GROUPS = 64, 128, 2
+GPTQ = {"quant_method": "gptq", "bits": 4, "sym": True, "checkpoint_format": "gptq_v2"}
+
+
+def write_checkpoint(folder: Path, rng: np.random.Generator, *sizes: tuple[str, int, int, int]) -> Any:
+    """Write GPTQ layers of a name, n, k and a number of groups; with act-order where k allows it."""
+    tensors: dict[str, Any] = {"embedding.weight": np.ones((4, 4), np.float16)}
+    for name, n, k, groups in sizes:
+        q = rng.integers(0, 16, (k, n)).astype(np.uint8)
+        tensors[f"{name}.qweight"] = packers.along_rows(q)
+        tensors[f"{name}.qzeros"] = packers.along_columns(np.full((groups, n), 8, np.uint8))
+        tensors[f"{name}.scales"] = rng.uniform(0.001, 0.01, (groups, n)).astype(np.float16)
+        tensors[f"{name}.g_idx"] = rng.permutation(np.repeat(np.arange(groups), k // groups)).astype(np.int32)
+    return w4a16gen.open_checkpoint(write_folder(folder, tensors, GPTQ))
+
+
+class Block(torch.nn.Module):  # type: ignore[misc, name-defined]
+    """A part of a model."""
+
+    def __init__(self, n: int = N, k: int = K) -> None:
+        super().__init__()
+        self.up = torch.nn.Linear(k, n)
+        self.rest = torch.nn.ModuleList([torch.nn.Linear(n, k, bias=False), torch.nn.LayerNorm(k)])
+
+    def forward(self, x: Any) -> Any:
+        for module in (self.up, *self.rest):
+            x = module(x)
+        return x
+
+
+def test_layers_are_replaced_one_by_one_and_the_rest_is_left(tmp_path: Path, rng: np.random.Generator) -> None:
+    checkpoint = write_checkpoint(tmp_path, rng, ("up", N, K, 2), ("rest.0", K, N, 2), ("other", N, K, 2))
+    model = Block().bfloat16().eval()
+    norm, bias = model.rest[1], model.up.bias.detach().clone()
+    seen: list[Any] = []
+    olds = [weakref.ref(model.up), weakref.ref(model.rest[0])]
+
+    def progress(done: int, total: int, what: str) -> None:
+        gc.collect()
+        seen.append((done, total, what, [old() is None for old in olds]))
+
+    report = integration.replace_linears(model, checkpoint, progress=progress)
+    assert seen == [(1, 2, "up", [True, False]), (2, 2, "rest.0", [True, True])]
+    assert report.replaced == ("up", "rest.0")
+    assert (report.dense, report.dequantized, report.unused) == ({}, {}, ("other",))
+    assert str(report) == "w4a16gen serves 2 of 2 linear layers"
+    assert isinstance(model.up, integration.W4A16Linear)
+    assert isinstance(model.rest[0], integration.W4A16Linear)
+    assert not model.up.training
+    assert model.rest[1] is norm
+    assert torch.equal(model.up.bias, bias.half())
+    assert model(torch.ones(2, K, dtype=torch.bfloat16)).shape == (2, K)
+    assert torch.equal(model.up.packed, integration.W4A16Linear.from_checkpoint(checkpoint["up"]).packed)
+
+
+def test_what_stays_dense_is_reported_with_the_reason(tmp_path: Path, rng: np.random.Generator) -> None:
+    checkpoint = write_checkpoint(tmp_path, rng, ("up", 12 * 8, 40 * 8, 20), ("down", N, K, 2))
+    model = Block(12 * 8, 40 * 8)
+    report = integration.replace_linears(model, checkpoint)
+    assert report.replaced == ()
+    assert report.dense == {"rest.0": "the checkpoint holds no 4-bit layer of this name"}
+    assert "group size 16 must be 320 (= k) or a multiple of 32" in report.dequantized["up"]
+    x = torch.from_numpy(rng.standard_normal((2, 320)).astype(np.float32))
+    layer = checkpoint["up"]
+    expected = x.double().numpy()[:, layer.permutation] @ layer.quantized().dequantize().T
+    found = model.up(x).double().detach().numpy() - model.up.bias.double().detach().numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_on_the_meta_device_need_a_device(tmp_path: Path, rng: np.random.Generator) -> None:
+    checkpoint = write_checkpoint(tmp_path, rng, ("up", N, K, 2), ("rest.0", K, N, 2))
+    with torch.device("meta"):
+        model = Block()
+    with pytest.raises(InvalidValueError, match="up is on the meta device: pass device="):
+        integration.replace_linears(model, checkpoint)
+    with pytest.raises(InvalidValueError, match="the checkpoint holds no bias of up"):
+        integration.replace_linears(model, checkpoint, device="cpu")
+    model.up.bias = None
+    assert len(integration.replace_linears(model, checkpoint, device="cpu").replaced) == 2
+    assert model.up.packed.device.type == "cpu"
+
+
+def test_a_mapping_may_give_the_layers_other_names(tmp_path: Path, rng: np.random.Generator) -> None:
+    checkpoint = write_checkpoint(tmp_path, rng, ("blk.0.ffn_up", N, K, 2))
+    assert integration.replace_linears(Block(), {"up": checkpoint["blk.0.ffn_up"]}).replaced == ("up",)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:
+    checkpoint = write_checkpoint(tmp_path, rng, ("up", N, 2 * K, 2))
+    model = Block()
+    with pytest.raises(InvalidValueError, match=r"is \[64, 256\], but the model's is \[64, 128\]"):
+        integration.replace_linears(model, checkpoint)
+    assert isinstance(model.up, torch.nn.Linear)
+    with pytest.raises(InvalidValueError, match="model is a linear layer itself"):
+        integration.replace_linears(model.up, checkpoint)

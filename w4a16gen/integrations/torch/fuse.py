@@ -1,0 +1,132 @@
+"""Several layers with one input as one layer: q|k|v and gate|up, by one kernel instead of two or three."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from w4a16gen.errors import InvalidValueError
+from w4a16gen.integrations.torch.linear import W4A16Linear
+from w4a16gen.integrations.torch.nibbles import Tensor
+from w4a16gen.integrations.torch.ops import on_torch
+from w4a16gen.kernels.config import QuantMode
+from w4a16gen.weights.layouts.fragments import channels_join, factors_start
+from w4a16gen.weights.packed import TARGET_LAYOUTS, PackedWeight, pack_weight
+from w4a16gen.weights.quantized import QuantizedWeight
+
+
+def fuse(layers: Sequence[W4A16Linear]) -> W4A16Linear:
+    """Return one layer whose output channels are those of several layers, one after the other.
+
+    Where all but the last n are multiples of 64, packed bytes are joined on their device. Otherwise the weights are
+    unpacked and packed again on the host.
+
+    Args:
+        layers: layers with the same input, such as q, k and v, on one device.
+
+    Raises:
+        InvalidValueError: if k, the group size, the device, the permutation, the input scale or alpha differ.
+
+    Example:
+        >>> import torch
+        >>> from w4a16gen.integrations.torch import W4A16Linear, fuse
+        >>> gate, up = (W4A16Linear.from_linear(torch.nn.Linear(256, 64, bias=False)) for _ in range(2))
+        >>> fuse([gate, up]).out_features
+        128
+    """
+    if not layers or not all(isinstance(layer, W4A16Linear) for layer in layers):
+        raise InvalidValueError("layers must be one or more W4A16Linear")
+    first = layers[0]
+    _check(layers)
+    fused = W4A16Linear(
+        _joined([layer.weight_of() for layer in layers]),
+        _joined_bias(layers),
+        permutation=first.permutation,
+        input_scale=first.input_scale,
+        alpha=first.alpha,
+    )
+    fused.activation_scale = max(layer.activation_scale for layer in layers)
+    fused.output_scale = max(layer.output_scale for layer in layers)
+    if any(layer.overflow == "check" for layer in layers):
+        fused.overflow = "check"
+    fused.train(first.training)
+    return fused
+
+
+def _check(layers: Sequence[W4A16Linear]) -> None:
+    """Raise unless layers can be one.
+
+    Raises:
+        InvalidValueError: naming what differs.
+    """
+    first = layers[0]
+    for layer in layers[1:]:
+        for name in ("k", "group_size", "alpha"):
+            found, wanted = getattr(layer, name), getattr(first, name)
+            if found != wanted:
+                raise InvalidValueError(f"layers with {name} of {wanted} and {found} cannot be fused: keep them apart")
+        if layer.packed.device != first.packed.device:
+            raise InvalidValueError(
+                f"layers on {first.packed.device} and {layer.packed.device} cannot be fused: move them to one device"
+            )
+        for name in ("permutation", "input_scale"):
+            if not _are_equal(getattr(layer, name), getattr(first, name)):
+                raise InvalidValueError(f"layers with different {name} cannot be fused: keep them apart")
+
+
+def _are_equal(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other if one is None or other is None else bool(torch.equal(one, other))
+
+
+def _joined_bias(layers: Sequence[W4A16Linear]) -> Tensor | None:
+    """Return the biases one after the other, zeros where a layer has none."""
+    if all(layer.bias is None for layer in layers):
+        return None
+    device = layers[0].packed.device
+    parts = [
+        torch.zeros(layer.n, dtype=torch.float16, device=device) if layer.bias is None else layer.bias
+        for layer in layers
+    ]
+    return torch.cat(parts)
+
+
+def _joined(weights: Sequence[PackedWeight]) -> PackedWeight:
+    """Return the packed weight of the output channels of several."""
+    first = weights[0]
+    same = all((weight.mode, weight.layout) == (first.mode, first.layout) for weight in weights)
+    if not same or not all(channels_join(weight.layout, weight.n) for weight in weights[:-1]):
+        return on_torch(_packed_again(weights), first.data.device)
+    blocks, factors = [], []
+    for weight in weights:
+        start = factors_start(weight.geometry)
+        blocks.append(weight.data[:start])
+        factors.append(weight.data[start:])
+    return replace(first, n=sum(weight.n for weight in weights), data=torch.cat([*blocks, *factors]))
+
+
+def _packed_again(weights: Sequence[PackedWeight]) -> PackedWeight:
+    """Unpack, join and pack; weights without zeros get zeros of 0 if another has them."""
+    parts = [weight.to_host().unpack() for weight in weights]
+    has_zeros = any(part.zeros is not None for part in parts)
+    grouped = has_zeros or any(part.mode.is_grouped for part in parts)
+    scales: list[Any] = [np.atleast_2d(part.scales) if grouped else part.scales for part in parts]
+    zeros: list[Any] = [
+        np.zeros_like(scale) if part.zeros is None else part.zeros for part, scale in zip(parts, scales, strict=True)
+    ]
+    if has_zeros:
+        mode = QuantMode.FINEGRAINED_SCALE_AND_ZEROS
+    else:
+        mode = QuantMode.FINEGRAINED_SCALE_ONLY if grouped else QuantMode.PER_COLUMN_SCALE_ONLY
+    joined = QuantizedWeight(
+        np.concatenate([part.q for part in parts]),
+        np.concatenate(scales, axis=-1),
+        np.concatenate(zeros, axis=-1) if has_zeros else None,
+        parts[0].group_size,
+        mode,
+    )
+    target = next(target for target, layout in TARGET_LAYOUTS.items() if layout == weights[0].layout)
+    return pack_weight(joined, target=target)

@@ -1,0 +1,134 @@
+"""Values beyond fp16's 65504 in models of bf16 and fp32: count them, name the first layer, and scale them away."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from w4a16gen.errors import InvalidValueError
+from w4a16gen.integrations.torch.linear import W4A16Linear
+from w4a16gen.integrations.torch.nibbles import Tensor
+from w4a16gen.weights.importers.rounding import LARGEST_HALF
+
+_LARGEST_SCALE = 2.0**40
+_STEP = 16.0
+
+
+class Overflow(NamedTuple):
+    """A layer with outputs that are not finite."""
+
+    name: str
+    """Path of the module in the model."""
+    outputs: int
+    """Outputs that were not finite since the count began."""
+
+
+class Scales(NamedTuple):
+    """The powers of two that `calibrate` has set for a layer."""
+
+    activation_scale: float
+    output_scale: float
+
+
+def check_overflow(model: torch.nn.Module, *, on: bool = True) -> None:
+    """Count the outputs that are not finite in every W4A16Linear of a model, from 0; or stop.
+
+    The counts stay on the device, so that no call waits for them.
+
+    Args:
+        model: the model.
+        on: whether to count.
+    """
+    for _, layer in layers_of(model):
+        layer.overflow = "check" if on else "ignore"
+
+
+def first_overflow(model: torch.nn.Module) -> Overflow | None:
+    """Return the first layer with outputs that were not finite, or None. Waits for the device.
+
+    Layers count in the order of the model's modules, in which most models call them: the layers after the first one
+    mostly received what was not finite already.
+
+    Args:
+        model: the model.
+
+    Raises:
+        InvalidValueError: if no layer counts.
+    """
+    counting = [(name, layer.non_finite) for name, layer in layers_of(model) if layer.non_finite is not None]
+    if not counting:
+        raise InvalidValueError('no layer counts overflow: call check_overflow(model), or set overflow = "check"')
+    for name, counter in counting:
+        if outputs := int(counter):
+            return Overflow(name, outputs)
+    return None
+
+
+def layers_of(model: torch.nn.Module) -> Iterator[tuple[str, W4A16Linear]]:
+    """Return every W4A16Linear of a model with its name, in the order of its modules."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, W4A16Linear))
+
+
+def calibrate(model: torch.nn.Module, run: Callable[[], object], *, headroom: float = 4.0) -> dict[str, Scales]:
+    """Set the powers of two by which layers divide activations and outputs that exceed fp16, from a run of the model.
+
+    `activation_scale` and `output_scale` only grow; most layers keep 1. Powers of two change no bits but those that
+    fall below fp16's smallest number. Calibrate before the model is compiled or captured.
+
+    Args:
+        model: the model, in bf16 or fp32: in fp16 the values themselves do not fit.
+        run: calls the model on typical inputs; the more extreme, the better.
+        headroom: the factor by which later values may exceed those of the run.
+
+    Returns:
+        The scales of the layers that need any, by name.
+
+    Raises:
+        InvalidValueError: if the headroom is below 1.
+    """
+    if not headroom >= 1:
+        raise InvalidValueError(f"headroom of {headroom} must be at least 1")
+    hooks = []
+    for _, layer in layers_of(model):
+        hooks.append(layer.register_forward_pre_hook(lambda layer, inputs: _before(layer, inputs[0], headroom)))
+        hooks.append(layer.register_forward_hook(lambda layer, inputs, y: _after(layer, inputs[0], y, headroom)))
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = {name: Scales(layer.activation_scale, layer.output_scale) for name, layer in layers_of(model)}
+    return {name: scales for name, scales in found.items() if scales != (1, 1)}
+
+
+def _before(layer: W4A16Linear, x: Tensor, headroom: float) -> None:
+    """Let the activations of a call fit fp16."""
+    if x.dtype == torch.float16 and layer.input_scale is None:
+        return
+    scaled = x.float() if layer.input_scale is None else x.float() * layer.input_scale
+    layer.activation_scale = max(layer.activation_scale, _scale_for(scaled, headroom))
+
+
+def _after(layer: W4A16Linear, x: Tensor, y: Tensor, headroom: float) -> Tensor:
+    """Let the outputs of a call fit fp16, and return them."""
+    if y.dtype == torch.float16 or not bool(torch.isfinite(x).all()):
+        return y
+    before = layer.output_scale
+    while not bool(torch.isfinite(y).all()) and layer.output_scale < _LARGEST_SCALE:
+        layer.output_scale *= _STEP
+        y = layer.forward(x)
+    if bool(torch.isfinite(y).all()):
+        layer.output_scale = max(before, _scale_for(y.float(), headroom))
+    return y
+
+
+def _scale_for(values: Tensor, headroom: float) -> float:
+    """Return the least power of two, 1 or more, that brings values into fp16 with some headroom."""
+    largest: Any = values.abs().amax().item() if values.numel() else 0.0
+    if not math.isfinite(largest) or largest * headroom <= LARGEST_HALF:
+        return 1.0
+    return 2.0 ** math.ceil(math.log2(largest * headroom / LARGEST_HALF))
