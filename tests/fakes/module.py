@@ -17,7 +17,7 @@ import numpy.typing as npt
 from w4a16gen import KernelConfig, PackedWeight, Problem
 from w4a16gen.kernels.device import Device
 from w4a16gen.kernels.problem import why_cannot_run
-from w4a16gen.weights.packed import TARGET_LAYOUTS
+from w4a16gen.weights.packed import TARGET_LAYOUTS, pack_weight
 from w4a16gen.weights.quantized import QuantizedWeight
 from w4a16gen.weights.reference import gemm_reference
 
@@ -196,6 +196,15 @@ class Kernels:
             return self.module.refusal
         self.module.launches.append(launched)
         self.module.stream_at(launched.stream).launch(launched)
+        return OK
+
+    def pack(self, kernel: int, n: int, k: int, group_size: int, *arguments: Any) -> Outcome:
+        q, scales, zeros, target, size, _faults, _stream, _device = arguments
+        mode = self.configs[kernel].mode
+        shape = (k // group_size, n) if mode.is_grouped else (n,)
+        added = memory_at(zeros, shape, "<f2") if zeros else None
+        weight = QuantizedWeight(memory_at(q, (n, k), "|u1"), memory_at(scales, shape, "<f2"), added, group_size, mode)
+        memory_at(target, (size,), "|u1")[:] = pack_weight(weight).data
         return OK
 
     def probe_read(self, *_: Any) -> Outcome:

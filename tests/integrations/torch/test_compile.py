@@ -78,6 +78,18 @@ def test_inductor_fuses_the_casts_with_their_neighbours(block: Any, rng: np.rand
     torch.testing.assert_close(compiled(x), block(x), rtol=2**-6, atol=2**-6)
 
 
+@pytest.mark.parametrize("parts", [(), ("bias",), ("input_scale", "check"), ("permutation",), ("check",)], ids=str)
+def test_a_layer_with_any_of_its_parts_is_exported(parts: tuple[str, ...], rng: np.random.Generator) -> None:
+    given = {"bias": torch.randn(K), "permutation": torch.randperm(K), "input_scale": torch.rand(K)}
+    packed = Block.layer(K, K).weight_of()
+    layer = integration.W4A16Linear.from_packed(packed, **{name: given[name] for name in parts if name != "check"})
+    layer.overflow = "check" if "check" in parts else "ignore"
+    x = inputs(rng, 3)
+    exported = torch.export.export(layer, (x,))
+    assert torch.equal(exported.module()(x), layer(x))
+    assert set(exported.state_dict) == {"packed", *parts} - {"check"}
+
+
 def test_a_block_is_exported_with_any_number_of_tokens(block: Any, rng: np.random.Generator) -> None:
     tokens = torch.export.Dim("tokens", min=2, max=64)
     exported = torch.export.export(block, (inputs(rng, 3),), dynamic_shapes=({1: tokens},))

@@ -11,7 +11,7 @@ from w4a16gen.errors import InvalidValueError
 from w4a16gen.integrations.torch import formats, ops
 from w4a16gen.integrations.torch.device_weights import DeviceWeight, dense_weight, load_layer, pack_decoded
 from w4a16gen.integrations.torch.nibbles import Tensor
-from w4a16gen.integrations.torch.state import check_tensor, half, moved_only, read_state, write_state
+from w4a16gen.integrations.torch.state import check_tensor, half, moved_only, read_state, set_buffer, write_state
 from w4a16gen.integrations.torch.upload import Uploader
 from w4a16gen.kernels.config import QuantMode
 from w4a16gen.weights.importers.layer import CheckpointLayer
@@ -19,6 +19,7 @@ from w4a16gen.weights.packed import PackedWeight, pack_weight
 from w4a16gen.weights.quantize import quantize
 
 _EXTRA_STATE = "_extra_state"
+_OPTIONAL = ("bias", "permutation", "input_scale", "non_finite")
 OVERFLOW = ("ignore", "check")
 
 
@@ -86,13 +87,20 @@ class W4A16Linear(torch.nn.Module):
         check_tensor("packed", weight.data, (weight.nbytes,), torch.uint8)
         self.register_buffer("packed", weight.data)
         device = weight.data.device
-        self.register_buffer("bias", None if bias is None else half("bias", bias, device))
-        self.register_buffer("permutation", None if permutation is None else permutation.to(device, torch.int64))
-        self.register_buffer("input_scale", None if input_scale is None else half("input_scale", input_scale, device))
+        self.bias = None if bias is None else half("bias", bias, device)
+        self.permutation = None if permutation is None else permutation.to(device, torch.int64)
+        self.input_scale = None if input_scale is None else half("input_scale", input_scale, device)
+        self.non_finite = None
         for name, size in (("bias", self.n), ("permutation", self.k), ("input_scale", self.k)):
             if (value := getattr(self, name)) is not None:
                 check_tensor(name, value, (size,), value.dtype)
-        self.register_buffer("non_finite", None, persistent=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Register optional tensors as buffers, and only those that are there: torch.export counts on it."""
+        if name in _OPTIONAL:
+            set_buffer(self, name, value, persistent=name != "non_finite")
+        else:
+            super().__setattr__(name, value)
 
     @classmethod
     def from_packed(

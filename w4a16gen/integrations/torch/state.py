@@ -95,3 +95,20 @@ def half(name: str, values: Any, device: Any) -> Tensor:
     if values.dtype != torch.float16 and not rounded.is_meta and not bool(torch.isfinite(rounded).all()):
         raise InvalidValueError(f"{name} holds values that are not finite in fp16, beyond 65504: leave the layer dense")
     return rounded
+
+
+def set_buffer(module: torch.nn.Module, name: str, value: Any, *, persistent: bool) -> None:
+    """Make a tensor a buffer of a module; None makes it a plain attribute.
+
+    Args:
+        module: the module.
+        name: the attribute.
+        value: the tensor, or None.
+        persistent: whether state dicts hold it.
+    """
+    module._buffers.pop(name, None)  # noqa: SLF001
+    module.__dict__.pop(name, None)
+    if value is None:
+        module.__dict__[name] = None
+    else:
+        module.register_buffer(name, value, persistent=persistent)
