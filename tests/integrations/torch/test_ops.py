@@ -46,7 +46,8 @@ def test_leading_dimensions_are_kept(packed: Any, leading: tuple[int, ...], rng:
 def test_opcheck_passes(packed: Any, rng: np.random.Generator) -> None:
     for shape in ((3, K), (2, 3, K), (0, K)):
         for bias in (None, half(rng, N)):
-            torch.library.opcheck(torch.ops.w4a16gen.gemm.default, arguments(packed, half(rng, *shape), bias, 2.0))
+            for operator in (torch.ops.w4a16gen.gemm.default, torch.ops.w4a16gen.gemm_forward_only.default):
+                torch.library.opcheck(operator, arguments(packed, half(rng, *shape), bias, 2.0))
 
 
 def test_activations_need_not_be_contiguous_or_aligned(packed: Any, rng: np.random.Generator) -> None:
@@ -109,7 +110,10 @@ def test_a_backward_pass_is_refused_though_the_forward_pass_runs(packed: Any, rn
         assert torch.equal(y.detach(), expected)
         with pytest.raises(InvalidValueError, match="the kernels compute no gradients"):
             y.sum().backward()
+    with pytest.raises(InvalidValueError, match="which refuses only backward"):
+        torch.ops.w4a16gen.gemm(*arguments(packed, x.clone().requires_grad_()))
     with torch.no_grad():
+        torch.ops.w4a16gen.gemm(*arguments(packed, x.clone().requires_grad_()))
         assert not ops.gemm(x.clone().requires_grad_(), packed).requires_grad
 
 

@@ -280,9 +280,9 @@ class W4A16Linear(torch.nn.Module):
             x = x.index_select(-1, self.permutation)
         bias = self.bias if self.bias is None or self.output_scale == 1 else self.bias * (1 / self.output_scale)
         alpha = self.alpha * self.activation_scale / self.output_scale
-        y = torch.ops.w4a16gen.gemm(
-            x.to(torch.float16), self.packed, bias, self.n, self.k, self.group_size, self.mode, self.layout, alpha
-        )
+        x = x.to(torch.float16)
+        facts = self.n, self.k, self.group_size, self.mode, self.layout
+        y = ops.operator_for(x)(x, self.packed, bias, *facts, alpha)
         if self.non_finite is not None:
             self.non_finite.add_((~torch.isfinite(y)).sum())
         y = y.to(dtype)

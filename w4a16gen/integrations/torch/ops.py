@@ -1,5 +1,8 @@
 """The operator `w4a16gen::gemm`: what torch's dispatcher, compiler, exporter and graphs need to know about `gemm`.
 
+Its twin `gemm_forward_only` does the same where gradients are recorded, and refuses a backward pass. They are two
+because an operator with a backward pass takes 10 us longer per call, also where no gradients are recorded.
+
 The namespace is private. Every fact of a call is a plain argument, so that compiled and exported programs hold no
 Python object. The operator is functional: it returns a new tensor, and writes to no argument.
 """
@@ -20,11 +23,13 @@ from w4a16gen.runtime.host import gemm_on_host
 from w4a16gen.weights.packed import PackedWeight
 
 NAMESPACE = "w4a16gen"
-_GEMM = (
-    "gemm(Tensor x, Tensor weight, Tensor? bias, int n, int k, int group_size, str mode, str layout, float alpha)"
-    " -> Tensor"
+_ARGUMENTS = (
+    "(Tensor x, Tensor weight, Tensor? bias, int n, int k, int group_size, str mode, str layout, float alpha) -> Tensor"
 )
 _NO_GRADIENT = "no_gradient(Tensor gradient, int k) -> Tensor"
+_NO_GRADIENTS = (
+    "the kernels compute no gradients: train the model before it is quantized, or run this part within torch.no_grad()"
+)
 _ALIGNMENT = 16
 """Bytes. The kernels read rows of activations with TMA."""
 _SHAPES_KEPT = 1 << 12
@@ -54,7 +59,13 @@ def gemm(x: Any, weight: PackedWeight, bias: Any = None, *, alpha: float = 1.0) 
         >>> gemm(torch.ones(2, 3, 256, dtype=torch.float16), on_torch(packed)).shape
         torch.Size([2, 3, 64])
     """
-    return torch.ops.w4a16gen.gemm(x, weight.data, bias, *facts_of(weight), float(alpha))
+    return operator_for(x)(x, weight.data, bias, *facts_of(weight), float(alpha))
+
+
+def operator_for(x: Any) -> Any:
+    """Return the operator for activations: the twin where gradients would have to flow through them."""
+    records = torch.is_grad_enabled() and x.requires_grad
+    return torch.ops.w4a16gen.gemm_forward_only if records else torch.ops.w4a16gen.gemm
 
 
 def facts_of(weight: PackedWeight) -> tuple[int, int, int, str, str]:
@@ -75,7 +86,9 @@ def on_torch(weight: PackedWeight, device: Any = None) -> PackedWeight:
     data = weight.data
     if not isinstance(data, torch.Tensor):
         on_gpu = getattr(data, "__cuda_array_interface__", None) is not None
-        data = torch.as_tensor(data, device="cuda") if on_gpu else torch.from_numpy(weight.host_data().copy())
+        index = getattr(data, "device", None)
+        place = f"cuda:{index}" if isinstance(index, int) else "cuda"
+        data = torch.as_tensor(data, device=place) if on_gpu else torch.from_numpy(weight.host_data().copy())
     return replace(weight, data=data if device is None else data.to(device))
 
 
@@ -96,8 +109,18 @@ def _check(x: Any, k: int) -> None:
 
 
 def _without_gradient(tensor: Any) -> Any:
-    """Return a tensor, or None, that the runtime does not refuse: backward passes have their own refusal."""
-    return tensor.detach() if tensor is not None and tensor.requires_grad else tensor
+    """Return a tensor, or None, that records no gradients.
+
+    Raises:
+        InvalidValueError: if it does, and nobody would refuse the backward pass.
+    """
+    if tensor is None or not tensor.requires_grad:
+        return tensor
+    if torch.is_grad_enabled():  # autograd switches this off around an operator that has a backward pass
+        raise InvalidValueError(
+            f"{_NO_GRADIENTS}; or call w4a16gen.integrations.torch.gemm, which refuses only backward()"
+        )
+    return tensor.detach()
 
 
 def _rows_of(x: Any, k: int) -> Any:
@@ -165,10 +188,7 @@ def _fake(
 
 
 def _refuse_gradient(_gradient: Any, _k: int) -> Any:
-    raise InvalidValueError(
-        "the kernels compute no gradients: train the model before it is quantized, or run this part within "
-        "torch.no_grad()"
-    )
+    raise InvalidValueError(_NO_GRADIENTS)
 
 
 def _keep_k(ctx: Any, inputs: Any, output: Any) -> None:
@@ -186,12 +206,13 @@ def _register() -> Any:
     if hasattr(torch.ops.w4a16gen, "gemm"):
         return None
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
-    library.define(_GEMM, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_contiguous_strides))
+    for name in ("gemm", "gemm_forward_only"):
+        library.define(name + _ARGUMENTS, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_contiguous_strides))
+        library.impl(name, _on_gpu, "CUDA")
+        library.impl(name, _on_host, "CPU")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", _fake, lib=library)
+    torch.library.register_autograd(f"{NAMESPACE}::gemm_forward_only", _backward, setup_context=_keep_k, lib=library)
     library.define(_NO_GRADIENT, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl("gemm", _on_gpu, "CUDA")
-    library.impl("gemm", _on_host, "CPU")
-    torch.library.register_fake(f"{NAMESPACE}::gemm", _fake, lib=library)
-    torch.library.register_autograd(f"{NAMESPACE}::gemm", _backward, setup_context=_keep_k, lib=library)
     for device in ("CUDA", "CPU"):
         library.impl("no_gradient", _refuse_gradient, device)
     torch.library.register_fake(
