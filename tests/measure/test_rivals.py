@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,32 +9,15 @@ import numpy as np
 import pytest
 
 from w4a16gen import Problem, QuantMode
-from w4a16gen.errors import UnsupportedProblemError
 from w4a16gen.measure import compare as sweep
 from w4a16gen.measure.results import Comparison, Timing
-from w4a16gen.measure.rivals import CUBLAS, RIVALS, Rival, relative_error
+from w4a16gen.measure.rivals import BF16_NAMES, CUBLAS, RIVAL_NAMES, RIVALS, Rival, relative_error
 from w4a16gen.measure.timing import Contender
 from w4a16gen.weights.importers.gptq import gptq_words
 from w4a16gen.weights.quantize import quantize
 from w4a16gen.weights.quantized import QuantizedWeight
 
 SYMMETRIC = QuantMode.FINEGRAINED_SCALE_ONLY
-
-
-class Array(np.ndarray[Any, Any]):
-    """As much of a tensor as a comparison asks for."""
-
-    def double(self) -> Array:
-        return self.astype(np.float64).view(Array)
-
-    def cpu(self) -> Array:
-        return self
-
-    def numpy(self) -> Any:
-        return np.asarray(self)
-
-
-TORCH = SimpleNamespace(cuda=SimpleNamespace(synchronize=lambda: None))
 
 
 def a_weight(k: int = 256, group_size: int = 128) -> QuantizedWeight:
@@ -56,11 +38,11 @@ def test_gptq_words_hold_eight_values_the_first_lowest() -> None:
 
 def test_a_right_result_passes_and_each_kind_of_mistake_does_not() -> None:
     weight = a_weight()
-    a = np.random.default_rng(2).standard_normal((8, 256)).astype(np.float16).view(Array)
-    channels = np.arange(0, 64, 3)
+    a = np.random.default_rng(2).standard_normal((8, 256)).astype(np.float16)
+    exact = a.astype(np.float64) @ weight.dequantize().T
 
     def error(dense: Any) -> float:
-        return relative_error(TORCH, a, weight, lambda: (a @ dense.T).astype(np.float16).view(Array), channels)
+        return relative_error((a @ dense.T).astype(np.float16), exact)
 
     right = weight.dequantize()
     shifted = right + weight.scales.repeat(128, axis=0).T
@@ -72,18 +54,9 @@ def test_a_right_result_passes_and_each_kind_of_mistake_does_not() -> None:
         assert error(wrong) > 2 * max(allowed)
 
 
-@pytest.mark.parametrize("rival", RIVALS, ids=lambda rival: rival.name)
-def test_what_a_rival_has_no_form_for_is_said_before_it_is_prepared(
-    rival: Rival, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layers = SimpleNamespace(HummingLayer=lambda **_: pytest.fail("prepared all the same"))
-    monkeypatch.setitem(sys.modules, "humming.layer", layers)
-    weight = a_weight(k=320, group_size=320) if rival.name.startswith("tinygemm") else a_weight()
-    if weight.group_size == 128:
-        zeros = np.zeros_like(weight.scales)
-        weight = QuantizedWeight(weight.q, weight.scales, zeros, 128, QuantMode.FINEGRAINED_SCALE_AND_ZEROS)
-    with pytest.raises(UnsupportedProblemError, match=r"groups of 32|no GPTQ form"):
-        rival.prepare(SimpleNamespace(), None, weight, 1)
+def test_rivals_that_multiply_in_bf16_are_named_so() -> None:
+    assert {rival.name for rival in RIVALS if rival.name.endswith("_bf16")} == BF16_NAMES
+    assert BF16_NAMES < RIVAL_NAMES
 
 
 def test_only_rivals_with_right_results_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +77,7 @@ def test_only_rivals_with_right_results_are_timed(monkeypatch: pytest.MonkeyPatc
 
     stage: Any = SimpleNamespace(record_cublas=lambda _torch: contender, record_rival=record_rival)
     asked = [Rival(name, f"{name}-kernels", "float16", 0.01, lambda *_: []) for name in outcomes]
-    monkeypatch.setattr(sweep, "find_torch", lambda: TORCH)
+    monkeypatch.setattr(sweep, "find_torch", SimpleNamespace)
     contenders: dict[sweep.Entrant, Contender] = {}
     errors: dict[str, float] = {}
     left_out = sweep.record_others(stage, asked, contenders, errors)
@@ -123,7 +96,7 @@ def test_only_rivals_with_right_results_are_timed(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_rival_is_never_taken_for_one_of_our_kernels() -> None:
-    first, second = (rival.name for rival in RIVALS)
+    first, second, *_ = (rival.name for rival in RIVALS)
     timings = [Timing(second, [1.0]), Timing(first, [2.0]), Timing(CUBLAS, [3.0]), Timing("a", [4.0])]
     found = Comparison(Problem(1, 64, 64, 64), SYMMETRIC, {"a": 4.0}, 0, timings, {}, "a")
     assert found.best.contender == "a"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from w4a16gen.measure.record import Row
     from w4a16gen.measure.results import Comparison
 
-RIVAL_PACKAGES = "humming-kernels, torch"
+RIVAL_PACKAGES = "humming-kernels, quack-kernels, lmdeploy, torch"
 MOST_ROUNDS = 10_000
 COLUMNS = (
     Column("M x N x K", keep=True),

@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from w4a16gen.errors import UnsupportedProblemError
-from w4a16gen.kernels.config import QuantMode
+from w4a16gen.measure.rival_products import (
+    Product,
+    humming_products,
+    quack_products,
+    tinygemm_products,
+    turbomind_products,
+)
 from w4a16gen.measure.timing import Contender
-from w4a16gen.weights.importers.gptq import gptq_words
-from w4a16gen.weights.quantized import OFFSET, Half, QuantizedWeight
+from w4a16gen.measure.torch_weight import TorchWeight
 
 CUBLAS = "cublas_fp16"
 """Name of the dense contender: torch.matmul on the dequantised weight."""
-
-Product = Callable[[], Any]
-"""Multiplies the activations by one copy of the weight and returns the output."""
+BF16 = "bfloat16"
+"""Torch's name of the dtype that this package's kernels do not take; a rival of it is named so."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Rival:
     """Someone else's kernels for 4-bit weights."""
 
     name: str
+    """The name in results. It ends in `_bf16` if the kernels multiply in bf16, which draws less power than fp16."""
     package: str
     """The package to install."""
     dtype: str
@@ -38,8 +42,8 @@ class Rival:
     largest_error: float
     """Largest error of a right result, relative to the exact one, as Euclidean norms. Activations, weights, products
     and output are rounded to `dtype` about four times. A wrong scale, zero point or nibble order is off by a tenth."""
-    prepare: Callable[[Any, Any, QuantizedWeight, int], Sequence[Product]]
-    """Takes torch, the activations on a GPU as `dtype`, the weight, and the number of copies. Raises ImportError if the
+    prepare: Callable[[Any, TorchWeight, int], Sequence[Product]]
+    """Takes the activations on a GPU as `dtype`, the weight there, and the number of copies. Raises ImportError if the
     package is not installed, and UnsupportedProblemError for a weight that it cannot represent."""
 
 
@@ -52,14 +56,20 @@ def find_torch() -> Any | None:
 
 
 def record_torch(torch: Any, device: int, products: Sequence[Product], launches: int) -> Contender:
-    """Record a graph of launches that take copies of a weight in turn."""
+    """Record a graph of launches that take copies of a weight in turn.
+
+    The first launch, before the capture, is on the same stream: what a library allocates for a stream is there by then.
+    """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device):
-        products[0]()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            for turn in range(launches):
-                products[turn % len(products)]()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            products[0]()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph, stream=stream):
+                for turn in range(launches):
+                    products[turn % len(products)]()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def timed_replay() -> float:
@@ -73,82 +83,19 @@ def record_torch(torch: Any, device: int, products: Sequence[Product], launches:
     return Contender(graph.replay, timed_replay, launches, products)
 
 
-def cublas_products(torch: Any, a: Any, weight: QuantizedWeight, copies: int) -> list[Product]:
-    """Multiply by copies of the dequantised weight, less its zeros; `a` is fp16 [m, k] on a GPU."""
-    groups = torch.from_numpy(weight.scales.reshape(-1, weight.n)).to(a.device).float()
-    spread = groups.repeat_interleave(weight.k // len(groups), 0).T
-    dense = ((torch.from_numpy(weight.q).to(a.device).float() - OFFSET) * spread).half().contiguous()
-    out = torch.empty((a.shape[0], weight.n), dtype=a.dtype, device=a.device)
-
-    def product(copy: Any) -> Product:
-        return lambda: torch.matmul(a, copy.T, out=out)
-
-    return [product(dense.clone()) for _ in range(copies)]
-
-
-def relative_error(torch: Any, a: Any, weight: QuantizedWeight, product: Product, channels: Any) -> float:
-    """Compare some channels of a product with float64, of the activations as they were given to it."""
-    got = product().double().cpu().numpy()[:, channels]
-    torch.cuda.synchronize()
-    exact = a.double().cpu().numpy() @ weight.channels(channels).dequantize().T
+def relative_error(got: npt.NDArray[Any], exact: npt.NDArray[np.float64]) -> float:
+    """Return the Euclidean norm of the error of a product over the norm of the exact one."""
     return float(np.linalg.norm(got - exact) / np.linalg.norm(exact))
 
 
-def _tinygemm(torch: Any, a: Any, weight: QuantizedWeight, copies: int) -> list[Product]:
-    """Prepare torch's own kernels, which compute (q - 8) * scale + zero in bf16."""
-    if weight.mode is QuantMode.PER_COLUMN_SCALE_ONLY or weight.group_size not in (32, 64, 128, 256):
-        raise UnsupportedProblemError("it supports groups of 32, 64, 128 and 256 only")
-    if weight.k % 128:
-        raise UnsupportedProblemError("it needs k in multiples of 128")
-    pairs = weight.q[:, ::2] << 4 | weight.q[:, 1::2]
-    operators = torch.ops.aten
-    packed = operators._convert_weight_to_int4pack(torch.from_numpy(pairs).to(a.device), 8)  # noqa: SLF001
-    zeros = np.zeros_like(weight.scales) if weight.zeros is None else weight.zeros
-    both = np.stack([weight.scales, zeros], axis=-1).astype(np.float32)
-    scales_and_zeros = torch.from_numpy(both).to(a.device).to(a.dtype).contiguous()
-
-    def product(copy: Any, of_copy: Any) -> Product:
-        return lambda: operators._weight_int4pack_mm(a, copy, weight.group_size, of_copy)  # noqa: SLF001
-
-    return [product(packed.clone(), scales_and_zeros.clone()) for _ in range(copies)]
-
-
-def _humming(torch: Any, a: Any, weight: QuantizedWeight, copies: int) -> list[Product]:
-    """Prepare humming's kernels from a symmetric weight in GPTQ's form."""
-    layer_type = importlib.import_module("humming.layer").HummingLayer
-    if weight.zeros is not None:
-        raise UnsupportedProblemError("zeros that are not multiples of the scale have no GPTQ form")
-    scales: Half = weight.scales.reshape(-1, weight.n)
-    layer = layer_type(
-        shape_n=weight.n,
-        shape_k=weight.k,
-        weight_config={"quant_method": "gptq", "bits": 4, "group_size": weight.k // len(scales), "sym": True},
-        torch_dtype=a.dtype,
-    )
-    tensors = {
-        "qweight": gptq_words(weight.q.T, 0),
-        "scales": np.ascontiguousarray(scales),
-        "qzeros": gptq_words(np.full(scales.shape, OFFSET - 1, np.uint8), 1),
-        "g_idx": np.arange(weight.k, dtype=np.int32) // (weight.k // len(scales)),
-    }
-    layer.load_from_tensors({name: torch.from_numpy(values) for name, values in tensors.items()})
-    layer = layer.to(a.device)
-    layer.transform()
-    out = torch.empty((a.shape[0], weight.n), dtype=a.dtype, device=a.device)
-
-    def product(copy: Any) -> Product:
-        def multiply() -> Any:
-            copy(a, outputs=out)
-            return out
-
-        return multiply
-
-    return [product(deepcopy(layer)) for _ in range(copies)]
-
-
 RIVALS = (
-    Rival("humming", "humming-kernels", "float16", 0.004, _humming),
-    Rival("tinygemm_bf16", "torch", "bfloat16", 0.03, _tinygemm),
+    Rival("humming", "humming-kernels", "float16", 0.004, humming_products),
+    Rival("quack_bf16", "quack-kernels", BF16, 0.03, quack_products),
+    Rival("turbomind", "lmdeploy", "float16", 0.004, turbomind_products),
+    Rival("tinygemm_bf16", "torch", BF16, 0.03, tinygemm_products),
 )
-"""humming is the package humming-kernels; tinygemm, the int4 kernels, comes with torch."""
+"""humming is the package humming-kernels, QuACK is quack-kernels, and turbomind belongs to lmdeploy from 0.18 on.
+tinygemm, the int4 kernels, comes with torch."""
 RIVAL_NAMES = frozenset(rival.name for rival in RIVALS)
+BF16_NAMES = frozenset(rival.name for rival in RIVALS if rival.dtype == BF16)
+"""Rivals that multiply in bf16: their times are reported apart from those of fp16."""

@@ -13,8 +13,10 @@ from w4a16gen.choose.cost_model import default_cost_model
 from w4a16gen.kernels.config import KernelConfig, QuantMode, Target
 from w4a16gen.kernels.problem import Problem
 from w4a16gen.measure.probes import probe_read
-from w4a16gen.measure.rivals import Rival, cublas_products, record_torch, relative_error
+from w4a16gen.measure.rival_products import cublas_products
+from w4a16gen.measure.rivals import Rival, record_torch, relative_error
 from w4a16gen.measure.timing import BRIEF_LAUNCHES, LAUNCHES, Contender
+from w4a16gen.measure.torch_weight import TorchWeight
 from w4a16gen.runtime.library import Library
 from w4a16gen.weights.packed import PackedWeight, pack_weight
 from w4a16gen.weights.quantized import QuantizedWeight
@@ -40,7 +42,7 @@ def _packed(n: int, k: int, group_size: int, mode: QuantMode, seed: int, target:
     return pack_weight(_weight(n, k, group_size, mode, seed), target=target)
 
 
-def _copies_for(nbytes: int) -> int:
+def copies_for(nbytes: int) -> int:
     """Return how many copies of a weight launches take in turn, so that they find L2 cold."""
     return min(int(COLD_BYTES / nbytes) + 1, MAX_COPIES)
 
@@ -65,13 +67,18 @@ class Workload:
 
     def copies(self, target: Target, *, brief: bool = False) -> list[PackedWeight]:
         """Return copies of the weight on the GPU, enough for a cold L2, or a few if a long problem is timed briefly."""
-        packed = _packed(*self._drawn, target)
-        wanted = _copies_for(packed.nbytes)
+        wanted = copies_for(self._packed_bytes(target))
         if brief and default_cost_model().is_long(self.problem):
             wanted = min(wanted, BRIEF_LAUNCHES)
         copies = self._copies.setdefault(target, [])
-        copies += [self.library.to_device(packed, self.device) for _ in range(wanted - len(copies))]
+        copies += [self._new_copy(target) for _ in range(wanted - len(copies))]
         return copies[:wanted]
+
+    def _packed_bytes(self, target: Target) -> int:
+        return _packed(*self._drawn, target).nbytes
+
+    def _new_copy(self, target: Target) -> PackedWeight:
+        return self.library.to_device(_packed(*self._drawn, target), self.device)
 
     def launches(self, copies: int, *, brief: bool = False) -> int:
         """Return the launches of a graph: each copy has its turn, unless a long problem is timed briefly."""
@@ -111,21 +118,32 @@ class Workload:
             rows: how many rows of the result are compared, evenly spread.
             channels: how many channels of these rows.
         """
-        m, n = self.problem.m, self.problem.n
-        if m == 0:
+        if self.problem.m == 0:
             return 0.0
-        weight = _weight(*self._drawn)
-        chosen_rows, chosen_channels = evenly(m, rows), evenly(n, channels)
-        contender = self.record(config, dependent=False, brief=True)
-        got = np.full((len(chosen_rows), n), np.nan, np.float16)
-        places = [(got[place], int(row) * n * got.itemsize) for place, row in enumerate(chosen_rows)]
+        chosen_rows, chosen_channels = evenly(self.problem.m, rows), evenly(self.problem.n, channels)
+        got = self._run_once(self.record(config, dependent=False, brief=True), chosen_rows)
+        expected = Expectation(self._activations(chosen_rows), self._channels(chosen_channels))
+        return error_over_bound(got[:, chosen_channels], expected, 1.0, None)
+
+    def _run_once(self, contender: Contender, rows: npt.NDArray[np.intp]) -> npt.NDArray[np.float16]:
+        """Run a graph and return some rows of the output, which hold no number before."""
+        n = self.problem.n
+        got = np.full((len(rows), n), np.nan, np.float16)
+        places = [(got[place], int(row) * n * got.itemsize) for place, row in enumerate(rows)]
         for values, offset in places:
             self.out.buffer.upload(values, offset)
         contender.timed_replay()  # which waits
         for values, offset in places:
             self.out.buffer.download(values, offset)
-        expected = Expectation(self.host_a[chosen_rows], weight.channels(chosen_channels))
-        return error_over_bound(got[:, chosen_channels], expected, 1.0, None)
+        return got
+
+    def _activations(self, rows: npt.NDArray[np.intp]) -> npt.NDArray[np.float16]:
+        """Return some rows of the activations, on the host."""
+        return self.host_a[rows]
+
+    def _channels(self, channels: npt.NDArray[np.intp]) -> QuantizedWeight:
+        """Return the weight of some output channels, on the host."""
+        return _weight(*self._drawn).channels(channels)
 
     def _record(
         self,
@@ -158,9 +176,9 @@ class Workload:
 
     def record_cublas(self, torch: Any) -> Contender:
         """Record the dense product of the dequantised weight, less its zeros, through torch."""
-        a, weight = self._on_torch(torch, "float16"), _weight(*self._drawn)
-        wanted = _copies_for(2 * weight.q.size)
-        products = cublas_products(torch, a, weight, max(2, wanted))
+        a, weight = self._torch_activations(torch, "float16"), self._torch_weight(torch)
+        wanted = copies_for(2 * self.problem.n * self.problem.k)
+        products = cublas_products(a, weight, max(2, wanted))
         return record_torch(torch, self.device, products, self.launches(wanted))
 
     def record_rival(self, torch: Any, rival: Rival) -> tuple[Contender, float]:
@@ -170,13 +188,19 @@ class Workload:
             ImportError: if it is not installed.
             UnsupportedProblemError: if it cannot run the problem.
         """
-        a, weight = self._on_torch(torch, rival.dtype), _weight(*self._drawn)
-        wanted = _copies_for(weight.q.size // 2)
+        a, weight = self._torch_activations(torch, rival.dtype), self._torch_weight(torch)
+        wanted = copies_for(self.problem.n * self.problem.k // 2)
+        rows, channels = evenly(self.problem.m, CHECKED_ROWS), evenly(self.problem.n, CHECKED_CHANNELS)
         with torch.cuda.device(self.device):
-            products = rival.prepare(torch, a, weight, wanted)
-            channels = evenly(weight.n, CHECKED_CHANNELS)
-            error = relative_error(torch, a[:CHECKED_ROWS], weight, lambda: products[0]()[:CHECKED_ROWS], channels)
+            products = rival.prepare(a, weight, wanted)
+            got = products[0]()[rows.tolist()][:, channels.tolist()].double().cpu().numpy()
+            given = a[rows.tolist()].double().cpu().numpy()
+            error = relative_error(got, given @ self._channels(channels).dequantize().T)
         return record_torch(torch, self.device, products, self.launches(wanted)), error / rival.largest_error
 
-    def _on_torch(self, torch: Any, dtype: str) -> Any:
+    def _torch_activations(self, torch: Any, dtype: str) -> Any:
+        """Return the activations [m, k] as a dtype that torch names so."""
         return torch.from_numpy(self.host_a).to(torch.device("cuda", self.device)).to(getattr(torch, dtype))
+
+    def _torch_weight(self, torch: Any) -> TorchWeight:
+        return TorchWeight.of(torch, _weight(*self._drawn), torch.device("cuda", self.device))
