@@ -33,6 +33,26 @@ PROOFS = {
     "static": {"ok": bool, "violations": [str], "kernels": [dict]},
     "numerics": {"status": str, "reason": str, "kernels": [dict]},
 }
+STANDING = {"cells": int, "mean": NUMBER, "worst": NUMBER, "worst_cell": str, "lost": int, "lost_clearly": int}
+RANDOM = {
+    "seed": int,
+    "cells": int,
+    "timed": int,
+    "left_out": int,
+    "seconds": NUMBER,
+    "bands": [
+        {
+            "tokens": [int],
+            "cells": int,
+            "call_beside_fastest_fp16_rival": STANDING,
+            "best_built_beside_fastest_fp16_rival": STANDING,
+            "call_beside_best_built": STANDING,
+            "call_beside_rivals": {str: STANDING},
+        }
+    ],
+    "rivals_left_out": [{"rival": str, "reason": str, "cells": int}],
+}
+"""The member `random` of a bench object, if problems were drawn and rivals timed."""
 SCHEMAS: dict[str, dict[str, Any]] = {
     "list": {"built": bool, "spaces": [str], "kernels": [KERNEL]},
     "emit": {
@@ -65,6 +85,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "bench": {
         "gpu": GPU,
         "peak_tflops": {"burst": NUMBER, "sustained": NUMBER},
+        "random": (dict, type(None)),
         "comparisons": [
             {
                 "problem": PROBLEM,

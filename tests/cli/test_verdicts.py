@@ -15,7 +15,7 @@ from fakes.runner import Runner
 from w4a16gen import KernelConfig
 from w4a16gen.build.emit import emit
 from w4a16gen.cli.services import Services
-from w4a16gen.measure import workload
+from w4a16gen.measure import stage
 from w4a16gen.verify import static
 from w4a16gen.verify.static import KernelCode
 
@@ -40,7 +40,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_run_fails_where_the_result_is_wrong(cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workload, "COLD_BYTES", 10_000)  # few copies of the weight
+    monkeypatch.setattr(stage, "COLD_BYTES", 10_000)  # few copies of the weight
     serve(cli, FakeLibrary([KERNEL]))
     right = cli.run("run 3 64 128 --mode cs --json")
     assert right.exit_code == 0, right.output

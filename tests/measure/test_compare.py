@@ -214,7 +214,8 @@ def test_long_problems_take_turns_in_blocks_and_without_the_floor(monkeypatch: p
             turns.append(("replay", self.timed_replay()))
             self.microseconds.append(self.timed_replay())
 
-        def time_block(self) -> None:
+        def time_block(self, seconds: float = 0) -> None:
+            del seconds
             turns.append(("block", self.timed_replay()))
             self.microseconds.append(self.timed_replay())
 

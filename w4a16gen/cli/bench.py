@@ -14,6 +14,7 @@ from w4a16gen.cli.help import METHOD, OUTPUT, ExampleCommand, option
 from w4a16gen.cli.options import Parsed, build_option, count_option, json_option, parse_percent, wide_option
 from w4a16gen.cli.output import note, print_result
 from w4a16gen.cli.problems import named_problems, problems_options
+from w4a16gen.cli.random_bench import RandomChoice, random_bench, random_options
 from w4a16gen.cli.report import write_pages
 from w4a16gen.cli.services import services
 from w4a16gen.cli.tables import Column, print_table
@@ -52,11 +53,13 @@ _FRONT = 4
     examples=(
         ("w4a16gen bench --problem 16x4096x4096", "one problem"),
         ("w4a16gen bench --model llama-3-8b --tokens 1 --tokens 16 --report out", "a model's layers, with plots"),
+        ("w4a16gen bench --random 150 --seed 1 --budget 10", "layers and token counts drawn at random"),
         ("w4a16gen build --space default --space trtllm", "TensorRT-LLM's set beside ours; then bench shows both"),
     ),
 )
 @problems_options
-@count_option("--finalists", section=METHOD, default=4, show_default=True, help="Kernels to time in alternation.")
+@random_options
+@count_option("--finalists", section=METHOD, help="Kernels to time in alternation.  [default: 4; with --random 2]")
 @count_option(
     "--rounds",
     section=METHOD,
@@ -67,9 +70,9 @@ _FRONT = 4
 )
 @option(
     "--rivals/--no-rivals",
-    default=False,
+    default=None,
     section=METHOD,
-    help=f"Also time other 4-bit kernels, if installed: {RIVAL_PACKAGES}.",
+    help=f"Also time other 4-bit kernels, if installed: {RIVAL_PACKAGES}.  [default: only with --random]",
 )
 @option(
     "--smallest-set",
@@ -94,9 +97,12 @@ def command(
     files: Sequence[Path],
     tokens: Sequence[int],
     mode: QuantMode,
-    finalists: int,
+    random: int | None,
+    seed: int,
+    budget: float | None,
+    finalists: int | None,
     rounds: int,
-    rivals: bool,
+    rivals: bool | None,
     slack: float | None,
     report_folder: Path | None,
     wide: bool,
@@ -107,16 +113,35 @@ def command(
 
     If kernels of several targets are built, the fastest of each target is printed for every problem. If ./build has no
     build yet, the default kernels are built first.
+
+    With --random, layers and token counts are drawn from a seed. Each cell is saved as soon as it is timed, so that an
+    interrupted run resumes. The result is the lead over rivals, and the loss of the choice, by bands of token counts.
     """
     from w4a16gen.measure.bench import BenchOptions
     from w4a16gen.measure.rivals import RIVALS
+
+    if random is not None:
+        if problems or models or files:
+            raise click.UsageError("--random draws the problems: drop --problem, --model and --file")
+        if slack is not None:
+            raise click.UsageError("--smallest-set needs every kernel timed, and --random times the promising ones")
+        chosen_rivals = RIVALS if rivals in (True, None) else ()
+        return random_bench(
+            RandomChoice(random, seed, budget, mode, finalists, rounds, chosen_rivals),
+            folder,
+            report_folder,
+            wide=wide,
+            as_json=as_json,
+        )
+    if budget is not None:
+        raise click.UsageError("--budget needs --random")
 
     named = named_problems(problems, models, files, tokens, mode)
     measured: Bench = services().bench(
         load_or_build(folder),
         named,
         mode,
-        BenchOptions(finalists, rounds, RIVALS if rivals else (), None if slack is None else slack / 100),
+        BenchOptions(finalists or 4, rounds, RIVALS if rivals else (), None if slack is None else slack / 100),
         version=__version__,
         report=report_folder,
         tell=note,

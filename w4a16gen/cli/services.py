@@ -50,6 +50,12 @@ def _bench(*args: Any, **options: Any) -> Any:
     return run_bench(*args, **options)
 
 
+def _random_bench(*args: Any, **options: Any) -> Any:
+    from w4a16gen.measure.random_bench import run_random_bench
+
+    return run_random_bench(*args, **options)
+
+
 def _build(*args: Any, **options: Any) -> Any:
     from w4a16gen.build.pipeline import build
 
@@ -73,6 +79,7 @@ class Services:
     verify: Callable[..., Any] = _verify
     run_one: Callable[..., Any] = _run_one
     bench: Callable[..., Any] = _bench
+    random_bench: Callable[..., Any] = _random_bench
     show_progress: Callable[..., AbstractContextManager[Progress]] = show_progress
 
 

@@ -66,6 +66,7 @@ class Bench:
         return {
             "gpu": self.gpu.as_json(),
             "peak_tflops": None if self.peak is None else vars(self.peak),
+            "random": None,
             "comparisons": [found.as_json() for found in self.comparisons],
             "smallest_set": list(self.smallest_set),
             "wrong": self.wrong,

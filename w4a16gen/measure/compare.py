@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from w4a16gen.choose.cost_model import default_cost_model
@@ -12,6 +13,7 @@ from w4a16gen.kernels.legality import CTA_TOKENS
 from w4a16gen.kernels.problem import Problem, runnable
 from w4a16gen.measure.results import FLOOR, Comparison, Timing
 from w4a16gen.measure.rivals import CUBLAS, Rival, find_torch
+from w4a16gen.measure.stage import Stage
 from w4a16gen.measure.timing import SCREENING_REPLAYS, WARM_UP_SECONDS, Contender, settled
 from w4a16gen.measure.workload import Workload
 from w4a16gen.progress import Progress, no_progress
@@ -35,38 +37,38 @@ class Entrant(NamedTuple):
     dependent: bool = False
 
 
-def _time_briefly(workload: Workload, config: KernelConfig, *, dependent: bool) -> float:
+def _time_briefly(stage: Stage, config: KernelConfig, *, dependent: bool) -> float:
     """Return microseconds per launch: the least of a few replays, or the median of a short block for a long problem."""
-    contender = workload.record(config, dependent=dependent, brief=True)
+    contender = stage.record(config, dependent=dependent, brief=True)
     contender.replay()
-    if default_cost_model().is_long(workload.problem):
+    if default_cost_model().is_long(stage.problem):
         half = SCREENING_BLOCK_SECONDS / 2
         return settled(contender.timed_replay, half, half) * 1000 / contender.launches
     return min(contender.timed_replay() * 1000 / contender.launches for _ in range(SCREENING_REPLAYS))
 
 
 def screen(
-    workload: Workload, configs: Sequence[KernelConfig], *, dependent: bool = False
+    stage: Stage, configs: Sequence[KernelConfig], *, dependent: bool = False
 ) -> Iterator[tuple[KernelConfig, float]]:
     """Time kernels briefly, one after the other.
 
     Yields:
         Each kernel with its microseconds, at once; and again if a later pass over a long problem took less.
     """
-    long = default_cost_model().is_long(workload.problem)
+    long = default_cost_model().is_long(stage.problem)
     if configs and long:
-        warm_up = workload.record(configs[-1], dependent=dependent, brief=True)
+        warm_up = stage.record(configs[-1], dependent=dependent, brief=True)
         settled(warm_up.timed_replay, WARM_UP_SECONDS, 0)
     least: dict[KernelConfig, float] = {}
     for config in configs:
-        least[config] = _time_briefly(workload, config, dependent=dependent)
+        least[config] = _time_briefly(stage, config, dependent=dependent)
         yield config, least[config]
     order = list(configs)
     for _ in range(SCREENING_PASSES - 1 if long else 0):
         order.reverse()  # so that each kernel runs after another one
         limit = SECOND_LOOK_WITHIN * min(least.values(), default=0.0)
         for config in [config for config in order if least[config] <= limit]:
-            microseconds = _time_briefly(workload, config, dependent=dependent)
+            microseconds = _time_briefly(stage, config, dependent=dependent)
             if microseconds < least[config]:
                 least[config] = microseconds
                 yield config, microseconds
@@ -182,7 +184,7 @@ def _record(
 
 
 def record_others(
-    workload: Workload,
+    stage: Stage,
     rivals: Sequence[Rival],
     contenders: dict[Entrant, Contender],
     errors: dict[str, float],
@@ -191,21 +193,31 @@ def record_others(
     torch = find_torch()
     if torch is None:
         return {rival.name: "torch is not installed" for rival in rivals}
-    contenders[Entrant(CUBLAS)] = workload.record_cublas(torch)
+    contenders[Entrant(CUBLAS)] = stage.record_cublas(torch)
     left_out: dict[str, str] = {}
     for rival in rivals:
-        try:
-            contender, error = workload.record_rival(torch, rival)
-        except ImportError as missing:
-            left_out[rival.name] = f"{missing}: pip install {rival.package}"
-        except Exception as failure:  # noqa: BLE001  (other libraries raise anything)
-            left_out[rival.name] = " ".join(f"{type(failure).__name__}: {failure}".split())
+        recorded = attempt(partial(stage.record_rival, torch, rival), rival.package)
+        if isinstance(recorded, str):
+            left_out[rival.name] = recorded
         else:
-            if error <= 1:
-                contenders[Entrant(rival.name)], errors[rival.name] = contender, error
-            else:
-                left_out[rival.name] = f"its error is {error:.3g} times what rounding explains"
+            contenders[Entrant(rival.name)], errors[rival.name] = recorded
     return left_out
+
+
+def attempt(record: Callable[[], tuple[Contender, float]], package: str) -> tuple[Contender, float] | str:
+    """Record a rival, or return why it is left out: another library may raise anything.
+
+    Args:
+        record: returns the contender and its error as a share of the allowed one.
+        package: the package to install if a module is missing.
+    """
+    try:
+        contender, error = record()
+    except ImportError as missing:
+        return f"{missing}: pip install {package}"
+    except Exception as failure:  # noqa: BLE001
+        return " ".join(f"{type(failure).__name__}: {failure}".split())
+    return (contender, error) if error <= 1 else f"its error is {error:.3g} times what rounding explains"
 
 
 def _take_turns(

@@ -14,8 +14,8 @@ from w4a16gen.files import write_if_changed
 from w4a16gen.kernels.render import render_text
 from w4a16gen.measure.plots import draw_plots
 from w4a16gen.measure.record import DERIVED, Row, Run
+from w4a16gen.measure.stage import COLD_BYTES
 from w4a16gen.measure.timing import BLOCK_SECONDS, LAUNCHES, PAUSE_SECONDS, SETTLING_SECONDS
-from w4a16gen.measure.workload import COLD_BYTES
 
 _LEVEL = 1.05
 """A speed-up below this is called level with FP16."""

@@ -105,6 +105,24 @@ class Comparison:
         }
 
 
+def comparison_of(value: Mapping[str, Any]) -> Comparison:
+    """Return the comparison of which `as_json` returned an object.
+
+    Raises:
+        ValueError, KeyError, TypeError: if the object is anything else.
+    """
+    return Comparison(
+        Problem(**value["problem"]),
+        QuantMode(value["mode"]),
+        {str(name): float(microseconds) for name, microseconds in value["screened"].items()},
+        int(value["left_out"]),
+        [Timing(str(row["contender"]), tuple(row["isolated"]), tuple(row["dependent"])) for row in value["timings"]],
+        dict(value["error_over_bound"]),
+        value["chosen"],
+        dict(value["rivals_left_out"]),
+    )
+
+
 def smallest_set(comparisons: Iterable[Comparison], slack: float) -> list[str]:
     """Return a small set of kernels with one within `slack` (0.03: 3 %) of the fastest in every comparison.
 

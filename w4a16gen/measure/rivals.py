@@ -45,6 +45,8 @@ class Rival:
     prepare: Callable[[Any, TorchWeight, int], Sequence[Product]]
     """Takes the activations on a GPU as `dtype`, the weight there, and the number of copies. Raises ImportError if the
     package is not installed, and UnsupportedProblemError for a weight that it cannot represent."""
+    module: str = ""
+    """The module to import, if it compiles a kernel for every layer at its first call; see `compile_ahead`."""
 
 
 def find_torch() -> Any | None:
@@ -89,7 +91,7 @@ def relative_error(got: npt.NDArray[Any], exact: npt.NDArray[np.float64]) -> flo
 
 
 RIVALS = (
-    Rival("humming", "humming-kernels", "float16", 0.004, humming_products),
+    Rival("humming", "humming-kernels", "float16", 0.004, humming_products, "humming"),
     Rival("quack_bf16", "quack-kernels", BF16, 0.03, quack_products),
     Rival("turbomind", "lmdeploy", "float16", 0.004, turbomind_products),
     Rival("tinygemm_bf16", "torch", BF16, 0.03, tinygemm_products),

@@ -50,9 +50,9 @@ class Contender:
         self.replay()
         self.microseconds.append(self.timed_replay() * 1000 / self.launches)
 
-    def time_block(self) -> None:
+    def time_block(self, seconds: float = BLOCK_SECONDS) -> None:
         """Replay without rest for the length of a block, and keep the median."""
-        milliseconds = settled(self.timed_replay, SETTLING_SECONDS, BLOCK_SECONDS)
+        milliseconds = settled(self.timed_replay, SETTLING_SECONDS, seconds)
         self.microseconds.append(milliseconds * 1000 / self.launches)
 
 

@@ -1,0 +1,82 @@
+"""Compiling rivals' kernels ahead: which rivals, which problems, and what failures do."""
+
+from __future__ import annotations
+
+import importlib.util
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import pytest
+
+from w4a16gen import Problem, QuantMode
+from w4a16gen.measure import compile_ahead as ahead
+from w4a16gen.measure.rivals import RIVALS
+
+MODE = QuantMode.FINEGRAINED_SCALE_ONLY
+PROBLEMS = [Problem(m, 64, 128, 128) for m in (1, 2, 3)]
+
+
+class Compilers:
+    """Stands in for processes that compile."""
+
+    def __init__(self) -> None:
+        self.compiled: list[tuple[str, Problem]] = []
+        self.outcomes: dict[int, str | BaseException] = {}
+
+    def compile_one(self, name: str, problem: Problem, _mode: QuantMode, device: int) -> str:
+        assert device == 3
+        self.compiled.append((name, problem))
+        outcome = self.outcomes.get(problem.m, "")
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+
+@pytest.fixture
+def compilers(monkeypatch: pytest.MonkeyPatch) -> Compilers:
+    found = Compilers()
+    monkeypatch.setattr(ahead, "compile_one", found.compile_one)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    return found
+
+
+def run() -> tuple[list[str], list[tuple[int, int]]]:
+    told: list[str] = []
+    steps: list[tuple[int, int]] = []
+    ahead.compile_ahead(
+        PROBLEMS,
+        MODE,
+        RIVALS,
+        3,
+        jobs=2,
+        tell=told.append,
+        progress=lambda done, total, _what: steps.append((done, total)),
+        executor=ThreadPoolExecutor(1),
+    )
+    return told, steps
+
+
+def test_rivals_that_compile_for_every_layer_do_so_ahead(compilers: Compilers) -> None:
+    assert run() == ([], [(1, 3), (2, 3), (3, 3)])
+    assert set(compilers.compiled) == {("humming", problem) for problem in PROBLEMS}
+
+
+def test_nothing_is_done_for_what_is_not_installed(compilers: Compilers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    assert run() == ([], [])
+    assert compilers.compiled == []
+
+
+def test_failures_are_said_and_do_not_end_the_run(compilers: Compilers) -> None:
+    compilers.outcomes = {1: "humming: no", 2: "humming: no"}
+    told, _ = run()
+    assert told == ["2 of 3 kernels of rivals were not compiled ahead: humming: no"]
+    compilers.outcomes = {2: BrokenProcessPool("gone")}
+    told, _ = run()
+    assert told == ["1 of 3 kernels of rivals were not compiled ahead: a process ended"]
+
+
+def test_an_interruption_ends_it(compilers: Compilers) -> None:
+    compilers.outcomes = {1: KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        run()

@@ -1,0 +1,83 @@
+"""Compiling rivals' kernels ahead of a run, in several processes: some compile for every layer, which takes seconds."""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from w4a16gen.kernels.config import QuantMode
+from w4a16gen.kernels.problem import Problem
+from w4a16gen.measure.rivals import RIVALS, Rival, find_torch
+from w4a16gen.measure.torch_weight import TorchWeight
+from w4a16gen.progress import Progress
+
+MOST_PROCESSES = 12
+"""Each has a CUDA context and a layer in the GPU's memory."""
+
+
+def compile_ahead(
+    problems: Sequence[Problem],
+    mode: QuantMode,
+    rivals: Sequence[Rival],
+    device: int,
+    *,
+    jobs: int,
+    tell: Callable[[str], None],
+    progress: Progress,
+    executor: Executor | None = None,
+) -> None:
+    """Let rivals compile what they need for problems; their caches on disk keep it for this process.
+
+    Args:
+        problems: the problems.
+        mode: the quantisation mode.
+        rivals: the rivals; those that do not compile for every layer, or are not installed, are passed over.
+        device: the GPU.
+        jobs: processes at once.
+        tell: called with a sentence about failures, which do not end the run: timing meets them again.
+        progress: called after each kernel.
+        executor: where it runs; None makes processes.
+    """
+    compiling = [rival.name for rival in rivals if rival.module and importlib.util.find_spec(rival.module)]
+    tasks = [(name, problem) for problem in problems for name in compiling]
+    if not tasks:
+        return
+    spawned = multiprocessing.get_context("spawn")
+    reasons: Counter[str] = Counter()
+    with executor or ProcessPoolExecutor(min(jobs, MOST_PROCESSES, len(tasks)), spawned) as pool:
+        pending = [pool.submit(compile_one, name, problem, mode, device) for name, problem in tasks]
+        try:
+            for done, future in enumerate(as_completed(pending), 1):
+                reasons[future.result()] += 1
+                progress(done, len(tasks), "")
+        except BrokenProcessPool:
+            reasons["a process ended"] += 1
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    for reason, count in reasons.items():
+        if reason:
+            tell(f"{count} of {len(tasks)} kernels of rivals were not compiled ahead: {reason}")
+
+
+def compile_one(name: str, problem: Problem, mode: QuantMode, device: int) -> str:
+    """Run a rival once, so that it compiles; return why it cannot, or nothing."""
+    torch: Any = find_torch()
+    rival = next(rival for rival in RIVALS if rival.name == name)
+    where = torch.device("cuda", device)
+    try:
+        with torch.cuda.device(where):
+            weight = TorchWeight.drawn(torch, problem, mode, 0, where)
+            a = torch.zeros((problem.m, problem.k), dtype=getattr(torch, rival.dtype), device=where)
+            rival.prepare(a, weight, 1)[0]()
+            torch.cuda.synchronize()
+            del weight, a
+            torch.cuda.empty_cache()
+    except Exception as failure:  # noqa: BLE001  (other libraries raise anything)
+        return " ".join(f"{name}: {type(failure).__name__}: {failure}".split())
+    return ""
