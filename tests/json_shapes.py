@@ -53,6 +53,17 @@ RANDOM = {
     "rivals_left_out": [{"rival": str, "reason": str, "cells": int}],
 }
 """The member `random` of a bench object, if problems were drawn and rivals timed."""
+SPACE = {
+    "space": str,
+    "estimated": int,
+    "promising": int,
+    "not_built": int,
+    "not_measured": int,
+    "kernels": [str],
+    "mean_loss": OPTIONAL_NUMBER,
+    "worst_loss": OPTIONAL_NUMBER,
+}
+"""The member `space` of a tune object, if a space was tuned."""
 SCHEMAS: dict[str, dict[str, Any]] = {
     "list": {"built": bool, "spaces": [str], "kernels": [KERNEL]},
     "emit": {
@@ -117,6 +128,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
                 "microseconds": OPTIONAL_NUMBER,
             }
         ],
+        "space": (dict, type(None)),
     },
     "explain": {
         "problem": PROBLEM,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from fakes.runner import Runner
 from paths import ROOT
@@ -169,7 +170,8 @@ def test_the_examples_are_right_calls(command: str, tmp_path: Path) -> None:
         arguments = [word.replace("NAME", enumerate_space("default")[0].name) for word in words[1:]]
         sub = main.get_command(None, words[0])  # type: ignore[arg-type]
         assert sub is not None
-        sub.make_context(words[0], arguments)
+        group = click.Context(main, info_name="w4a16gen", **main.context_settings)  # names of --help are inherited
+        sub.make_context(words[0], arguments, parent=group)
 
 
 def test_an_unknown_command_or_option_suggests_a_near_one(cli: Runner) -> None:

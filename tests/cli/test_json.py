@@ -111,7 +111,7 @@ def test_every_command_has_a_schema_a_version_and_a_section() -> None:
 
 def test_the_page_describes_no_member_that_is_not_there() -> None:
     for command, shape in SCHEMAS.items():
-        (section,) = re.findall(rf"^## {command}\n(.*?)(?=^## |^A comparison|\Z)", PAGE, re.DOTALL | re.MULTILINE)
+        (section,) = re.findall(rf"^## {command}\n(.*?)(?=^## |^An? [\w ]+:$|\Z)", PAGE, re.DOTALL | re.MULTILINE)
         for row in re.findall(r"^\| (`.*?`) \|", section, re.MULTILINE):
             for member in re.findall(r"`([\w-]+)", row):
                 assert member in {*shape, "schema"}, f"{command}.{member}"

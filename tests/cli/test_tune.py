@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from w4a16gen.cli.services import Services
 from w4a16gen.kernels.spaces import enumerate_space
 from w4a16gen.measure import tune
 
+tune_command = import_module("w4a16gen.cli.tune")
 MODE = QuantMode.FINEGRAINED_SCALE_ONLY
 KERNELS = [config for config in enumerate_space("trtllm") if config.mode is MODE]
 FOREIGN = json.dumps({"schema": SCHEMA, "gpu": "a GPU", "sm_count": 132, "times": []})
@@ -126,6 +129,18 @@ def test_the_last_of_several_looks_at_a_kernel_counts(
     assert chosen(own_library, problem) == (stopwatch.measured[-1], 0.5)
     count = len(stopwatch.measured) - 3
     assert steps == [*((done, count) for done in range(1, count + 1)), (count, count)]
+
+
+def test_a_budget_ends_tuning_in_time_and_says_what_is_left(
+    cli: CliRunner, stopwatch: Stopwatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(monotonic=lambda: 10.0 * len(stopwatch.measured))
+    monkeypatch.setattr(tune, "time", clock)
+    monkeypatch.setattr(tune_command, "time", clock)
+    problems = [argument for m in (16, 32, 64, 128) for argument in ("--problem", f"{m}x512x1024")]
+    done = cli.invoke(main, ["tune", *problems, "--budget", "1"])
+    assert done.exit_code == 0, done.output
+    assert "2 problems are not measured: the same command goes on" in " ".join(done.stderr.split())
 
 
 def test_tuning_measures_again_what_is_asked_for_or_built_anew(

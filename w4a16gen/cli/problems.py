@@ -125,14 +125,53 @@ def problems_options(command: _Command) -> _Command:
     return command
 
 
+checkpoint_option = option(
+    "--checkpoint",
+    "checkpoints",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    section=WHICH_PROBLEMS,
+    help="The layers of a 4-bit checkpoint, a folder or a .gguf file, in their own modes. Repeatable.",
+)
+
+
+def checkpoint_problems(
+    checkpoints: Sequence[Path], tokens: Sequence[int]
+) -> dict[QuantMode, list[tuple[str, Problem]]]:
+    """Return the problems of checkpoints' layers by mode, each with the name of the first layer of its shape.
+
+    Raises:
+        InvalidValueError: if a path is no checkpoint that can be read.
+    """
+    from w4a16gen.weights.importers.checkpoint import open_checkpoint
+
+    names: dict[QuantMode, dict[Problem, str]] = {}
+    for path in checkpoints:
+        for name, layer in open_checkpoint(path).items():
+            for m in tokens:
+                problem = Problem(m, layer.n, layer.k, layer.group_size)
+                names.setdefault(layer.mode, {}).setdefault(problem, name)
+    return {mode: [(name, problem) for problem, name in of_mode.items()] for mode, of_mode in names.items()}
+
+
 def named_problems(
     problems: Sequence[Problem],
     models: Sequence[tuple[str, int, int]],
     files: Sequence[Path],
     tokens: Sequence[int],
     mode: QuantMode,
+    *,
+    others: str = "",
 ) -> list[tuple[str, Problem]]:
     """Return the problems that the options name, each with its layer's name.
+
+    Args:
+        problems: of `--problem`.
+        models: of `--model`.
+        files: of `--file`.
+        tokens: of `--tokens`.
+        mode: of `--mode`.
+        others: another option of the command that names problems, for the message.
 
     Raises:
         InvalidValueError: if a file or a model cannot be used.
@@ -146,7 +185,7 @@ def named_problems(
     for name, gpus, group_size in models:
         named += model_problems(name, tokens, tensor_parallel=gpus, group_size=group_size)
     if not named:
-        raise click.UsageError("Specify at least one of --problem, --model, --file")
+        raise click.UsageError(f"Specify at least one of --problem, --model, --file{others}")
     if not mode.is_grouped:
         named = [(name, Problem(asked.m, asked.n, asked.k, asked.k)) for name, asked in named]
     return named

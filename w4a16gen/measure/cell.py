@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +17,7 @@ from w4a16gen.measure.results import Comparison, Timing
 from w4a16gen.measure.rivals import CUBLAS, Rival
 from w4a16gen.measure.stage import Stage
 from w4a16gen.measure.timing import Contender
+from w4a16gen.measure.turns import take_turns
 from w4a16gen.runtime.library import Library
 
 NEAR_ESTIMATE = 1.3
@@ -25,13 +25,6 @@ NEAR_ESTIMATE = 1.3
 so that the fastest kernel is rarely estimated 30 % slower than another."""
 SURPRISES = 3
 """Kernels beside these that are drawn at random and timed, to see where the estimate is wrong."""
-SECONDS_OF_BLOCK = 0.5
-"""Length of a block on a long problem; see `timing.BLOCK_SECONDS`. A contender's blocks are apart, so that few fall
-into the slow moment of a second."""
-ROUNDS_PER_BLOCK = 5
-"""A long problem gets one block for this many rounds."""
-STILL_RUNNING = 1.1
-"""After its first block, a contender gets more only if it is within this factor of the fastest, or the call."""
 
 
 @dataclass(frozen=True)
@@ -91,16 +84,13 @@ def time_cell(
     contenders = {config.name: stage.record(config, dependent=False) for config in finals}
     left_out = _add_rivals(stage, torch, options.rivals, attempts, contenders, errors)
     own = frozenset(config.name for config in finals)
-    left_out |= _take_turns(contenders, own, chosen.name, options.rounds, order, is_long=_is_long(problem))
+    is_long = default_cost_model().is_long(problem)
+    left_out |= take_turns(contenders, own, chosen.name, options.rounds, order, is_long=is_long)
     timings = [Timing(name, contender.microseconds) for name, contender in contenders.items()]
     timings.sort(key=lambda timing: timing.median)
     return Comparison(
         problem, mode, screened, len(able) - len(candidates), timings, errors, chosen.name, dict(left_out)
     )
-
-
-def _is_long(problem: Problem) -> bool:
-    return default_cost_model().is_long(problem)
 
 
 def promising(
@@ -150,42 +140,3 @@ def _add_rivals(
         if name != CUBLAS:
             errors[name] = error
     return left_out
-
-
-def _take_turns(
-    contenders: dict[str, Contender],
-    own: frozenset[str],
-    chosen: str,
-    rounds: int,
-    order: random.Random,
-    *,
-    is_long: bool,
-) -> dict[str, str]:
-    """Time contenders in turn, in a new order each round; remove those of others that fail, and return the reasons."""
-    failed: dict[str, str] = {}
-    for turn in range(-(-rounds // ROUNDS_PER_BLOCK) if is_long else rounds):
-        entrants = _still_running(contenders, chosen) if is_long and turn else list(contenders)
-        order.shuffle(entrants)
-        for name in entrants:
-            try:
-                _time_once(contenders[name], is_long=is_long)
-            except Exception as failure:
-                if name in own:
-                    raise
-                failed[name] = " ".join(f"{type(failure).__name__}: {failure}".split())
-                del contenders[name]
-    return failed
-
-
-def _time_once(contender: Contender, *, is_long: bool) -> None:
-    if is_long:
-        contender.time_block(SECONDS_OF_BLOCK)
-    else:
-        contender.time()
-
-
-def _still_running(contenders: Mapping[str, Contender], chosen: str) -> list[str]:
-    """Return those that may be the fastest, and the call: slow ones need no second block."""
-    medians = {name: statistics.median(contender.microseconds) for name, contender in contenders.items()}
-    limit = STILL_RUNNING * min(medians.values())
-    return [name for name, median in medians.items() if median <= limit or name == chosen]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-from w4a16gen.kernels.config import QuantMode
+from w4a16gen.kernels.config import KernelConfig, QuantMode
 from w4a16gen.kernels.problem import Problem
 from w4a16gen.measure.rivals import CUBLAS, RIVAL_NAMES
 
@@ -126,9 +126,6 @@ def comparison_of(value: Mapping[str, Any]) -> Comparison:
 def smallest_set(comparisons: Iterable[Comparison], slack: float) -> list[str]:
     """Return a small set of kernels with one within `slack` (0.03: 3 %) of the fastest in every comparison.
 
-    Greedy: take the kernel that serves most of the comparisons not served yet, the faster one of equals. Then drop the
-    kernels that the others make superfluous.
-
     Args:
         comparisons: the comparisons; those without screened kernels are ignored.
         slack: allowed excess over the fastest, as a fraction.
@@ -136,28 +133,45 @@ def smallest_set(comparisons: Iterable[Comparison], slack: float) -> list[str]:
     Returns:
         Kernel names, sorted.
     """
+    return smallest_cover({(found.problem, found.mode): found.screened for found in comparisons}, slack)
+
+
+Kernel = TypeVar("Kernel", str, KernelConfig)
+
+
+def smallest_cover(times: Mapping[Any, Mapping[Kernel, float]], slack: float) -> list[Kernel]:
+    """Return a small set of kernels with one within `slack` (0.01: 1 %) of the fastest in every problem.
+
+    Greedy: take the kernel that serves most of the problems not served yet, the faster one of equals. Then drop the
+    kernels that the others make superfluous.
+
+    Args:
+        times: for each problem the kernels' times; problems without any are ignored.
+        slack: allowed excess over the fastest, as a fraction.
+
+    Returns:
+        The kernels, sorted.
+    """
     served = {
-        (comparison.problem, comparison.mode): {
-            name: value
-            for name, value in comparison.screened.items()
-            if value <= min(comparison.screened.values()) * (1 + slack)
+        problem: {
+            kernel: value for kernel, value in of_problem.items() if value <= min(of_problem.values()) * (1 + slack)
         }
-        for comparison in comparisons
-        if comparison.screened
+        for problem, of_problem in times.items()
+        if of_problem
     }
-    chosen: list[str] = []
+    chosen: list[Kernel] = []
     left = dict(served)
     while left:
-        scores: dict[str, tuple[int, float]] = {}
+        scores: dict[Kernel, tuple[int, float]] = {}
         for values in left.values():
-            for name, value in values.items():
-                count, excess = scores.get(name, (0, 0.0))
-                scores[name] = count + 1, excess + value / min(values.values())
-        best = max(sorted(scores), key=lambda name: (scores[name][0], -scores[name][1]))
+            for kernel, value in values.items():
+                count, excess = scores.get(kernel, (0, 0.0))
+                scores[kernel] = count + 1, excess + value / min(values.values())
+        best = max(sorted(scores), key=lambda kernel: (scores[kernel][0], -scores[kernel][1]))
         chosen.append(best)
-        left = {key: values for key, values in left.items() if best not in values}
-    for name in list(chosen):
-        others = set(chosen) - {name}
+        left = {problem: values for problem, values in left.items() if best not in values}
+    for kernel in list(chosen):
+        others = set(chosen) - {kernel}
         if all(others & values.keys() for values in served.values()):
-            chosen.remove(name)
+            chosen.remove(kernel)
     return sorted(chosen)

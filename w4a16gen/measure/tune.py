@@ -16,6 +16,7 @@ from w4a16gen.kernels.config import KernelConfig, QuantMode
 from w4a16gen.kernels.device import Device
 from w4a16gen.kernels.problem import Problem, runnable
 from w4a16gen.measure.compare import measure, tiles_suit
+from w4a16gen.measure.refine import Refined, nearest, refine
 from w4a16gen.progress import Progress, no_progress
 from w4a16gen.runtime.library import Library
 
@@ -94,6 +95,12 @@ class Job:
     again: bool
     dependent: bool
     versions: Mapping[str, str]
+    candidates: Mapping[Problem, Sequence[KernelConfig]] | None = None
+    """The kernels to measure on each problem; None takes all built ones whose token tiles suit it."""
+    refined: Refined | None = None
+    """Kernels near the fastest are timed again, in turns, unless these are noted; None times them once."""
+    deadline: float | None = None
+    """Clock (`time.monotonic`) by which problems must end: none is begun that would end later. None sets no limit."""
 
     def run(
         self,
@@ -125,7 +132,7 @@ class Job:
         def one(name: str, problem: Problem) -> None:
             device = free.get()
             try:
-                if stop.is_set():
+                if stop.is_set() or self._is_late(time.monotonic() - began, len(outcomes) / len(devices)):
                     return
                 outcome = self._tune_one(name, problem, device, hashes, stop, bar)
             except BaseException:
@@ -141,6 +148,30 @@ class Job:
         _call_all(one, named, threads=len(devices), stop=stop)
         return outcomes
 
+    def _is_late(self, elapsed: float, done: float) -> bool:
+        """Return whether one more problem would end after the deadline, if it takes as long as those before."""
+        return self.deadline is not None and time.monotonic() + elapsed / max(done, 1) > self.deadline
+
+    def _keep(
+        self, problem: Problem, config: KernelConfig, microseconds: float, hashes: Mapping[KernelConfig, str]
+    ) -> None:
+        """Write a time into the table."""
+        measured = Measured(microseconds, hashes[config])
+        add_times(self.path, one_time(self.gpu, problem, config, measured, self.versions, dependent=self.dependent))
+
+    def _refine(
+        self, problem: Problem, times: Mapping[KernelConfig, float], device: int, hashes: Mapping[KernelConfig, str]
+    ) -> dict[KernelConfig, float]:
+        """Time the kernels near the fastest in turns, unless that was done; return their times."""
+        of_times = {config: hashes[config] for config in times}
+        if self.refined is None or (not self.again and self.refined.has(self.mode, problem, of_times)):
+            return {}
+        newer = refine(self.library, problem, self.mode, nearest(times), device=device, dependent=self.dependent)
+        for config, microseconds in newer.items():
+            self._keep(problem, config, microseconds, hashes)
+        self.refined.add(self.mode, problem, of_times)
+        return newer
+
     def _tune_one(
         self,
         name: str,
@@ -152,17 +183,19 @@ class Job:
     ) -> Tuned:
         able = runnable(hashes, self.mode, problem)
         suitable = [config for config in able if tiles_suit(config, problem)]
+        if self.candidates is not None:
+            suitable = [config for config in self.candidates[problem] if config in hashes]
         have = {} if self.again else self.known.valid(self.mode, problem, hashes)
         missing = [config for config in suitable if config not in have]
         times = {config: us for config, us in have.items() if config in suitable}
         with show_progress(str(problem)) as progress:
             measured = measure(self.library, problem, self.mode, missing, device=device, dependent=self.dependent)
             for config, us in measured:
-                measured_once = Measured(us, hashes[config])
-                newer = one_time(self.gpu, problem, config, measured_once, self.versions, dependent=self.dependent)
-                add_times(self.path, newer)
+                self._keep(problem, config, us, hashes)
                 times[config] = us
                 progress(len(times.keys() & set(missing)), len(missing), config.short_name)
                 if stop.is_set():
                     break
+        if times and not stop.is_set():
+            times |= self._refine(problem, times, device, hashes)
         return Tuned(name, problem, times, len(missing), len(able) - len(suitable))

@@ -1,0 +1,43 @@
+"""Which kernels of a space are worth building for some problems, by their estimates."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from w4a16gen.kernels.config import KernelConfig
+from w4a16gen.kernels.problem import Problem
+from w4a16gen.measure.compare import tiles_suit
+
+NEAR_ESTIMATE = 1.2
+"""Kernels whose estimate is within this factor of the best one are promising."""
+MOST_FOR_PROBLEM = 24
+"""Kernels built for one problem, at most: many of a space share an estimate with few tokens, and take the same time."""
+
+
+def promising(estimates: Iterable[tuple[KernelConfig, float]], problem: Problem) -> list[KernelConfig]:
+    """Return the kernels worth measuring on a problem, the best estimate first.
+
+    Args:
+        estimates: kernels with their estimated microseconds.
+        problem: the problem; kernels whose token tiles are far from m are left out.
+    """
+    suitable = [(microseconds, config) for config, microseconds in estimates if tiles_suit(config, problem)]
+    limit = NEAR_ESTIMATE * min(suitable)[0] if suitable else 0.0
+    return [config for microseconds, config in sorted(suitable) if microseconds <= limit][:MOST_FOR_PROBLEM]
+
+
+def to_build(wanted: Mapping[Any, Sequence[KernelConfig]], most: int | None = None) -> list[KernelConfig]:
+    """Return the kernels to build for several problems: the best of each first, then the second, and so on.
+
+    Args:
+        wanted: for each problem its kernels, the best first.
+        most: kernels at most, but the best of each problem is always among them; None takes all.
+    """
+    by_rank = itertools.zip_longest(*wanted.values())
+    ranks = [[config for config in rank if config is not None] for rank in by_rank]
+    every = list(dict.fromkeys(itertools.chain.from_iterable(ranks)))
+    if most is None:
+        return every
+    return every[: max(most, len(set(ranks[0])) if ranks else 0)]
