@@ -15,11 +15,13 @@ from fakes.runner import Runner
 from json_shapes import RANDOM, SCHEMAS, check
 
 from w4a16gen import Problem, QuantMode
+from w4a16gen.choose.timing_table import TABLE
 from w4a16gen.cli.services import Services
 from w4a16gen.errors import MissingToolError, NotBuiltError
 from w4a16gen.kernels.spaces import enumerate_space
 from w4a16gen.measure import random_bench
 from w4a16gen.measure.cell import Attempts, CellOptions
+from w4a16gen.measure.cell_record import CELLS
 from w4a16gen.measure.draw import draw_cells
 from w4a16gen.measure.record import read_record
 from w4a16gen.measure.results import Comparison, Timing
@@ -101,6 +103,9 @@ def test_an_interrupted_run_goes_on_and_a_longer_draw_takes_what_is_there(cli: R
     assert len(gpu.timed) == len(set(gpu.timed)) == 6
     assert cli.run("bench --random 8 --seed 7").exit_code == 0
     assert gpu.timed == [problem for _, problem in draw_cells(8, 7, MODE)]
+    (Path("build") / TABLE).write_text("other times")
+    assert "build of" in said(cli.run("bench --random 8 --seed 7").stderr), "calls may choose other kernels now"
+    (Path("build") / TABLE).unlink()
     refused = cli.run(f"bench --random 6 --seed 8 --report {FOLDER}")
     assert refused.exit_code == 2
     assert "seed of 7, now 8" in said(refused.stderr)
@@ -158,3 +163,12 @@ def test_what_is_missing_is_said_before_anything_is_written(
     with pytest.raises(Exception, match="running needs an NVIDIA Hopper GPU"):
         run_without_a_stand_in(FakeLibrary(KERNELS, devices=[A100]))()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("option", "expected"), [("", True), ("--rivals", True), ("--no-rivals", False)])
+def test_rivals_take_part_unless_they_are_not_wanted(cli: Runner, gpu: Gpu, option: str, expected: bool) -> None:
+    assert cli.run(f"bench --random 1 --seed 7 {option}").exit_code == 0
+    head = json.loads((Path(FOLDER) / CELLS).read_text().splitlines()[0])
+    assert ("humming" in head["rivals"]) is expected
+    assert "tinygemm_bf16" not in head["rivals"], "it would take most of the time"
+    assert gpu.timed

@@ -118,14 +118,14 @@ def command(
     interrupted run resumes. The result is the lead over rivals, and the loss of the choice, by bands of token counts.
     """
     from w4a16gen.measure.bench import BenchOptions
-    from w4a16gen.measure.rivals import RIVALS
+    from w4a16gen.measure.rivals import RIVALS, RIVALS_OF_DRAWS
 
     if random is not None:
         if problems or models or files:
             raise click.UsageError("--random draws the problems: drop --problem, --model and --file")
         if slack is not None:
             raise click.UsageError("--smallest-set needs every kernel timed, and --random times the promising ones")
-        chosen_rivals = RIVALS if rivals in (True, None) else ()
+        chosen_rivals = () if rivals is False else RIVALS_OF_DRAWS
         return random_bench(
             RandomChoice(random, seed, budget, mode, finalists, rounds, chosen_rivals),
             folder,

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from w4a16gen.choose.timing_table import TABLE
 from w4a16gen.errors import MissingToolError, NotBuiltError
 from w4a16gen.kernels.config import KernelConfig, QuantMode, Target
 from w4a16gen.kernels.device import Device
@@ -180,27 +181,32 @@ def _gpu_measure(library: Library, gpu: Device, mode: QuantMode, options: CellOp
     if torch is None:
         raise MissingToolError("bench --random compares with cuBLAS and rivals through torch: pip install torch")
 
+    def measure_one(problem: Problem, attempts: Attempts) -> Comparison:
+        stage = DrawnWorkload(torch, library, gpu.index, problem, mode)
+        return time_cell(stage, torch, library, gpu, options, attempts)
+
     def measure(problem: Problem, attempts: Attempts) -> Comparison:
-        try:
-            stage = DrawnWorkload(torch, library, gpu.index, problem, mode)
-            return time_cell(stage, torch, library, gpu, options, attempts)
-        finally:
-            gc.collect()  # graphs and their copies of weights, before the next cell allocates
-            torch.cuda.empty_cache()
+        found = measure_one(problem, attempts)
+        gc.collect()  # graphs and their copies of weights, before the next cell allocates
+        torch.cuda.empty_cache()
+        return found
 
     return measure
 
 
 def _head(library: Library, gpu: Device, draw: RandomDraw, options: CellOptions, version: str) -> dict[str, Any]:
-    """Return what all cells of a record share."""
-    hashes = sorted(library.build.content_hashes.values())
+    """Return what all cells of a record share, among it a digest of the kernels and of the times that calls go by."""
+    digest = hashlib.sha256("".join(sorted(library.build.content_hashes.values())).encode())
+    table = library.build.folder / TABLE  # calls choose by it
+    if table.exists():
+        digest.update(table.read_bytes())
     return {
         "seed": draw.seed,
         "mode": draw.mode.value,
         "gpu": gpu.name,
         "sm_count": gpu.sm_count,
         "version": version,
-        "build": hashlib.sha256("".join(hashes).encode()).hexdigest()[:_NAME_DIGITS],
+        "build": digest.hexdigest()[:_NAME_DIGITS],
         "finalists": options.finalists,
         "rounds": options.rounds,
         "rivals": [rival.name for rival in options.rivals],

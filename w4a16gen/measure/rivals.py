@@ -98,6 +98,8 @@ RIVALS = (
 )
 """humming is the package humming-kernels, QuACK is quack-kernels, and turbomind belongs to lmdeploy from 0.18 on.
 tinygemm, the int4 kernels, comes with torch."""
+RIVALS_OF_DRAWS = tuple(rival for rival in RIVALS if rival.package != "torch")
+"""The rivals of a random draw. torch's own take many times as long from 64 tokens on, and with them most of the run."""
 RIVAL_NAMES = frozenset(rival.name for rival in RIVALS)
 BF16_NAMES = frozenset(rival.name for rival in RIVALS if rival.dtype == BF16)
 """Rivals that multiply in bf16: their times are reported apart from those of fp16."""
