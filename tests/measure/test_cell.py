@@ -19,6 +19,7 @@ from w4a16gen.measure.timing import Contender
 
 MODE = QuantMode.FINEGRAINED_SCALE_ONLY
 KERNELS = [config for config in enumerate_space("default") if config.mode is MODE]
+ORDER = list(dict.fromkeys([*KERNELS, *enumerate_space("native")]))
 SHORT, LONG = Problem(16, 4096, 4096, 128), Problem(8192, 4096, 4096, 128)
 
 
@@ -55,7 +56,7 @@ class Table:
 
     def record(self, config: KernelConfig, *, dependent: bool) -> Timed:
         assert not dependent
-        self.recorded[config.name] = Timed(100.0 + KERNELS.index(config))
+        self.recorded[config.name] = Timed(100.0 + ORDER.index(config))
         return self.recorded[config.name]
 
     def record_cublas(self, _torch: Any) -> Timed:
@@ -86,7 +87,7 @@ def screened(monkeypatch: pytest.MonkeyPatch) -> list[KernelConfig]:
 
     def screen(_stage: object, some: list[KernelConfig]) -> Any:
         seen.extend(some)
-        return ((config, float(KERNELS.index(config))) for config in some)
+        return ((config, float(ORDER.index(config))) for config in some)
 
     monkeypatch.setattr(cells, "screen", screen)
     return seen
@@ -158,6 +159,17 @@ def test_long_problems_run_in_blocks_and_slow_contenders_get_one(screened: list[
     assert {seconds for contender in (slow, near) for seconds in contender.blocks} == {0.5}
     assert len(stage.recorded[found.chosen].blocks) == 2, "the call always runs to the end"
     assert screened
+
+
+def test_the_call_can_be_that_of_a_smaller_build(screened: list[KernelConfig]) -> None:
+    whole = [config for config in enumerate_space("native") if config.mode is MODE]
+    stage = Table(SHORT, {CUBLAS: Timed(300.0)})
+    library = FakeLibrary(whole)
+    options = CellOptions(1, 2, space="default")
+    found = time_cell(stage, SimpleNamespace(), library, H100, options)  # type: ignore[arg-type]
+    assert found.chosen == FakeLibrary(KERNELS).choose(SHORT, MODE).kernel.name
+    assert len(screened) <= 1 + 40 + 3
+    assert set(screened) - set(KERNELS), "the fastest is sought in the whole build"
 
 
 def test_without_a_kernel_there_are_no_times() -> None:

@@ -134,7 +134,7 @@ def test_wrong_results_end_with_a_failure(cli: Runner, gpu: Gpu) -> None:
     [
         ("--random 5 --model llama-3-8b", "drop --problem, --model and --file"),
         ("--random 5 --smallest-set 3", "--smallest-set needs every kernel timed"),
-        ("--model llama-3-8b --budget 3", "--budget needs --random"),
+        ("--model llama-3-8b --budget 3", "--budget and --choose-from need --random"),
         ("--random 5 --budget 0", "must be a number of minutes above 0"),
     ],
 )

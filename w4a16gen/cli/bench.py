@@ -100,6 +100,7 @@ def command(
     random: int | None,
     seed: int,
     budget: float | None,
+    choose_from: str | None,
     finalists: int | None,
     rounds: int,
     rivals: bool | None,
@@ -127,14 +128,14 @@ def command(
             raise click.UsageError("--smallest-set needs every kernel timed, and --random times the promising ones")
         chosen_rivals = () if rivals is False else RIVALS_OF_DRAWS
         return random_bench(
-            RandomChoice(random, seed, budget, mode, finalists, rounds, chosen_rivals),
+            RandomChoice(random, seed, budget, mode, finalists, rounds, chosen_rivals, choose_from),
             folder,
             report_folder,
             wide=wide,
             as_json=as_json,
         )
-    if budget is not None:
-        raise click.UsageError("--budget needs --random")
+    if budget is not None or choose_from is not None:
+        raise click.UsageError("--budget and --choose-from need --random")
 
     named = named_problems(problems, models, files, tokens, mode)
     measured: Bench = services().bench(

@@ -18,6 +18,7 @@ from w4a16gen.cli.report import write_pages
 from w4a16gen.cli.services import services
 from w4a16gen.cli.tables import Column, print_table
 from w4a16gen.errors import BuildError
+from w4a16gen.kernels.named_spaces import SPACES
 
 if TYPE_CHECKING:
     from w4a16gen.kernels.config import QuantMode
@@ -56,11 +57,19 @@ class RandomChoice:
     finalists: int | None
     rounds: int
     rivals: Sequence[Rival]
+    space: str | None
 
 
 def random_options(command: _Command) -> _Command:
-    """Add the options of a draw; the command gets random, seed and budget."""
+    """Add the options of a draw; the command gets random, seed, budget and choose_from."""
     for add in (
+        option(
+            "--choose-from",
+            type=click.Choice(list(SPACES)),
+            metavar="SPACE",
+            section=METHOD,
+            help="With --random: choose the call's kernel among those of SPACE, such as default, in a larger build.",
+        ),
         option(
             "--budget",
             type=Parsed("MINUTES", parse_minutes),
@@ -97,7 +106,7 @@ def random_bench(choice: RandomChoice, folder: Path | None, report: Path | None,
     measured: RandomBench = services().random_bench(
         load_or_build(folder),
         RandomDraw(choice.count, choice.seed, choice.mode, budget),
-        CellOptions(finalists, choice.rounds, choice.rivals),
+        CellOptions(finalists, choice.rounds, choice.rivals, choice.space),
         version=__version__,
         report=written_to,
         tell=note,

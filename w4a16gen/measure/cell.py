@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from w4a16gen.choose.chooser import Chooser
 from w4a16gen.choose.cost_model import default_cost_model
+from w4a16gen.choose.timing_table import TABLE
 from w4a16gen.kernels.config import KernelConfig, Target
 from w4a16gen.kernels.device import Device
 from w4a16gen.kernels.problem import Problem, runnable
+from w4a16gen.kernels.spaces import enumerate_space
 from w4a16gen.measure.compare import attempt, screen, tiles_suit
 from w4a16gen.measure.results import Comparison, Timing
 from w4a16gen.measure.rivals import CUBLAS, Rival
@@ -23,6 +26,8 @@ from w4a16gen.runtime.library import Library
 NEAR_ESTIMATE = 1.3
 """Kernels whose estimate is within this factor of the best one are timed. Estimates are off by 13 % root mean square,
 so that the fastest kernel is rarely estimated 30 % slower than another."""
+MOST_NEAR = 40
+"""Kernels near the best estimate that are timed, at most: a build of the whole space has hundreds."""
 SURPRISES = 3
 """Kernels beside these that are drawn at random and timed, to see where the estimate is wrong."""
 
@@ -36,6 +41,8 @@ class CellOptions:
     rounds: int = 9
     """Timed replays of each contender; a long problem gets a block for every five of them."""
     rivals: Sequence[Rival] = ()
+    space: str | None = None
+    """The call's kernel is chosen among those of a space, as in a build of that space; None takes the whole build."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ def time_cell(
     able = [config for config in runnable(library.configs(), mode, problem) if config.target is Target.NATIVE]
     if not able:
         return Comparison(problem, mode, {}, 0, [])
-    chosen = library.choose(problem, mode, target=Target.NATIVE, device=gpu.index).kernel
+    chosen = _chooser(library, options.space).choose(problem, mode, device=gpu, target=Target.NATIVE).kernel
     order = random.Random(f"{problem}")  # noqa: S311  (nothing secret)
     candidates = promising(library.chooser.estimates(problem, mode, gpu), problem, chosen, order)
     screened = {config.name: microseconds for config, microseconds in screen(stage, candidates)}
@@ -93,6 +100,15 @@ def time_cell(
     )
 
 
+def _chooser(library: Library, space: str | None) -> Chooser:
+    """Return what chooses the call's kernel."""
+    if space is None:
+        return library.chooser
+    of_space = set(enumerate_space(space))
+    hashes = {config: found for config, found in library.build.content_hashes.items() if config in of_space}
+    return Chooser(hashes, library.build.folder / TABLE)
+
+
 def promising(
     estimates: Sequence[tuple[KernelConfig, float]], problem: Problem, chosen: KernelConfig, source: random.Random
 ) -> list[KernelConfig]:
@@ -106,8 +122,9 @@ def promising(
     """
     suitable = [(config, microseconds) for config, microseconds in estimates if tiles_suit(config, problem)]
     limit = NEAR_ESTIMATE * min((microseconds for _, microseconds in suitable), default=0.0)
-    near = [config for config, microseconds in suitable if microseconds <= limit]
-    others = [config for config, microseconds in suitable if microseconds > limit]
+    ranked = sorted(suitable, key=lambda pair: (pair[1], pair[0]))
+    near = [config for config, microseconds in ranked if microseconds <= limit][:MOST_NEAR]
+    others = [config for config, _ in ranked[len(near) :]]
     surprises = source.sample(others, min(SURPRISES, len(others)))
     return list(dict.fromkeys([chosen, *near, *surprises]))
 

@@ -210,6 +210,7 @@ def _head(library: Library, gpu: Device, draw: RandomDraw, options: CellOptions,
         "finalists": options.finalists,
         "rounds": options.rounds,
         "rivals": [rival.name for rival in options.rivals],
+        "space": options.space,
     }
 
 
