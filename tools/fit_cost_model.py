@@ -1,208 +1,260 @@
-"""Fit the cost model's constants to recorded times, and write them as the package's data.
+"""Fit the cost model to recorded times, and write it as the package's data.
 
-    python tools/fit_cost_model.py                     # writes w4a16gen/choose/data/h100_cost_model.json
+    python tools/fit_cost_model.py                     # writes w4a16gen/choose/data/cost_model.json
     python tools/fit_cost_model.py --times more.csv    # with more recordings (tools/record_times.py writes them)
-    python tools/fit_cost_model.py --dry-run           # only prints errors before and after
+    python tools/fit_cost_model.py --dry-run           # only prints errors and losses
 
-Least squares on the logarithm of estimated over recorded time. Several times of one kernel in one problem count as
-their geometric mean. The start values are in tools/data/h100_start.json. A weak penalty keeps constants near them that
-the recordings do not determine. The result depends on the inputs only. Needs scipy: pip install 'w4a16gen[tools]'.
+Each kernel's rates are fitted to its own times by robust least squares on the logarithm of estimated over recorded
+time. A weak prior keeps rates that few times determine near what the kernel's shape suggests. The result depends on the
+inputs only. Losses are of choices for layers that had no part in the rates: the layers are divided into three parts,
+and each is left out in turn. Needs scipy: pip install 'w4a16gen[tools]'.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from choice_loss import loss_of, losses_by_layer, summary
 from recorded import DATA_FOLDER, Recorded, read
 from scipy.optimize import least_squares  # type: ignore[import-untyped]
 
 from w4a16gen.choose.cards import H100, Card, card_of
-from w4a16gen.choose.cost_model import MODEL_PATH, SCHEMA, CostModel, Work
-from w4a16gen.choose.packaged_times import MEASURED_MODE, Neighbours, default_reach, table
-from w4a16gen.files import write_json
-from w4a16gen.kernels.config import KernelConfig
+from w4a16gen.choose.cost_model import MODEL_PATH, SCHEMA, Constants, CostModel, Rates, in_preference
+from w4a16gen.files import write_if_changed
+from w4a16gen.kernels.arrangement import native_arrangement
+from w4a16gen.kernels.config import KernelConfig, QuantMode, Scheduler
 from w4a16gen.kernels.device import HOPPER, Device
 from w4a16gen.kernels.problem import Problem
+from w4a16gen.kernels.spaces import enumerate_space
 
-TIMES = DATA_FOLDER / "h100_times.csv.xz"
-HELD_OUT = DATA_FOLDER / "h100_held_out.csv.xz"
-"""Times of ten layers that no constant is fitted to."""
-START = DATA_FOLDER / "h100_start.json"
-FIXED = ("cycles_per_microsecond", "clusters_of_4", "paired_share", "long_flops")
-"""A unit, a count, a share chosen by the loss of the choice, and a limit that `bench` times by: not fitted."""
-PENALTY = 0.5
-"""A constant that moves by a factor e costs as much as `PENALTY`**2 of squared error, summed over all times."""
+SAMPLE = DATA_FOLDER / "h200_sample.csv.xz"
+"""All kernels that may be fastest somewhere, and cuBLAS, on random problems; the rates are fitted to it."""
+SAMPLE_BEFORE = DATA_FOLDER / "h200_sample_before.csv.xz"
+"""Times of kernels before their code changed. They count where `SAMPLE` has fewer than `FEWEST_TIMES` of a kernel."""
+H100_TIMES = DATA_FOLDER / "h100_times.csv.xz"
+"""Older kernels and cuBLAS on an H100, for seconds at the power limit."""
+START = DATA_FOLDER / "start.json"
+MODE = QuantMode.FINEGRAINED_SCALE_ONLY
+FEWEST_TIMES = 10
+PRIOR_WEIGHTS = Rates(0.1, 0.1, 0.2, 0.1, 0.8)
+"""What a rate that is off by a factor e costs, beside an error of 1 in a time."""
+ROBUST_WITHIN = 0.05
+"""Errors beyond this count less than their square."""
+FOLDS = 3
 DIGITS = 4
-"""Significant digits of a fitted constant."""
-BANDS = ((1, 64), (65, 512), (513, 1 << 30))
-"""Tokens, from and to, for which errors are reported."""
+BANDS = ((1, 64), (65, 256), (257, 1024), (1025, 1 << 30))
+"""Tokens, from and to, for which errors and losses are reported."""
 
 Vector = npt.NDArray[np.float64]
+Times = Mapping[Problem, float]
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One kernel, or cuBLAS, in one problem on one card."""
+class Sample(NamedTuple):
+    """The recorded times of one card: of each kernel, and of cuBLAS."""
 
-    kernel: KernelConfig | None
-    problem: Problem
     card: Card
-    log_microseconds: float
-    """Mean natural logarithm of its recorded times."""
-    work: Work | None
-    """The kernel's work, which depends on `FIXED` constants only; None for cuBLAS."""
-
-    def estimate(self, model: CostModel) -> float:
-        """Return the estimated microseconds."""
-        if self.work is None:
-            return model.dense_microseconds(self.problem, self.card)
-        return model.cycles(self.work, self.card) / model.cycles_per_microsecond
+    kernels: Mapping[KernelConfig, Times]
+    cublas: Times
 
 
-def samples_of(records: Sequence[Recorded], start: CostModel) -> list[Sample]:
-    """Return one sample for each kernel, problem and card, in a fixed order."""
-    pooled: dict[tuple[str, KernelConfig | None, Problem, Card], list[float]] = {}
+def sample_of(records: Iterable[Recorded]) -> Sample:
+    """Return the times of one card; several times of a kernel in a problem count as their geometric mean."""
+    logs: dict[tuple[KernelConfig | None, Problem], list[float]] = {}
+    card = H100
     for record in records:
-        if record.mode is not MEASURED_MODE:
-            continue
-        card = card_of(Device(0, record.gpu, HOPPER, record.sm_count))
-        name = "" if record.kernel is None else record.kernel.name
-        pooled.setdefault((name, record.kernel, record.problem, card), []).append(math.log(record.microseconds))
-    samples = []
-    for (_, kernel, problem, card), logs in pooled.items():
-        work = None if kernel is None else start.work(kernel, problem, card)
-        samples.append(Sample(kernel, problem, card, sum(logs) / len(logs), work))
-    return sorted(samples, key=lambda sample: (sample.card.name, *vars(sample.problem).values(), str(sample.kernel)))
+        if record.mode is MODE:
+            logs.setdefault((record.kernel, record.problem), []).append(math.log(record.microseconds))
+            card = card_of(Device(0, record.gpu, HOPPER, record.sm_count))
+    kernels: dict[KernelConfig, dict[Problem, float]] = {}
+    cublas: dict[Problem, float] = {}
+    for (kernel, problem), of in logs.items():
+        times = cublas if kernel is None else kernels.setdefault(kernel, {})
+        times[problem] = math.exp(sum(of) / len(of))
+    return Sample(card, kernels, cublas)
 
 
-def errors(model: CostModel, samples: Sequence[Sample]) -> Vector:
-    """Return the logarithm of estimated over recorded time."""
-    return np.array([math.log(sample.estimate(model)) - sample.log_microseconds for sample in samples])
-
-
-def fit(names: Sequence[str], samples: Sequence[Sample], start: CostModel, first: CostModel | None = None) -> CostModel:
-    """Return a model whose named constants fit the samples.
-
-    Args:
-        names: the constants that may change.
-        samples: recorded times; at least as many as constants.
-        start: the values that the penalty keeps constants near.
-        first: where the search begins; None begins at `start`.
-    """
-    centre = np.array([getattr(start, name) for name in names])
-
-    def model_at(place: Vector) -> CostModel:
-        return with_constants(start, dict(zip(names, (centre * np.exp(place)).tolist(), strict=True)))
-
-    def residuals(place: Vector) -> Vector:
-        return np.concatenate([errors(model_at(place), samples), PENALTY * place])
-
-    begin = np.log([getattr(first or start, name) for name in names]) - np.log(centre)
-    return rounded(model_at(least_squares(residuals, begin, diff_step=1e-4).x), names)
-
-
-def with_constants(model: CostModel, constants: Mapping[str, float]) -> CostModel:
-    """Return the model with some constants replaced."""
-    return CostModel.from_json(asdict(model) | dict(constants))
-
-
-def rounded(model: CostModel, names: Sequence[str]) -> CostModel:
-    """Return the model with the named constants at `DIGITS` significant digits."""
-    return with_constants(model, {name: float(f"{getattr(model, name):.{DIGITS}g}") for name in names})
-
-
-def refit(samples: Sequence[Sample], start: CostModel, first: CostModel | None = None) -> CostModel:
-    """Return a model with all constants fitted: those of kernels to kernels, those of dense FP16 to cuBLAS."""
-    fitted = start
-    free = [name for name in vars(start) if name not in FIXED]
-    dense = [name for name in free if name.startswith("dense_")]
-    native = [name for name in free if name not in dense]
-    for names, of_cublas in ((native, False), (dense, True)):
-        chosen = [sample for sample in samples if (sample.kernel is None) is of_cublas]
-        if len(chosen) >= len(names):
-            part = fit(names, chosen, start, first)
-            fitted = with_constants(fitted, {name: getattr(part, name) for name in names})
-    return fitted
-
-
-def root_mean_square(values: Vector) -> float:
-    """Return the root mean square, at four decimals."""
-    return round(float(np.sqrt(np.mean(values**2))), 4)
-
-
-def errors_by_band(model: CostModel, samples: Sequence[Sample]) -> dict[str, object]:
-    """Return the root-mean-square errors of kernels and of cuBLAS, for all samples and by tokens."""
-    report: dict[str, object] = {}
-    for label, of_cublas in (("kernels", False), ("cublas", True)):
-        chosen = [sample for sample in samples if (sample.kernel is None) is of_cublas]
-        bands = {"all": chosen}
-        for low, high in BANDS:
-            bands[f"{low} to {high}" if high < BANDS[-1][1] else f"{low} and more"] = [
-                sample for sample in chosen if low <= sample.problem.m <= high
-            ]
-        report[label] = {name: root_mean_square(errors(model, part)) for name, part in bands.items() if part}
-    return report
-
-
-def report_on(model: CostModel, fitted_to: Sequence[Sample], held_out: Sequence[Sample]) -> dict[str, object]:
-    """Return errors of the estimates, and losses of the choices that follow from them."""
-    reach = default_reach()
-    times: dict[Problem, dict[KernelConfig, float]] = {}
-    for sample in held_out:
-        if sample.kernel is not None:
-            times.setdefault(sample.problem, {})[sample.kernel] = math.exp(sample.log_microseconds)
-    neighbours = Neighbours(table(), model, reach)
-    return {
-        "rms_log_error": errors_by_band(model, fitted_to),
-        "rms_log_error_held_out": errors_by_band(model, held_out),
-        "choice_loss_leave_one_layer_out": summary(losses_by_layer(table(), model, reach).values()),
-        "choice_loss_held_out": summary(loss_of(neighbours, problem, of) for problem, of in times.items()),
+def with_older(sample: Sample, older: Sample) -> Sample:
+    """Return a sample in which kernels with too few times have their older ones too."""
+    few = {
+        kernel: {**times, **sample.kernels.get(kernel, {})}
+        for kernel, times in older.kernels.items()
+        if len(sample.kernels.get(kernel, {})) < FEWEST_TIMES
     }
+    return Sample(sample.card, {**sample.kernels, **few}, sample.cublas)
 
 
-def of_h100(samples: Sequence[Sample]) -> list[Sample]:
-    """Return the samples of cards that share an H100's times, which constants are fitted to."""
-    return [sample for sample in samples if sample.card.shares_times_with(H100)]
-
-
-def errors_on_other_cards(model: CostModel, samples: Sequence[Sample]) -> dict[str, object]:
-    """Return the root-mean-square errors on cards that no constant is fitted to."""
-    by_card: dict[str, list[Sample]] = {}
-    for sample in samples:
-        if not sample.card.shares_times_with(H100):
-            by_card.setdefault(f"{sample.card.name}, {sample.card.sm_count} SMs", []).append(sample)
-    return {name: errors_by_band(model, part) for name, part in sorted(by_card.items())}
-
-
-def source_of(files: Sequence[Path], records: Sequence[Recorded], fitted_to: Sequence[Sample]) -> str:
-    """Return where the constants come from."""
-    kernels = sum(sample.kernel is not None for sample in fitted_to)
-    dates = sorted({record.date for record in records})
-    names = ", ".join(path.name for path in files)
-    return (
-        f"Written by tools/fit_cost_model.py from {names}: {kernels} kernels in problems and "
-        f"{len(fitted_to) - kernels} problems of cuBLAS, recorded from {dates[0]} to {dates[-1]}. Nearly all "
-        f"kernels are those of space default. Not fitted: {', '.join(FIXED)}."
+def prior_of(kernel: KernelConfig, constants: Constants) -> Rates:
+    """Return the rates that a kernel's shape suggests."""
+    clock = constants.cycles_per_microsecond
+    blocks = kernel.cta.channels // 64
+    return Rates(
+        launch_cycles=2.0 * clock,
+        tile_cycles=(0.6 + 0.012 * native_arrangement(kernel).accumulators) * clock,
+        block_cycles=max(4.2 * kernel.cta.tokens * blocks, 130.0 * blocks),
+        split_cycles=1.0 * clock if kernel.scheduler is Scheduler.STREAM_K else 0.0,
+        long_factor=1.05,
     )
 
 
-def document(model: CostModel, source: str, reports: Mapping[str, object]) -> dict[str, object]:
-    """Return the content of the package's data file."""
+def fit_rates(kernel: KernelConfig, times: Times, model: CostModel, card: Card) -> Rates:
+    """Return a kernel's rates by its times; without any, the prior."""
+    prior = prior_of(kernel, model.constants)
+    free = [place for place, value in enumerate(prior) if value > 0]
+    works = [model.work(kernel, problem, card) for problem in times]
+    logs = np.log(list(times.values()))
+    clock = model.constants.cycles_per_microsecond
+
+    def rates_at(place: Vector) -> Rates:
+        values = list(prior)
+        for index, log in zip(free, place, strict=True):
+            values[index] = prior[index] * math.exp(log)
+        return Rates(*values)
+
+    def residuals(place: Vector) -> Vector:
+        rates = rates_at(place)
+        estimated = np.log([model.cycles(rates, work, card) / clock for work in works]) if works else np.empty(0)
+        return np.concatenate(
+            [estimated - logs, [PRIOR_WEIGHTS[index] * at for index, at in zip(free, place, strict=True)]]
+        )
+
+    found = least_squares(residuals, np.zeros(len(free)), loss="soft_l1", f_scale=ROBUST_WITHIN, diff_step=1e-4).x
+    return Rates(*(float(f"{value:.{DIGITS}g}") for value in rates_at(found)))
+
+
+def fit_all(sample: Sample, kernels: Sequence[KernelConfig], constants: Constants) -> CostModel:
+    """Return a model with the rates of all kernels of a space."""
+    plain = CostModel(constants, {})
+    rates = {
+        kernel.shape_name: fit_rates(kernel, sample.kernels.get(kernel, {}), plain, sample.card) for kernel in kernels
+    }
+    return CostModel(constants, dict(sorted(rates.items())))
+
+
+def fit_dense(times: Times, start: Constants, card: Card) -> Constants:
+    """Return the constants with those of dense FP16 fitted to cuBLAS's times."""
+    names = [name for name in vars(start) if name.startswith("dense_")]
+    centre = np.array([getattr(start, name) for name in names])
+
+    def constants_at(place: Vector) -> Constants:
+        values = dict(zip(names, (centre * np.exp(place)).tolist(), strict=True))
+        return Constants.from_json(asdict(start) | values)
+
+    def residuals(place: Vector) -> Vector:
+        model = CostModel(constants_at(place), {})
+        logs = [math.log(model.dense_microseconds(problem, card) / time) for problem, time in times.items()]
+        return np.concatenate([logs, 0.5 * place])
+
+    found = constants_at(least_squares(residuals, np.zeros(len(names)), diff_step=1e-4).x)
+    digits = {name: float(f"{getattr(found, name):.{DIGITS}g}") for name in names}
+    return Constants.from_json(asdict(found) | digits)
+
+
+def sustained_factor(model: CostModel, sample: Sample) -> float:
+    """Return by how much long problems took longer in seconds at the power limit than a model says."""
+    logs = [
+        math.log(time / model.microseconds(kernel, problem, sample.card))
+        for kernel, times in sample.kernels.items()
+        for problem, time in times.items()
+        if model.is_long(problem) and kernel.shape_name in model.rates
+    ]
+    return round(math.exp(sum(logs) / len(logs)), 3)
+
+
+def errors_by_band(model: CostModel, sample: Sample) -> dict[str, dict[str, float]]:
+    """Return mean and standard deviation of the logarithm of estimated over recorded time, by tokens."""
+    of: dict[str, list[float]] = {}
+    for kernel, times in sample.kernels.items():
+        for problem, time in times.items():
+            if kernel.shape_name in model.rates:
+                log = math.log(model.microseconds(kernel, problem, sample.card) / time)
+                of.setdefault(band_of(problem), []).append(log)
     return {
+        band: {"mean": round(float(np.mean(logs)), 4), "deviation": round(float(np.std(logs)), 4)}
+        for band, logs in in_order(of)
+    }
+
+
+def band_of(problem: Problem) -> str:
+    """Return the name of a problem's band of tokens."""
+    return name_of(*next((low, high) for low, high in BANDS if low <= problem.m <= high))
+
+
+def name_of(low: int, high: int) -> str:
+    """Return the name of a band."""
+    return f"{low} to {high}" if high < BANDS[-1][1] else f"{low} and more"
+
+
+def in_order(of: Mapping[str, list[float]]) -> list[tuple[str, list[float]]]:
+    """Return the values of bands, fewest tokens first."""
+    return [(name, of[name]) for name in itertools.starmap(name_of, BANDS) if name in of]
+
+
+def losses(estimated: Mapping[Problem, Mapping[KernelConfig, float]], sample: Sample) -> dict[str, dict[str, float]]:
+    """Return by how much the kernel of the least estimate took longer than the fastest, by tokens."""
+    of: dict[str, list[float]] = {}
+    for problem, estimates in estimated.items():
+        times = {kernel: sample.kernels[kernel][problem] for kernel in estimates}
+        chosen = in_preference(estimates.items(), problem)[0][0]
+        of.setdefault(band_of(problem), []).append(times[chosen] / min(times.values()))
+    return {
+        band: {
+            "problems": len(ratios),
+            "geometric_mean": round(math.exp(float(np.mean(np.log(ratios)))) - 1, 4),
+            "worst": round(max(ratios) - 1, 4),
+        }
+        for band, ratios in in_order(of)
+    }
+
+
+def losses_of_left_out_layers(sample: Sample, constants: Constants) -> dict[str, dict[str, float]]:
+    """Return the losses of choices by rates that do not know the layer; see the module's docstring."""
+    layers = sorted({(problem.n, problem.k) for times in sample.kernels.values() for problem in times})
+    np.random.default_rng(0).shuffle(layers)
+    estimated: dict[Problem, dict[KernelConfig, float]] = {}
+    plain = CostModel(constants, {})
+    for fold in range(FOLDS):
+        left_out = set(map(tuple, layers[fold::FOLDS]))
+        for kernel, times in sample.kernels.items():
+            known = {problem: time for problem, time in times.items() if (problem.n, problem.k) not in left_out}
+            if len(known) == len(times):
+                continue
+            rates = fit_rates(kernel, known, plain, sample.card)
+            for problem in times.keys() - known.keys():
+                cycles = plain.cycles(rates, plain.work(kernel, problem, sample.card), sample.card)
+                estimated.setdefault(problem, {})[kernel] = cycles / constants.cycles_per_microsecond
+    return losses(estimated, sample)
+
+
+def estimates_of(model: CostModel, sample: Sample) -> dict[Problem, dict[KernelConfig, float]]:
+    """Return a model's estimates for everything that was recorded."""
+    estimated: dict[Problem, dict[KernelConfig, float]] = {}
+    for kernel, times in sample.kernels.items():
+        for problem in times:
+            if kernel.shape_name in model.rates:
+                estimate = model.microseconds(kernel, problem, sample.card)
+                estimated.setdefault(problem, {})[kernel] = estimate
+    return estimated
+
+
+def document(model: CostModel, source: str, reports: Mapping[str, object]) -> str:
+    """Return the content of the package's data file: JSON with the rates of one kernel a line."""
+    head = {
         "schema": SCHEMA,
-        "gpu": "NVIDIA H100 80GB HBM3",
+        "gpu": "NVIDIA H200",
         "source": source,
-        "constants": asdict(model),
+        "constants": asdict(model.constants),
         "residuals": dict(reports),
     }
+    lines = (f"{json.dumps(name)}: {json.dumps(list(rates))}" for name, rates in model.rates.items())
+    return json.dumps(head, indent=2).removesuffix("\n}") + ',\n  "rates": {\n' + ",\n".join(lines) + "\n}}\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -210,21 +262,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--times", type=Path, action="append", default=[], help="another file to fit to (repeatable)")
     parser.add_argument("--output", type=Path, default=MODEL_PATH, help="the file to write")
-    parser.add_argument("--dry-run", action="store_true", help="print errors and write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print errors and losses, and write nothing")
     options = parser.parse_args(arguments)
-    files = [TIMES, *options.times]
-    records = read(files)
-    start = CostModel.read(START)
-    samples = samples_of(records, start)
-    known = of_h100(samples)
-    model = refit(known, start)
-    held_out = samples_of(read([HELD_OUT]), start)
-    reports = {"start": report_on(start, known, held_out), "fitted": report_on(model, known, held_out)}
-    if other_cards := errors_on_other_cards(model, samples):
-        reports["other_cards"] = other_cards
+    start = Constants.from_json(json.loads(START.read_text())["constants"])
+    current = sample_of(read([SAMPLE, *options.times]))
+    sample = with_older(current, sample_of(read([SAMPLE_BEFORE])))
+    on_h100 = sample_of(read([H100_TIMES]))
+    constants = fit_dense(on_h100.cublas, start, on_h100.card)
+    kernels = {config.shape_name: replace(config, mode=MODE) for config in enumerate_space("native")}
+    model = fit_all(sample, list(kernels.values()), constants)
+    reports = {
+        "errors": errors_by_band(model, current),
+        "choice_loss_in_left_out_layers": losses_of_left_out_layers(current, constants),
+        "errors_on_h100": errors_by_band(model, on_h100),
+        "choice_loss_on_h100": losses(estimates_of(model, on_h100), on_h100),
+    }
+    sustained = {"sustained_factor": sustained_factor(model, on_h100)}
+    model = CostModel(Constants.from_json(asdict(constants) | sustained), model.rates)
     print(json.dumps(reports, indent=2))
+    times = sum(map(len, sample.kernels.values()))
+    source = (
+        f"Written by tools/fit_cost_model.py from {times} times of {len(sample.kernels)} kernels on an NVIDIA H200. "
+        f"Dense FP16 and sustained_factor: from {H100_TIMES.name}. {json.loads(START.read_text())['source']}"
+    )
     if not options.dry_run:
-        write_json(options.output, document(model, source_of(files, records, known), reports))
+        write_if_changed(options.output, document(model, source, reports))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python tools/record_times.py --build-dir build --output times.csv --seed 1 --layers 12 --tokens 8 --minutes 5
 
 An interrupted run continues where it stopped: times that the file holds are not measured again. The same seed draws the
-same problems, so that several GPUs can be compared. `tools/fit_cost_model.py --times times.csv` fits to the file, and
-`tools/merge_times.py times.csv` merges it into the packaged times. Needs an NVIDIA Hopper GPU.
+same problems, so that several GPUs can be compared. `tools/fit_cost_model.py --times times.csv` fits to the file. With
+`--quick` thousands of times a minute are recorded; see `quick_measure.py`. Needs an NVIDIA Hopper GPU.
 """
 
 from __future__ import annotations
@@ -20,17 +20,20 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Protocol
 
+from quick_measure import QuickMeasure
 from recorded import COLUMNS, Recorded, read
 
-from w4a16gen.choose.packaged_times import MEASURED_GROUP_SIZE, MEASURED_MODE
 from w4a16gen.kernels.config import KernelConfig, QuantMode
 from w4a16gen.kernels.device import Device
 from w4a16gen.kernels.problem import Problem, runnable
 from w4a16gen.kernels.spaces import SPACES, enumerate_space
-from w4a16gen.measure.compare import measure, tiles_suit
+from w4a16gen.measure.compare import measure as exact_measure
+from w4a16gen.measure.compare import tiles_suit
 from w4a16gen.runtime.default import load
 from w4a16gen.runtime.library import Library
 
+MEASURED_MODE = QuantMode.FINEGRAINED_SCALE_ONLY
+MEASURED_GROUP_SIZE = 128
 SMALLEST, LARGEST = 1024, 32768
 """Range of n and k."""
 CHANNEL_MULTIPLE = 64
@@ -162,7 +165,7 @@ def main(
     arguments: Sequence[str] | None = None,
     *,
     open_build: Callable[[Path | None], Library] = load,
-    measure: Measure = measure,
+    measure: Measure = exact_measure,
 ) -> None:
     """Measure the built kernels of the spaces."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -174,12 +177,15 @@ def main(
     parser.add_argument("--tokens", type=int, default=8, help="random token counts for each layer")
     parser.add_argument("--seed", type=int, default=0, help="seed of the problems")
     parser.add_argument("--minutes", type=float, default=5.0, help="when to stop")
+    parser.add_argument("--quick", action="store_true", help="short graphs over random bytes; needs torch")
     options = parser.parse_args(arguments)
     library = open_build(options.build_dir)
     device = library.hopper_device()
     wanted = {config for space in options.space or ["all"] for config in enumerate_space(space)}
     kernels = [config for config in library.configs() if config in wanted]
     source = f"record_times seed {options.seed}"
+    if options.quick:
+        measure, source = QuickMeasure(device.index), f"{source} quick"
     recording = Recording(
         library, device, options.output, source, measure, time.monotonic, options.kernels, options.seed
     )

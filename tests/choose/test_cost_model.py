@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import FrozenInstanceError, asdict
+from dataclasses import FrozenInstanceError, asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 
 from w4a16gen import KernelConfig, Problem, QuantMode
 from w4a16gen.choose.cards import H100, Card
-from w4a16gen.choose.cost_model import MODEL_PATH, SCHEMA, CostModel, default_cost_model
+from w4a16gen.choose.cost_model import SCHEMA, Constants, CostModel, default_cost_model
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.spaces import enumerate_space
 
@@ -25,50 +25,61 @@ def kernel(shape: str) -> KernelConfig:
     return KernelConfig.parse(f"w4a16_sm90_native_fgs_{shape}")
 
 
+CONSTANTS = asdict(MODEL.constants)
+SHAPE = "cta64x8x128_cluster1x1x1_warps8_persistent"
+
+
 def test_constants_are_frozen_and_named() -> None:
     with pytest.raises(FrozenInstanceError):
-        MODEL.launch_cycles = 1.0  # type: ignore[misc]
-    assert CostModel.from_json(asdict(MODEL)) == MODEL
+        MODEL.constants.overlap_loss = 1.0  # type: ignore[misc]
+    assert Constants.from_json(CONSTANTS) == MODEL.constants
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"schema": "w4a16gen.cost_model/0"},
+        {"schema": "w4a16gen.cost_model/1"},
         {"constants": {}},
-        {"constants": {**asdict(MODEL), "more": 1.0}},
-        {"constants": {**asdict(MODEL), "launch_cycles": "4730"}},
-        {"constants": {**asdict(MODEL), "launch_cycles": -1.0}},
-        {"constants": {**asdict(MODEL), "launch_cycles": float("nan")}},
-        {"constants": {**asdict(MODEL), "launch_cycles": True}},
+        {"constants": {**CONSTANTS, "more": 1.0}},
+        {"constants": {**CONSTANTS, "overlap_loss": "4730"}},
+        {"constants": {**CONSTANTS, "overlap_loss": -1.0}},
+        {"constants": {**CONSTANTS, "overlap_loss": float("nan")}},
+        {"constants": {**CONSTANTS, "overlap_loss": True}},
         {"constants": [1.0]},
+        {"rates": [1.0]},
+        {"rates": {SHAPE: [1.0]}},
+        {"rates": {SHAPE: [1.0, 2.0, 3.0, 4.0, "5"]}},
+        {"rates": {SHAPE: [1.0, 2.0, 3.0, -4.0, 5.0]}},
     ],
-    ids=lambda changes: f"{changes!r:.40}",
+    ids=lambda changes: f"{changes!r:.60}",
 )
 def test_other_data_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     path = tmp_path / "model.json"
-    path.write_text(json.dumps({"schema": SCHEMA, "constants": asdict(MODEL), **changes}))
+    right = {"schema": SCHEMA, "constants": CONSTANTS, "rates": {SHAPE: list(MODEL.rates[SHAPE])}}
+    path.write_text(json.dumps(right))
+    assert CostModel.read(path).rates == {SHAPE: MODEL.rates[SHAPE]}
+    path.write_text(json.dumps(right | changes))
     with pytest.raises(InvalidValueError, match="is not a cost model"):
         CostModel.read(path)
 
 
-def test_the_data_says_where_it_comes_from_and_how_far_it_is_off() -> None:
-    value = json.loads(MODEL_PATH.read_text())
-    assert "tools/fit_cost_model.py" in value["source"]
-    before, after = value["residuals"]["start"], value["residuals"]["fitted"]
-    for part in ("rms_log_error", "rms_log_error_held_out"):
-        assert after[part]["kernels"]["all"] < before[part]["kernels"]["all"]
-    for part in ("choice_loss_leave_one_layer_out", "choice_loss_held_out"):
-        assert after[part]["geometric_mean"] <= before[part]["geometric_mean"]
-        assert after[part]["worst"] <= before[part]["worst"]
+def test_a_kernel_without_rates_is_named() -> None:
+    with pytest.raises(InvalidValueError, match=f"fgs_{SHAPE} has no rates: run tools/fit_cost_model.py"):
+        CostModel(MODEL.constants, {}).rates_of(kernel(SHAPE))
+
+
+def test_all_modes_share_their_rates() -> None:
+    config = kernel(SHAPE)
+    for mode in QuantMode:
+        assert MODEL.rates_of(replace(config, mode=mode)) is MODEL.rates_of(config)
 
 
 @pytest.mark.parametrize("config", NATIVE[:: len(NATIVE) // 40], ids=str)
 def test_more_work_takes_longer_and_more_sms_take_less(config: KernelConfig) -> None:
-    times = [MODEL.native_cycles(config, Problem(m, 8192, 8192, 128)) for m in (1, 64, 512, 4096, 32768)]
+    times = [MODEL.microseconds(config, Problem(m, 8192, 8192, 128)) for m in (1, 64, 512, 4096, 32768)]
     assert times == sorted(times)
     large = Problem(4096, 8192, 8192, 128)
-    by_sms = [MODEL.native_cycles(config, large, H100.resized(sms)) for sms in (132, 114, 78, 60, 16)]
+    by_sms = [MODEL.microseconds(config, large, H100.resized(sms)) for sms in (132, 114, 78, 60, 16)]
     assert by_sms == sorted(by_sms)
     assert by_sms[0] < by_sms[-1] / 4
 
@@ -76,22 +87,33 @@ def test_more_work_takes_longer_and_more_sms_take_less(config: KernelConfig) -> 
 def test_waves_of_tiles_are_counted_by_the_sms_of_the_card() -> None:
     config = kernel("cta128x128x64_cluster1x1x2_warpgroups2_persistent")
     problem = Problem(128, 128 * 66, 4096, 128)
-    assert MODEL.work(config, problem).waves == 1, "66 tiles, two CTAs each"
-    assert MODEL.work(config, problem, H100.resized(131)).waves == 2
-    assert MODEL.work(config, Problem(128, 128 * 67, 4096, 128)).waves == 2
-    assert MODEL.work(config, problem, H100.resized(1)).waves == 66
+    assert MODEL.work(config, problem).tiles == 1, "66 tiles, two CTAs each"
+    assert MODEL.work(config, problem, H100.resized(131)).tiles == 2
+    assert MODEL.work(config, Problem(128, 128 * 67, 4096, 128)).tiles == 2
+    assert MODEL.work(config, problem, H100.resized(1)).tiles == 66
+
+
+def test_stream_k_divides_the_last_waves_only() -> None:
+    config = kernel("cta128x128x128_cluster2x1x1_warpgroups2_streamk")
+    tile, clusters = 256, 66
+    few = MODEL.work(config, Problem(128, tile * 22, 4096, 128))
+    assert (few.tiles, few.blocks, few.clusters_per_split_tile) == (1.0, pytest.approx(32 / 3), 3.0)
+    full = MODEL.work(config, Problem(128, tile * 2 * clusters, 4096, 128))
+    assert (full.tiles, full.blocks, full.clusters_per_split_tile) == (2.0, 64.0, 0.0)
+    more = MODEL.work(config, Problem(128, tile * (2 * clusters + 33), 4096, 128))
+    assert (more.tiles, more.blocks, more.clusters_per_split_tile) == (2.5, 80.0, 2.0)
 
 
 def test_clusters_of_four_fit_less_well() -> None:
     config = kernel("cta64x16x128_cluster1x1x4_warps8_persistent")
-    assert MODEL.work(config, Problem(16, 64 * 30, 4096, 128)).waves == 1
-    assert MODEL.work(config, Problem(16, 64 * 31, 4096, 128)).waves == 2
+    assert MODEL.work(config, Problem(16, 64 * 30, 4096, 128)).tiles == 1
+    assert MODEL.work(config, Problem(16, 64 * 31, 4096, 128)).tiles == 2
 
 
 def test_no_tokens_and_the_smallest_problems_have_an_estimate() -> None:
     for config in NATIVE:
         for problem in (Problem(0, 64, 128, 128), Problem(1, 8, 32, 32), Problem(0, 8, 8, 8)):
-            assert MODEL.native_cycles(config, problem) >= MODEL.launch_cycles
+            assert MODEL.microseconds(config, problem) >= MODEL.rates_of(config).launch_cycles / 1755
 
 
 def test_memory_and_tensor_cores_of_the_card_count() -> None:
@@ -99,9 +121,9 @@ def test_memory_and_tensor_cores_of_the_card_count() -> None:
     few = kernel("cta64x8x128_cluster1x1x1_warps8_persistent")
     many = kernel("cta256x128x64_cluster1x1x1_warpgroups2_persistent")
     quick, slow = Card("quick memory", 132, 6.7, 989.0), Card("slow tensor cores", 132, 3.35, 148.0)
-    assert MODEL.native_cycles(few, reading, quick) < 0.8 * MODEL.native_cycles(few, reading)
-    assert MODEL.native_cycles(few, reading, slow) < 1.5 * MODEL.native_cycles(few, reading)
-    assert MODEL.native_cycles(many, multiplying, slow) > 4 * MODEL.native_cycles(many, multiplying)
+    assert MODEL.microseconds(few, reading, quick) < 0.8 * MODEL.microseconds(few, reading)
+    assert MODEL.microseconds(few, reading, slow) < 1.5 * MODEL.microseconds(few, reading)
+    assert MODEL.microseconds(many, multiplying, slow) > 4 * MODEL.microseconds(many, multiplying)
     assert MODEL.dense_microseconds(reading, quick) < 0.7 * MODEL.dense_microseconds(reading)
     assert MODEL.dense_microseconds(multiplying, slow) > 4 * MODEL.dense_microseconds(multiplying)
 

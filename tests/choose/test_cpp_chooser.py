@@ -15,7 +15,6 @@ from fakes.library import build_of
 from paths import CPP, ROOT
 
 from w4a16gen import Problem, QuantMode
-from w4a16gen.choose import packaged_times
 from w4a16gen.choose.choice_file import choice_text, fnv1a
 from w4a16gen.choose.chooser import Chooser
 from w4a16gen.choose.overrides import KERNELS_VARIABLE, kernels_of_environment
@@ -25,6 +24,7 @@ from w4a16gen.kernels.config import Target
 from w4a16gen.kernels.device import Device
 from w4a16gen.kernels.problem import why_cannot_run
 from w4a16gen.kernels.spaces import enumerate_space
+from w4a16gen.measure.models import MODELS
 
 pytestmark = pytest.mark.compile
 
@@ -89,9 +89,9 @@ def assert_same(program: Path, folder: Path, questions: Sequence[Question], tabl
 
 
 def random_questions(count: int, seed: int) -> list[Question]:
-    """Return random problems in all modes on all kinds of GPU; some are of layers of the packaged times."""
+    """Return random problems in all modes on all kinds of GPU; some are of the layers of models."""
     rng = random.Random(seed)  # noqa: S311
-    layers = sorted({(problem.n, problem.k) for _, problem in packaged_times.table().times})
+    layers = sorted({(n, k) for model in MODELS.values() for _, n, k in model.layers(1)})
     questions: list[Question] = []
     for _ in range(count):
         mode = rng.choice(list(QuantMode))
@@ -102,16 +102,9 @@ def random_questions(count: int, seed: int) -> list[Question]:
     return questions
 
 
-def test_cpp_and_python_agree_on_every_problem_of_the_packaged_times(program: Path, tmp_path: Path) -> None:
-    problems = [problem for _, problem in packaged_times.table().times]
-    questions: list[Question] = [(FGS, problem, H100) for problem in problems]
-    assert assert_same(program, tmp_path, questions, tmp_path / TABLE) == ["packaged_times"] * 601
-
-
 def test_cpp_and_python_agree_on_random_problems(program: Path, tmp_path: Path) -> None:
     sources = assert_same(program, tmp_path, random_questions(2000, seed=1), tmp_path / TABLE)
-    assert sources.count("estimate") > 1000
-    assert sources.count("packaged_times") > 30
+    assert sources == ["estimate"] * 2000
 
 
 def test_cpp_and_python_agree_where_the_build_has_a_tuning_table(program: Path, tmp_path: Path) -> None:
@@ -226,7 +219,7 @@ def test_every_line_is_checked(program: Path, tmp_path: Path) -> None:
     first: dict[str, int] = {}
     for place, line in enumerate(lines):
         first.setdefault(line.split(" ")[0], place)
-    assert {"constant", "h100", "card", "timed", "kernel", "packaged", "tuned_on", "tuned"} <= first.keys()
+    assert {"constant", "h100", "card", "kernel", "tuned_on", "tuned"} <= first.keys()
     choice_file.write_text(with_end(lines))
     assert refusal_of(program, choice_file) == ""
     for word, place in first.items():

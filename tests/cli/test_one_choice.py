@@ -10,13 +10,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import recorded
 from fakes.arrays import GpuArray
 from fakes.devices import H100, H200
 from fakes.library import FakeLibrary, record
 from fakes.runner import Runner
 
 from w4a16gen import KernelConfig, Library, Problem, QuantMode, use_kernels
-from w4a16gen.choose import packaged_times
 from w4a16gen.choose.timing_table import TABLE, Measured, add_times, one_time
 from w4a16gen.cli.services import Services
 from w4a16gen.kernels.device import Device
@@ -27,13 +27,15 @@ from w4a16gen.measure.timing import Contender
 from w4a16gen.weights.packed import LAYOUTS, TARGET_LAYOUTS, PackedWeight
 
 DEFAULT = enumerate_space("default")
-MODE = packaged_times.MEASURED_MODE
-PACKAGED = packaged_times.read_times(packaged_times.TIMES_PATH).times
-TABLE_PROBLEMS = [problem for _, problem in PACKAGED]
+MODE = QuantMode.FINEGRAINED_SCALE_ONLY
+RECORDED = sorted(
+    {row.problem for row in recorded.read([recorded.DATA_FOLDER / "h100_times.csv.xz"]) if row.kernel is not None},
+    key=lambda problem: (problem.n, problem.k, problem.m),
+)
 
 
 def drawn(count: int) -> list[tuple[QuantMode, Problem]]:
-    """Return random problems of all modes, of sizes that are in no table too."""
+    """Return random problems of all modes, of sizes that nobody recorded too."""
     random = Random(20)  # noqa: S311  (nothing secret)
     problems = []
     for _ in range(count):
@@ -139,21 +141,16 @@ def commands_on(cli: Runner, folder: Path, monkeypatch: pytest.MonkeyPatch, devi
     return Commands(cli, library, folder, monkeypatch)
 
 
-def test_every_command_picks_the_same_kernel_for_every_packaged_problem(commands: Commands) -> None:
-    assert len(TABLE_PROBLEMS) == 601
-    wanted = {problem: commands.gemm(MODE, problem) for problem in TABLE_PROBLEMS}
-    fastest = {
-        problem: min(times, key=lambda config: (times[config].microseconds, config)).name
-        for (_, problem), times in PACKAGED.items()
-    }
-    assert wanted == fastest, "a call gets what was fastest"
+def test_every_command_picks_the_same_kernel_for_every_recorded_problem(commands: Commands) -> None:
+    assert len(RECORDED) == 601
+    wanted = {problem: commands.gemm(MODE, problem) for problem in RECORDED}
     for command in ("run", "explain"):
-        assert {problem: commands.one(command, MODE, problem) for problem in TABLE_PROBLEMS} == wanted, command
-    assert dict(zip(TABLE_PROBLEMS, commands.bench(MODE, TABLE_PROBLEMS), strict=True)) == wanted
+        assert {problem: commands.one(command, MODE, problem) for problem in RECORDED} == wanted, command
+    assert dict(zip(RECORDED, commands.bench(MODE, RECORDED), strict=True)) == wanted
 
 
 @pytest.mark.parametrize("device", [H100, H200], ids=lambda device: device.name)
-def test_every_command_picks_the_same_kernel_for_problems_of_no_table(
+def test_every_command_picks_the_same_kernel_for_random_problems(
     cli: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: Device
 ) -> None:
     commands = commands_on(cli, tmp_path, monkeypatch, device)
@@ -167,7 +164,7 @@ def test_every_command_picks_the_same_kernel_for_problems_of_no_table(
 
 
 def test_every_command_picks_what_tuning_found_fastest(commands: Commands) -> None:
-    problems = [TABLE_PROBLEMS[place] for place in range(0, 601, 25)]
+    problems = [RECORDED[place] for place in range(0, 601, 25)]
     before = {problem: commands.library.choose(problem, MODE).kernel.name for problem in problems}
     commands.library.chooser = FakeLibrary(DEFAULT, folder=commands.folder).chooser  # as a process that starts later
     tuned = dict(zip(problems, commands.tune(MODE, problems), strict=True))
@@ -180,7 +177,7 @@ def test_every_command_picks_what_tuning_found_fastest(commands: Commands) -> No
 
 
 def test_every_command_picks_what_the_user_named(commands: Commands) -> None:
-    problem = TABLE_PROBLEMS[0]
+    problem = RECORDED[0]
     named = [config for config in DEFAULT if config.mode is MODE][-1]
     assert commands.gemm(MODE, problem) != named.name
     hashes = commands.library.build.content_hashes

@@ -118,7 +118,7 @@ def test_explain_names_the_choice_and_what_it_was_weighed_against(cli: Runner, m
     assert [row["basis"] for row in found["kernels"]] == ["estimate"] * 3
     assert found["problem"] == {"m": 16, "n": 4096, "k": 5120, "group_size": 128}
     known = json.loads(cli.invoke(main, ["explain", "16", "4096", "4096", "--json"]).stdout)
-    assert known["source"] == "packaged_times"
+    assert known["source"] == "estimate"
     assert 4 < known["microseconds"] < 9
     shown = cli.invoke(main, ["explain", "16", "4096", "4096", "--mode", "cs"])
     assert "bench --problem 16x4096x4096,4096 --mode cs" in shown.stderr

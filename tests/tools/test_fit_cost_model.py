@@ -1,87 +1,136 @@
-"""The fit of the cost model: deterministic, right on made-up times, and the origin of the committed constants."""
+"""The fit of the cost model: deterministic, right on made-up times, and the origin of the committed rates."""
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import fit_cost_model
 import pytest
 import recorded
-from fakes.devices import H100, H200
+from fakes.devices import H200
 
-from w4a16gen import Problem
-from w4a16gen.choose.cost_model import MODEL_PATH, CostModel, default_cost_model
-from w4a16gen.choose.packaged_times import MEASURED_MODE
-from w4a16gen.kernels.device import Device
+from w4a16gen import KernelConfig, Problem
+from w4a16gen.choose.cards import card_of
+from w4a16gen.choose.cost_model import MODEL_PATH, Constants, CostModel, Rates, default_cost_model
 from w4a16gen.kernels.spaces import enumerate_space
 
-START = CostModel.read(fit_cost_model.START)
-KERNELS = [config for config in enumerate_space("default") if config.mode is MEASURED_MODE]
+START = Constants.from_json(json.loads(fit_cost_model.START.read_text())["constants"])
+TRUTH = Rates(4000.0, 1500.0, 1100.0, 0.0, 1.1)
+KERNEL = KernelConfig.parse("w4a16_sm90_native_fgs_cta128x128x64_cluster1x1x1_warpgroups2_persistent")
+STREAM_K = KernelConfig.parse("w4a16_sm90_native_fgs_cta128x96x128_cluster2x1x1_warpgroups2_streamk")
 
 
-def recordings_of(model: CostModel, device: Device = H100) -> list[recorded.Recorded]:
-    """Return the times that a GPU would take if a model were right."""
-    rows = []
-    for m in (1, 8, 16, 64, 128, 300, 1024, 5000):
-        for n, k in ((4096, 4096), (1024, 8192), (14336, 4096), (28672, 8192)):
-            problem = Problem(m, n, k, 128)
-            for kernel in (*KERNELS, None):
-                cycles = 0.0 if kernel is None else model.native_cycles(kernel, problem)
-                time = cycles / model.cycles_per_microsecond if kernel else model.dense_microseconds(problem)
-                row = (kernel, problem, MEASURED_MODE, time, device.name, device.sm_count, "2026-11-28", "a test")
-                rows.append(recorded.Recorded(*row))
-    return rows
+def recordings_of(kernel: KernelConfig, rates: Rates) -> list[recorded.Recorded]:
+    """Return the times that an H200 would take if the rates were right."""
+    model, card = CostModel(START, {kernel.shape_name: rates}), card_of(H200)
+    problems = [
+        Problem(m, n, k, 128)
+        for m in (100, 250, 600, 1500, 4000)
+        for n, k in ((4096, 4096), (1024, 8192), (14336, 1024), (28672, 8192), (20480, 2048))
+    ]
+    return [
+        recorded.Recorded(
+            kernel,
+            problem,
+            fit_cost_model.MODE,
+            model.microseconds(kernel, problem, card),
+            H200.name,
+            H200.sm_count,
+            "2026-11-29",
+            "a test",
+        )
+        for problem in problems
+    ]
 
 
-def test_constants_behind_made_up_times_are_found() -> None:
-    changes = {"launch_cycles": 3000.0, "packed_bytes_per_cycle": 1500.0, "tensor_cycles": 5.0, "product_cycles": 220.0}
-    truth = fit_cost_model.with_constants(START, {**changes, "dense_flops_per_microsecond": 7e8})
-    samples = fit_cost_model.samples_of(recordings_of(truth), START)
-    fitted = fit_cost_model.refit(samples, START)
-    assert fitted.dense_flops_per_microsecond == pytest.approx(7e8, rel=0.02)
-    for name, value in changes.items():
-        assert getattr(fitted, name) == pytest.approx(value, rel=0.1), name
-    for name in fit_cost_model.FIXED:
-        assert getattr(fitted, name) == getattr(START, name)
-    off = fit_cost_model.errors(fitted, samples)
-    assert fit_cost_model.root_mean_square(off) < 0.005
+@pytest.mark.parametrize(
+    ("kernel", "truth"),
+    [(KERNEL, TRUTH), (STREAM_K, TRUTH._replace(split_cycles=2500.0))],
+    ids=["persistent", "streamk"],
+)
+def test_rates_behind_made_up_times_are_found(kernel: KernelConfig, truth: Rates) -> None:
+    sample = fit_cost_model.sample_of(recordings_of(kernel, truth))
+    rates = fit_cost_model.fit_rates(kernel, sample.kernels[kernel], CostModel(START, {}), sample.card)
+    for name, value in truth._asdict().items():
+        assert getattr(rates, name) == pytest.approx(value, rel=0.1), name
+
+
+def test_a_kernel_without_times_has_the_rates_that_its_shape_suggests() -> None:
+    card = card_of(H200)
+    assert fit_cost_model.fit_rates(KERNEL, {}, CostModel(START, {}), card) == pytest.approx(
+        fit_cost_model.prior_of(KERNEL, START), rel=1e-3
+    )
 
 
 def test_several_times_count_as_their_geometric_mean_whatever_their_order() -> None:
-    row = recordings_of(START)[0]
+    row = recordings_of(KERNEL, TRUTH)[0]
     pair = [row, recorded.Recorded(**{**vars(row), "microseconds": 4 * row.microseconds})]
     for rows in (pair, pair[::-1]):
-        (sample,) = fit_cost_model.samples_of(rows, START)
-        assert sample.log_microseconds == pytest.approx(math.log(2 * row.microseconds))
+        sample = fit_cost_model.sample_of(rows)
+        assert sample.kernels[KERNEL][row.problem] == pytest.approx(2 * row.microseconds)
 
 
-def test_the_committed_constants_are_the_best_for_the_committed_times() -> None:
+def test_older_times_count_where_there_are_few() -> None:
+    rows = recordings_of(KERNEL, TRUTH)
+    few, many = (fit_cost_model.sample_of(rows[:count]) for count in (5, fit_cost_model.FEWEST_TIMES))
+    older = fit_cost_model.sample_of(rows)
+    assert len(fit_cost_model.with_older(few, older).kernels[KERNEL]) == len(rows)
+    assert len(fit_cost_model.with_older(many, older).kernels[KERNEL]) == fit_cost_model.FEWEST_TIMES
+
+
+def test_the_committed_rates_are_the_best_for_the_committed_times() -> None:
     committed = default_cost_model()
-    samples = fit_cost_model.samples_of(recorded.read([fit_cost_model.TIMES]), START)
-    fitted = fit_cost_model.refit(samples, START, committed)
-    for name, value in vars(committed).items():
-        assert getattr(fitted, name) == pytest.approx(value, rel=0.01), f"{name}: run tools/fit_cost_model.py"
+    current = fit_cost_model.sample_of(recorded.read([fit_cost_model.SAMPLE]))
+    older = fit_cost_model.sample_of(recorded.read([fit_cost_model.SAMPLE_BEFORE]))
+    sample = fit_cost_model.with_older(current, older)
+    plain = CostModel(replace(committed.constants, sustained_factor=1.0), {})
+    for kernel in sorted(sample.kernels)[::60]:
+        fitted = fit_cost_model.fit_rates(kernel, sample.kernels[kernel], plain, sample.card)
+        assert tuple(committed.rates_of(kernel)) == pytest.approx(tuple(fitted), rel=0.02), (
+            "run tools/fit_cost_model.py"
+        )
 
 
-def test_the_committed_residuals_are_those_of_the_committed_constants() -> None:
-    committed = default_cost_model()
+def test_every_native_kernel_has_rates_and_none_is_left_over() -> None:
+    assert default_cost_model().rates.keys() == {config.shape_name for config in enumerate_space("native")}
+
+
+def test_choices_for_layers_without_a_part_in_the_rates_are_near_the_fastest() -> None:
     residuals = json.loads(MODEL_PATH.read_text())["residuals"]
-    samples = fit_cost_model.samples_of(recorded.read([fit_cost_model.TIMES]), START)
-    for name, model in (("start", START), ("fitted", committed)):
-        assert residuals[name]["rms_log_error"] == fit_cost_model.errors_by_band(model, samples)
+    losses = residuals["choice_loss_in_left_out_layers"]
+    assert sum(band["problems"] for band in losses.values()) > 300
+    assert all(band["geometric_mean"] < 0.02 and band["worst"] < 0.15 for band in losses.values())
+    errors = residuals["errors"]
+    assert all(abs(band["mean"]) < 0.02 and band["deviation"] < 0.07 for band in errors.values())
 
 
-def test_other_cards_are_reported_and_not_fitted() -> None:
-    samples = fit_cost_model.samples_of([*recordings_of(START), *recordings_of(START, H200)], START)
-    known = fit_cost_model.of_h100(samples)
-    assert 2 * len(known) == len(samples)
-    other = fit_cost_model.errors_on_other_cards(START, samples)
-    assert other.keys() == {"NVIDIA H200, 132 SMs"}
-    assert fit_cost_model.errors_on_other_cards(START, known) == {}
-    source = fit_cost_model.source_of([Path("a.csv")], recordings_of(START), known)
-    assert source.startswith("Written by tools/fit_cost_model.py from a.csv: 640 kernels in problems and 32 problems")
+def test_the_committed_errors_are_those_of_the_committed_rates() -> None:
+    committed = default_cost_model()
+    unsustained = CostModel(replace(committed.constants, sustained_factor=1.0), committed.rates)
+    sample = fit_cost_model.sample_of(recorded.read([fit_cost_model.SAMPLE]))
+    residuals = json.loads(MODEL_PATH.read_text())["residuals"]
+    assert residuals["errors"] == fit_cost_model.errors_by_band(unsustained, sample)
+
+
+def test_the_loss_of_a_choice_is_beside_the_fastest() -> None:
+    problem = Problem(300, 4096, 4096, 128)
+    sample = fit_cost_model.Sample(
+        card_of(H200), {KERNEL: {problem: 12.0}, STREAM_K: {problem: 10.0}}, {}
+    )
+    right = fit_cost_model.losses({problem: {KERNEL: 3.0, STREAM_K: 2.0}}, sample)
+    wrong = fit_cost_model.losses({problem: {KERNEL: 2.0, STREAM_K: 3.0}}, sample)
+    assert right == {"257 to 1024": {"problems": 1, "geometric_mean": 0.0, "worst": 0.0}}
+    assert wrong == {"257 to 1024": {"problems": 1, "geometric_mean": 0.2, "worst": 0.2}}
+
+
+def test_the_document_comes_back_as_a_model(tmp_path: Path) -> None:
+    model = CostModel(START, {KERNEL.shape_name: TRUTH})
+    path = tmp_path / "model.json"
+    path.write_text(fit_cost_model.document(model, "a test", {}))
+    assert CostModel.read(path) == model
 
 
 def test_a_recording_with_a_wrong_line_is_refused(tmp_path: Path) -> None:
@@ -90,3 +139,13 @@ def test_a_recording_with_a_wrong_line_is_refused(tmp_path: Path) -> None:
         path.write_text(",".join(recorded.COLUMNS) + f"\n{line}\n")
         with pytest.raises(ValueError, match=r"times\.csv, line 2 is not a measurement"):
             recorded.read([path])
+
+
+def test_the_factor_of_sustained_work_is_of_long_problems_only() -> None:
+    model = CostModel(START, {KERNEL.shape_name: TRUTH})
+    short, long = Problem(64, 4096, 4096, 128), Problem(8192, 8192, 8192, 128)
+    card = card_of(H200)
+    times = {short: 9.0, long: 1.2 * model.microseconds(KERNEL, long, card)}
+    factor = fit_cost_model.sustained_factor(model, fit_cost_model.Sample(card, {KERNEL: times}, {}))
+    assert factor == pytest.approx(1.2, abs=0.001)
+    assert math.isfinite(factor)

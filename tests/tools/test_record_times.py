@@ -13,7 +13,6 @@ from fakes.devices import H100, H200
 from fakes.library import FakeLibrary
 
 from w4a16gen import KernelConfig, Library, Problem, QuantMode
-from w4a16gen.choose.packaged_times import MEASURED_MODE
 from w4a16gen.kernels.device import Device
 from w4a16gen.kernels.spaces import enumerate_space
 from w4a16gen.measure.compare import tiles_suit
@@ -33,7 +32,7 @@ class Stopwatch:
     def measure(
         self, library: Library, problem: Problem, mode: QuantMode, configs: Sequence[KernelConfig], *, device: int
     ) -> Iterable[tuple[KernelConfig, float]]:
-        assert (mode, device) == (MEASURED_MODE, 0)
+        assert (mode, device) == (record_times.MEASURED_MODE, 0)
         assert set(configs) <= set(library.configs())
         for config in configs:
             if len(self.measured) == self.interrupt_after:
@@ -89,14 +88,14 @@ def test_every_kernel_that_suits_is_measured_once_and_its_last_time_kept(stopwat
         (config, problem)
         for problem in PROBLEMS
         for config in DEFAULT
-        if config.mode is MEASURED_MODE and tiles_suit(config, problem)
+        if config.mode is record_times.MEASURED_MODE and tiles_suit(config, problem)
     }
     assert len(rows) == count == len(suited)
     assert {(row.kernel, row.problem) for row in rows} == suited
     for row in rows:
         assert row.kernel is not None
         assert row.microseconds == row.kernel.cta.tokens
-        assert (row.gpu, row.sm_count, row.mode, row.source) == (H100.name, 132, MEASURED_MODE, "a test")
+        assert (row.gpu, row.sm_count, row.mode, row.source) == (H100.name, 132, record_times.MEASURED_MODE, "a test")
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(stopwatch: Stopwatch, tmp_path: Path) -> None:

@@ -1,16 +1,10 @@
-"""The GPUs that the packaged times apply to, and the figures by which estimates describe the others."""
+"""The GPUs of compute capability 9.0, and the figures by which estimates tell them apart."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 from w4a16gen.kernels.device import Device
-
-SAME_MEMORY = 0.2
-"""Cards share times if they have equally many SMs and their memory bandwidths differ by at most this share.
-
-That includes the H800, the H100 NVL and the GH200 with HBM3. It leaves out the H200, and boards and MIG slices with
-fewer SMs."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +34,9 @@ class Card:
             tensor_rate=self.tensor_rate * share,
         )
 
-    def shares_times_with(self, other: Card) -> bool:
-        """Return whether kernels take about as long on the other card; see `SAME_MEMORY`."""
-        ratio = self.memory_bandwidth / other.memory_bandwidth
-        return self.sm_count == other.sm_count and abs(ratio - 1) <= SAME_MEMORY
-
 
 H100 = Card("NVIDIA H100", 132, 3.35, 989.0)
-"""The card of the packaged times and of the cost model's constants: NVIDIA H100 80GB HBM3."""
+"""NVIDIA H100 80GB HBM3, which the cost model's constants refer to."""
 CARDS = (
     Card("NVIDIA H100 64GB", 132, 2.02, 989.0),
     Card("NVIDIA H100 NVL", 132, 3.94, 835.0),

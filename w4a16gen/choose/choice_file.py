@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 
-from w4a16gen.choose import cards, packaged_times
+from w4a16gen.choose import cards
 from w4a16gen.choose.cost_model import default_cost_model
-from w4a16gen.choose.packaged_times import MEASURED_MODE
 from w4a16gen.choose.timing_table import TOKEN_STEP, table_for
 from w4a16gen.kernels.arrangement import native_arrangement
 from w4a16gen.kernels.config import KernelConfig, Target
@@ -16,16 +15,15 @@ from w4a16gen.kernels.legality import CTA_TOKENS
 
 CHOICE_FILE = "share/w4a16/choice.txt"
 """Path in an exported prefix."""
-SCHEMA = "w4a16gen.choice/1"
-NOT_MEASURED = "-"
+SCHEMA = "w4a16gen.choice/2"
 _FNV_OFFSET, _FNV_PRIME = 0xCBF29CE484222325, 0x100000001B3
 
 
 def choice_text(content_hashes: Mapping[KernelConfig, str], tuning_table: Path) -> str:
     """Return the file for a build: one record per line, fields separated by single spaces, in a fixed order.
 
-    The first line is the schema. Then come the constants of the estimates, the cards, the native kernels of the build,
-    their packaged times, and the times of the build's tuning table. The last line counts the lines before it and holds
+    The first line is the schema. Then come the constants of the estimates, the cards, the native kernels of the build
+    with their rates, and the times of the build's tuning table. The last line counts the lines before it and holds
     their FNV-1a hash, so that a damaged file is recognised.
 
     Args:
@@ -33,10 +31,7 @@ def choice_text(content_hashes: Mapping[KernelConfig, str], tuning_table: Path) 
         tuning_table: path of the build's tuning table; it need not exist.
     """
     kernels = sorted(config for config in content_hashes if config.target is Target.NATIVE)
-    measured = {kernel for times in packaged_times.table().times.values() for kernel in times}
-    timed = sorted(measured & {replace(config, mode=MEASURED_MODE) for config in kernels})
-    lines = [SCHEMA, *_constants(), *_cards(), *_kernels("timed", timed), *_kernels("kernel", kernels)]
-    lines += _packaged(timed)
+    lines = [SCHEMA, *_constants(), *_cards(), *_kernels(kernels)]
     lines += _tuned({config: content_hashes[config] for config in kernels}, tuning_table)
     text = "".join(f"{line}\n" for line in lines)
     return f"{text}end {len(lines)} {fnv1a(text.encode()):016x}\n"
@@ -44,15 +39,9 @@ def choice_text(content_hashes: Mapping[KernelConfig, str], tuning_table: Path) 
 
 def _constants() -> Iterator[str]:
     values: dict[str, float] = {
-        name: value for name, value in vars(default_cost_model()).items() if not name.startswith("dense_")
+        name: value for name, value in asdict(default_cost_model().constants).items() if not name.startswith("dense_")
     }
-    values |= vars(packaged_times.default_reach())
-    values |= {
-        "same_memory": cards.SAME_MEMORY,
-        "token_step": TOKEN_STEP,
-        "smallest_tile_tokens": CTA_TOKENS[0],
-        "measured_group_size": packaged_times.MEASURED_GROUP_SIZE,
-    }
+    values |= {"token_step": TOKEN_STEP, "smallest_tile_tokens": CTA_TOKENS[0]}
     yield from (f"constant {name} {value!r}" for name, value in values.items())
 
 
@@ -61,19 +50,11 @@ def _cards() -> Iterator[str]:
         yield f"{word} {card.sm_count} {card.memory_bandwidth!r} {card.tensor_rate!r} {card.name}"
 
 
-def _kernels(word: str, kernels: Sequence[KernelConfig]) -> Iterator[str]:
+def _kernels(kernels: Sequence[KernelConfig]) -> Iterator[str]:
+    """Yield `kernel name ctas_per_sm`, followed by the kernel's rates."""
     for config in kernels:
-        arrangement = native_arrangement(config)
-        yield f"{word} {config.name} {arrangement.along_k} {arrangement.ctas_per_sm}"
-
-
-def _packaged(timed: Sequence[KernelConfig]) -> Iterator[str]:
-    """Yield `packaged n k m`, followed by the microseconds of each `timed` kernel."""
-    problems = {problem: times for (_, problem), times in packaged_times.table().times.items()}
-    for problem in sorted(problems, key=lambda problem: (problem.n, problem.k, problem.m)):
-        times = problems[problem]
-        row = (repr(times[config].microseconds) if config in times else NOT_MEASURED for config in timed)
-        yield " ".join(["packaged", str(problem.n), str(problem.k), str(problem.m), *row])
+        rates = default_cost_model().rates_of(config)
+        yield " ".join(["kernel", config.name, str(native_arrangement(config).ctas_per_sm), *map(repr, rates)])
 
 
 def _tuned(content_hashes: Mapping[KernelConfig, str], path: Path) -> Iterator[str]:

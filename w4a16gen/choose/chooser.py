@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from w4a16gen.choose import packaged_times
 from w4a16gen.choose.cards import card_of
+from w4a16gen.choose.cost_model import default_cost_model
 from w4a16gen.choose.overrides import kernels_in_use
 from w4a16gen.choose.timing_table import TuningTable, table_for
 from w4a16gen.errors import NotBuiltError, UnsupportedProblemError
@@ -22,7 +22,6 @@ class ChoiceSource(Enum):
 
     OVERRIDE = "override"
     TUNING_TABLE = "tuning_table"
-    PACKAGED_TIMES = "packaged_times"
     ESTIMATE = "estimate"
     RULE_OF_THUMB = "rule_of_thumb"
 
@@ -35,7 +34,6 @@ class ChoiceSource(Enum):
 _SENTENCES = {
     ChoiceSource.OVERRIDE: "use_kernels or W4A16GEN_KERNELS",
     ChoiceSource.TUNING_TABLE: "the build's tuning table",
-    ChoiceSource.PACKAGED_TIMES: "times of an H100 that come with the package",
     ChoiceSource.ESTIMATE: "an estimate",
     ChoiceSource.RULE_OF_THUMB: "a rule of thumb for CUTLASS kernels",
 }
@@ -78,8 +76,8 @@ class Chooser:
     ) -> Choice:
         """Return the kernel of a call without `config=`: always the same for the same arguments and files.
 
-        The first of these with an answer decides: overrides, the build's tuning table, the times that come with the
-        package, the estimate, and for CUTLASS kernels a rule of thumb.
+        The first of these with an answer decides: overrides, the build's tuning table, the estimate, and for CUTLASS
+        kernels a rule of thumb.
 
         Args:
             problem: the problem.
@@ -103,9 +101,7 @@ class Chooser:
             raise UnsupportedProblemError(self._why_none(target, mode, problem))
         if tuned := self._tuned(able, mode, problem, device):
             return tuned
-        if known := packaged_times.fastest(able, mode, problem, device):
-            return Choice(*known, ChoiceSource.PACKAGED_TIMES)
-        if estimated := packaged_times.neighbours().estimate(able, mode, problem, card_of(device)):
+        if estimated := default_cost_model().estimate(able, mode, problem, card_of(device)):
             return Choice(*estimated[0], ChoiceSource.ESTIMATE)
         return Choice(_choose_cutlass(able, problem), None, ChoiceSource.RULE_OF_THUMB)
 
@@ -119,7 +115,7 @@ class Chooser:
             mode: the quantisation mode.
             device: the GPU to estimate for; None stands for an H100.
         """
-        return packaged_times.neighbours().estimate(self._hashes, mode, problem, card_of(device))
+        return default_cost_model().estimate(self._hashes, mode, problem, card_of(device))
 
     def _of_target(self, target: Target | None) -> Iterable[KernelConfig]:
         return [config for config in self._hashes if target in (None, config.target)]

@@ -1,9 +1,9 @@
-"""The time that a native kernel, or a dense FP16 product, is estimated to take: a formula and its fitted constants."""
+"""The time that a native kernel, or a dense FP16 product, is estimated to take: a formula and measured constants."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -16,42 +16,40 @@ from w4a16gen.kernels.config import KernelConfig, QuantMode, Scheduler, Target
 from w4a16gen.kernels.legality import CTA_TOKENS
 from w4a16gen.kernels.problem import Problem, runnable
 
-MODEL_PATH = Path(__file__).resolve().parent / "data" / "h100_cost_model.json"
+MODEL_PATH = Path(__file__).resolve().parent / "data" / "cost_model.json"
 """The file that `tools/fit_cost_model.py` writes."""
-SCHEMA = "w4a16gen.cost_model/1"
+SCHEMA = "w4a16gen.cost_model/2"
 PACKED_BLOCK_CHANNELS = 64
 PACKED_BLOCK_K = 128
-PACKED_BLOCK_BYTES = PACKED_BLOCK_CHANNELS * PACKED_BLOCK_K // 2 + 2 * PACKED_BLOCK_CHANNELS
-"""4-bit weights and one fp16 scale per channel."""
-ACTIVATION_BYTES = 2 * PACKED_BLOCK_K
-"""One token's fp16 activations for a packed block."""
 CLUSTER_SIZE_THAT_FITS_BADLY = 4
 
 
-class Work(NamedTuple):
-    """The work of a native kernel in a problem, in counts that do not depend on fitted constants."""
+class Rates(NamedTuple):
+    """The measured constants of one kernel, whatever the mode. Cycles are SM cycles at the model's clock."""
 
-    tile_tokens: int
-    tile_blocks: int
-    """Packed blocks of 64 channels, side by side, in a tile."""
-    waves: int
+    launch_cycles: float
+    """Cycles of every launch: until the first bytes arrive, and for the last store."""
+    tile_cycles: float
+    """Cycles of a tile beside its main loop."""
+    block_cycles: float
+    """Cycles of the main loop for 128 values of K of a tile."""
+    split_cycles: float
+    """Cycles of the fix-up of stream-K for each cluster that shares a tile."""
+    long_factor: float
+    """Factor by which the power limit lengthens this kernel's work."""
+
+
+class Work(NamedTuple):
+    """The work of a native kernel in a problem, in counts that depend on no rate."""
+
+    tiles: float
     """Tiles that the busiest SM works through, one after the other."""
-    paired_waves: int
-    """The same if tiles come in pairs on an SM, so always an even number; 0 where CTAs do not share SMs."""
-    k_blocks: float
-    """Blocks of 128 values of K that a CTA works through in a wave, on average."""
-    ctas_per_tile: float
-    """CTAs that share a tile that stream-K divides; 0 if it divides none."""
-    activation_bytes: float
-    """Activations that come with each packed block into the SM's shared memory."""
-    moved_bytes: float
-    """Activations and weights that leave L2 for each packed block; a multicast counts once."""
-    reduces_warpgroups: bool
-    """Whether a CTA's warpgroups divide K."""
-    reduces_cluster: bool
-    """Whether a cluster's CTAs divide K."""
-    multicasts: bool
-    """Whether a cluster's CTAs share operands."""
+    blocks: float
+    """Blocks of 128 values of K that it works through in all of them."""
+    clusters_per_split_tile: float
+    """Clusters that share a tile that stream-K divides; 0 if it divides none."""
+    tile_area: int
+    """Tokens of a tile times its blocks of 64 channels."""
     weight_bytes: float
     """The packed weight, which every launch reads once."""
     is_long: bool
@@ -59,51 +57,25 @@ class Work(NamedTuple):
 
 
 @dataclass(frozen=True)
-class CostModel:
-    """Constants of the estimates. "Cycles" are SM cycles; "per block" is for 64 channels x 128 values of K."""
+class Constants:
+    """The constants of the estimates that all kernels share. "Cycles" are SM cycles."""
 
     cycles_per_microsecond: float
     """The clock that turns cycles into microseconds."""
     clusters_of_4: int
     """Clusters of four CTAs that an H100's 132 SMs hold at once, one CTA per SM."""
-    launch_cycles: float
-    """Cycles of every launch: until the first bytes arrive, and for the last store."""
-    block_cycles: float
-    """Fewest cycles per block."""
-    product_cycles: float
-    """Cycles to dequantise and multiply a block, whatever the tokens."""
-    token_cycles: float
-    """Cycles per block and token of the tile, beside `product_cycles`."""
-    tensor_cycles: float
-    """Fewest cycles per block and token: the tensor cores' peak."""
-    sm_bytes_per_cycle: float
-    """Bytes per cycle that an SM takes in, weights and activations."""
-    warpgroup_reduction_cycles: float
-    """Cycles to reduce the partial sums of a tile's warpgroups."""
-    cluster_reduction_cycles: float
-    """Cycles to reduce the partial sums of a cluster's CTAs, whatever the tile."""
-    cluster_reduction_token_cycles: float
-    """Cycles of the same per token and 64 channels of the tile."""
-    fixup_cycles: float
-    """Cycles of the stream-K fix-up, once per launch."""
-    fixup_token_cycles: float
-    """Cycles of the stream-K fix-up per token and 64 channels of the tile, for each CTA that shares a tile."""
     paired_share: float
     """The share of tiles that come in pairs where two CTAs share an SM: 0 none, 1 all."""
-    stream_k_loss: float
-    """Share by which stream-K reads and works longer."""
+    tensor_cycles: float
+    """Fewest cycles for 64 channels x 128 values of K, per token of the tile: the tensor cores' peak."""
     packed_bytes_per_cycle: float
     """Bytes per cycle of packed weights that a whole H100 reads."""
     overlap_loss: float
     """Share of the shorter of reading and working that the longer does not hide."""
-    multicast_cycles: float
-    """Cycles that CTAs with shared operands lose to each other per launch."""
     long_flops: float
     """Operations above which the power limit sets the clock, about 130 us on an H100."""
-    long_slowdown: float
-    """Factor by which the power limit lengthens a kernel."""
-    power_cycles_per_byte: float
-    """Cycles per byte that leaves L2, at the power limit: it takes power from the tensor cores."""
+    sustained_factor: float
+    """Factor by which kernels at the power limit take longer for seconds than in the short bursts of the rates."""
     dense_launch_microseconds: float
     """Microseconds of every launch of a dense FP16 product."""
     dense_bytes_per_microsecond: float
@@ -116,8 +88,36 @@ class CostModel:
     """`overlap_loss` of dense FP16."""
 
     @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Constants:
+        """Read the constants by name.
+
+        Raises:
+            InvalidValueError: if one is missing, unknown or not a number of 0 or more.
+        """
+        names = {field.name for field in fields(cls)}
+        if values.keys() != names:
+            raise InvalidValueError(f"constants {sorted(values.keys() ^ names)} are missing or unknown")
+        for name, value in values.items():
+            _check_number(name, value)
+        return cls(**values)
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise InvalidValueError(f"{name} of {value!r} must be a number of 0 or more")
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Estimates of native kernels, by the rates of each, and of dense FP16."""
+
+    constants: Constants
+    rates: Mapping[str, Rates]
+    """By `KernelConfig.shape_name`: all modes of a kernel share them."""
+
+    @classmethod
     def read(cls, path: Path) -> CostModel:
-        """Read the constants from a file that `tools/fit_cost_model.py` wrote.
+        """Read a file that `tools/fit_cost_model.py` wrote.
 
         Raises:
             InvalidValueError: if the file holds anything else.
@@ -127,44 +127,42 @@ class CostModel:
             value = json.loads(path.read_text())
             if value["schema"] != SCHEMA:
                 raise InvalidValueError(f"schema {value['schema']!r} must be {SCHEMA!r}")
-            return cls.from_json(value["constants"])
+            rates = {name: Rates(*numbers) for name, numbers in value["rates"].items()}
+            for name, numbers in rates.items():
+                for number in numbers:
+                    _check_number(f"a rate of {name}", number)
+            return cls(Constants.from_json(value["constants"]), rates)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidValueError(
                 f"{path} is not a cost model ({error}): make it again with tools/fit_cost_model.py"
             ) from None
 
-    @classmethod
-    def from_json(cls, constants: dict[str, Any]) -> CostModel:
-        """Read the constants by name.
-
-        Raises:
-            InvalidValueError: if one is missing, unknown or not a number of 0 or more.
-        """
-        names = {field.name for field in fields(cls)}
-        if constants.keys() != names:
-            raise InvalidValueError(f"constants {sorted(constants.keys() ^ names)} are missing or unknown")
-        for name, value in constants.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-                raise InvalidValueError(f"{name} of {value!r} must be a number of 0 or more")
-        return cls(**constants)
-
     def is_long(self, problem: Problem) -> bool:
         """Return whether the power limit sets the clock during a problem: 130 us and more on an H100."""
-        return problem.flops > self.long_flops
+        return problem.flops > self.constants.long_flops
+
+    def rates_of(self, config: KernelConfig) -> Rates:
+        """Return the rates of a native kernel.
+
+        Raises:
+            InvalidValueError: if there are none.
+        """
+        try:
+            return self.rates[config.shape_name]
+        except KeyError:
+            raise InvalidValueError(f"{config.name} has no rates: run tools/fit_cost_model.py") from None
 
     def estimate(
         self, configs: Iterable[KernelConfig], mode: QuantMode, problem: Problem, card: Card = H100
     ) -> list[tuple[KernelConfig, float]]:
         """Return the native kernels that can run a problem with their estimated microseconds; see `in_preference`."""
         native = [config for config in runnable(configs, mode, problem) if config.target is Target.NATIVE]
-        estimated = [
-            (config, self.native_cycles(config, problem, card) / self.cycles_per_microsecond) for config in native
-        ]
-        return in_preference(estimated, problem)
+        return in_preference([(config, self.microseconds(config, problem, card)) for config in native], problem)
 
-    def native_cycles(self, config: KernelConfig, problem: Problem, card: Card = H100) -> float:
-        """Return the estimated SM cycles of a native kernel, its launch included."""
-        return self.cycles(self.work(config, problem, card), card)
+    def microseconds(self, config: KernelConfig, problem: Problem, card: Card = H100) -> float:
+        """Return the estimated microseconds of a native kernel, its launch included."""
+        cycles = self.cycles(self.rates_of(config), self.work(config, problem, card), card)
+        return cycles / self.constants.cycles_per_microsecond
 
     def work(self, config: KernelConfig, problem: Problem, card: Card = H100) -> Work:
         """Return what a native kernel does in a problem on a card."""
@@ -174,81 +172,53 @@ class CostModel:
         k_blocks = -(-problem.k // PACKED_BLOCK_K)
         at_once = max(1, card.sm_count // size)
         if size == CLUSTER_SIZE_THAT_FITS_BADLY:
-            at_once = max(1, self.clusters_of_4 * card.sm_count // H100.sm_count)
-        arrangement = native_arrangement(config)
-        stream_k = config.scheduler is Scheduler.STREAM_K
-        waves = max(1, -(-tiles // at_once))
-        is_paired = arrangement.ctas_per_sm > 1 and waves > 1 and not stream_k
-        sharing = _clusters_per_split_tile(tiles, at_once * arrangement.ctas_per_sm, k_blocks) if stream_k else 0.0
-        activation_bytes = ACTIVATION_BYTES * cta.tokens * PACKED_BLOCK_CHANNELS / cta.channels
+            at_once = max(1, int(self.constants.clusters_of_4) * card.sm_count // H100.sm_count)
+        ctas_per_sm = native_arrangement(config).ctas_per_sm
+        sharing = 0.0
+        if config.scheduler is Scheduler.STREAM_K:
+            own_tiles = max(1.0, tiles / at_once)
+            blocks = tiles * k_blocks / at_once
+            sharing = _clusters_per_split_tile(tiles, at_once * ctas_per_sm, k_blocks)
+        else:
+            own_tiles = float(max(1, -(-tiles // at_once)))
+            if ctas_per_sm > 1 and own_tiles > 1:
+                in_pairs = 2 * -(-tiles // (2 * at_once))
+                own_tiles += self.constants.paired_share * (in_pairs - own_tiles)
+            blocks = own_tiles * -(-k_blocks // cluster.k)
         return Work(
-            tile_tokens=cta.tokens,
-            tile_blocks=cta.channels // PACKED_BLOCK_CHANNELS,
-            waves=waves,
-            paired_waves=2 * -(-tiles // (2 * at_once)) if is_paired else 0,
-            k_blocks=-(-tiles * k_blocks // at_once) / waves if stream_k else -(-k_blocks // cluster.k),
-            ctas_per_tile=sharing,
-            activation_bytes=activation_bytes,
-            moved_bytes=activation_bytes / cluster.channels + PACKED_BLOCK_BYTES / cluster.tokens,
-            reduces_warpgroups=arrangement.along_k > 1,
-            reduces_cluster=cluster.k > 1,
-            multicasts=size > cluster.k,
+            tiles=own_tiles,
+            blocks=blocks,
+            clusters_per_split_tile=sharing,
+            tile_area=cta.tokens * (cta.channels // PACKED_BLOCK_CHANNELS),
             weight_bytes=problem.n * problem.k / 2 + 2 * problem.groups * problem.n,
             is_long=self.is_long(problem),
         )
 
-    def cycles(self, work: Work, card: Card = H100) -> float:
-        """Return the SM cycles of some work: waves of tiles, beside reading the weights."""
-        memory = card.memory_bandwidth / H100.memory_bandwidth
-        slower = 1 + self.stream_k_loss if work.ctas_per_tile else 1.0
-        waves: float = work.waves
-        if work.paired_waves:
-            waves += self.paired_share * (work.paired_waves - work.waves)
-        working = waves * slower * work.k_blocks * work.tile_blocks * self._block_cycles(work, card)
-        # In a pair, one CTA reduces while the other works.
-        working += self._reduction_cycles(work) * (1 if work.paired_waves else waves) + self._fixup_cycles(work)
-        reading = slower * work.weight_bytes / (self.packed_bytes_per_cycle * memory)
-        cycles = self.launch_cycles + max(working, reading) + self.overlap_loss * min(working, reading)
-        if work.multicasts:
-            cycles += self.multicast_cycles
-        return cycles * (self.long_slowdown if work.is_long else 1.0)
-
-    def _block_cycles(self, work: Work, card: Card) -> float:
-        """Return the cycles of one packed block: the slowest of what a block needs."""
+    def cycles(self, rates: Rates, work: Work, card: Card = H100) -> float:
+        """Return the SM cycles of some work: tile after tile, beside reading the weights."""
+        shared = self.constants
         tensor = card.tensor_rate / card.sm_count / (H100.tensor_rate / H100.sm_count)
-        return max(
-            self.block_cycles,
-            self.product_cycles + self.token_cycles * work.tile_tokens,
-            self.tensor_cycles / tensor * work.tile_tokens
-            + (self.power_cycles_per_byte * work.moved_bytes if work.is_long else 0.0),
-            (work.activation_bytes + PACKED_BLOCK_BYTES) / self.sm_bytes_per_cycle,
-        )
-
-    def _reduction_cycles(self, work: Work) -> float:
-        """Return the cycles that a tile's partial sums take within a CTA and a cluster."""
-        area = work.tile_tokens * work.tile_blocks
-        cycles = self.warpgroup_reduction_cycles if work.reduces_warpgroups else 0.0
-        if work.reduces_cluster:
-            cycles += self.cluster_reduction_cycles + self.cluster_reduction_token_cycles * area
-        return cycles
-
-    def _fixup_cycles(self, work: Work) -> float:
-        """Return the cycles that stream-K's partial sums take through the workspace."""
-        if not work.ctas_per_tile:
-            return 0.0
-        return self.fixup_cycles + self.fixup_token_cycles * work.tile_tokens * work.tile_blocks * work.ctas_per_tile
+        block = max(rates.block_cycles, shared.tensor_cycles / tensor * work.tile_area if tensor < 1 else 0.0)
+        working = work.tiles * rates.tile_cycles + work.blocks * block
+        working += rates.split_cycles * work.clusters_per_split_tile
+        if work.is_long:
+            working *= rates.long_factor * shared.sustained_factor
+        memory = card.memory_bandwidth / H100.memory_bandwidth
+        reading = work.weight_bytes / (shared.packed_bytes_per_cycle * memory)
+        return rates.launch_cycles + max(working, reading) + shared.overlap_loss * min(working, reading)
 
     def dense_microseconds(self, problem: Problem, card: Card = H100) -> float:
         """Return the estimated microseconds of cuBLAS for the same product with fp16 weights."""
+        shared = self.constants
         m, n, k = problem.m, problem.n, problem.k
         memory = card.memory_bandwidth / H100.memory_bandwidth
         tensor = card.tensor_rate / H100.tensor_rate
-        reading = 2 * (n * k + m * k + m * n) / (self.dense_bytes_per_microsecond * memory)
+        reading = 2 * (n * k + m * k + m * n) / (shared.dense_bytes_per_microsecond * memory)
         is_long = self.is_long(problem)
-        rate = self.dense_long_flops_per_microsecond if is_long else self.dense_flops_per_microsecond
+        rate = shared.dense_long_flops_per_microsecond if is_long else shared.dense_flops_per_microsecond
         working = problem.flops / (rate * tensor)
         hidden = min(reading, working)
-        return self.dense_launch_microseconds + max(reading, working) + self.dense_overlap_loss * hidden
+        return shared.dense_launch_microseconds + max(reading, working) + shared.dense_overlap_loss * hidden
 
 
 def _clusters_per_split_tile(tiles: int, clusters: int, k_blocks: int) -> float:
@@ -272,5 +242,5 @@ def in_preference(
 
 @cache
 def default_cost_model() -> CostModel:
-    """Return the model with the constants that come with the package."""
+    """Return the model that comes with the package."""
     return CostModel.read(MODEL_PATH)

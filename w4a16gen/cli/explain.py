@@ -170,7 +170,7 @@ def _rows(choice: Choice, estimates: Sequence[tuple[KernelConfig, float]], top: 
     """Return the chosen kernel, then the fastest others by estimate, each with the source of its time."""
     from w4a16gen.choose.chooser import ChoiceSource
 
-    measured = choice.source in (ChoiceSource.TUNING_TABLE, ChoiceSource.PACKAGED_TIMES)
+    measured = choice.source is ChoiceSource.TUNING_TABLE
     microseconds = choice.microseconds or dict(estimates).get(choice.kernel)
     how = "measured" if measured else "unknown" if microseconds is None else "estimate"
     rows = [(choice.kernel, microseconds, how)]

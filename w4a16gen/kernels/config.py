@@ -180,7 +180,12 @@ class KernelConfig:
     @property
     def short_name(self) -> str:
         """The canonical name without its prefix, for tables."""
-        return f"{self.target}_{self.mode}_cta{self.cta}_cluster{self.cluster}_{self.schedule}_{self.scheduler}"
+        return f"{self.target}_{self.mode}_{self.shape_name}"
+
+    @property
+    def shape_name(self) -> str:
+        """The canonical name from the CTA shape on: the same for all modes of a kernel."""
+        return f"cta{self.cta}_cluster{self.cluster}_{self.schedule}_{self.scheduler}"
 
     def __str__(self) -> str:
         return self.name

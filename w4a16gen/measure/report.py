@@ -49,7 +49,7 @@ def write_report(folder: Path, run: Run, rows: Sequence[Row]) -> list[Path]:
             "launches": LAUNCHES,
             "cold_megabytes": round(COLD_BYTES / 1e6),
             "pause_milliseconds": round(PAUSE_SECONDS * 1000),
-            "long_flops": f"{default_cost_model().long_flops:.0e}".replace("e+", " x 10^"),
+            "long_flops": f"{default_cost_model().constants.long_flops:.0e}".replace("e+", " x 10^"),
             "settling_seconds": SETTLING_SECONDS,
             "block_seconds": BLOCK_SECONDS,
         },

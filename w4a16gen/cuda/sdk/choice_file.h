@@ -24,13 +24,6 @@ struct Gpu {
 
 namespace choosing {
 
-// The packaged times of one problem.
-struct Packaged {
-  Problem problem;
-  std::vector<double> microseconds;  // by timed kernel; 0 where not measured
-  std::vector<double> residuals;     // logarithm of measured over estimated time
-};
-
 // A line of the build's tuning table.
 struct Tuned {
   int kernel;  // its place among the built kernels
@@ -46,7 +39,7 @@ struct ChoiceFile {
     std::istringstream lines(text);
     std::string line;
     std::getline(lines, line);
-    require(line == "w4a16gen.choice/1", "schema '" + line + "' must be 'w4a16gen.choice/1'");
+    require(line == "w4a16gen.choice/2", "schema '" + line + "' must be 'w4a16gen.choice/2'");
     std::map<std::string, double> values;
     while (std::getline(lines, line) && line.rfind("end ", 0) != 0) {
       std::istringstream fields(line);
@@ -59,15 +52,16 @@ struct ChoiceFile {
         Card card{"", static_cast<int>(whole(fields, line, 1)), number(fields, line), number(fields, line)};
         card.name = rest(fields);
         (word == "h100" ? h100 : cards.emplace_back()) = card;
-      } else if (word == "timed" || word == "kernel") {
+      } else if (word == "kernel") {
         fields >> name;
         Kernel kernel = parse_kernel(name);
-        kernel.along_k = static_cast<int>(whole(fields, line, 1));
         kernel.ctas_per_sm = static_cast<int>(whole(fields, line, 1));
+        for (double* rate : {&kernel.launch_cycles, &kernel.tile_cycles, &kernel.block_cycles, &kernel.split_cycles,
+                             &kernel.long_factor}) {
+          *rate = number(fields, line);
+        }
         require(kernel.target == "native", name + " is not native");
-        (word == "timed" ? timed : kernels).push_back(kernel);
-      } else if (word == "packaged") {
-        packaged.push_back(packaged_row(fields, line));
+        kernels.push_back(kernel);
       } else if (word == "tuned_on") {
         tuned_on.sm_count = static_cast<int>(whole(fields, line, 1));
         tuned_on.name = rest(fields);
@@ -79,7 +73,6 @@ struct ChoiceFile {
       require(fields.eof() || (fields >> std::ws).eof(), "'" + line + "' has too many fields");
     }
     set_constants(values);
-    finish();
   }
 
   // Returns the place of a built kernel, or -1.
@@ -92,10 +85,8 @@ struct ChoiceFile {
   Constants constants{};
   Card h100{};
   std::vector<Card> cards;
-  std::vector<Kernel> timed;    // the kernels of the packaged times
   std::vector<Kernel> kernels;  // the built kernels
-  std::vector<Packaged> packaged;
-  Gpu tuned_on{};  // the GPU of the tuning table
+  Gpu tuned_on{};               // the GPU of the tuning table
   std::vector<Tuned> tuned;
 
  private:
@@ -137,19 +128,6 @@ struct ChoiceFile {
     require(text.substr(end + 1) == expected, "its end line does not match its content");
   }
 
-  Packaged packaged_row(std::istream& fields, const std::string& line) const {
-    Packaged row{};
-    row.problem.n = whole(fields, line, 1);
-    row.problem.k = whole(fields, line, 1);
-    row.problem.m = whole(fields, line, 1);
-    for (size_t i = 0; i < timed.size(); ++i) {
-      const bool is_missing = (fields >> std::ws).peek() == '-';
-      if (is_missing) fields.get();
-      row.microseconds.push_back(is_missing ? 0.0 : number(fields, line));
-    }
-    return row;
-  }
-
   Tuned tuned_row(std::istream& fields, const std::string& line) const {
     std::string name;
     fields >> name;
@@ -169,24 +147,9 @@ struct ChoiceFile {
       constants.*member = found->second;
     }
     require(values.size() == Constants::members().size(), "it has an unknown constant");
-    require(constants.token_step >= 1 && constants.measured_group_size >= 1, "a constant is 0");
+    require(constants.token_step >= 1 && constants.cycles_per_microsecond > 0 && constants.packed_bytes_per_cycle > 0,
+            "a constant is 0");
     require(h100.sm_count > 0 && h100.memory_bandwidth > 0 && h100.tensor_rate > 0, "it does not describe the H100");
-  }
-
-  // Fills what follows from the lines: which kernels were timed, and how far their estimates are off.
-  void finish() {
-    for (Kernel& kernel : kernels) {
-      for (size_t at = 0; at < timed.size(); ++at) {
-        if (timed[at].shape == kernel.shape) kernel.timed = static_cast<int>(at);
-      }
-    }
-    for (Packaged& row : packaged) {
-      row.problem.group_size = static_cast<int64_t>(constants.measured_group_size);
-      for (size_t at = 0; at < timed.size(); ++at) {
-        const double plain = estimate(constants, h100, timed[at], row.problem, h100);
-        row.residuals.push_back(row.microseconds[at] == 0 ? 0.0 : std::log(row.microseconds[at] / plain));
-      }
-    }
   }
 };
 

@@ -4,18 +4,16 @@
 //   const w4a16::Gpu gpu{"NVIDIA H100 80GB HBM3", 132};
 //   std::string name = chooser.choose("fgs", 16, 4096, 4096, 128, &gpu).kernel;
 //
-// Overrides come first, then the build's tuning table, the packaged times, and the estimate.
+// Overrides come first, then the build's tuning table, and the estimate.
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <fstream>
 #include <sstream>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "choice_file.h"
@@ -26,7 +24,7 @@ namespace w4a16 {
 struct Choice {
   std::string kernel;
   double microseconds;
-  const char* source;  // "override", "tuning_table", "packaged_times" or "estimate", as in Python
+  const char* source;  // "override", "tuning_table" or "estimate", as in Python
 };
 
 // The kernels named by the environment variable W4A16GEN_KERNELS, which is read once per process.
@@ -81,7 +79,7 @@ class Chooser {
       return {name, 0.0, "override"};
     }
     Choice best{"", 0.0, ""};
-    if (tuned(mode, problem, gpu, &best) || packaged(mode, problem, gpu, &best)) return best;
+    if (tuned(mode, problem, gpu, &best)) return best;
     estimated(mode, problem, card_of(gpu), &best);
     if (best.kernel.empty()) throw ChoiceError("the build holds no native kernel of mode " + mode);
     return best;
@@ -132,62 +130,19 @@ class Chooser {
     return true;
   }
 
-  bool packaged(const std::string& mode, const choosing::Problem& problem, const Gpu* gpu, Choice* best) const {
-    const choosing::Card card = card_of(gpu);
-    const double ratio = card.memory_bandwidth / file_.h100.memory_bandwidth;
-    if (card.sm_count != file_.h100.sm_count || std::abs(ratio - 1) > file_.constants.same_memory) return false;
-    Nearest nearest{problem.m};
-    for (const choosing::Packaged& row : file_.packaged) {
-      if (row.problem.n != problem.n || row.problem.k != problem.k || steps(row.problem.m) != steps(problem.m))
-        continue;
-      for (size_t at = 0; at < file_.kernels.size(); ++at) {
-        const choosing::Kernel& kernel = file_.kernels[at];
-        if (kernel.mode != mode || kernel.timed < 0 || row.microseconds[kernel.timed] == 0) continue;
-        nearest.add(row.problem.m, row.microseconds[kernel.timed], static_cast<int>(at));
-      }
-    }
-    if (nearest.kernel < 0) return false;
-    *best = {file_.kernels[nearest.kernel].name, nearest.microseconds, "packaged_times"};
-    return true;
-  }
-
   void estimated(const std::string& mode, const choosing::Problem& problem, const choosing::Card& card,
                  Choice* best) const {
-    std::vector<std::pair<double, const choosing::Packaged*>> near;
-    if (problem.m > 0 && card.sm_count == file_.h100.sm_count) {
-      for (const choosing::Packaged& row : file_.packaged) {
-        const double weight = weight_of(problem, row.problem);
-        if (weight >= file_.constants.least_weight) near.emplace_back(weight, &row);
-      }
-    }
     const double oversized = 2 * std::max(static_cast<double>(problem.m), file_.constants.smallest_tile_tokens);
     bool best_is_oversized = true;
     for (const choosing::Kernel& kernel : file_.kernels) {
       if (kernel.mode != mode) continue;
-      double total = 0.0, weights = file_.constants.prior_weight;
-      for (const auto& [weight, row] : near) {
-        if (kernel.timed < 0 || row->microseconds[kernel.timed] == 0) continue;
-        total += weight * row->residuals[kernel.timed];
-        weights += weight;
-      }
-      const double plain = choosing::estimate(file_.constants, file_.h100, kernel, problem, card);
-      const double microseconds = plain * std::exp(total / weights);
+      const double microseconds = choosing::estimate(file_.constants, file_.h100, kernel, problem, card);
       const bool is_oversized = kernel.cta[1] >= oversized;
       const bool is_better = is_oversized == best_is_oversized ? microseconds < best->microseconds : best_is_oversized;
       if (!best->kernel.empty() && !is_better) continue;
       *best = {kernel.name, microseconds, "estimate"};
       best_is_oversized = is_oversized;
     }
-  }
-
-  double weight_of(const choosing::Problem& here, const choosing::Problem& there) const {
-    const auto octaves = [](int64_t a, int64_t b) {
-      return std::log2(static_cast<double>(a) / static_cast<double>(b));
-    };
-    const double tokens = octaves(here.m, there.m) / file_.constants.token_octaves;
-    const double channels = octaves(here.n, there.n) / file_.constants.layer_octaves;
-    const double k = octaves(here.k, there.k) / file_.constants.layer_octaves;
-    return std::exp(-0.5 * (tokens * tokens + channels * channels + k * k));
   }
 
   choosing::ChoiceFile file_;

@@ -30,9 +30,9 @@ struct Kernel {
   int cta[3];         // channels, tokens, k
   int cluster[3];
   bool is_stream_k;
-  int along_k = 1;      // warpgroups that divide K
   int ctas_per_sm = 1;  // CTAs that share an SM
-  int timed = -1;       // place among the packaged times, or -1
+  // The kernel's measured constants: Rates of choose/cost_model.py.
+  double launch_cycles = 0, tile_cycles = 0, block_cycles = 0, split_cycles = 0, long_factor = 1;
 };
 
 // Throws ChoiceError unless the text is a kernel's name.
@@ -92,15 +92,11 @@ struct Problem {
   int64_t m, n, k, group_size;
 };
 
-// The constants of the estimates, under the names of choose/cost_model.py and choose/packaged_times.py.
+// The constants that all kernels share, under the names of choose/cost_model.py.
 // clang-format off
 #define W4A16_CHOICE_CONSTANTS(X) \
-  X(cycles_per_microsecond) X(clusters_of_4) X(launch_cycles) X(block_cycles) X(product_cycles) X(token_cycles) \
-  X(tensor_cycles) X(sm_bytes_per_cycle) X(warpgroup_reduction_cycles) X(cluster_reduction_cycles) \
-  X(cluster_reduction_token_cycles) X(fixup_cycles) X(fixup_token_cycles) X(paired_share) X(stream_k_loss) \
-  X(packed_bytes_per_cycle) X(overlap_loss) X(multicast_cycles) X(long_flops) X(long_slowdown) \
-  X(power_cycles_per_byte) X(layer_octaves) X(token_octaves) X(prior_weight) X(least_weight) X(same_memory) \
-  X(token_step) X(smallest_tile_tokens) X(measured_group_size)
+  X(cycles_per_microsecond) X(clusters_of_4) X(paired_share) X(tensor_cycles) X(packed_bytes_per_cycle) \
+  X(overlap_loss) X(long_flops) X(sustained_factor) X(token_step) X(smallest_tile_tokens)
 // clang-format on
 struct Constants {
 #define W4A16_MEMBER(name) double name;
@@ -119,7 +115,7 @@ struct Constants {
 // Exact for quotients of whole numbers below 2^53.
 inline double divide_up(double value, double by) { return std::ceil(value / by); }
 
-// The estimated microseconds of a native kernel: CostModel.native_cycles of choose/cost_model.py, line by line.
+// The estimated microseconds of a native kernel: CostModel.microseconds of choose/cost_model.py, line by line.
 inline double estimate(const Constants& c, const Card& h100, const Kernel& kernel, const Problem& problem,
                        const Card& card) {
   const int *cta = kernel.cta, *cluster = kernel.cluster;
@@ -130,33 +126,33 @@ inline double estimate(const Constants& c, const Card& h100, const Kernel& kerne
   const double k_blocks = divide_up(k, 128);
   double at_once = std::max(1, card.sm_count / size);
   if (size == 4) at_once = std::max(1, static_cast<int>(c.clusters_of_4) * card.sm_count / h100.sm_count);
-  double waves = kernel.is_stream_k ? 1 : std::max(1.0, divide_up(tiles, at_once));
-  const bool is_paired = kernel.ctas_per_sm > 1 && waves > 1;
-  if (is_paired) waves += c.paired_share * (2 * divide_up(tiles, 2 * at_once) - waves);
-  const double per_cta =
-      kernel.is_stream_k ? divide_up(tiles * k_blocks, card.sm_count) : divide_up(k_blocks, cluster[2]);
-  const double block_bytes = 64 * 128 / 2 + 2 * 64;
-  const double activation_bytes = 256.0 * cta[1] * 64 / cta[0];
-  const double moved_bytes = activation_bytes / cluster[0] + block_bytes / cluster[1];
-  const bool is_long = 2 * m * n * k > c.long_flops;
-  const double memory = card.memory_bandwidth / h100.memory_bandwidth;
-  const double tensor = card.tensor_rate / card.sm_count / (h100.tensor_rate / h100.sm_count);
-  const double block =
-      std::max({c.block_cycles, c.product_cycles + c.token_cycles * cta[1],
-                c.tensor_cycles / tensor * cta[1] + (is_long ? c.power_cycles_per_byte * moved_bytes : 0.0),
-                (activation_bytes + block_bytes) / c.sm_bytes_per_cycle});
-  const double area = static_cast<double>(cta[1]) * (cta[0] / 64);
-  double reduction = kernel.along_k > 1 ? c.warpgroup_reduction_cycles : 0.0;
-  if (cluster[2] > 1) reduction += c.cluster_reduction_cycles + c.cluster_reduction_token_cycles * area;
+  double own_tiles, blocks, sharing = 0;
   if (kernel.is_stream_k) {
-    reduction += c.fixup_cycles + c.fixup_token_cycles * area * std::max(1.0, k_blocks / std::max(per_cta, 1.0));
+    own_tiles = std::max(1.0, tiles / at_once);
+    blocks = tiles * k_blocks / at_once;
+    const double clusters = at_once * kernel.ctas_per_sm;
+    if (tiles <= clusters) {
+      sharing = std::min(clusters / std::max(tiles, 1.0), k_blocks);
+    } else {
+      sharing = std::fmod(tiles, clusters) != 0 ? 2.0 : 0.0;
+    }
+  } else {
+    own_tiles = std::max(1.0, divide_up(tiles, at_once));
+    if (kernel.ctas_per_sm > 1 && own_tiles > 1) {
+      own_tiles += c.paired_share * (2 * divide_up(tiles, 2 * at_once) - own_tiles);
+    }
+    blocks = own_tiles * divide_up(k_blocks, cluster[2]);
   }
-  const double slower = kernel.is_stream_k ? 1 + c.stream_k_loss : 1.0;
-  const double working = waves * slower * per_cta * (cta[0] / 64) * block + reduction * (is_paired ? 1.0 : waves);
-  const double reading = slower * (n * k / 2 + 2 * groups * n) / (c.packed_bytes_per_cycle * memory);
-  double cycles = c.launch_cycles + std::max(working, reading) + c.overlap_loss * std::min(working, reading);
-  if (size > cluster[2]) cycles += c.multicast_cycles;
-  return cycles * (is_long ? c.long_slowdown : 1.0) / c.cycles_per_microsecond;
+  const double area = static_cast<double>(cta[1]) * (cta[0] / 64);
+  const double tensor = card.tensor_rate / card.sm_count / (h100.tensor_rate / h100.sm_count);
+  const double block = std::max(kernel.block_cycles, tensor < 1 ? c.tensor_cycles / tensor * area : 0.0);
+  double working = own_tiles * kernel.tile_cycles + blocks * block;
+  working += kernel.split_cycles * sharing;
+  if (2 * m * n * k > c.long_flops) working *= kernel.long_factor * c.sustained_factor;
+  const double memory = card.memory_bandwidth / h100.memory_bandwidth;
+  const double reading = (n * k / 2 + 2 * groups * n) / (c.packed_bytes_per_cycle * memory);
+  const double cycles = kernel.launch_cycles + std::max(working, reading) + c.overlap_loss * std::min(working, reading);
+  return cycles / c.cycles_per_microsecond;
 }
 
 }  // namespace choosing
