@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from w4a16gen.runtime.library import Library
     from w4a16gen.weights.importers.checkpoint import open_checkpoint
     from w4a16gen.weights.packed import PackedWeight, pack_weight
+    from w4a16gen.weights.packed_checkpoint import open_packed
     from w4a16gen.weights.quantize import quantize
     from w4a16gen.weights.quantized import QuantizedWeight
 
@@ -74,6 +75,7 @@ __all__ = [
     "gemm",
     "load",
     "open_checkpoint",
+    "open_packed",
     "pack",
     "pack_weight",
     "quantize",
@@ -93,6 +95,7 @@ _MODULES = {
     "runtime.library": ("Library",),
     "weights.importers.checkpoint": ("open_checkpoint",),
     "weights.packed": ("PackedWeight", "pack_weight"),
+    "weights.packed_checkpoint": ("open_packed",),
     "weights.quantize": ("quantize",),
     "weights.quantized": ("QuantizedWeight",),
 }

@@ -9,9 +9,10 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 _TEMPORARY = re.compile(r"\..+\.(\d+)-[0-9a-f]{8}\.tmp")
 """Names of temporary files: the target's name, the writer's process id, and a random number."""
@@ -39,16 +40,31 @@ def write_if_changed(path: Path, content: str | bytes, *, mode: int = 0o666) -> 
     data = content.encode() if isinstance(content, str) else content
     if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
         return False
+    with written_whole(path, mode=mode) as file:
+        file.write(data)
+    return True
+
+
+@contextmanager
+def written_whole(path: Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
+    """Open a file to write; it gets its name when the block ends, and leaves nothing if the block fails.
+
+    Args:
+        path: the file. Missing folders above it are made.
+        mode: permission bits of a new file, before the process's umask.
+
+    Raises:
+        OSError: if the folder cannot be made or written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:  # noqa: PTH123
-            file.write(data)
+            yield file
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    return True
 
 
 def write_json(path: Path, value: Any, *, mode: int = 0o666) -> bool:

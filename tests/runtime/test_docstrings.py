@@ -20,6 +20,7 @@ FUNCTIONS = [
     "gemm",
     "load",
     "open_checkpoint",
+    "open_packed",
     "pack",
     "pack_weight",
     "quantize",
@@ -30,10 +31,12 @@ CLASSES = ["PackedWeight", "QuantizedWeight"]
 MODULES = [
     "",
     "runtime.default",
+    "weights.division",
     "weights.importers.checkpoint",
     "weights.importers.rounding",
     "weights.importers.words",
     "weights.packed",
+    "weights.packed_checkpoint",
     "weights.quantize",
     "weights.quantized",
 ]

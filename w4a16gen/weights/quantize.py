@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ import numpy as np
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.integers import integer
 from w4a16gen.weights.host import host_array
-from w4a16gen.weights.quantized import MAX_Q, OFFSET, Double, QuantizedWeight, canonical, check_group_size
+from w4a16gen.weights.quantized import MAX_Q, OFFSET, Double, Nibbles, QuantizedWeight, canonical, check_group_size
 
 _HALF_MAX = float(np.finfo(np.float16).max)
 
@@ -55,31 +57,79 @@ def quantize(weight: Any, *, group_size: int | None = None, zero_points: bool = 
         raise InvalidValueError(f"zero_points of type {type(zero_points).__name__} must be True or False")
     if zero_points and group_size is None:
         raise InvalidValueError("zero points need a group size; group_size=k gives one group per channel")
-    n, k = weight.shape
+    k = weight.shape[1]
     size = k if group_size is None else integer("group_size", group_size)
     check_group_size(k, size)
-    grouped = weight.reshape(n, k // size, size)
-    if zero_points:
-        low = np.minimum(grouped.min(axis=2), 0)
-        scale = _half_scale((np.maximum(grouped.max(axis=2), 0) - low) / MAX_Q)
-        point = np.clip(np.rint(-low / scale), 0, MAX_Q)
-    else:
-        scale = _half_scale(np.abs(grouped).max(axis=2) / (MAX_Q // 2))
-        point = np.full_like(scale, OFFSET)
-    q = np.clip(np.rint(grouped / scale[..., None]) + point[..., None], 0, MAX_Q)
-    scales = np.ascontiguousarray(scale.T).astype(np.float16)
-    zeros = np.ascontiguousarray(((OFFSET - point) * scale).T).astype(np.float16) if zero_points else None
+    rounded = round_to_nearest(weight, size, zero_points=bool(zero_points))
+    scales = np.ascontiguousarray(rounded.scales.T).astype(np.float16)
+    zeros = (OFFSET - rounded.zero_points.astype(np.float64)) * rounded.scales
     return canonical(
-        q.reshape(n, k).astype(np.uint8), scales if group_size is not None else scales[0], zeros, group_size=size
+        rounded.q,
+        scales if group_size is not None else scales[0],
+        np.ascontiguousarray(zeros.T).astype(np.float16) if zero_points else None,
+        group_size=size,
     )
 
 
-def _half_scale(scale: Double) -> Double:
-    """Round scales to fp16, never to 0; a group of zeros gets 1."""
+@dataclass(frozen=True, eq=False)
+class RoundedWeight:
+    """A weight (q - zero_point) * scale.
+
+    Attributes:
+        q: uint8 [n, k], 0 to 15.
+        scales: float64 [n, k / group_size], exact in the dtype that was asked for.
+        zero_points: uint8 [n, k / group_size], 0 to 15; 8 if they were not asked for.
+    """
+
+    q: Nibbles
+    scales: Double
+    zero_points: Nibbles
+
+
+def round_to_nearest(
+    weight: Double, group_size: int, *, zero_points: bool, round_scale: Callable[[Double], Double] | None = None
+) -> RoundedWeight:
+    """Round a weight; see `quantize` for the rule.
+
+    Args:
+        weight: float64 [n, k], finite.
+        group_size: values of K per scale; divides k.
+        zero_points: whether each group gets a zero point.
+        round_scale: rounds scales to the dtype that stores them; None rounds to fp16.
+
+    Raises:
+        InvalidValueError: if a group is too large for an fp16 scale.
+    """
+    n, k = weight.shape
+    grouped = weight.reshape(n, k // group_size, group_size)
+    round_scale = round_scale or _half
+    if zero_points:
+        low = np.minimum(grouped.min(axis=2), 0)
+        scale = _usable_scale((np.maximum(grouped.max(axis=2), 0) - low) / MAX_Q, round_scale)
+        point = np.clip(np.rint(-low / scale), 0, MAX_Q)
+    else:
+        scale = _usable_scale(np.abs(grouped).max(axis=2) / (MAX_Q // 2), round_scale)
+        point = np.full_like(scale, OFFSET)
+    q = np.clip(np.rint(grouped / scale[..., None]) + point[..., None], 0, MAX_Q)
+    return RoundedWeight(q.reshape(n, k).astype(np.uint8), scale, point.astype(np.uint8))
+
+
+def bfloat16_scale(scale: Double) -> Double:
+    """Round scales to bfloat16, to the nearest, ties to even."""
+    bits = scale.astype(np.float32).view(np.uint32)
+    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16
+    return nearest.astype(np.uint32).view(np.float32).astype(np.float64)
+
+
+def _half(scale: Double) -> Double:
+    return scale.astype(np.float16).astype(np.float64)
+
+
+def _usable_scale(scale: Double, round_scale: Callable[[Double], Double]) -> Double:
+    """Round scales, never to 0; a group of zeros gets 1."""
     if scale.max(initial=0.0) * OFFSET > _HALF_MAX:
         raise InvalidValueError(
             f"a group needs scale {scale.max():.4g}, and 8 times that exceeds fp16's {_HALF_MAX:.0f}"
         )
     smallest = float(np.finfo(np.float16).smallest_subnormal)
-    rounded = np.maximum(scale, smallest).astype(np.float16).astype(np.float64)
-    return np.where(scale == 0, 1.0, rounded)
+    return np.where(scale == 0, 1.0, round_scale(np.maximum(scale, smallest)))

@@ -86,6 +86,11 @@ class Checkpoint(Mapping[str, CheckpointLayer]):
         return f"Checkpoint({str(self.path)!r}, method={self.method!r}, {len(self._layers)} layers)"
 
     @property
+    def tensors(self) -> Tensors:
+        """All tensors of the files."""
+        return self._tensors
+
+    @property
     def dense(self) -> list[str]:
         """Names of the tensors that belong to no 4-bit layer."""
         used: set[str] = set()

@@ -99,6 +99,8 @@ def find_layers(tensors: Tensors, method: str, config: dict[str, Any]) -> Layers
     Raises:
         InvalidValueError: if the method is not one that can be read, with the reason.
     """
+    if method == "w4a16gen":
+        raise InvalidValueError("the weights are packed for this package already: open them with w4a16gen.open_packed")
     if method in REFUSED:
         raise InvalidValueError(
             f"a checkpoint of {method} holds {REFUSED[method]}, which uint4 kernels cannot represent: "

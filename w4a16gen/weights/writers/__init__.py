@@ -1,0 +1,1 @@
+"""Write folders of weights: packed ones, and quantized ones for other programs."""
