@@ -64,6 +64,15 @@ SPACE = {
     "worst_loss": OPTIONAL_NUMBER,
 }
 """The member `space` of a tune object, if a space was tuned."""
+WRITTEN = {
+    "folder": str,
+    "layers": int,
+    "dense": int,
+    "bytes": int,
+    "shards": int,
+    "skipped": {str: str},
+    "was_complete": bool,
+}
 SCHEMAS: dict[str, dict[str, Any]] = {
     "list": {"built": bool, "spaces": [str], "kernels": [KERNEL]},
     "emit": {
@@ -77,6 +86,49 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "build-and-verify": {"build": BUILD, "verify": PROOFS},
     "export": {"kernels": int, "written": [str]},
     "clean": {"folder": str, "removed": [str]},
+    "inspect": {
+        "path": str,
+        "method": str,
+        "layers": [
+            {
+                "name": str,
+                "format": str,
+                "n": int,
+                "k": int,
+                "group_size": int,
+                "mode": str,
+                "bytes": int,
+                "packed_bytes": (int, type(None)),
+                "scales_exact": bool,
+                "zeros_exact": bool,
+                "max_zero_error_steps": OPTIONAL_NUMBER,
+                "alpha": NUMBER,
+                "act_order": bool,
+                "kernels": {"1": OPTIONAL_TEXT, "16": OPTIONAL_TEXT, "256": OPTIONAL_TEXT},
+                "axis": str,
+                "divided": (dict, type(None)),
+                "verdict": str,
+                "notes": [str],
+            }
+        ],
+        "dense": [{"pattern": str, "dtype": str, "reason": str, "bytes": int, "count": int}],
+        "unsupported": {str: str},
+        "notes": [str],
+        "settings": [str],
+        "totals": {
+            "layers": int,
+            "layer_bytes": int,
+            "packed_bytes": int,
+            "dense_tensors": int,
+            "dense_bytes": int,
+        },
+        "gpus": int,
+        "usable_gpus": [int],
+        "built": bool,
+        "among": str,
+    },
+    "convert": WRITTEN,
+    "quantize": WRITTEN,
     "run": {
         "gpu": GPU,
         "problem": PROBLEM,

@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from fakes.checkpoints.files import write_safetensors
 from fakes.checkpoints.word_formats import gptq
+
+from w4a16gen.weights.writers.convert import convert
 
 N, K, GROUP_SIZE = 64, 256, 64
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -46,6 +49,17 @@ def tensors(name: str) -> dict[str, Any]:
     """Return a layer's tensors as a format stores them, and its sizes; or write a folder where the page runs."""
     if name == "gptq-folder":
         gptq(version=1, symmetric=False, act_order=True)(_new_folder("model-gptq"), np.random.default_rng(5))
+        return {}
+    if name == "gptq-model":
+        gptq(version=1, symmetric=False)(_new_folder("model-gptq"), np.random.default_rng(5))
+        return {}
+    if name == "packed-folder":
+        convert(gptq(version=1, symmetric=False)(_new_folder("source"), np.random.default_rng(5)).path, "model-packed")
+        return {}
+    if name == "fp16-model":
+        weight = np.random.default_rng(6).standard_normal((64, 256)).astype(np.float16)
+        tensors = {"model.layers.0.mlp.up_proj.weight": weight, "lm_head.weight": weight}
+        write_safetensors(_new_folder("model-fp16") / "model.safetensors", tensors)
         return {}
     part = parts()
     common = {"k": K, "n": N, "a": part["a"], "scales": part["scales"], "g_idx": part["g_idx"]}

@@ -30,7 +30,7 @@ RUN_BY_CI = ("main command", "test command")
 SYNOPSES = ("docs/reference/cli.md", "docs/reference/json.md")
 """Pages whose blocks of text show how commands are written; the first is generated."""
 NEEDS = ("gpu", "network", "nvcc")
-GIVEN = ("gptq", "awq", "compressed-tensors", "gptq-folder")
+GIVEN = ("gptq", "awq", "compressed-tensors", "gptq-folder", "gptq-model", "packed-folder", "fp16-model")
 CPP_EXAMPLE = Path(__file__).with_name("example.cpp.jinja")
 """A function around a C++ block, and the variables that the README takes for declared."""
 NETWORK_COMMANDS = (
@@ -111,11 +111,14 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, fake_cache: Path) -> Ite
 
 @pytest.mark.compile
 @pytest.mark.parametrize("page", pages_with("bash"), ids=name_of)
-def test_bash_blocks_run_one_after_the_other(page: Path, workspace: Path) -> None:
+def test_bash_blocks_run_one_after_the_other(page: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workspace)
     if page.name != "quickstart.md":  # which builds itself
         shell("w4a16gen build", workspace)
     for block, output in with_outputs(blocks_of(page)):
         if is_run(block, "bash"):
+            if block.given_name:
+                tensors(block.given_name)
             check_output(block, output, shell(block.text, workspace))
 
 

@@ -48,6 +48,11 @@ SECTIONS: Mapping[str, Mapping[str, Entry]] = {
         "export": Entry("export", "command", "Write a C++ package or a Python wheel of the build."),
         "clean": Entry("clean", "command", "Remove a build; tuning tables and sources stay."),
     },
+    "Models": {
+        "inspect": Entry("inspect", "command", "Show the layers of a 4-bit checkpoint and their kernels."),
+        "convert": Entry("convert", "command", "Pack a 4-bit checkpoint for the native kernels."),
+        "quantize": Entry("quantize", "command", "Round a model's linear layers to 4 bits."),
+    },
     "Speed": {
         "run": Entry("run", "command", "Run, check and time one GEMM on random data."),
         "bench": Entry("bench", "command", "Time the built kernels beside cuBLAS FP16."),

@@ -33,13 +33,24 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Kernels:
-    """The kernels to choose among, and the GPU to choose for."""
+class Choosable:
+    """Kernels to choose among, and the GPU to choose for."""
 
     chooser: Chooser
     device: Device | None
     where: str
     is_built: bool
+
+
+choice_space_option = option(
+    "--space",
+    "spaces",
+    multiple=True,
+    type=click.Choice(list(SPACES)),
+    metavar="SPACE",
+    section=WHICH_KERNELS,
+    help=f"Choose among a named set instead of the build: {', '.join(SPACES)}. Repeatable: the union.",
+)
 
 
 @click.command(
@@ -52,15 +63,7 @@ class _Kernels:
 )
 @dimension_arguments(least_tokens=1)
 @mode_option
-@option(
-    "--space",
-    "spaces",
-    multiple=True,
-    type=click.Choice(list(SPACES)),
-    metavar="SPACE",
-    section=WHICH_KERNELS,
-    help=f"Choose among a named set instead of the build: {', '.join(SPACES)}. Repeatable: the union.",
-)
+@choice_space_option
 @count_option("--top", section=OUTPUT, default=5, show_default=True, help="Kernels to show.")
 @wide_option
 @build_option
@@ -84,7 +87,7 @@ def command(
     from w4a16gen.choose.cards import card_of
     from w4a16gen.choose.cost_model import default_cost_model
 
-    kernels = _kernels(spaces, folder)
+    kernels = kernels_to_choose_among(spaces, folder)
     problem = problem_of(m, n, k, group_size, mode)
     choice = kernels.chooser.choose(problem, mode, device=kernels.device)
     rows = _rows(choice, kernels.chooser.estimates(problem, mode, kernels.device), top)
@@ -107,7 +110,7 @@ def command(
     note(f"To measure: w4a16gen bench --problem {m}x{n}x{k},{problem.group_size} --mode {mode}")
 
 
-def _as_json(kernels: _Kernels, choice: Choice) -> dict[str, Any]:
+def _as_json(kernels: Choosable, choice: Choice) -> dict[str, Any]:
     """Return the members of the command's JSON object that describe the choice."""
     return {
         "built": kernels.is_built,
@@ -141,7 +144,7 @@ def _card(device: Device | None) -> str:
     return f"{device.name} with {device.sm_count} SMs" if device else "an H100, because this machine has no Hopper GPU"
 
 
-def _kernels(spaces: Sequence[str], folder: Path | None) -> _Kernels:
+def kernels_to_choose_among(spaces: Sequence[str], folder: Path | None) -> Choosable:
     """Return the build's kernels, or those of a space if one is named or there is no build."""
     from w4a16gen.choose.chooser import Chooser
     from w4a16gen.kernels.spaces import Filter, select_kernels
@@ -156,12 +159,12 @@ def _kernels(spaces: Sequence[str], folder: Path | None) -> _Kernels:
                 raise  # the user named a folder, or the build there is damaged
         else:
             device = next(iter(library.hopper_devices()), None)
-            return _Kernels(library.chooser, device, f"the kernels of {library.build.folder}", is_built=True)
+            return Choosable(library.chooser, device, f"the kernels of {library.build.folder}", is_built=True)
     selection = select_kernels(Filter(), spaces)
     driver = services().find_driver()
     device = next((gpu for gpu in driver.gpus if gpu.is_hopper), None) if driver else None
     where = f"the {len(selection.configs)} kernels of space {' + '.join(selection.spaces)}"
-    return _Kernels(
+    return Choosable(
         Chooser(dict.fromkeys(selection.configs, ""), Path("no tuning table")), device, where, is_built=False
     )
 
