@@ -35,6 +35,7 @@ OWNERS = {
     "matplotlib": {"measure.plots"},
     "torch": {"measure.rivals", "integrations.torch"},
     "cuda": {"build.toolchain"},
+    "platformdirs": {"runtime.folders"},
 }
 """The rooms, or the modules, that may import a foreign library."""
 

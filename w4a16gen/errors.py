@@ -32,6 +32,16 @@ class MissingToolError(W4A16Error):
     exit_code: ClassVar[int] = EXIT_MISSING
 
 
+def missing_extra(package: str, extra: str) -> MissingToolError:
+    """Return the error of a package that is not installed, with the extra that installs it.
+
+    Args:
+        package: the package's name.
+        extra: the extra of this package that has it.
+    """
+    return MissingToolError(f"{package} is not installed, which this needs: pip install 'w4a16gen[{extra}]'")
+
+
 class BuildError(W4A16Error):
     """Compiling or linking failed; the text names the kernels and their logs."""
 

@@ -12,8 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import pybind11
-
 from w4a16gen.build import causes
 from w4a16gen.build.environment import IGNORED_VARIABLES, child_environment
 from w4a16gen.build.headers import CUDA_FOLDER
@@ -190,7 +188,7 @@ def _linking_tools() -> list[Finding]:
     found = [
         _found("cmake", cmake, pip_install("cmake"), f", version {version[1]}.{version[2]}" if version else ""),
         _found("ninja", find_ninja(), pip_install("ninja")),
-        Finding("pybind11", ok=True, detail=f"version {pybind11.__version__}"),
+        *_python_packages(),
         _found("Python.h", find_python_header(), install_python_headers()),
     ]
     if wrong:
@@ -198,6 +196,20 @@ def _linking_tools() -> list[Finding]:
     elif is_old:
         needed = f"{MIN_CMAKE[0]}.{MIN_CMAKE[1]} or newer is needed"
         found[0] = Finding("cmake", ok=False, detail=f"{found[0].detail}; {needed}", fix=pip_install("cmake"))
+    return found
+
+
+def _python_packages() -> list[Finding]:
+    """Return pybind11, and what else of the extra `build` is missing."""
+    found = []
+    for name in ("pybind11", "jinja2", "psutil"):
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found.append(Finding(name, ok=False, detail="not found", fix=pip_install(name)))
+        else:
+            if name == "pybind11":
+                found.append(Finding(name, ok=True, detail=f"version {version}"))
     return found
 
 

@@ -55,7 +55,10 @@ def install_compiler(major: int) -> str:
 
 
 def _requirements(extra: str | None) -> list[str]:
-    """Return this package's requirements of an extra, or those that it always has, without their markers."""
+    """Return this package's requirements of an extra, or those that it always has, without their markers.
+
+    An extra that names another one has its requirements too.
+    """
     try:
         listed = importlib.metadata.requires(_PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
@@ -65,13 +68,15 @@ def _requirements(extra: str | None) -> list[str]:
     for text, marker in pairs:
         match = re.search(r"extra == ['\"]([\w-]+)['\"]", marker)
         if (match[1] if match else None) == extra:
-            found.append(text.strip())
+            inner = re.fullmatch(rf"{_PACKAGE}\[([\w-]+)\]", text.strip())
+            found += _requirements(inner[1]) if inner else [text.strip()]
     return found
 
 
 def requirement(name: str) -> str:
     """Return a package as this one requires it, for example `cmake>=3.25`; its bare name if it is not required."""
-    return next((text for text in _requirements(None) if _END_OF_NAME.split(text)[0] == name), name)
+    known = (*_requirements(None), *_requirements("build"))
+    return next((text for text in known if _END_OF_NAME.split(text)[0] == name), name)
 
 
 def pip_install(*names: str) -> str:

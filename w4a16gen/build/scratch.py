@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import psutil
-
 from w4a16gen.build.lock import LOCK
 from w4a16gen.errors import BuildError, NotBuiltError
 from w4a16gen.files import remove, remove_abandoned
@@ -142,6 +140,8 @@ def _end_orphans(scratches: set[Path]) -> None:
 
     A folder that was copied while a build ran has scratch folders of the same names. That build goes on.
     """
+    import psutil  # noqa: PLC0415 - `doctor` and `clean` work without the extra `build`
+
     names = {scratch.name for scratch in scratches}
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):

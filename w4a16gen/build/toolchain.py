@@ -40,10 +40,17 @@ class Toolchain:
 
 def _binary(name: str) -> Path | None:
     """Find a CUDA program: in the CUDA wheels, conda or CUDA_HOME, then on PATH."""
-    from cuda.pathfinder import find_nvidia_binary_utility  # type: ignore[import-untyped]  # noqa: PLC0415 - 80 ms
-
-    found = find_nvidia_binary_utility(name) or shutil.which(name)
+    finder = _pathfinder()
+    found = (finder.find_nvidia_binary_utility(name) if finder else None) or shutil.which(name)
     return Path(found).absolute() if found else None
+
+
+def _pathfinder() -> Any:
+    """Return the package that finds CUDA's wheels, or None if it is not installed. Importing it takes 80 ms."""
+    try:
+        return importlib.import_module("cuda.pathfinder")
+    except ModuleNotFoundError:
+        return None
 
 
 def find_packaged(name: str, folder_attribute: str) -> Path | None:
@@ -164,9 +171,8 @@ def find_cuda_include(nvcc: Path) -> Path | None:
     for root in (nvcc.resolve().parent.parent, nvcc.parent.parent):
         if (root / "include" / "cuda_runtime_api.h").is_file():
             return root / "include"
-    from cuda.pathfinder import find_nvidia_header_directory  # noqa: PLC0415 - 80 ms
-
-    header = find_nvidia_header_directory("cudart")
+    finder = _pathfinder()
+    header = finder.find_nvidia_header_directory("cudart") if finder else None
     return Path(header) if header else None
 
 

@@ -16,7 +16,7 @@ from click.shell_completion import CompletionItem, shell_complete
 
 from w4a16gen import __version__
 from w4a16gen.cli.output import discard_output, flush_output, note, prepare_streams, print_result
-from w4a16gen.errors import EXIT_FAILED, EXIT_USAGE, W4A16Error
+from w4a16gen.errors import EXIT_FAILED, EXIT_USAGE, W4A16Error, missing_extra
 
 PROGRAM = "w4a16gen"
 """The program's name in help texts and for completion, however it was started."""
@@ -25,6 +25,8 @@ COMPLETION_VARIABLE = "_W4A16GEN_COMPLETE"
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 """128 + SIGPIPE: the usual status of a program whose output pipe is closed."""
+_BUILD_PACKAGES = {"jinja2", "psutil", "pybind11"}
+"""Modules of the extra `build` that commands import."""
 TRACEBACK_VARIABLE = "W4A16GEN_TRACEBACK"
 
 
@@ -184,6 +186,8 @@ def _describe(error: BaseException) -> _Ending:
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
         done = "interrupted: finished work is kept; run the command again to continue"
         return _Ending("Interrupted", done, EXIT_INTERRUPTED)
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _BUILD_PACKAGES:
+        return _describe(missing_extra(str(error.name), "build"))
     if isinstance(error, OSError) and error.strerror:
         name = f"{error.filename}: " if error.filename is not None else ""
         return _Ending(kind, f"{name}{error.strerror}", EXIT_FAILED)

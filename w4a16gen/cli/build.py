@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from w4a16gen.cli.help import ExampleCommand
+from w4a16gen.cli.help import FILES, ExampleCommand, option
 from w4a16gen.cli.options import build_option, filter_options, generated_option, jobs_option, json_option
 from w4a16gen.cli.output import note, print_result
 from w4a16gen.cli.progress import termination_interrupts
@@ -75,12 +75,14 @@ def failed_status(report: BuildReport) -> int:
     examples=(
         ("w4a16gen build", "the default kernels, into ./build"),
         ("w4a16gen build --cta 128x128x64 --cluster 2x1x1", "one shape in all three modes"),
+        ("w4a16gen build --user", "for every program of yours, whatever its current folder"),
         ("w4a16gen build --space default --space trtllm -j 4", "also TensorRT-LLM's set, to compare by bench"),
     ),
 )
 @filter_options
 @generated_option
 @build_option
+@option("--user", is_flag=True, section=FILES, help="Build into your own folder, where every program of yours looks.")
 @jobs_option
 @json_option
 def command(
@@ -91,12 +93,19 @@ def command(
     spaces: Sequence[str],
     generated: Path,
     folder: Path | None,
+    user: bool,
     jobs: int | None,
     as_json: bool,
 ) -> int:
     """Write, compile and link kernels. Only changed kernels are compiled again."""
     from w4a16gen.kernels.spaces import Filter
+    from w4a16gen.runtime.folders import user_build_folder
 
+    if user and folder is not None:
+        raise click.UsageError("--user and --build-dir name two folders: pass one of them")
+    if user:
+        folder = user_build_folder()
+        generated = folder.parent / "generated"
     report = build_kernels(Filter(ctas, clusters, modes, targets), spaces, generated, folder, jobs)
     if as_json:
         print_result("build", build_as_json(report))

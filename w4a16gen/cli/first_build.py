@@ -38,11 +38,11 @@ def load_or_build(folder: Path | None) -> Library:
 
 
 def _is_first_build() -> bool:
-    """Whether the default folder holds no build at all, no variable names another one, and a Hopper GPU is there."""
+    """Whether there is no build at all, no variable names another one, and a Hopper GPU is there."""
     from w4a16gen.runtime.artifact import MANIFEST
-    from w4a16gen.runtime.folders import BUILD_FOLDER_VARIABLE, default_build_folder
+    from w4a16gen.runtime.folders import BUILD_FOLDER_VARIABLE, folder_to_load
 
-    if os.environ.get(BUILD_FOLDER_VARIABLE) or (default_build_folder() / MANIFEST).exists():
+    if os.environ.get(BUILD_FOLDER_VARIABLE) or os.path.lexists(folder_to_load() / MANIFEST):
         return False
     driver = services().find_driver()
     return driver is not None and any(gpu.is_hopper for gpu in driver.gpus)

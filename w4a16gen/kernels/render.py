@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jinja2
-
+from w4a16gen.errors import missing_extra
 from w4a16gen.kernels.arrangement import native_arrangement
 from w4a16gen.kernels.config import KernelConfig, Target
+
+if TYPE_CHECKING:
+    import jinja2
 
 
 def templates_folder() -> Path:
@@ -20,6 +23,15 @@ def templates_folder() -> Path:
 
 @cache
 def _environment() -> jinja2.Environment:
+    """Return jinja2's environment.
+
+    Raises:
+        MissingToolError: if jinja2 is not installed.
+    """
+    try:
+        import jinja2  # noqa: PLC0415 - the names of sources are known without it
+    except ModuleNotFoundError:
+        raise missing_extra("jinja2", "build") from None
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(templates_folder()),
         undefined=jinja2.StrictUndefined,

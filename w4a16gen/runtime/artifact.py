@@ -231,6 +231,10 @@ def load_build(folder: Path) -> Build:
     return build
 
 
+class ForeignBuildError(NotBuiltError):
+    """Another user may have written a build that nobody named."""
+
+
 def check_owner(build: Build) -> None:
     """Refuse a build that another user may have written. Loading a build runs its code.
 
@@ -239,18 +243,36 @@ def check_owner(build: Build) -> None:
     `load(folder)`, `--build-dir` or `W4A16GEN_BUILD_DIR` is not checked.
 
     Raises:
-        NotBuiltError: if a part belongs to another user, or others may write it.
+        ForeignBuildError: if a part belongs to another user, or others may write it.
     """
-    name_it = f"name it with --build-dir or W4A16GEN_BUILD_DIR if you trust it: {build.folder}"
-    for path in (build.folder, build.folder / MANIFEST, build.library.parent, build.library, build.module):
-        for status in (path.lstat(), path.stat()):
-            if status.st_uid not in {os.geteuid(), 0}:
-                raise NotBuiltError(f"{path} belongs to user {status.st_uid}, and a build is code; {name_it}")
-            if others_may_write(status):
-                raise NotBuiltError(
-                    f"{path} may be written by other users, and a build is code; run `chmod -R go-w {build.folder}`, "
-                    f"or {name_it}"
-                )
+    check_folder_owner(build.folder)
+    for path in (build.library.parent, build.library, build.module):
+        _check_path_owner(path, build.folder)
+
+
+def check_folder_owner(folder: Path) -> None:
+    """Refuse the folder of a build, or its manifest, that another user may have written; see `check_owner`.
+
+    Raises:
+        ForeignBuildError: if one belongs to another user, or others may write it.
+    """
+    for path in (folder, folder / MANIFEST):
+        _check_path_owner(path, folder)
+
+
+def _check_path_owner(path: Path, folder: Path) -> None:
+    name_it = f"name it with --build-dir or W4A16GEN_BUILD_DIR if you trust it: {folder}"
+    try:
+        found = (path.lstat(), path.stat())
+    except OSError:
+        return  # whether all of the build is there is checked elsewhere
+    for status in found:
+        if status.st_uid not in {os.geteuid(), 0}:
+            raise ForeignBuildError(f"{path} belongs to user {status.st_uid}, and a build is code; {name_it}")
+        if others_may_write(status):
+            raise ForeignBuildError(
+                f"{path} may be written by other users, and a build is code; run `chmod -R go-w {folder}`, or {name_it}"
+            )
 
 
 def others_may_write(status: os.stat_result) -> bool:
