@@ -162,15 +162,25 @@ class PackedWeight:
                 know.
             OSError: if the file cannot be read.
         """
-        data, facts = storage.read(path)
-        try:
-            n, k, group_size = (int(facts[name]) for name in ("n", "k", "group_size"))
-            weight = cls(data, facts["layout"], n, k, group_size, QuantMode.parse(facts["mode"]))
-            weight.host_data()
-        except KeyError as error:
-            raise InvalidValueError(f"{path} does not hold a packed weight: {error} is missing") from None
-        except ValueError as error:
-            raise InvalidValueError(f"{path} does not hold a packed weight: {error}") from None
+
+        def described(facts: dict[str, str], size: int) -> PackedWeight:
+            """Return the weight that the facts describe, without its data."""
+            try:
+                n, k, group_size = (int(facts[name]) for name in ("n", "k", "group_size"))
+                weight = cls(None, facts["layout"], n, k, group_size, QuantMode.parse(facts["mode"]))
+            except KeyError as error:
+                raise InvalidValueError(f"{path} does not hold a packed weight: {error} is missing") from None
+            except ValueError as error:
+                raise InvalidValueError(f"{path} does not hold a packed weight: {error}") from None
+            if weight.nbytes != size:
+                raise InvalidValueError(
+                    f"{path} does not hold a packed weight: {size} bytes must be {weight.nbytes} bytes"
+                )
+            return weight
+
+        data, facts = storage.read(path, described)
+        weight = replace(described(facts, len(data)), data=data)
+        weight.host_data()
         return weight
 
 

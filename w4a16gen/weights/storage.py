@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ FORMAT = "w4a16gen.packed_weight/1"
 TENSOR = "packed"
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 20
 
 
 def write(path: str | os.PathLike[str], data: npt.NDArray[np.uint8], facts: dict[str, str]) -> None:
@@ -41,8 +43,14 @@ def write(path: str | os.PathLike[str], data: npt.NDArray[np.uint8], facts: dict
     write_if_changed(as_path("path", path), len(text).to_bytes(_LENGTH_BYTES, "little") + text + content)
 
 
-def read(path: str | os.PathLike[str]) -> tuple[npt.NDArray[np.uint8], dict[str, str]]:
+def read(
+    path: str | os.PathLike[str], check: Callable[[dict[str, str], int], Any]
+) -> tuple[npt.NDArray[np.uint8], dict[str, str]]:
     """Return the bytes and the facts of a file that `write` has written.
+
+    Args:
+        path: the file.
+        check: is called with the facts and the number of bytes before any of them is read.
 
     Raises:
         InvalidValueError: if it is any other file, or damaged.
@@ -51,15 +59,21 @@ def read(path: str | os.PathLike[str]) -> tuple[npt.NDArray[np.uint8], dict[str,
     file = as_path("path", path)
     if file.exists() and not file.is_file():
         raise InvalidValueError(f"{path} is not a file of a packed weight")
-    content = memoryview(file.read_bytes())
-    length = int.from_bytes(content[:_LENGTH_BYTES], "little")
-    start = _LENGTH_BYTES + length
-    if length > _MAX_HEADER_BYTES or start > len(content):
-        raise InvalidValueError(f"{path} is not a file of a packed weight")
-    facts = _facts(path, bytes(content[_LENGTH_BYTES:start]), len(content) - start)
-    if hashlib.sha256(content[start:]).hexdigest() != facts.get("sha256"):
-        raise InvalidValueError(f"{path} is damaged: its bytes do not have the digest that it carries")
-    return np.frombuffer(content[start:], np.uint8).copy(), facts
+    with file.open("rb") as opened:
+        size = file.stat().st_size
+        length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
+        start = _LENGTH_BYTES + length
+        if length > _MAX_HEADER_BYTES or start > size:
+            raise InvalidValueError(f"{path} is not a file of a packed weight")
+        facts = _facts(path, opened.read(length), size - start)
+        check(facts, size - start)
+        digest = hashlib.sha256()
+        while chunk := opened.read(_CHUNK_BYTES):
+            digest.update(chunk)
+        if digest.hexdigest() != facts.get("sha256"):
+            raise InvalidValueError(f"{path} is damaged: its bytes do not have the digest that it carries")
+        opened.seek(start)
+        return np.fromfile(opened, np.uint8), facts
 
 
 def _facts(path: str | os.PathLike[str], text: bytes, size: int) -> dict[str, str]:

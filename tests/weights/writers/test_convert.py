@@ -20,6 +20,7 @@ from fakes.checkpoints.word_formats import gptq
 
 import w4a16gen
 from w4a16gen import InvalidValueError
+from w4a16gen.weights.writers import shards
 from w4a16gen.weights.writers.convert import Written, convert
 
 UNPACKABLE = {"compressed-tensors-part-of-a-word": "group size 12 must be"}
@@ -111,6 +112,25 @@ def test_a_side_file_that_is_a_link_out_of_the_folder_is_refused(tmp_path: Path)
     assert not (tmp_path / "out" / "tokenizer.json").exists()
 
 
+def test_a_pipe_in_place_of_a_side_file_is_refused_and_blocks_nothing(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    CASES["awq-gemm"](source, np.random.default_rng(1))
+    os.mkfifo(source / "tokenizer.json")
+    with pytest.raises(InvalidValueError, match=r"tokenizer\.json must be a regular file"):
+        convert(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"metadata": []}', b"\xff", b'{"schema": 5}'])
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", shards.STATE])
+def test_a_broken_result_is_not_continued(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_bytes(content)
+    with pytest.raises(InvalidValueError, match=r"holds other files|is not JSON"):
+        convert(layers_of(tmp_path), tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+
+
 def test_dense_tensors_keep_their_dtype_and_bits(tmp_path: Path, rng: np.random.Generator) -> None:
     source = tmp_path / "source"
     source.mkdir()
@@ -179,6 +199,7 @@ def test_a_shard_that_was_damaged_meanwhile_is_written_again(tmp_path: Path) -> 
 
 KILLED = """
 import os, sys
+from w4a16gen.weights.writers import shards
 from w4a16gen.weights.writers.convert import convert
 convert(*sys.argv[1:], progress=lambda done, *_: os._exit(9) if done == 3 else None, max_shard_bytes=20_000)
 """

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,8 @@ import numpy.typing as npt
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.files import has_digest, read_sealed, remove_abandoned, seal, write_json, written_whole
 from w4a16gen.progress import Progress
-from w4a16gen.weights.importers.folder import INDEX, SINGLE
+from w4a16gen.weights.importers.folder import INDEX, SINGLE, read_json
+from w4a16gen.weights.importers.mapped import MAX_JSON_BYTES
 from w4a16gen.weights.importers.tensors import byte_size
 
 STATE = ".w4a16gen-unfinished.json"
@@ -133,13 +135,11 @@ def is_finished(job: Job) -> bool:
     if not present:
         return False
     found = ""
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):
         if STATE in present:
-            found = read_sealed(folder / STATE, _SCHEMA)["source"]
-        elif INDEX in present and (folder / INDEX).stat().st_size < _SPARE_BYTES:
-            found = json.loads((folder / INDEX).read_bytes())["metadata"]["source"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        found = ""
+            found = _read_state(folder)["source"]
+        elif INDEX in present:
+            found = read_json(folder, INDEX)["metadata"]["source"]
     temporary = all(name.startswith(".") and name.endswith(".tmp") for name in present)
     if found != job.source and not temporary:
         raise InvalidValueError(f"{folder} holds other files, such as {present[0]!r}: name a new folder")
@@ -189,13 +189,25 @@ def _report(progress: Progress, before: int, total: int, number: int, what: str)
 def _completed(job: Job, shards: Mapping[str, Sequence[Unit]]) -> dict[str, str]:
     """Return the digests of the shards that an interrupted run has completed, and that are still whole."""
     try:
-        state = read_sealed(job.folder / STATE, _SCHEMA)
+        state = _read_state(job.folder)
         known = {str(name): str(digest) for name, digest in state["shards"].items()}
     except (OSError, ValueError, KeyError, AttributeError):
         return {}
     if state.get("source") != job.source:
         return {}
     return {name: known[name] for name in shards if name in known and has_digest(job.folder / name, known[name])}
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """Return what an interrupted run has written.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is anything else.
+    """
+    if (folder / STATE).stat().st_size > MAX_JSON_BYTES:
+        raise ValueError("it is too long")
+    return read_sealed(folder / STATE, _SCHEMA)
 
 
 def _check_space(folder: Path, missing: Sequence[Sequence[Unit]]) -> None:
