@@ -270,6 +270,20 @@ def test_the_safetensors_package_reads_the_shards(tmp_path: Path) -> None:
     np.testing.assert_array_equal(tensors[f"{name}.permutation"], layer.permutation)
 
 
+def test_a_gguf_file_takes_nothing_of_its_folder_along(tmp_path: Path) -> None:
+    source = tmp_path / "downloads"
+    source.mkdir()
+    path = CASES["gguf-q4_0"](source, np.random.default_rng(1)).path
+    file = path if path.is_file() else next(path.glob("*.gguf"))
+    for name in ("tokenizer.json", "config.json"):
+        (source / name).write_text('{"model_type": "another"}')
+    convert(file, tmp_path / "out")
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+    config = w4a16gen.open_packed(tmp_path / "out").config
+    assert "model_type" not in config
+    assert config["gguf"]["general.architecture"] == "llama"
+
+
 def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
     source = layers_of(tmp_path)
     checkpoint = w4a16gen.open_checkpoint(source)

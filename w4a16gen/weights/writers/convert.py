@@ -95,7 +95,8 @@ def convert(
     shards = shards_of([*units, *dense], max_shard_bytes)
     complete = is_finished(job)
     if not complete:
-        write_folder(job, shards, _folder_of(source), quantization_config(source.method), progress)
+        sides = partial(_write_sides, source, as_path("checkpoint", checkpoint), out)
+        write_shards(job, shards, progress, before_index=sides)
     size = sum(unit.size for group in shards.values() for unit in group)
     return Written(out, len(units), len(dense), size, len(shards), source.unsupported, complete)
 
@@ -105,21 +106,14 @@ def quantization_config(source: str) -> dict[str, Any]:
     return {"quant_method": METHOD, "format": FORMAT, "layout": LAYOUT, "bits": 4, "source": source}
 
 
-def write_folder(
-    job: Job, shards: Mapping[str, list[Unit]], source: Path, quantization: Mapping[str, Any], progress: Progress
-) -> None:
-    """Write the configuration, the tokenizer, the shards and the index, which comes last."""
-    job.folder.mkdir(parents=True, exist_ok=True)
-    write_shards(job, shards, progress, before_index=partial(_write_sides, source, job.folder, quantization))
-
-
-def _write_sides(source: Path, folder: Path, quantization: Mapping[str, Any]) -> None:
-    copy_side_files(source, folder)
-    write_config(source, folder, quantization)
-
-
-def _folder_of(source: Checkpoint) -> Path:
-    return source.path if source.path.is_dir() else source.path.parent
+def _write_sides(source: Checkpoint, path: Path, folder: Path) -> None:
+    """Write config.json and the tokenizer. A GGUF file that was named alone has its metadata instead."""
+    is_gguf = source.method == "gguf"
+    home = path if path.is_dir() else None if is_gguf else path.parent
+    if home is not None:
+        copy_side_files(home, folder)
+    more = {"gguf": dict(source.config)} if is_gguf else {}
+    write_config(home, folder, {**more, "quantization_config": quantization_config(source.method)})
 
 
 class _Quantized:

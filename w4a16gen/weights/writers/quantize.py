@@ -32,10 +32,9 @@ from w4a16gen.weights.writers.convert import (
     Written,
     packed_unit,
     quantization_config,
-    write_folder,
 )
-from w4a16gen.weights.writers.shards import MAX_SHARD_BYTES, Job, Part, Unit, is_finished, shards_of
-from w4a16gen.weights.writers.sources import CONFIG, dense_units, source_digest
+from w4a16gen.weights.writers.shards import MAX_SHARD_BYTES, Job, Part, Unit, is_finished, shards_of, write_shards
+from w4a16gen.weights.writers.sources import CONFIG, copy_side_files, dense_units, source_digest, write_config
 
 COMPRESSED = "compressed-tensors"
 PACKED = "w4a16gen"
@@ -134,9 +133,14 @@ def quantize_model(
     complete = is_finished(job)
     if not complete:
         config = _compressed_config(settings, skipped) if settings.format == COMPRESSED else quantization_config("rtn")
-        write_folder(job, shards, home, config, progress)
+        write_shards(job, shards, progress, before_index=partial(_write_sides, home, out, config))
     size = sum(unit.size for group in shards.values() for unit in group)
     return Written(out, len(units), len(dense), size, len(shards), skipped, complete)
+
+
+def _write_sides(home: Path, folder: Path, config: dict[str, Any]) -> None:
+    copy_side_files(home, folder)
+    write_config(home, folder, {"quantization_config": config})
 
 
 def _open(source: Path) -> Tensors:

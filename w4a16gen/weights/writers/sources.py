@@ -78,16 +78,21 @@ def copy_side_files(source: Path, folder: Path) -> list[str]:
     return names
 
 
-def write_config(source: Path, folder: Path, quantization: Mapping[str, Any]) -> None:
+def write_config(source: Path | None, folder: Path, members: Mapping[str, Any]) -> None:
     """Write the model's config.json with another configuration of its quantization.
+
+    Args:
+        source: the folder of the model, or None if there is no other config.json.
+        folder: the folder to write to.
+        members: what replaces and joins the members.
 
     Raises:
         InvalidValueError: if the model's config.json is broken.
         OSError: if the file cannot be written.
     """
-    config = read_json(source, CONFIG)
+    config = {} if source is None else read_json(source, CONFIG)
     inner = config.get("text_config")
     for part in (config, inner if isinstance(inner, dict) else {}):
         for key in _OLD_KEYS:
             part.pop(key, None)
-    write_json(folder / CONFIG, {**config, "quantization_config": dict(quantization)})
+    write_json(folder / CONFIG, {**config, **members})
