@@ -57,7 +57,7 @@ def install_compiler(major: int) -> str:
 def _requirements(extra: str | None) -> list[str]:
     """Return this package's requirements of an extra, or those that it always has, without their markers.
 
-    An extra that names another one has its requirements too.
+    What it takes from another extra of this package is left out.
     """
     try:
         listed = importlib.metadata.requires(_PACKAGE) or []
@@ -67,9 +67,8 @@ def _requirements(extra: str | None) -> list[str]:
     found = []
     for text, marker in pairs:
         match = re.search(r"extra == ['\"]([\w-]+)['\"]", marker)
-        if (match[1] if match else None) == extra:
-            inner = re.fullmatch(rf"{_PACKAGE}\[([\w-]+)\]", text.strip())
-            found += _requirements(inner[1]) if inner else [text.strip()]
+        if (match[1] if match else None) == extra and not text.startswith(f"{_PACKAGE}["):
+            found.append(text.strip())
     return found
 
 
