@@ -16,6 +16,8 @@ from w4a16gen.weights.division import Axis, Share, axis_of, share
         ("model.layers.0.mlp.down_proj", Axis.REDUCTION),
         ("blk.3.ffn_down_exps.17", Axis.REDUCTION),
         ("model.layers.1.mlp.experts.3.w1", Axis.CHANNELS),
+        ("encoder.layer.0.intermediate.dense", Axis.CHANNELS),
+        ("encoder.layer.0.output.dense", Axis.REDUCTION),
         ("lm_head", Axis.NONE),
         ("7", Axis.NONE),
     ],

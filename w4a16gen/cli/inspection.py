@@ -26,6 +26,7 @@ from w4a16gen.weights.packed import LAYOUTS, TARGET_LAYOUTS, check_layout_group_
 TOKENS = (1, 16, 256)
 """Numbers of tokens that kernels are named for."""
 _MOST_USABLE = 64
+_VECTOR = "a vector"
 _NUMBER = re.compile(r"\b\d+\b")
 _LAYOUT = TARGET_LAYOUTS[Target.NATIVE]
 
@@ -227,21 +228,32 @@ def _packed_bytes(layer: CheckpointLayer) -> int | None:
 
 
 def _dense(checkpoint: Checkpoint) -> list[DenseKind]:
-    """Return the dense tensors by kind, the largest first."""
-    kinds: dict[tuple[str, str, str], DenseKind] = {}
+    """Return the dense tensors by kind, the largest first; vectors are one kind if their last two words agree."""
+    members: dict[tuple[str, str, str], list[str]] = {}
     for name in checkpoint.dense:
         info = checkpoint.tensors[name]
-        key = (_NUMBER.sub("*", name), info.dtype, _why_dense(name, info.shape, checkpoint.unsupported))
-        before = kinds.get(key)
-        kinds[key] = DenseKind(*key, info.size + (before.bytes if before else 0), 1 + (before.count if before else 0))
-    return sorted(kinds.values(), key=lambda kind: -kind.bytes)
+        reason = _why_dense(name, info.shape, checkpoint.unsupported)
+        last = ".".join(name.split(".")[-2:])
+        pattern = f"*.{last}" if reason == _VECTOR and last != name else _NUMBER.sub("*", name)
+        members.setdefault((pattern, info.dtype, reason), []).append(name)
+    kinds = [
+        DenseKind(
+            pattern if len(names) > 1 else _NUMBER.sub("*", names[0]),
+            dtype,
+            reason,
+            sum(checkpoint.tensors[name].size for name in names),
+            len(names),
+        )
+        for (pattern, dtype, reason), names in members.items()
+    ]
+    return sorted(kinds, key=lambda kind: -kind.bytes)
 
 
 def _why_dense(name: str, shape: Sequence[int], unsupported: Iterable[str]) -> str:
     if any(name.startswith(f"{module}.") for module in unsupported):
         return "not readable as 4 bits"
     if len(shape) < 2:  # noqa: PLR2004
-        return "a vector"
+        return _VECTOR
     if "embed" in name or "embd" in name:
         return "an embedding"
     return "not quantized in the checkpoint"

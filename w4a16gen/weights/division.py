@@ -50,6 +50,8 @@ def axis_of(name: str) -> Axis:
     """
     words = [word for word in name.split(".") if not word.isdecimal()]
     last = words[-1] if words else ""
+    if words[-2:] == ["intermediate", "dense"]:  # BERT's
+        return Axis.CHANNELS
     if last in _REDUCTION:
         return Axis.REDUCTION
     return Axis.CHANNELS if last in _CHANNELS else Axis.NONE

@@ -50,7 +50,7 @@ def test_a_method_that_nobody_knows(tmp_path: Path) -> None:
 
 def test_a_model_that_is_not_quantized(tmp_path: Path) -> None:
     write_folder(tmp_path, {"a.weight": np.zeros((4, 4), np.float16)}, {})
-    with pytest.raises(InvalidValueError, match="A model in FP16 must be quantized first"):
+    with pytest.raises(InvalidValueError, match="A model in FP16 is quantized first: `w4a16gen quantize`"):
         w4a16gen.open_checkpoint(tmp_path)
 
 

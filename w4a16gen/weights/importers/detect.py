@@ -84,7 +84,8 @@ def configuration_of(folder: Path) -> tuple[str, dict[str, Any]]:
             return method, section(side, "quantization") if method == "modelopt" else side
     raise InvalidValueError(
         f"{folder} has no quantization_config in config.json, and no quantize_config.json, quant_config.json or "
-        "hf_quant_config.json: the format of its weights is not known. A model in FP16 must be quantized first"
+        "hf_quant_config.json: the format of its weights is not known. "
+        "A model in FP16 is quantized first: `w4a16gen quantize`"
     )
 
 
