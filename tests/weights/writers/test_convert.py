@@ -223,6 +223,19 @@ def test_a_second_conversion_writes_nothing(tmp_path: Path) -> None:
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == times
 
 
+def test_a_result_that_was_damaged_is_mended(tmp_path: Path) -> None:
+    source, out = layers_of(tmp_path), tmp_path / "out"
+    convert(source, out, max_shard_bytes=20_000)
+    before = files_of(out)
+    times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+    damaged = max(out.glob("*.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert not convert(source, out, max_shard_bytes=20_000).was_complete
+    assert files_of(out) == before
+    after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+    assert [name for name in times if times[name] != after[name]] == [damaged.name]
+
+
 def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     source, out = layers_of(tmp_path), tmp_path / "out"
     out.mkdir()

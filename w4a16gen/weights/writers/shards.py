@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -134,16 +135,11 @@ def is_finished(job: Job) -> bool:
     present = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     if not present:
         return False
-    found = ""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        if STATE in present:
-            found = _read_state(folder)["source"]
-        elif INDEX in present:
-            found = read_json(folder, INDEX)["metadata"]["source"]
+    found, digests = _written(folder)
     temporary = all(name.startswith(".") and name.endswith(".tmp") for name in present)
     if found != job.source and not temporary:
         raise InvalidValueError(f"{folder} holds other files, such as {present[0]!r}: name a new folder")
-    return INDEX in present and STATE not in present
+    return STATE not in present and INDEX in present and all(has_digest(folder / n, d) for n, d in digests.items())
 
 
 def write_shards(
@@ -167,6 +163,7 @@ def write_shards(
     digests = _completed(job, shards)
     _check_space(folder, [units for name, units in shards.items() if name not in digests])
     write_json(folder / STATE, seal({"schema": _SCHEMA, "source": job.source, "shards": digests}))
+    (folder / INDEX).unlink(missing_ok=True)
     done, total = 0, sum(len(units) for units in shards.values())
     for name, units in shards.items():
         if name not in digests:
@@ -188,14 +185,21 @@ def _report(progress: Progress, before: int, total: int, number: int, what: str)
 
 def _completed(job: Job, shards: Mapping[str, Sequence[Unit]]) -> dict[str, str]:
     """Return the digests of the shards that an interrupted run has completed, and that are still whole."""
-    try:
-        state = _read_state(job.folder)
-        known = {str(name): str(digest) for name, digest in state["shards"].items()}
-    except (OSError, ValueError, KeyError, AttributeError):
-        return {}
-    if state.get("source") != job.source:
+    source, known = _written(job.folder)
+    if source != job.source:
         return {}
     return {name: known[name] for name in shards if name in known and has_digest(job.folder / name, known[name])}
+
+
+def _written(folder: Path) -> tuple[str, dict[str, str]]:
+    """Return the source of what a folder holds, and the digests of its shards; nothing if it holds anything else."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        if os.path.lexists(folder / STATE):
+            state = _read_state(folder)
+            return str(state["source"]), {str(name): str(digest) for name, digest in state["shards"].items()}
+        index = read_json(folder, INDEX)["metadata"]
+        return str(index["source"]), {str(name): str(entry["sha256"]) for name, entry in index["files"].items()}
+    return "", {}
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
