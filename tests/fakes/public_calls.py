@@ -24,6 +24,7 @@ from w4a16gen import (
     Target,
     W4A16Error,
 )
+from w4a16gen.weights.writers.convert import convert
 
 Arguments = dict[str, Any]
 HALF_ULP = 2.0**-11
@@ -79,6 +80,13 @@ class Source:
         if not folder.exists():
             folder.mkdir()
             awq_gemm(folder, self.rng)
+        return folder
+
+    def packed_checkpoint(self) -> Path:
+        """Return a folder with packed weights."""
+        folder = self.folder / "packed-checkpoint"
+        if not folder.exists():
+            convert(self.checkpoint(), folder)
         return folder
 
 
@@ -162,6 +170,11 @@ def check_file(arguments: Arguments, result: Any) -> None:
 
 def check_checkpoint(arguments: Arguments, result: Any) -> None:
     assert all(np.isfinite(layer.quantized().dequantize()).all() for layer in result.values())
+    assert arguments
+
+
+def check_packed_checkpoint(arguments: Arguments, result: Any) -> None:
+    assert all(np.isfinite(layer.weight.unpack().dequantize()).all() for layer in result.values())
     assert arguments
 
 
@@ -255,6 +268,12 @@ def public_calls(library: Library, gpu: Library) -> dict[str, Call]:
             w4a16gen.open_checkpoint,
             lambda source: {"path": source.checkpoint()},
             check_checkpoint,
+            OURS,
+        ),
+        "open_packed": (
+            w4a16gen.open_packed,
+            lambda source: {"path": source.packed_checkpoint(), "verify": True},
+            check_packed_checkpoint,
             OURS,
         ),
         "load": (w4a16gen.load, lambda _: {"folder": str(library.build.folder)}, nothing, OURS),

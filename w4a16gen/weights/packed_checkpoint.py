@@ -144,8 +144,10 @@ def open_packed(path: str | os.PathLike[str], *, verify: bool = True) -> PackedC
         >>> c = w4a16gen.gemm(a, layer.weight, bias=layer.bias, alpha=layer.alpha)  # doctest: +SKIP
     """
     folder = as_path("path", path)
+    if not isinstance(verify, (bool, np.bool_)):
+        raise InvalidValueError(f"verify of type {type(verify).__name__} must be True or False")
     try:
-        return _open(folder, verify=verify)
+        return _open(folder, verify=bool(verify))
     except OSError as error:
         raise InvalidValueError(f"{folder} cannot be read: {error.strerror}") from None
 
