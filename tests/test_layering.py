@@ -33,7 +33,13 @@ OWNERS = {
     "pybind11": {"build"},
     "psutil": {"build"},
     "matplotlib": {"measure.plots"},
-    "torch": {"measure.rivals", "integrations.torch"},
+    "torch": {
+        "measure.rivals",
+        *(f"integrations.{name}" for name in ("torch", "engines", "vllm", "sglang", "gptqmodel")),
+    },
+    "vllm": {"integrations.vllm"},
+    "sglang": {"integrations.sglang"},
+    "gptqmodel": {"integrations.gptqmodel"},
     "cuda": {"build.toolchain"},
     "platformdirs": {"runtime.folders"},
 }
