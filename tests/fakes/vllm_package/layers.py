@@ -80,7 +80,8 @@ class LinearBase(torch.nn.Module):  # type: ignore[misc]
         for number, tensors in enumerate(parts):
             for name, tensor in tensors.items():
                 if name in dict(self.named_parameters()):
-                    self.load(getattr(self, name), tensor, number)
+                    parameter = getattr(self, name)
+                    parameter.weight_loader(parameter, tensor, number)
         self.quant_method.process_weights_after_loading(self)
 
     def forward(self, x: Any, bias: Any = None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -98,7 +99,7 @@ def test_groups_that_straddle_ranks_are_divided_or_padded(
         x = activations(rng, 2, k // size)
         assert_is_product(layer(x), x, stored.dequantized()[:, rows])
         if group is not None:
-            assert layer.quant_method._store._layer.call.group_size == group  # noqa: SLF001
+            assert layer.quant_method._store._facts.call.group_size == group  # noqa: SLF001
 
 
 def test_fused_layers_with_act_order_share_their_order(rng: np.random.Generator) -> None:
@@ -109,6 +110,31 @@ def test_fused_layers_with_act_order_share_their_order(rng: np.random.Generator)
     layer.load_parts([part.gptq(with_order=True) for part in (first, second)])
     x = activations(rng, 3, 256)
     assert_is_product(layer(x), x, np.concatenate([first.dequantized(), second.dequantized()]))
+
+
+def test_fused_layers_whose_orders_differ_are_refused(rng: np.random.Generator) -> None:
+    parts = [StoredWeight.random(rng, 32, 256, 64, act_order=True) for _ in range(2)]
+    layer = layers.LinearBase(256, [32, 32], config_of(64, desc_act=True), "gate_up_proj")
+    with pytest.raises(UnsupportedProblemError, match="parts of this fused layer have different g_idx"):
+        layer.load_parts([part.gptq(with_order=True) for part in parts])
+
+
+def test_the_order_of_a_fused_layer_is_copied_once(rng: np.random.Generator) -> None:
+    layer = layers.LinearBase(256, [32, 32], config_of(64, desc_act=True), "gate_up_proj")
+    order = torch.from_numpy(StoredWeight.random(rng, 32, 256, 64, act_order=True).g_idx)
+    counted = torch.nn.Parameter(layer.g_idx.data.to("meta"), requires_grad=False)
+    calls = []
+
+    def loader(param: Any, _loaded: Any, part: int) -> None:
+        calls.append((param.is_meta, part))
+
+    load = layer.quant_method._loader_of_order(loader)  # noqa: SLF001
+    layer.g_idx.data.copy_(order)
+    for param in (counted, layer.g_idx):  # vLLM counts on the meta device first
+        for part in (0, 1):
+            load(param, order, part)
+    assert calls == [(True, 0), (False, 0)]
+    assert inspect.signature(layer.g_idx.weight_loader) == inspect.signature(layer.load)  # vLLM binds arguments by it
 
 
 def test_a_reload_with_another_order_keeps_the_addresses(rng: np.random.Generator) -> None:

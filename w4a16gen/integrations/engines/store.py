@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,19 +21,24 @@ class LayerStore:
     Captured graphs hold addresses. When an engine loads weights again, the new ones are copied to the old addresses.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, keeps_address: bool = True) -> None:
         """Keep the packed weight under a name.
 
         Args:
-            name: the parameter that held the words, which engines ask for its device.
+            name: the parameter or buffer that held the words, which engines ask for its device.
+            keeps_address: whether weights that are loaded again go to the old memory. Modules that move between devices
+                say False, because the old memory would not be freed.
         """
         self._name = name
-        self._layer: EngineLayer | None = None
+        self._keeps_address = keeps_address
+        self._facts: _Facts | None = None
+        self._parameter: Any = None
+        self._index: Any = None
 
     @property
     def is_filled(self) -> bool:
         """Whether a weight has been packed."""
-        return self._layer is not None
+        return self._facts is not None
 
     def fill(self, module: Any, layer: EngineLayer, drop: Iterable[str] = ()) -> None:
         """Put a packed layer into a module, and free what it was packed from.
@@ -40,33 +46,30 @@ class LayerStore:
         Args:
             module: the engine's module.
             layer: the packed layer.
-            drop: names of parameters that are not needed any more.
+            drop: names of parameters and buffers that are not needed any more.
 
         Raises:
             InvalidValueError: if an earlier layer was of another shape, which captured graphs rely on.
         """
-        kept = self._kept(layer)
-        _put(module, self._name, kept.packed)
+        facts = _Facts(layer.call, tuple(layer.packed.shape), layer.index is not None)
+        if self._facts not in (None, facts):
+            raise InvalidValueError(
+                f"the new weight {facts} differs from the old one {self._facts} in shape, order or alpha, and captured "
+                "graphs hold those: restart the engine"
+            )
+        self._facts = facts
         for name in drop:
             _put(module, name, None)
-        if kept.index is not None:
-            module.register_buffer(INDEX, kept.index, persistent=False)
-
-    def _kept(self, layer: EngineLayer) -> EngineLayer:
-        """Return the layer, in the memory of the one before it if there is one."""
-        old = self._layer
-        if old is None or old.packed.device != layer.packed.device:
-            self._layer = layer
-            return layer
-        if _facts(old) != _facts(layer):
-            raise InvalidValueError(
-                f"the new weight {_facts(layer)} differs from the old one {_facts(old)} in shape, order or alpha, and "
-                "captured graphs hold those: restart the engine"
+        if self._keeps_address:
+            self._parameter = _kept(
+                self._parameter, layer.packed, torch.nn.Parameter(layer.packed, requires_grad=False)
             )
-        old.packed.copy_(layer.packed)
-        if old.index is not None:
-            old.index.copy_(layer.index)
-        return old
+            self._index = _kept(self._index, layer.index, layer.index)
+            _put(module, self._name, self._parameter)
+        else:
+            _put(module, self._name, layer.packed)
+        if layer.index is not None:
+            module.register_buffer(INDEX, self._index if self._keeps_address else layer.index, persistent=False)
 
     def apply(self, module: Any, x: Any, bias: Any = None) -> Any:
         """Return the product of activations and the module's weight, plus the bias.
@@ -79,9 +82,30 @@ class LayerStore:
         Raises:
             InvalidValueError: if no weight has been packed.
         """
-        if self._layer is None:
+        if self._facts is None:
             raise InvalidValueError(f"{self._name} has not been packed: call process_weights_after_loading first")
-        return product(getattr(module, self._name), x, bias, self._layer.call, getattr(module, INDEX, None))
+        index = getattr(module, INDEX) if self._facts.has_index else None
+        return product(getattr(module, self._name), x, bias, self._facts.call, index)
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What must not change when weights are loaded again."""
+
+    call: Call
+    shape: tuple[int, ...]
+    has_index: bool
+
+
+def _kept(old: Any, values: Any, new: Any) -> Any:
+    """Return the old tensor with new values, or the new one if there is no old one where it should be.
+
+    An engine that offloads weights moves a parameter's memory to the host; that memory is not the old one any more.
+    """
+    if old is None or old.device != values.device:
+        return new
+    old.data.copy_(values)
+    return old
 
 
 def _put(module: Any, name: str, tensor: Any) -> None:
@@ -89,10 +113,6 @@ def _put(module: Any, name: str, tensor: Any) -> None:
     if name in dict(module.named_buffers(recurse=False)):
         module.register_buffer(name, tensor)
     elif tensor is not None:
-        module.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+        module.register_parameter(name, tensor)
     elif name in dict(module.named_parameters(recurse=False)):
         module.register_parameter(name, None)
-
-
-def _facts(layer: EngineLayer) -> tuple[Call, tuple[int, ...], bool]:
-    return layer.call, tuple(layer.packed.shape), layer.index is not None

@@ -67,7 +67,7 @@ class _Linear:
             register_buffers=True,
             **kwargs,
         )
-        self._store = LayerStore("qweight")
+        self._store = LayerStore("qweight", keeps_address=False)
 
     @classmethod
     def validate_once(cls) -> tuple[bool, Exception | None]:

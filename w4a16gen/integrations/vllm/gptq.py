@@ -6,6 +6,7 @@ there to the list of kernels.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -161,7 +162,9 @@ class LinearMethod:
         self.quant_config = config
         self._name = prefix
         self._store = LayerStore("qweight")
-        self._k = self._input_size = self._group = self._n = 0
+        self._k = self._input_size = self._group = self._n = self._parts = 0
+        self._orders: set[bool] = set()
+        """Whether orders of K were loaded since the last packing, by whether it was on the meta device."""
 
     def create_weights(
         self,
@@ -190,6 +193,7 @@ class LinearMethod:
         del output_size
         config = self.quant_config
         self._k, self._n, self._input_size = input_size_per_partition, sum(output_partition_sizes), input_size
+        self._parts = len(output_partition_sizes)
         self._group = input_size if config.group_size == -1 else config.group_size
         reason = self._why_not(str(params_dtype))
         COUNT.asked(reason)
@@ -238,9 +242,29 @@ class LinearMethod:
         layer.register_parameter("qzeros", zero)
         if self.quant_config.keeps_order:
             index = torch.empty(self._k, dtype=torch.int32)
-            layer.register_parameter(
-                "g_idx", parameters.RowvLLMParameter(data=index, input_dim=0, weight_loader=loader)
-            )
+            order = parameters.RowvLLMParameter(data=index, input_dim=0, weight_loader=self._loader_of_order(loader))
+            layer.register_parameter("g_idx", order)
+
+    def _loader_of_order(self, loader: Any) -> Any:
+        """Return a loader that loads the order of K of a fused layer's first part, and compares those of the others.
+
+        vLLM counts what is copied to know when a layer is complete, so the others are not copied. It may load twice,
+        first to the meta device to count.
+        """
+
+        @functools.wraps(loader)
+        def load(param: Any, loaded_weight: Any, *args: Any, **options: Any) -> Any:
+            if self._parts == 1 or param.is_meta not in self._orders:
+                self._orders.add(param.is_meta)
+                return loader(param, loaded_weight, *args, **options)
+            if not param.is_meta and not torch.equal(param.data, loaded_weight.to(param.device, param.dtype)):
+                raise UnsupportedProblemError(
+                    f"{self._name}: the parts of this fused layer have different g_idx, so they cannot share "
+                    "activations: quantize them together"
+                )
+            return None
+
+        return load
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Pack a layer's weight on the GPU and free the parameters that it was packed from. It may be called again.
@@ -259,6 +283,7 @@ class LinearMethod:
         packed = pack_layer(raw, self._order(layer), name=self._name)
         is_first = not self._store.is_filled
         self._store.fill(layer, packed, ("scales", "qzeros", "g_idx"))
+        self._orders.clear()
         if is_first:
             COUNT.finished()
 
