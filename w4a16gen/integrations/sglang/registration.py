@@ -15,7 +15,8 @@ KERNELS: tuple[tuple[str, str, type], ...] = (
     (f"{_GPU}.awq_kernels", "AWQMarlinLinearKernel", AWQKernel),
 )
 """Module, class, and the class that goes before it."""
-SCHEME = "sglang.srt.layers.quantization.compressed_tensors.schemes.compressed_tensors_wNa16.CompressedTensorsWNA16"
+_QUANTIZATION = "sglang.srt.layers.quantization"
+SCHEME = f"{_QUANTIZATION}.compressed_tensors.schemes.compressed_tensors_wNa16.CompressedTensorsWNA16"
 METHODS = {
     "create_weights": around_create,
     "process_weights_after_loading": around_process,
@@ -29,6 +30,7 @@ def register_all() -> str:
     Raises:
         ImportError: if SGLang's modules are not where any known release has them.
     """
+    importlib.import_module(_QUANTIZATION)  # first: the modules of kernels import it, and it imports them
     hooks = importlib.import_module(_HOOKS)
     registry, kinds = hooks.HookRegistry, hooks.HookType
     if not _is_registered(registry):
