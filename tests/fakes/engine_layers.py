@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from fakes.checkpoints import packers
+from w4a16gen.weights.quantized import QuantizedWeight, canonical
 from w4a16gen.weights.reference import HALF_ROUNDING, HALF_UNDERFLOW
 
 BFLOAT_ROUNDING = 2.0**-8
@@ -75,6 +76,21 @@ class StoredWeight:
         zeros = ((8 - self.points.astype(np.float64)) * scales).astype(np.float16)
         total: Array = weight + zeros.astype(np.float64)[self.g_idx].T
         return total
+
+    def quantized(self) -> QuantizedWeight:
+        """Return the weight in canonical form, with K sorted by groups."""
+        groups, k = len(self.scales), self.q.shape[1]
+        q = np.ascontiguousarray(self.q[:, np.argsort(self.g_idx, kind="stable")])
+        if self.points is None:
+            scales = self.scales if groups > 1 else self.scales[0]
+            return canonical(q, scales, None, group_size=k // groups)
+        zeros = ((8 - self.points.astype(np.float64)) * self.scales).astype(np.float16)
+        return canonical(q, self.scales, zeros, group_size=k // groups)
+
+    def sorted_columns(self, x: Any) -> Array:
+        """Return activations [m, k] of fp16 in the order of `quantized`."""
+        columns: Array = x.cpu().numpy()[:, np.argsort(self.g_idx, kind="stable")]
+        return columns
 
     def gptq(self, *, version: int = 1, with_order: bool = False) -> dict[str, Any]:
         """Return GPTQ's tensors."""

@@ -106,16 +106,17 @@ class AutoAWQMarlinLinearMethod(_Method):
     def process_weights_after_loading(self, layer: Any) -> None:
         q, points = (awq_values(getattr(layer, name)) for name in ("qweight", "qzeros"))
         plain: dict[str, Any] = {"packed_factor": 8, "weight_loader": None, "packed_dim": 0}
-        words = torch.from_numpy(packers.along_rows(q))
+        device = layer.qweight.device
+        words = torch.from_numpy(packers.along_rows(q)).to(device)
         layer.qweight = parameters.PackedvLLMParameter(data=words, input_dim=0, output_dim=1, **plain)
-        words = torch.from_numpy(packers.along_rows(points.T))
+        words = torch.from_numpy(packers.along_rows(points.T)).to(device)
         layer.qzeros = parameters.PackedvLLMParameter(data=words, input_dim=1, output_dim=0, **plain)
         super().process_weights_after_loading(layer)
 
 
 def awq_values(words: Any) -> Any:
     """Return the values of AWQ's words, [rows, n]."""
-    unsigned = words.data.numpy().view(np.uint32)
+    unsigned = words.data.cpu().numpy().view(np.uint32)
     values = np.zeros((*unsigned.shape, 8), np.uint8)
     for place, column in enumerate(packers.AWQ_ORDER):
         values[..., column] = (unsigned >> np.uint32(4 * place)) & 15

@@ -1,7 +1,7 @@
 """The plug-in in SGLang's own code: its registry, schemes and parameters, on a machine without a GPU.
 
-It runs where SGLang can be imported: its wheel, unpacked into a folder of PYTHONPATH, is enough beside what that imports.
-The test answers for the GPU.
+It runs where SGLang can be imported: its wheel, unpacked into a folder of PYTHONPATH, is enough beside what that
+imports. The test answers for the GPU.
 """
 
 from __future__ import annotations
