@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from fakes.vllm_package.installed import install  # noqa: E402
 
 from w4a16gen import UnsupportedProblemError  # noqa: E402
 from w4a16gen.integrations.engines import limits  # noqa: E402
-from w4a16gen.integrations.vllm import plugin  # noqa: E402
+from w4a16gen.integrations.vllm import plugin, registration  # noqa: E402
 from w4a16gen.integrations.vllm.gptq import zero_point_rules  # noqa: E402
 
 N = 64
@@ -202,6 +203,18 @@ def layer_without_method() -> Any:
 def test_eight_bits_are_vllms_business(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"Unsupported quantization config|no longer supported"):
         config_of(64, **options)
+
+
+def test_configurations_reach_vllms_other_processes() -> None:
+    config = config_of(64, desc_act=True, sym=False)
+    pickled = pickle.dumps(config)
+    del registration.W4A16GenGPTQConfig  # as in a process that has not loaded plug-ins yet
+    copy = pickle.loads(pickled)  # noqa: S301  (it was written above)
+    assert type(copy) is registration.W4A16GenGPTQConfig
+    assert (copy.group_size, copy.desc_act, copy.is_sym) == (64, True, False)
+    assert type(copy.get_quant_method(layer_without_method(), "layer")).__name__ == "W4A16GenGPTQLinearMethod"
+    with pytest.raises(AttributeError, match="no attribute 'W4A16GenNothing'"):
+        registration.W4A16GenNothing  # noqa: B018
 
 
 def test_experts_are_vllms_business_unless_nobody_serves_them() -> None:

@@ -22,7 +22,6 @@ _KERNEL_MODULES = (
     "vllm.model_executor.layers.quantization.kernels.mixed_precision",
 )
 _QUANTIZATION = "vllm.model_executor.layers.quantization"
-_ADDED = "GPTQ models with act-order, zero points or any group size are served"
 
 
 def register_all() -> str:
@@ -57,7 +56,7 @@ def _insert_kernel() -> str:
     linear = _first_module(_KERNEL_MODULES)
     kernels = _kernels_of(linear)
     if not any(kernel.__name__ == KERNEL for kernel in kernels):
-        kernels.insert(0, type(KERNEL, (LinearKernel, linear.MPLinearKernel), {"__module__": __name__}))
+        kernels.insert(0, _combined(KERNEL, LinearKernel, linear.MPLinearKernel))
     return f"{KERNEL} is first of vLLM's {len(kernels)} mixed-precision linear kernels"
 
 
@@ -80,14 +79,36 @@ def _override_gptq() -> str:
     """Register the configuration of GPTQ models under vLLM's own names for it."""
     quantization = importlib.import_module(_QUANTIZATION)
     known = getattr(quantization, "_CUSTOMIZED_METHOD_TO_QUANT_CONFIG", {})
-    if any(config.__name__ == CONFIG for config in known.values()):
-        return _ADDED
+    if not any(config.__name__ == CONFIG for config in known.values()):
+        config = _config()
+        for name in CONFIG_NAMES:
+            if name in quantization.QUANTIZATION_METHODS:
+                quantization.register_quantization_config(name)(config)
+    return "GPTQ models with act-order, zero points or any group size are served"
+
+
+def _config() -> Any:
+    """Return the configuration's class, with the method of its layers."""
     parent = importlib.import_module(f"{_QUANTIZATION}.auto_gptq").AutoGPTQConfig
     linear = importlib.import_module("vllm.model_executor.layers.linear")
-    method = type(METHOD, (LinearMethod, linear.LinearMethodBase), {"__module__": __name__})
-    linear.register_weight_loader_v2_supported_method(method)
-    config = type(CONFIG, (ConfigOverride, parent), {"__module__": __name__, "linear_method": method})
-    for name in CONFIG_NAMES:
-        if name in quantization.QUANTIZATION_METHODS:
-            quantization.register_quantization_config(name)(config)
-    return _ADDED
+    method = _combined(METHOD, LinearMethod, linear.LinearMethodBase)
+    if METHOD not in linear.WEIGHT_LOADER_V2_SUPPORTED:
+        linear.register_weight_loader_v2_supported_method(method)
+    config = _combined(CONFIG, ConfigOverride, parent)
+    config.linear_method = method
+    return config
+
+
+def _combined(name: str, ours: type, base: type) -> Any:
+    """Return the class of this package with vLLM's as its other base, the same one whenever it is asked for."""
+    known = globals().get(name)
+    if known is None or base not in known.__mro__:
+        known = globals()[name] = type(name, (ours, base), {"__module__": __name__})
+    return known
+
+
+def __getattr__(name: str) -> Any:
+    """Make the configuration's class when a process of vLLM unpickles an instance before it loads plug-ins."""
+    if name == CONFIG:
+        return _config()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
