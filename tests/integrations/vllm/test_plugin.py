@@ -24,6 +24,8 @@ def registered(caplog: pytest.LogCaptureFixture) -> str:
 
 
 def test_without_vllm_it_says_so(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("vllm.")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "vllm", None)
     assert registered(caplog).startswith("w4a16gen leaves vLLM alone: ")
 
