@@ -117,9 +117,7 @@ def test_the_committed_errors_are_those_of_the_committed_rates() -> None:
 
 def test_the_loss_of_a_choice_is_beside_the_fastest() -> None:
     problem = Problem(300, 4096, 4096, 128)
-    sample = fit_cost_model.Sample(
-        card_of(H200), {KERNEL: {problem: 12.0}, STREAM_K: {problem: 10.0}}, {}
-    )
+    sample = fit_cost_model.Sample(card_of(H200), {KERNEL: {problem: 12.0}, STREAM_K: {problem: 10.0}}, {})
     right = fit_cost_model.losses({problem: {KERNEL: 3.0, STREAM_K: 2.0}}, sample)
     wrong = fit_cost_model.losses({problem: {KERNEL: 2.0, STREAM_K: 3.0}}, sample)
     assert right == {"257 to 1024": {"problems": 1, "geometric_mean": 0.0, "worst": 0.0}}

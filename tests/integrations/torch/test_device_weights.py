@@ -159,3 +159,14 @@ REFUSED: list[tuple[str, Any]] = [
 def test_tensors_that_contradict_each_other_are_refused(message: str, call: Any) -> None:
     with pytest.raises(InvalidValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (4, 1), (1, 1), (3, 5)])
+def test_words_in_any_memory_order_are_expanded(shape: tuple[int, int]) -> None:
+    words = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32)
+    turned = words.t().contiguous().t()
+    assert torch.equal(nibbles.expand(turned), nibbles.expand(words))
+    assert torch.equal(nibbles.expand_awq(turned), nibbles.expand_awq(words))
+    assert torch.equal(
+        nibbles.expand(words.t()), nibbles.expand(words.t().clone(memory_format=torch.contiguous_format))
+    )

@@ -25,8 +25,6 @@ def nibbles(words: Any) -> Any:
         >>> nibbles(torch.tensor([[0x76543210]], dtype=torch.int32)).tolist()
         [[0, 1, 2, 3, 4, 5, 6, 7]]
     """
-    if words.stride(-1) != 1:  # also where there is one column, which torch calls contiguous whatever its stride is
-        words = words.clone(memory_format=torch.contiguous_format)
     return expand(words)
 
 

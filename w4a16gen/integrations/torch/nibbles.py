@@ -38,7 +38,14 @@ def expand(words: Tensor) -> Tensor:
     Returns:
         uint8 [rows, w * values per word], 0 to 15, contiguous.
     """
-    return expand_bytes(words.contiguous().view(torch.uint8))
+    return expand_bytes(_in_rows(words).view(torch.uint8))
+
+
+def _in_rows(words: Tensor) -> Tensor:
+    """Return a copy whose last axis has stride 1: torch calls one column contiguous whatever its stride is."""
+    return (
+        words if words.is_contiguous() and words.stride(-1) == 1 else words.clone(memory_format=torch.contiguous_format)
+    )
 
 
 def expand_bytes(packed: Tensor, run: int = 1) -> Tensor:
@@ -65,7 +72,7 @@ def expand_awq(words: Tensor) -> Tensor:
     4 a + 2 h + c.
     """
     rows, columns = words.shape
-    planes = words.t().contiguous().view(torch.uint8).view(columns, rows, 4).transpose(1, 2).contiguous()
+    planes = _in_rows(words.t()).view(torch.uint8).view(columns, rows, 4).transpose(1, 2).contiguous()
     of_channels = planes.view(columns, 2, 2, rows).transpose(1, 2)
     values = torch.empty((columns, 2, 2, 2, rows), dtype=torch.uint8, device=words.device)
     torch.bitwise_and(of_channels, MAX_Q, out=values[:, :, 0])
