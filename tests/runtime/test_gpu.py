@@ -12,6 +12,7 @@ import pytest
 
 from w4a16gen import KernelConfig, Library, PackedWeight, Problem, QuantMode, Target, pack_weight
 from w4a16gen.errors import InvalidValueError, UnsupportedProblemError
+from w4a16gen.kernels.config import Scheduler
 from w4a16gen.kernels.spaces import enumerate_space
 from w4a16gen.measure.probes import probe_multiply, probe_read
 from w4a16gen.runtime.arrays import DeviceArray
@@ -23,7 +24,7 @@ from w4a16gen.weights.reference import Expectation, error_over_bound, random_wei
 pytestmark = pytest.mark.gpu
 NATIVE = sorted({*enumerate_space("trtllm-native"), *enumerate_space("default")})
 EVERY = enumerate_space("trtllm") + NATIVE
-STREAM_K = KernelConfig.parse("w4a16_sm90_native_fgs_cta256x64x128_cluster1x1x1_warpgroups2_streamk")
+STREAM_K = KernelConfig.parse("w4a16_sm90_native_fgs_cta128x64x128_cluster1x1x1_warpgroups2_streamk")
 
 
 @pytest.fixture
@@ -291,3 +292,22 @@ def test_arrays_with_only_dlpack_work(library: Library) -> None:
             return device
 
     layer.check(library.gemm(DlpackOnly(), layer.packed).to_host())
+
+
+def test_a_row_has_the_same_bits_wherever_its_tile_lies(library: Library) -> None:
+    """Two CTAs store the rows of overlapping tiles, in an order that changes from launch to launch."""
+    rng = np.random.default_rng(8)
+    weight = random_weight(rng, 512, 1152, 128, STREAM_K.mode)  # nine blocks of K: warpgroups get unequal shares
+    packed = library.to_device(pack_weight(weight))
+    rows = rng.standard_normal((512, 1152)).astype(np.float16)
+    for config in library.configs():
+        if config.target is not Target.NATIVE or config.mode is not STREAM_K.mode:
+            continue
+        if config.scheduler is Scheduler.STREAM_K:
+            continue  # it divides K by the number of tiles
+        tokens = config.cta.tokens
+        alone = library.gemm(library.to_device(rows[:tokens]), packed, config=config).to_host()
+        more = library.gemm(library.to_device(rows[: 2 * tokens - 8]), packed, config=config).to_host()
+        assert np.array_equal(alone.view(np.uint16), more[:tokens].view(np.uint16)), config.name
+        last = library.gemm(library.to_device(rows[tokens - 8 : 2 * tokens - 8]), packed, config=config).to_host()
+        assert np.array_equal(last.view(np.uint16), more[tokens - 8 :].view(np.uint16)), config.name

@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
 ]
-STREAM_K = KernelConfig.parse("w4a16_sm90_native_fgs_cta256x64x128_cluster1x1x1_warpgroups2_streamk")
+STREAM_K = KernelConfig.parse("w4a16_sm90_native_fgs_cta128x64x128_cluster1x1x1_warpgroups2_streamk")
 """A kernel with a workspace."""
 K, N = 1024, 512
 CASES = [
