@@ -35,11 +35,13 @@ OWNERS = {
     "matplotlib": {"measure.plots"},
     "torch": {
         "measure.rivals",
-        *(f"integrations.{name}" for name in ("torch", "engines", "vllm", "sglang", "gptqmodel")),
+        *(f"integrations.{name}" for name in ("torch", "engines", "vllm", "sglang", "gptqmodel", "transformers")),
     },
     "vllm": {"integrations.vllm"},
     "sglang": {"integrations.sglang"},
     "gptqmodel": {"integrations.gptqmodel"},
+    "transformers": {"integrations.transformers"},
+    "gguf": {"integrations.transformers.packages"},
     "cuda": {"build.toolchain"},
     "platformdirs": {"runtime.folders"},
 }

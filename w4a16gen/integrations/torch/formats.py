@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from w4a16gen.errors import InvalidValueError
@@ -68,7 +69,10 @@ def _gguf_layer(stored: GgufLayer, moved: Uploader) -> Decoded | None:
     if stored.expert is not None:
         return None
     blocks = moved.bytes(stored.tensors.raw(stored.tensor))
-    return gguf(blocks.view(stored.n, -1), stored.type)
+    rows = blocks.view(stored.n, -1)
+    if stored.rows is not None:
+        rows = rows.index_select(0, moved.array(stored.rows.astype(np.int64)))
+    return gguf(rows, stored.type)
 
 
 _DECODERS: dict[type, Callable[[Any, Uploader], Decoded | None]] = {

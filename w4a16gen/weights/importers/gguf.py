@@ -12,6 +12,7 @@ from w4a16gen.weights.importers.mapped import shown_name
 from w4a16gen.weights.importers.stored import (
     Double,
     Factors,
+    Indices,
     StoredLayer,
     UnsupportedLayerError,
     check_matrix,
@@ -27,7 +28,7 @@ BLOCK_VALUES = {"Q4_0": 32, "Q4_1": 32, "Q4_K": 256}
 DATA = {"Q4_0": 2, "Q4_1": 4, "Q4_K": 16}
 """The first byte of a block that holds values."""
 _UNEVEN = ("IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4")
-_ROTATED = ("llama",)
+ROTATED = ("llama", "smollm3")
 """Architectures whose files hold the rows of attn_q and attn_k in the order of ggml's rotary embedding."""
 _ENDING = ".weight"
 MAX_LAYERS = 1 << 17
@@ -73,7 +74,23 @@ class GgufLayer(StoredLayer):
             )
         check_matrix(tensor, info.shape, expert)
         n, k = info.shape[-2:]
+        self.rows: Indices | None = None
         super().__init__(tensors, name, n, k, k // GROUP_SIZE)
+
+    def with_rows(self, rows: Indices) -> GgufLayer:
+        """Return the layer with its output channels in another order.
+
+        Args:
+            rows: the row of the file that each output channel takes, intp [n].
+
+        Raises:
+            InvalidValueError: if it does not name each row once.
+        """
+        if not np.array_equal(np.sort(rows), np.arange(self.n)):
+            raise InvalidValueError(f"layer {shown_name(self.name)}: rows must name each of 0 to {self.n - 1} once")
+        layer = GgufLayer(self.tensors, self.tensor, self.name, self.expert)
+        layer.rows = rows
+        return layer
 
     @property
     def tensor_names(self) -> set[str]:
@@ -84,7 +101,7 @@ class GgufLayer(StoredLayer):
     def note(self) -> str | None:
         """Return that rows are rotated, if they are."""
         architecture = self.tensors.metadata.get("general.architecture")
-        if self.name.endswith(("attn_q", "attn_k")) and architecture in _ROTATED:
+        if self.rows is None and self.name.endswith(("attn_q", "attn_k")) and architecture in ROTATED:
             return "rows are in the order of ggml's rotary embedding: permute them for models of transformers"
         return None
 
@@ -94,7 +111,16 @@ class GgufLayer(StoredLayer):
             -1, self.n, self.k // BLOCK_VALUES[self.type], BLOCK_BYTES[self.type]
         )
         blocks: Bytes = rows[self.expert or 0]
-        return blocks
+        return blocks if self.rows is None else blocks[self.rows]
+
+    def bias(self) -> Double | None:
+        """Return the bias, float64 [n], or None, in the order of the rows.
+
+        Raises:
+            InvalidValueError: if it has another shape, or is not finite.
+        """
+        bias = super().bias()
+        return bias if bias is None or self.rows is None else bias[self.rows]
 
     def values(self) -> Nibbles:
         """Return q, uint8 [n, k]: of 32 bytes or 16, first the lower halves, then the upper ones."""
@@ -120,6 +146,27 @@ class GgufLayer(StoredLayer):
         minima = (minima[..., None] * of_minima).reshape(self.n, -1)
         note = "scales are products of a half and 6 bits: fp16 rounds them"
         return Factors(scales.T, (OFFSET * scales - minima).T, (note,))
+
+
+def rotated_rows(n: int, heads: int) -> Indices:
+    """Return the rows of attn_q or attn_k in the order that models of transformers have.
+
+    Files hold the two halves of a head's rotary pairs side by side: row 2 j + s of a head is row s * d / 2 + j of the
+    model's, for a head of d rows.
+
+    Args:
+        n: rows.
+        heads: heads that they belong to.
+
+    Returns:
+        The row of the file for each row of the model, intp [n].
+
+    Raises:
+        InvalidValueError: if the rows are no heads of an even size.
+    """
+    if heads <= 0 or n % (2 * heads) != 0:
+        raise InvalidValueError(f"{n} rows cannot be {heads} heads of an even size")
+    return np.arange(n).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 
 def _halves(blocks: Bytes, place: int) -> Double:

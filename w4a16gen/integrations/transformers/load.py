@@ -1,0 +1,139 @@
+"""Load a checkpoint of any readable format into a model of transformers."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import transformers
+
+from w4a16gen.errors import InvalidValueError
+from w4a16gen.integrations.torch.replace import replace_linears
+from w4a16gen.integrations.torch.upload import Uploader
+from w4a16gen.integrations.transformers.dense import load_dense
+from w4a16gen.integrations.transformers.report import report_of
+from w4a16gen.integrations.transformers.skeleton import config_of, dtype_of, make_model
+from w4a16gen.integrations.transformers.sources import Source, source_of
+from w4a16gen.progress import Progress
+from w4a16gen.weights.importers.checkpoint import open_checkpoint
+
+_ROPE_FACTORS = "rope_freqs.weight"
+
+
+def from_pretrained(
+    path: str | os.PathLike[str],
+    *,
+    device: Any = "cuda",
+    dtype: Any = None,
+    config: Any = None,
+    model_class: Any = None,
+    attn_implementation: str | None = None,
+    progress: Progress | None = None,
+) -> Any:
+    """Load a 4-bit checkpoint into a model of transformers, for `generate`, `torch.compile` and the like.
+
+    Linear layers become W4A16Linear, one after the other; all else is dense, in the given dtype. No second copy of the
+    model exists at any time. The attribute `w4a16gen_report` says which layers have 4 bits, and why others do not.
+
+    Args:
+        path: what `w4a16gen.open_checkpoint` opens: a folder of GPTQ, AWQ, compressed-tensors and so on, or a GGUF
+            file. Nothing is downloaded, and no code of the folder runs.
+        device: where the model shall be, in torch's terms. On the CPU each layer computes the reference, slowly.
+        dtype: of activations and dense parameters: fp16, bf16 or fp32; None takes that of the configuration, or else
+            fp16, and bf16 for Gemma.
+        config: a configuration of transformers, or a folder with config.json, where the checkpoint has none, as a GGUF
+            file does; None takes the checkpoint's own.
+        model_class: a class of transformers, such as AutoModel; None takes the one that the configuration names, or
+            else AutoModelForCausalLM.
+        attn_implementation: what computes attention, in transformers' terms.
+        progress: called with the layers done, the layers in all, and the name of the last one.
+
+    Returns:
+        The model in eval mode; no parameter records gradients.
+
+    Raises:
+        InvalidValueError: if the checkpoint cannot be read, is of another model than its configuration says, or lacks
+            parameters.
+        MissingToolError: if a package that the checkpoint needs is not installed.
+        NotBuiltError: on a GPU, if no native kernel of a layer's mode is built.
+
+    Example:
+        >>> from w4a16gen.integrations.transformers import from_pretrained
+        >>> model = from_pretrained("Qwen3-8B-GPTQ")  # doctest: +SKIP
+        >>> print(model.w4a16gen_report)  # doctest: +SKIP
+        w4a16gen serves 252 of 253 linear layers
+    """
+    uploader = _uploader(device)
+    checkpoint = open_checkpoint(path)
+    described = config_of(checkpoint, config)
+    source = source_of(checkpoint, described.get_text_config())
+    if source.layer("lm_head") is not None:
+        described.tie_word_embeddings = False  # a 4-bit head cannot be the embedding
+    model = make_model(described, dtype_of(dtype, described), model_class, attn_implementation)
+    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    replacement = replace_linears(model, source.layers(linears), device=uploader.device, progress=progress)
+    if not replacement.replaced and not replacement.dequantized:
+        raise InvalidValueError(
+            f"{checkpoint.path} has {len(checkpoint)} 4-bit layers, such as {next(iter(checkpoint))}, but none of a "
+            f"linear layer of {type(model).__name__}: mixtures of experts and other models are not served"
+        )
+    used = load_dense(model, source, uploader)
+    _load_rope_factors(model, source, used)
+    model.tie_weights()
+    _check_complete(model, source)
+    model.to(uploader.device).requires_grad_(requires_grad=False)
+    _load_generation_config(model, checkpoint.path)
+    model.w4a16gen_report = report_of(model, replacement, _unused(source, used, replacement.replaced))
+    return model
+
+
+def _uploader(device: Any) -> Uploader:
+    uploader = Uploader(device)
+    if uploader.device.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidValueError(
+            f"device {uploader.device} is not there: torch finds no GPU. device='cpu' computes the reference, slowly"
+        )
+    return uploader
+
+
+def _load_rope_factors(model: Any, source: Source, used: set[str]) -> None:
+    """Divide the rotary frequencies by the factors that files of GGUF hold for Llama 3.1 and later."""
+    tensors = source.checkpoint.tensors
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    if _ROPE_FACTORS not in tensors or rope.get("rope_type", "default") != "default":
+        return
+    used.add(_ROPE_FACTORS)
+    factors = torch.from_numpy(tensors.array(_ROPE_FACTORS).astype("float32"))
+    for module in model.modules():
+        for name in ("inv_freq", "original_inv_freq"):
+            frequencies = getattr(module, name, None)
+            if isinstance(frequencies, torch.Tensor):
+                if frequencies.shape != factors.shape:
+                    raise InvalidValueError(
+                        f"tensor {_ROPE_FACTORS} of shape {list(factors.shape)} must be {list(frequencies.shape)}"
+                    )
+                module.register_buffer(name, frequencies / factors.to(frequencies.device), persistent=False)
+
+
+def _check_complete(model: Any, source: Source) -> None:
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise InvalidValueError(
+            f"{source.checkpoint.path} lacks {len(missing)} parameters of {type(model).__name__}, such as "
+            f"{missing[0]}: it is incomplete, or of another model than its configuration says"
+        )
+
+
+def _load_generation_config(model: Any, path: Any) -> None:
+    """Take how the checkpoint's authors generate, where they say so."""
+    if (path / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(str(path), local_files_only=True)
+
+
+def _unused(source: Source, used: set[str], replaced: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names of what nothing of the model took."""
+    names = {layer.name for module in replaced if (layer := source.layer(module)) is not None}
+    layers = [name for name in source.checkpoint if name not in names]
+    taken = used | {name for name in layers if source.checkpoint[name].tensor_names <= used}
+    return tuple(name for name in (*layers, *source.checkpoint.dense) if name not in taken)
