@@ -104,6 +104,11 @@ class PackedCheckpoint(Mapping[str, PackedLayer]):
     def __repr__(self) -> str:
         return f"PackedCheckpoint({str(self.path)!r}, layout={self.layout!r}, {len(self)} layers)"
 
+    @property
+    def tensors(self) -> Tensors:
+        """All tensors of the files."""
+        return self._tensors
+
     def tensor(self, name: str) -> npt.NDArray[Any]:
         """Return a tensor as the file stores it, in a read-only memory map. bfloat16 is copied to float32, exactly.
 

@@ -9,20 +9,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import w4a16gen
 from w4a16gen import InvalidValueError
-from w4a16gen.weights.quantize import quantize
 from w4a16gen.weights.writers.quantize import Settings, quantize_model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", exc_type=ImportError)
 safetensors = pytest.importorskip("safetensors.torch")
 from fakes import tiny_models as tiny  # noqa: E402
-from fakes.checkpoints import packers  # noqa: E402
-from fakes.checkpoints.files import BFloat16, write_safetensors  # noqa: E402
+from fakes.tiny_folders import awq_tensors, folder_with, gptq_tensors  # noqa: E402
 
 from w4a16gen.integrations.torch import W4A16Linear, replace_linears  # noqa: E402
 from w4a16gen.integrations.transformers import from_pretrained  # noqa: E402
@@ -60,52 +57,6 @@ def test_each_architecture_computes_what_its_own_model_does_with_the_same_layers
     tied = model.config.tie_word_embeddings
     assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
     assert ("the embedding" in report.dense["lm_head"]) is tied
-
-
-def folder_with(folder: Path, model: Any, layer_tensors: Any, quantization: dict[str, Any]) -> Path:
-    """Write a folder of a model: each linear layer as a function returns its tensors, all else as it is."""
-    folder.mkdir()
-    tensors: dict[str, Any] = {}
-    modules = dict(model.named_modules())
-    for name, parameter in model.named_parameters():
-        module, _, part = name.rpartition(".")
-        values = parameter.float().numpy()
-        if part == "weight" and isinstance(modules[module], torch.nn.Linear) and "lm_head" not in name:
-            tensors |= {f"{module}.{key}": value for key, value in layer_tensors(module, values).items()}
-        else:
-            tensors[name] = BFloat16(values) if parameter.dtype == torch.bfloat16 else parameter.numpy()
-    write_safetensors(folder / "model.safetensors", tensors)
-    config = {**model.config.to_dict(), "quantization_config": quantization}
-    config["dtype"] = str(model.dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-def gptq_tensors(_module: str, values: Any) -> dict[str, Any]:
-    """Return GPTQ's tensors of a weight, version 1, with act-order."""
-    weight = quantize(values, group_size=32)
-    order = np.random.default_rng(len(values)).permutation(values.shape[1])
-    q = np.empty_like(weight.q)
-    q[:, order] = weight.q
-    g_idx = np.empty(len(order), np.int32)
-    g_idx[order] = np.arange(len(order)) // 32
-    points = np.full(weight.scales.shape, 7, np.uint8)
-    return {
-        "qweight": packers.along_rows(q.T),
-        "qzeros": packers.along_columns(points),
-        "scales": weight.scales,
-        "g_idx": g_idx,
-    }
-
-
-def awq_tensors(_module: str, values: Any) -> dict[str, Any]:
-    """Return AWQ's tensors of a weight, without zero points."""
-    weight = quantize(values, group_size=32)
-    return {
-        "qweight": packers.awq_gemm_words(np.ascontiguousarray(weight.q.T)),
-        "qzeros": packers.awq_gemm_words(np.full(weight.scales.shape, 8, np.uint8)),
-        "scales": weight.scales,
-    }
 
 
 ROUTES = {

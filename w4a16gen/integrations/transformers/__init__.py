@@ -14,6 +14,9 @@ except ImportError:
 del _transformers
 
 from w4a16gen.integrations.transformers.load import from_pretrained  # noqa: E402
+from w4a16gen.integrations.transformers.quantizer import W4A16Config, W4A16Quantizer, register  # noqa: E402
 from w4a16gen.integrations.transformers.report import LoadReport  # noqa: E402
 
-__all__ = ["LoadReport", "from_pretrained"]
+__all__ = ["LoadReport", "W4A16Config", "W4A16Quantizer", "from_pretrained"]
+
+register()

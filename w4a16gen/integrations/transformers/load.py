@@ -9,14 +9,18 @@ import torch
 import transformers
 
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.integrations.torch.replace import replace_linears
 from w4a16gen.integrations.torch.upload import Uploader
 from w4a16gen.integrations.transformers.dense import load_dense
+from w4a16gen.integrations.transformers.quantizer import METHOD, W4A16Config, mark
 from w4a16gen.integrations.transformers.report import report_of
 from w4a16gen.integrations.transformers.skeleton import config_of, dtype_of, make_model
 from w4a16gen.integrations.transformers.sources import Source, source_of
 from w4a16gen.progress import Progress
-from w4a16gen.weights.importers.checkpoint import open_checkpoint
+from w4a16gen.weights.importers.checkpoint import Checkpoint, open_checkpoint
+from w4a16gen.weights.importers.config import section
+from w4a16gen.weights.importers.folder import read_json
+from w4a16gen.weights.packed_checkpoint import PackedCheckpoint, open_packed
+from w4a16gen.weights.storage import as_path
 
 _ROPE_FACTORS = "rope_freqs.weight"
 
@@ -38,7 +42,7 @@ def from_pretrained(
 
     Args:
         path: what `w4a16gen.open_checkpoint` opens: a folder of GPTQ, AWQ, compressed-tensors and so on, or a GGUF
-            file. Nothing is downloaded, and no code of the folder runs.
+            file; or a folder that `w4a16gen convert` wrote. Nothing is downloaded, and no code of the folder runs.
         device: where the model shall be, in torch's terms. On the CPU each layer computes the reference, slowly.
         dtype: of activations and dense parameters: fp16, bf16 or fp32; None takes that of the configuration, or else
             fp16, and bf16 for Gemma.
@@ -65,14 +69,13 @@ def from_pretrained(
         w4a16gen serves 252 of 253 linear layers
     """
     uploader = _uploader(device)
-    checkpoint = open_checkpoint(path)
+    checkpoint = _opened(path)
     described = config_of(checkpoint, config)
     source = source_of(checkpoint, described.get_text_config())
     if source.layer("lm_head") is not None:
         described.tie_word_embeddings = False  # a 4-bit head cannot be the embedding
     model = make_model(described, dtype_of(dtype, described), model_class, attn_implementation)
-    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    replacement = replace_linears(model, source.layers(linears), device=uploader.device, progress=progress)
+    replacement = source.put_layers(model, uploader, progress)
     if not replacement.replaced and not replacement.dequantized:
         raise InvalidValueError(
             f"{checkpoint.path} has {len(checkpoint)} 4-bit layers, such as {next(iter(checkpoint))}, but none of a "
@@ -84,8 +87,19 @@ def from_pretrained(
     _check_complete(model, source)
     model.to(uploader.device).requires_grad_(requires_grad=False)
     _load_generation_config(model, checkpoint.path)
-    model.w4a16gen_report = report_of(model, replacement, _unused(source, used, replacement.replaced))
+    mark(model, W4A16Config(source=getattr(checkpoint, "method", METHOD)))
+    model.w4a16gen_report = report_of(
+        model, replacement, _unused(source, used, (*replacement.replaced, *replacement.dequantized))
+    )
     return model
+
+
+def _opened(path: str | os.PathLike[str]) -> Checkpoint | PackedCheckpoint:
+    """Open a checkpoint, or a folder of packed weights."""
+    place = as_path("path", path)
+    if place.is_dir() and section(read_json(place, "config.json"), "quantization_config").get("quant_method") == METHOD:
+        return open_packed(place, verify=False)
+    return open_checkpoint(place)
 
 
 def _uploader(device: Any) -> Uploader:
@@ -133,7 +147,9 @@ def _load_generation_config(model: Any, path: Any) -> None:
 
 def _unused(source: Source, used: set[str], replaced: tuple[str, ...]) -> tuple[str, ...]:
     """Return the names of what nothing of the model took."""
-    names = {layer.name for module in replaced if (layer := source.layer(module)) is not None}
-    layers = [name for name in source.checkpoint if name not in names]
-    taken = used | {name for name in layers if source.checkpoint[name].tensor_names <= used}
-    return tuple(name for name in (*layers, *source.checkpoint.dense) if name not in taken)
+    checkpoint = source.checkpoint
+    left = []
+    if isinstance(checkpoint, Checkpoint):
+        served = {layer.name for module in replaced if (layer := source.layer(module)) is not None}
+        left = [name for name, layer in checkpoint.items() if name not in served and not layer.tensor_names <= used]
+    return tuple(name for name in (*left, *checkpoint.dense) if name not in used)

@@ -15,12 +15,13 @@ from w4a16gen.errors import InvalidValueError
 from w4a16gen.integrations.transformers.gguf_config import check_rope, complete
 from w4a16gen.integrations.transformers.packages import need_gguf
 from w4a16gen.weights.importers.checkpoint import Checkpoint
+from w4a16gen.weights.packed_checkpoint import PackedCheckpoint
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _QUANTIZED = ("quantization_config", "compression_config", "quantization")
 
 
-def config_of(checkpoint: Checkpoint, given: Any = None) -> Any:
+def config_of(checkpoint: Checkpoint | PackedCheckpoint, given: Any = None) -> Any:
     """Return the configuration of a checkpoint's model, without that of its quantization.
 
     Args:
@@ -35,7 +36,7 @@ def config_of(checkpoint: Checkpoint, given: Any = None) -> Any:
         config = type(given).from_dict(given.to_dict())
     elif given is not None:
         config = _read(Path(given))
-    elif checkpoint.method == "gguf":
+    elif isinstance(checkpoint, Checkpoint) and checkpoint.method == "gguf":
         check_rope(checkpoint.config, checkpoint.path)
         need_gguf()
         file = next(iter(checkpoint.tensors.values())).file.path

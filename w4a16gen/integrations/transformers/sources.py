@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from w4a16gen.errors import InvalidValueError
+from w4a16gen.integrations.torch.linear import W4A16Linear
+from w4a16gen.integrations.torch.replace import Replacement, replace_linears
+from w4a16gen.integrations.torch.upload import Uploader
 from w4a16gen.integrations.transformers.packages import need_gguf
+from w4a16gen.integrations.transformers.quantizer import placed
+from w4a16gen.progress import Progress, no_progress
 from w4a16gen.weights.importers.checkpoint import Checkpoint
 from w4a16gen.weights.importers.gguf import ROTATED, GgufLayer, rotated_rows
 from w4a16gen.weights.importers.layer import CheckpointLayer
 from w4a16gen.weights.importers.mapped import shown_name
 from w4a16gen.weights.importers.stored import Indices
+from w4a16gen.weights.packed_checkpoint import PackedCheckpoint
 
 Names = Callable[[str], Iterable[str]]
 """Returns the names that a module of the model may have in the checkpoint, the likeliest first."""
@@ -56,22 +64,41 @@ class LayersOfModel(dict[str, CheckpointLayer]):
 class Source:
     """A checkpoint by the names of a model."""
 
-    def __init__(self, checkpoint: Checkpoint, names: Names) -> None:
+    def __init__(self, checkpoint: Checkpoint | PackedCheckpoint, names: Names) -> None:
         """Take a checkpoint and what its names are."""
         self.checkpoint = checkpoint
         self._names = names
 
+    def put_layers(self, model: Any, uploader: Uploader, progress: Progress | None) -> Replacement:
+        """Replace the linear layers of a model by those of the checkpoint, one after the other.
+
+        Args:
+            model: the model.
+            uploader: copies bytes to the device of the layers.
+            progress: called with the layers done, the layers in all, and the name of the last one.
+
+        Raises:
+            InvalidValueError: if a layer is damaged, or of other sizes than the model's.
+            NotBuiltError: on a GPU, if no native kernel of a layer's mode is built.
+        """
+        linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+        return replace_linears(model, self.layers(linears), device=uploader.device, progress=progress)
+
     def layer(self, module: str) -> CheckpointLayer | None:
         """Return the 4-bit layer of a module, or None."""
-        found = next((name for name in self._names(module) if name in self.checkpoint), None)
-        return None if found is None else self.checkpoint[found]
+        checkpoint = self.checkpoint
+        if isinstance(checkpoint, PackedCheckpoint):
+            return None
+        found = next((name for name in self._names(module) if name in checkpoint), None)
+        return None if found is None else checkpoint[found]
 
     def layers(self, modules: Iterable[str]) -> LayersOfModel:
         """Return the 4-bit layers of some modules."""
         layers = LayersOfModel()
         layers.unsupported = {}
+        refused: dict[str, str] = getattr(self.checkpoint, "unsupported", {})
         for module in modules:
-            reasons = [self.checkpoint.unsupported.get(name) for name in self._names(module)]
+            reasons = [refused.get(name) for name in self._names(module)]
             layer = self.layer(module)
             if layer is not None:
                 layers[module] = layer
@@ -137,23 +164,52 @@ class GgufSource(Source):
         return rotated_rows(n, heads) if heads is not None and self.architecture in ROTATED else None
 
 
-def source_of(checkpoint: Checkpoint, config: Any) -> Source:
+class PackedSource(Source):
+    """A folder of packed weights by the names of a model, which are its own."""
+
+    checkpoint: PackedCheckpoint
+
+    def put_layers(self, model: Any, uploader: Uploader, progress: Progress | None) -> Replacement:
+        """Replace the linear layers of a model by the packed ones, one after the other.
+
+        Args:
+            model: the model.
+            uploader: copies bytes to the device of the layers.
+            progress: called with the layers done, the layers in all, and the name of the last one.
+
+        Raises:
+            InvalidValueError: if a packed layer is no linear layer of the model, or of other sizes.
+        """
+        linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+        names = placed(model, self.checkpoint)
+        for done, name in enumerate(names, 1):
+            layer = self.checkpoint[name]
+            weight = replace(layer.weight, data=uploader.bytes(layer.weight.host_data()))
+            parts = {part: getattr(layer, part) for part in ("permutation", "input_scale")}
+            made = W4A16Linear.from_packed(weight, layer.bias, alpha=layer.alpha, **parts)
+            model.set_submodule(name, made.train(model.training))
+            (progress or no_progress)(done, len(names), name)
+        packed = set(names)
+        dense = {name: "the folder holds no packed layer of this name" for name in linears if name not in packed}
+        return Replacement(tuple(names), {}, dense, ())
+
+
+def source_of(checkpoint: Checkpoint | PackedCheckpoint, config: Any) -> Source:
     """Return a checkpoint by the names of a model.
 
     Args:
-        checkpoint: the checkpoint.
+        checkpoint: the checkpoint, or a folder of packed weights.
         config: the configuration of the model.
 
     Raises:
         InvalidValueError: if it is a GGUF file of an architecture that cannot be loaded.
         MissingToolError: if it is a GGUF file, and the package `gguf` is not installed.
     """
-    if checkpoint.method == "gguf":
+    if isinstance(checkpoint, Checkpoint) and checkpoint.method == "gguf":
         return GgufSource(checkpoint, config)
-    beginnings = [*_PREFIXES, ("", f"{getattr(config, 'model_type', '')}.")]
-    return Source(
-        checkpoint,
-        lambda module: [
-            ending + module.removeprefix(beginning) for beginning, ending in beginnings if module.startswith(beginning)
-        ],
-    )
+    beginnings = [*_PREFIXES, ("", f"{config.model_type}.")]
+
+    def names(module: str) -> list[str]:
+        return [of_file + module.removeprefix(own) for own, of_file in beginnings if module.startswith(own)]
+
+    return (PackedSource if isinstance(checkpoint, PackedCheckpoint) else Source)(checkpoint, names)
