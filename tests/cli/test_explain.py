@@ -10,8 +10,8 @@ from fakes.runner import Runner
     ("problem", "sentence"),
     [
         ("16 4096 4096", "times as long as"),
-        ("1024 2048 2048", "nearly the same as"),
-        ("264 4096 4096", "4-bit weights no longer help"),
+        ("1024 1024 1024", "nearly the same as"),
+        ("520 4096 4096", "4-bit weights no longer help"),
     ],
 )
 def test_dense_fp16_is_named_beside_the_kernel(cli: Runner, problem: str, sentence: str) -> None:

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from w4a16gen.kernels.config import ClusterShape, CtaShape, KernelConfig, QuantMode, Target
     from w4a16gen.kernels.spaces import Filter, Reason
 
-NAMED_KERNELS = 30
+NAMED_KERNELS = 60
 """The most kernels that a terminal shows one by one; more are shown by shape."""
-NAMED_SHAPES = 40
+NAMED_SHAPES = 60
 """The most shapes that a terminal shows one by one; more are shown by CTA shape."""
 
 
