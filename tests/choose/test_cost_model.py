@@ -97,7 +97,7 @@ def test_stream_k_divides_the_last_waves_only() -> None:
     config = kernel("cta128x128x128_cluster2x1x1_warpgroups2_streamk")
     tile, clusters = 256, 66
     few = MODEL.work(config, Problem(128, tile * 22, 4096, 128))
-    assert (few.tiles, few.blocks, few.clusters_per_split_tile) == (1.0, pytest.approx(32 / 3), 3.0)
+    assert (few.tiles, few.blocks, few.clusters_per_split_tile) == pytest.approx((1.0, 32 / 3, 3.0))
     full = MODEL.work(config, Problem(128, tile * 2 * clusters, 4096, 128))
     assert (full.tiles, full.blocks, full.clusters_per_split_tile) == (2.0, 64.0, 0.0)
     more = MODEL.work(config, Problem(128, tile * (2 * clusters + 33), 4096, 128))

@@ -115,6 +115,14 @@ def test_the_committed_errors_are_those_of_the_committed_rates() -> None:
     assert residuals["errors"] == fit_cost_model.errors_by_band(unsustained, sample)
 
 
+def test_choices_on_an_h100_for_layers_that_no_constant_knows_are_near_the_fastest() -> None:
+    sample = fit_cost_model.sample_of(recorded.read([recorded.DATA_FOLDER / "h100_held_out.csv.xz"]))
+    losses = fit_cost_model.losses(fit_cost_model.estimates_of(default_cost_model(), sample), sample)
+    assert sum(band["problems"] for band in losses.values()) == 100
+    for tokens, most in (("1 to 64", 0.003), ("65 to 256", 0.003), ("257 to 1024", 0.02), ("1025 and more", 0.04)):
+        assert losses[tokens]["geometric_mean"] < most, tokens
+
+
 def test_the_loss_of_a_choice_is_beside_the_fastest() -> None:
     problem = Problem(300, 4096, 4096, 128)
     sample = fit_cost_model.Sample(card_of(H200), {KERNEL: {problem: 12.0}, STREAM_K: {problem: 10.0}}, {})
