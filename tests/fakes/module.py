@@ -18,7 +18,7 @@ from w4a16gen import KernelConfig, PackedWeight, Problem
 from w4a16gen.kernels.device import Device
 from w4a16gen.kernels.problem import why_cannot_run
 from w4a16gen.weights.packed import TARGET_LAYOUTS, pack_weight
-from w4a16gen.weights.quantized import QuantizedWeight
+from w4a16gen.weights.quantized import MAX_Q, QuantizedWeight
 from w4a16gen.weights.reference import gemm_reference
 
 Outcome = tuple[Any, ...]
@@ -199,11 +199,15 @@ class Kernels:
         return OK
 
     def pack(self, kernel: int, n: int, k: int, group_size: int, *arguments: Any) -> Outcome:
-        q, scales, zeros, target, size, _faults, _stream, _device = arguments
+        q, scales, zeros, target, size, faults, _stream, _device = arguments
         mode = self.configs[kernel].mode
         shape = (k // group_size, n) if mode.is_grouped else (n,)
         added = memory_at(zeros, shape, "<f2") if zeros else None
-        weight = QuantizedWeight(memory_at(q, (n, k), "|u1"), memory_at(scales, shape, "<f2"), added, group_size, mode)
+        values = memory_at(q, (n, k), "|u1")
+        if (values > MAX_Q).any():
+            memory_at(faults, (1,), "<u4")[:] |= FakeModule.FAULT_VALUE
+            return OK
+        weight = QuantizedWeight(values, memory_at(scales, shape, "<f2"), added, group_size, mode)
         memory_at(target, (size,), "|u1")[:] = pack_weight(weight).data
         return OK
 
@@ -276,6 +280,11 @@ class FakeModule(ModuleType):
     def stream_at(self, pointer: int) -> FakeStream:
         """Return the stream at an address, or the default one, which torch's also is."""
         return next((stream for stream in self.streams if stream.pointer == pointer), self.streams[0])
+
+    @staticmethod
+    def copy_to_host(pointer: int, host: np.ndarray, _stream: int, _device: int) -> Outcome:
+        host[...] = memory_at(pointer, host.shape, host.dtype.str)
+        return OK
 
     def is_capturing(self, pointer: int, _device: int) -> bool:
         return self.stream_at(pointer).is_capturing

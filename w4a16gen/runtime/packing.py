@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ class GpuPacker:
     def __init__(self, bindings: Bindings) -> None:
         """Pack with this build."""
         self._bindings = bindings
+        self._faults = _FaultFlags()
 
     @property
     def _module(self) -> Any:
@@ -127,7 +129,7 @@ class GpuPacker:
         count = self._bindings.packed_bytes(index, problem)
         data = empty_like_library(like, self._module, (count,), "|u1", device, stream=stream)
         target = view("packed weight", data, self._module)
-        faults = DeviceArray.from_host(self._module, np.zeros(1, np.uint32), device)
+        faults = self._faults.cleared(self._module, device)
         outcome = self._bindings.library.pack(
             index,
             *numbers_of(problem)[1:],
@@ -149,6 +151,25 @@ class GpuPacker:
             if config.target is Target.NATIVE and config.mode is mode:
                 return index
         raise NotBuiltError(f"the build holds no native kernel of mode {mode}: run `w4a16gen build`")
+
+
+class _FaultFlags(threading.local):
+    """The word in which the packing kernel reports faults, one for each thread and GPU.
+
+    To allocate and free it for each weight takes longer than to pack a small one: freeing waits for the whole GPU.
+    """
+
+    def __init__(self) -> None:
+        self._by_device: dict[int, DeviceArray] = {}
+
+    def cleared(self, module: Any, device: int) -> DeviceArray:
+        """Return this thread's word of a GPU, which holds 0."""
+        zero = np.zeros(1, np.uint32)
+        if device in self._by_device:
+            self._by_device[device].buffer.upload(zero, 0)
+        else:
+            self._by_device[device] = DeviceArray.from_host(module, zero, device)
+        return self._by_device[device]
 
 
 def _name(typestr: str) -> str:
