@@ -65,8 +65,13 @@ def gptq_tensors(_module: str, values: Any) -> dict[str, Any]:
 def awq_tensors(_module: str, values: Any) -> dict[str, Any]:
     """Return AWQ's tensors of a weight, without zero points."""
     weight = quantize(values, group_size=32)
+    return awq_tensors_of(weight, np.full(weight.scales.shape, 8, np.uint8))
+
+
+def awq_tensors_of(weight: Any, points: Any) -> dict[str, Any]:
+    """Return AWQ's tensors of a rounded weight, with its zero points, uint8 [groups, n]."""
     return {
         "qweight": packers.awq_gemm_words(np.ascontiguousarray(weight.q.T)),
-        "qzeros": packers.awq_gemm_words(np.full(weight.scales.shape, 8, np.uint8)),
+        "qzeros": packers.awq_gemm_words(points),
         "scales": weight.scales,
     }

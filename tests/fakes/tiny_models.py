@@ -107,19 +107,29 @@ def in_rotary_order(rows: Any, heads: int) -> Any:
     return result
 
 
-def write_gguf(kind: str, model: Any, file: Path, types: dict[str, str], default: str = "Q4_0") -> None:
+def write_gguf(
+    kind: str,
+    model: Any,
+    file: Path,
+    types: dict[str, str],
+    *,
+    metadata: dict[str, str] | None = None,
+    tensors: dict[str, Any] | None = None,
+) -> None:
     """Write a model as llama.cpp's converter does, with the writer of the package `gguf`.
 
     Args:
         kind: its architecture.
         model: the model.
         file: the file.
-        types: types of tensors, by a part of their names.
-        default: type of the other matrices.
+        types: types of tensors, by a part of their names; other matrices are of Q4_0.
+        metadata: more texts of the metadata; an architecture is named here too.
+        tensors: more tensors, fp32.
     """
+    more = dict(metadata or {})
     gguf = pytest.importorskip("gguf")
     config = model.config
-    architecture = {"mistral": "llama"}.get(kind, kind)
+    architecture = more.pop("general.architecture", {"mistral": "llama"}.get(kind, kind))
     writer = gguf.GGUFWriter(str(file), architecture)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -141,8 +151,12 @@ def write_gguf(kind: str, model: Any, file: Path, types: dict[str, str], default
         writer.add_sliding_window(config.sliding_window)
     writer.add_vocab_size(config.vocab_size)
     writer.add_token_list([f"token {number}" for number in range(config.vocab_size)])
+    for key, text in more.items():
+        writer.add_string(key, text)
+    for name, values in (tensors or {}).items():
+        writer.add_tensor(name, values)
     for name, values in _converted(kind, model):
-        wanted = next((type_ for part, type_ in types.items() if part in name), default if values.ndim > 1 else "F32")
+        wanted = next((type_ for part, type_ in types.items() if part in name), "Q4_0" if values.ndim > 1 else "F32")
         number = gguf.GGMLQuantizationType[wanted]
         if wanted in ("F32", "F16"):
             writer.add_tensor(name, values.astype({"F32": np.float32, "F16": np.float16}[wanted]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", exc_type=ImportError)
 from fakes import tiny_models as tiny  # noqa: E402
 
+from w4a16gen import InvalidValueError, MissingToolError  # noqa: E402
 from w4a16gen.integrations.torch import W4A16Linear  # noqa: E402
-from w4a16gen.integrations.transformers import from_pretrained  # noqa: E402
+from w4a16gen.integrations.transformers import from_pretrained, packages  # noqa: E402
+from w4a16gen.integrations.transformers.gguf_config import complete  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -76,3 +79,73 @@ def test_the_configuration_is_read_from_the_metadata(kind: str, tmp_path: Path) 
     assert model.config.tie_word_embeddings == original.config.tie_word_embeddings
     own = from_pretrained(tmp_path / "model.gguf", device="cpu", dtype=model.dtype, config=original.config)
     assert torch.equal(model(tiny.tokens()).logits, own(tiny.tokens()).logits)
+
+
+def changed(file: Path, **metadata: Any) -> Path:
+    """Write a file of a tiny Llama with more metadata; `_` stands for a point."""
+    model = tiny.tiny_model("llama")
+    tiny.write_gguf(
+        "llama", model, file, {}, metadata={key.replace("__", "."): value for key, value in metadata.items()}
+    )
+    return file
+
+
+def test_rotary_embeddings_that_metadata_do_not_describe_need_a_configuration(tmp_path: Path) -> None:
+    file = changed(tmp_path / "a.gguf", llama__rope__scaling__type="yarn")
+    with pytest.raises(InvalidValueError, match=r"scales its rotary embedding \(yarn\).*pass config="):
+        from_pretrained(file, device="cpu")
+    assert from_pretrained(file, device="cpu", config=tiny.tiny_model("llama").config)
+    tiny.tiny_model("llama").config.save_pretrained(tmp_path / "config")
+    assert from_pretrained(file, device="cpu", config=tmp_path / "config")
+    with pytest.raises(InvalidValueError, match=r"must be a folder with config\.json, or a configuration"):
+        from_pretrained(file, device="cpu", config=tmp_path / "nothing")
+
+
+def test_factors_of_rotary_frequencies_are_those_of_llama_3(tmp_path: Path) -> None:
+    scaled = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 32}
+    scaled |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    original = tiny.tiny_model("llama", rope_parameters=scaled)
+    plain = tiny.tiny_model("llama").model.rotary_emb.inv_freq
+    factors = (plain / original.model.rotary_emb.inv_freq).numpy()  # as llama.cpp's converter stores them
+    tiny.write_gguf("llama", original, tmp_path / "a.gguf", {}, tensors={"rope_freqs.weight": factors})
+    model = from_pretrained(tmp_path / "a.gguf", device="cpu")
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, original.model.rotary_emb.inv_freq, rtol=1e-6, atol=0)
+    assert model.w4a16gen_report.unused == ()
+    own = from_pretrained(tmp_path / "a.gguf", device="cpu", config=original.config)
+    torch.testing.assert_close(own(tiny.tokens()).logits, model(tiny.tokens()).logits, rtol=0, atol=0.01)
+    assert own.w4a16gen_report.unused == ("rope_freqs.weight",)  # the configuration says it all
+    tiny.write_gguf("llama", original, tmp_path / "b.gguf", {}, tensors={"rope_freqs.weight": factors[:-1]})
+    with pytest.raises(InvalidValueError, match=r"rope_freqs.weight of shape \[15\] must be \[16\]"):
+        from_pretrained(tmp_path / "b.gguf", device="cpu")
+
+
+def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
+    file = changed(tmp_path / "a.gguf", general__architecture="gptj")
+    with pytest.raises(InvalidValueError, match=r"architecture 'gptj' of a GGUF file must be one of llama, qwen2"):
+        from_pretrained(file, device="cpu", config=tiny.tiny_model("llama").config)
+    with pytest.raises(InvalidValueError, match=r"transformers .* cannot make a model of"):
+        from_pretrained(file, device="cpu")
+
+
+def test_the_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = changed(tmp_path / "a.gguf")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(MissingToolError, match=r"gguf is not installed.*w4a16gen\[transformers\]"):
+        from_pretrained(file, device="cpu")
+    with pytest.raises(MissingToolError):
+        packages.need_gguf()
+
+
+@pytest.mark.parametrize(("layers", "scale"), [(46, 144), (42, 256)])
+def test_the_largest_gemma_scales_queries_by_its_hidden_size(layers: int, scale: int) -> None:
+    config = transformers.Gemma2Config(num_hidden_layers=layers, hidden_size=4608, num_attention_heads=32)
+    complete(config, {"general.architecture": "gemma2", "gemma2.attention.key_length": 256})
+    assert config.query_pre_attn_scalar == scale
+
+
+def test_an_embedding_of_four_bits_is_dequantized(tmp_path: Path) -> None:
+    original = tiny.tiny_model("mistral")
+    tiny.write_gguf("mistral", original, tmp_path / "a.gguf", {"token_embd": "Q4_0"})
+    model = from_pretrained(tmp_path / "a.gguf", device="cpu", dtype=torch.float32)
+    expected = with_blocks(tiny.tiny_model("mistral").float(), {})
+    assert torch.equal(model.model.embed_tokens.weight, expected.model.embed_tokens.weight)

@@ -18,8 +18,8 @@ from w4a16gen.weights.importers.mapped import shown_name
 from w4a16gen.weights.importers.tensors import DTYPES, TensorInfo
 from w4a16gen.weights.quantized import QuantizedWeight
 
-_PIECE_VALUES = 4 << 20
-"""Values that are read at once."""
+_PIECE_VALUES = 1 << 20
+"""Values that are read at once, so that what is beside the finished model is a few MB."""
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
