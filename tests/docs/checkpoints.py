@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from fakes.checkpoints.files import write_safetensors
 from fakes.checkpoints.word_formats import gptq
 
 from w4a16gen.weights.writers.convert import convert
+from w4a16gen.weights.writers.quantize import Settings, quantize_model
 
 N, K, GROUP_SIZE = 64, 256, 64
+MODELS = ("llama-folder", "gguf-file", "packed-llama")
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The channel that each four bits of a word hold, lowest first."""
 
@@ -45,6 +48,19 @@ def _new_folder(name: str) -> Path:
     return folder
 
 
+def _write_model(name: str) -> None:
+    """Write a tiny model of transformers as a page needs it."""
+    tiny = importlib.import_module("fakes.tiny_models")  # which needs torch and transformers
+    model = tiny.tiny_model("llama")
+    if name == "gguf-file":
+        tiny.write_gguf("llama", model, Path("llama.gguf"), {"ffn_down": "Q5_0", "token_embd": "Q8_0"})
+        return
+    folder = Path("llama-int4" if name == "llama-folder" else "source")
+    quantize_model(tiny.save(model, Path(f"{folder}-dense")), folder, Settings(group_size=32))
+    if name == "packed-llama":
+        convert(folder, "llama-packed")
+
+
 def tensors(name: str) -> dict[str, Any]:
     """Return a layer's tensors as a format stores them, and its sizes; or write a folder where the page runs."""
     if name == "gptq-folder":
@@ -60,6 +76,9 @@ def tensors(name: str) -> dict[str, Any]:
         weight = np.random.default_rng(6).standard_normal((64, 256)).astype(np.float16)
         tensors = {"model.layers.0.mlp.up_proj.weight": weight, "lm_head.weight": weight}
         write_safetensors(_new_folder("model-fp16") / "model.safetensors", tensors)
+        return {}
+    if name in MODELS:
+        _write_model(name)
         return {}
     part = parts()
     common = {"k": K, "n": N, "a": part["a"], "scales": part["scales"], "g_idx": part["g_idx"]}

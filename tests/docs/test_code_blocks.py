@@ -17,7 +17,7 @@ import pytest
 from conftest import install_fake_nvcc
 from paths import EXAMPLES, ROOT
 
-from docs.checkpoints import tensors
+from docs.checkpoints import MODELS, tensors
 from docs.pages import PAGES, Block, blocks_of, name_of, with_outputs
 from w4a16gen.build import toolchain, versions
 from w4a16gen.runtime.artifact import Build
@@ -30,7 +30,7 @@ RUN_BY_CI = ("main command", "test command")
 SYNOPSES = ("docs/reference/cli.md", "docs/reference/json.md")
 """Pages whose blocks of text show how commands are written; the first is generated."""
 NEEDS = ("gpu", "network", "nvcc")
-GIVEN = ("gptq", "awq", "compressed-tensors", "gptq-folder", "gptq-model", "packed-folder", "fp16-model")
+GIVEN = ("gptq", "awq", "compressed-tensors", "gptq-folder", "gptq-model", "packed-folder", "fp16-model", *MODELS)
 CPP_EXAMPLE = Path(__file__).with_name("example.cpp.jinja")
 """A function around a C++ block, and the variables that the README takes for declared."""
 NETWORK_COMMANDS = (
@@ -76,6 +76,8 @@ def test_every_block_is_run_or_says_what_it_needs(block: Block) -> None:
 def test_python_blocks_run_one_after_the_other(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if any("import torch" in block.text for block in blocks_of(page) if is_run(block, "python")):
         pytest.importorskip("torch")
+    for package in {block.given_name for block in blocks_of(page)} & set(MODELS) and ("transformers", "gguf"):
+        pytest.importorskip(package, exc_type=ImportError)
     monkeypatch.chdir(tmp_path)
     scope: dict[str, Any] = {}
     for block, output in with_outputs(blocks_of(page)):
