@@ -146,10 +146,26 @@ REFUSED: list[tuple[str, Any]] = [
     (r"qzeros of shape \[3, 8\] must be \[2, ", lambda: formats.gptq(WORDS, SCALES, WORDS[:3, :8])),
     ("version of 3 must be 1", lambda: formats.gptq(WORDS, SCALES, version=3)),
     (r"scales of shape \[2, 64\] must be \[1 or more, 512\]", lambda: formats.awq(WORDS, SCALES)),
-    ("k of 600 must be at most 512", lambda: formats.compressed_tensors(WORDS, torch.ones(32, 2), k=600)),
+    ("qweight of dtype int64 must be int32 or uint32", lambda: formats.gptq(WORDS.long(), SCALES)),
+    ("qweight of dtype float32 must be int32", lambda: formats.awq(WORDS.float(), torch.ones(2, 512))),
+    ("qweight of type ndarray must be a torch tensor", lambda: formats.gptq(WORDS.numpy(), SCALES)),
+    ("qzeros of dtype int64 must be int32", lambda: formats.gptq(WORDS, SCALES, WORDS[:2, :8].long())),
+    (r"qzeros of shape \[2, 9\] must be \[2, 8\]", lambda: formats.gptq(WORDS, SCALES, WORDS[:2, :9])),
+    ("scales of dtype int32 must be float16", lambda: formats.gptq(WORDS, SCALES.int())),
+    ("qweight is on the meta device", lambda: formats.gptq(WORDS.to("meta"), SCALES)),
+    ("weight_packed of dtype uint8", lambda: formats.compressed_tensors(WORDS.byte(), torch.ones(32, 2))),
+    ("k of type str must be an integer", lambda: formats.compressed_tensors(WORDS, torch.ones(32, 2), k="512")),
+    (r"blocks of shape \[0, 18\] must be", lambda: formats.gguf(torch.zeros(0, 18, dtype=torch.uint8), "Q4_0")),
+    ("g_idx of dtype float32 must be int64", lambda: formats.order_of(torch.zeros(8), 2, 8)),
+    (r"g_idx of shape \[4\] must be \[8\]", lambda: formats.order_of(torch.tensor([0, 0, 1, 1]), 2, 8)),
+    ("k of 0 must be 1 to 512", lambda: formats.compressed_tensors(WORDS, torch.ones(32, 2), k=0)),
+    ("k of 600 must be 1 to 512", lambda: formats.compressed_tensors(WORDS, torch.ones(32, 2), k=600)),
     ("type 'Q6_K' of GGUF must be one of Q4_0", lambda: formats.gguf(WORDS.view(torch.uint8), "Q6_K")),
     ("a multiple of 18 bytes", lambda: formats.gguf(WORDS.view(torch.uint8), "Q4_0")),
-    ("g_idx must name each of 2 groups 4 times", lambda: formats.order_of(torch.tensor([0, 0, 0, 1, 1, 1, 1, 1]), 2)),
+    (
+        "g_idx must name each of 2 groups 4 times",
+        lambda: formats.order_of(torch.tensor([0, 0, 0] + [1] * 5), 2, 8),
+    ),
     ("device 'warp' must be a device of torch", lambda: device_weights.Uploader("warp")),
     ("device meta must be a GPU", lambda: device_weights.Uploader("meta")),
 ]
@@ -159,6 +175,12 @@ REFUSED: list[tuple[str, Any]] = [
 def test_tensors_that_contradict_each_other_are_refused(message: str, call: Any) -> None:
     with pytest.raises(InvalidValueError, match=message):
         call()
+
+
+def test_parameters_that_record_gradients_are_taken(rng: np.random.Generator) -> None:
+    scales = torch.nn.Parameter(torch.from_numpy(rng.uniform(0.5, 1, (2, 64))).half())
+    made, expected = (linear.W4A16Linear.from_gptq(WORDS, given) for given in (scales, scales.detach()))
+    assert_same_state(made, expected)
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (4, 1), (1, 1), (3, 5)])

@@ -88,3 +88,11 @@ def test_other_modules_and_other_devices_are_refused(rng: np.random.Generator) -
             fusing.fuse(layers)
     with pytest.raises(InvalidValueError, match="layers on cpu and meta cannot be fused"):
         fusing.fuse([layer(rng, 64), layer(rng, 64).to("meta")])
+    for nothing in (None, layer(rng, 64), iter([])):
+        with pytest.raises(InvalidValueError, match="layers must be one or more W4A16Linear"):
+            fusing.fuse(nothing)
+
+
+def test_layers_of_a_generator_are_fused(rng: np.random.Generator) -> None:
+    parts = [layer(rng, 64), layer(rng, 64)]
+    assert torch.equal(fusing.fuse(part for part in parts).packed, fusing.fuse(parts).packed)

@@ -202,7 +202,15 @@ def half(*shape: int) -> Any:
     [
         ({"bias": half(63)}, r"bias of float16 \[63\] must be float16 \[64\]"),
         ({"bias": torch.full((64,), 1e6)}, "bias holds values that are not finite in fp16"),
-        ({"permutation": half(8)}, r"permutation of int64 \[8\] must be int64 \[256\]"),
+        ({"permutation": half(8).long()}, r"permutation of int64 \[8\] must be int64 \[256\]"),
+        ({"permutation": torch.zeros(256, dtype=torch.int32)}, "permutation must hold each of 0 to 255 once"),
+        ({"permutation": torch.arange(256) + 1}, "permutation must hold each of 0 to 255 once"),
+        ({"permutation": torch.arange(256) + 0.5}, "permutation of dtype float32 must be integers"),
+        ({"bias": "zero"}, "bias of type str must be a tensor or an array of numbers"),
+        ({"bias": np.zeros(64, complex)}, "bias of dtype complex128 must be real"),
+        ({"alpha": float("inf")}, "alpha of inf must be finite"),
+        ({"alpha": "1"}, "alpha of type str must be one finite"),
+        ({"device": "warp"}, "device 'warp' must be a device of torch"),
         ({"input_scale": half(8)}, r"input_scale of float16 \[8\] must be float16 \[256\]"),
     ],
 )
@@ -215,7 +223,9 @@ def test_parts_of_another_size_are_refused(
 
 def test_wrong_inputs_are_refused(layer: Any) -> None:
     for x, message in (
-        (torch.zeros(3, K, dtype=torch.int32), "x of dtype torch.int32 must be floating point"),
+        (torch.zeros(3, K, dtype=torch.int32), "x of dtype int32 must be a floating point tensor"),
+        (None, "x of type NoneType must be a floating point tensor"),
+        (np.zeros((3, K), np.float16), "x of type ndarray must be a floating point tensor"),
         (torch.zeros(3, N), r"x of shape \[3, 64\] must be \[..., 256\]"),
     ):
         plain = linear.W4A16Linear(layer.weight_of())
@@ -227,3 +237,30 @@ def test_wrong_inputs_are_refused(layer: Any) -> None:
         linear.W4A16Linear(w4a16gen.pack_weight(w4a16gen.quantize(np.eye(N, K), group_size=GROUP)))
     with pytest.raises(InvalidValueError, match="is on the meta device and has no values"):
         linear.W4A16Linear.from_linear(torch.nn.Linear(K, N, device="meta"))
+    with pytest.raises(InvalidValueError, match="linear of type Conv1d must be a torch"):
+        linear.W4A16Linear.from_linear(torch.nn.Conv1d(3, 4, 1))
+    with pytest.raises(InvalidValueError, match="w of type NoneType must be a PackedWeight"):
+        linear.W4A16Linear.from_packed(None)
+
+
+def test_arrays_in_reverse_are_taken(weight: w4a16gen.QuantizedWeight) -> None:
+    made = linear.W4A16Linear.from_packed(w4a16gen.pack_weight(weight), permutation=np.arange(K)[::-1])
+    assert made.permutation.tolist() == list(range(K))[::-1]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_layer_without_values_refuses_activations_with_values(layer: Any, compiled: bool) -> None:
+    empty = copy.deepcopy(layer).to("meta")
+    empty.input_scale = empty.permutation = None
+    call = torch.compile(empty, backend="eager", fullgraph=True) if compiled else empty
+    with pytest.raises((InvalidValueError, RuntimeError), match="x is on cpu, but the weight on meta"):
+        call(torch.zeros(3, K))
+
+
+@pytest.mark.parametrize("name", ["packed", "bias", "permutation"])
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_that_was_cast_is_refused(layer: Any, name: str, assign: bool) -> None:
+    state = layer.state_dict()
+    state[name] = state[name].float()
+    with pytest.raises(InvalidValueError, match=f"{name} of the state dict of float32"):
+        copy.deepcopy(layer).load_state_dict(state, assign=assign)

@@ -10,6 +10,7 @@ import torch
 
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.integrations.torch.nibbles import (
+    INTEGERS,
     PER_WORD,
     Decoded,
     Tensor,
@@ -19,6 +20,7 @@ from w4a16gen.integrations.torch.nibbles import (
     zeros_of_points,
 )
 from w4a16gen.integrations.torch.upload import Uploader
+from w4a16gen.kernels.integers import integer
 from w4a16gen.weights.importers import gguf as gguf_blocks
 from w4a16gen.weights.importers.awq import AwqGemmLayer
 from w4a16gen.weights.importers.compressed_tensors import PackQuantizedLayer
@@ -26,6 +28,9 @@ from w4a16gen.weights.importers.gguf import GgufLayer
 from w4a16gen.weights.importers.gptq import GptqLayer
 from w4a16gen.weights.importers.layer import CheckpointLayer
 from w4a16gen.weights.quantized import MAX_Q, OFFSET, Nibbles
+
+_WORDS = (torch.int32, torch.uint32)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def decode(layer: CheckpointLayer, moved: Uploader) -> Decoded | None:
@@ -107,15 +112,14 @@ def gptq(qweight: Tensor, scales: Tensor, qzeros: Tensor | None = None, *, versi
     Raises:
         InvalidValueError: if the shapes contradict each other.
     """
-    n = qweight.shape[-1]
-    _need("scales", scales, (None, n))
-    _need("qweight", qweight, (None, n))
+    qweight = _given("qweight", qweight, _WORDS, (None, None))
+    n = qweight.shape[1]
+    scales = _given("scales", scales, _FLOATS, (None, n))
     if version not in {1, 2}:
         raise InvalidValueError(f"version of {version} must be 1 (zero points minus 1) or 2")
     points = None
     if qzeros is not None:
-        _need("qzeros", qzeros, (len(scales), None))
-        fields = expand(qzeros)[:, :n]
+        fields = expand(_given("qzeros", qzeros, _WORDS, (len(scales), -(-n // PER_WORD))))[:, :n]
         points = (fields + 1) & MAX_Q if version == 1 else fields
     factors = scales.double()
     return Decoded(expand(qweight.t()), factors, zeros_on_device(points, factors))
@@ -132,13 +136,12 @@ def awq(qweight: Tensor, scales: Tensor, qzeros: Tensor | None = None) -> Decode
     Raises:
         InvalidValueError: if the shapes contradict each other.
     """
-    words = qweight.shape[-1]
-    _need("qweight", qweight, (None, words))
-    _need("scales", scales, (None, words * PER_WORD))
+    qweight = _given("qweight", qweight, _WORDS, (None, None))
+    words = qweight.shape[1]
+    scales = _given("scales", scales, _FLOATS, (None, words * PER_WORD))
     points = None
     if qzeros is not None:
-        _need("qzeros", qzeros, (len(scales), words))
-        points = expand_awq(qzeros).t()
+        points = expand_awq(_given("qzeros", qzeros, _WORDS, (len(scales), words))).t()
     factors = scales.double()
     return Decoded(expand_awq(qweight), factors, zeros_on_device(points, factors))
 
@@ -157,17 +160,17 @@ def compressed_tensors(
     Raises:
         InvalidValueError: if the shapes contradict each other.
     """
-    n, words = weight_packed.shape[0], weight_packed.shape[-1]
-    _need("weight_packed", weight_packed, (n, words))
-    _need("weight_scale", weight_scale, (n, None))
-    length = words * PER_WORD if k is None else k
+    weight_packed = _given("weight_packed", weight_packed, _WORDS, (None, None))
+    n, words = weight_packed.shape
+    weight_scale = _given("weight_scale", weight_scale, _FLOATS, (n, None))
+    length = words * PER_WORD if k is None else integer("k", k)
     if not 0 < length <= words * PER_WORD:
-        raise InvalidValueError(f"k of {k} must be at most {words * PER_WORD}, eight times the words of a row")
+        raise InvalidValueError(f"k of {length} must be 1 to {words * PER_WORD}, eight times the words of a row")
     factors = weight_scale.double().t().contiguous()
     points = None
     if weight_zero_point is not None:
-        _need("weight_zero_point", weight_zero_point, (-(-n // PER_WORD), len(factors)))
-        points = expand(weight_zero_point.t())[:, :n]
+        shape = (-(-n // PER_WORD), len(factors))
+        points = expand(_given("weight_zero_point", weight_zero_point, _WORDS, shape).t())[:, :n]
     return Decoded(expand(weight_packed)[:, :length].contiguous(), factors, zeros_on_device(points, factors))
 
 
@@ -181,13 +184,14 @@ def gguf(blocks: Tensor, kind: str) -> Decoded:
     Raises:
         InvalidValueError: if the type is another one, or the bytes are no whole blocks.
     """
-    if kind not in gguf_blocks.BLOCK_BYTES:
+    if not isinstance(kind, str) or kind not in gguf_blocks.BLOCK_BYTES:
         raise InvalidValueError(f"type {kind!r} of GGUF must be one of {', '.join(gguf_blocks.BLOCK_BYTES)}")
     size = gguf_blocks.BLOCK_BYTES[kind]
-    if blocks.dim() != 2 or blocks.dtype != torch.uint8 or blocks.shape[1] % size:  # noqa: PLR2004
-        raise InvalidValueError(f"blocks of {kind} must be uint8 [n, bytes of a row], a multiple of {size} bytes")
+    blocks = _given("blocks", blocks, (torch.uint8,), (None, None))
     n = len(blocks)
-    of_row = blocks.view(n, -1, size)
+    if blocks.shape[1] % size:
+        raise InvalidValueError(f"blocks of {kind} must be uint8 [n, bytes of a row], a multiple of {size} bytes")
+    of_row = blocks.reshape(n, -1, size)
     data = of_row[..., gguf_blocks.DATA[kind] :]
     run = gguf_blocks.GROUP_SIZE if kind == "Q4_K" else gguf_blocks.GROUP_SIZE // 2
     q = expand_bytes(data, run).view(n, -1)
@@ -210,19 +214,22 @@ def _halves(blocks: Tensor, place: int) -> Tensor:
     return blocks[..., place : place + 2].contiguous().view(torch.float16)[..., 0].double()
 
 
-def order_of(g_idx: Tensor | None, groups: int) -> Tensor | None:
+def order_of(g_idx: Tensor | None, groups: int, k: int) -> Tensor | None:
     """Return the order that sorts K by groups, int64 [k], or None if it is sorted already. Waits for the device.
 
     Args:
         g_idx: the group of each value of K, integers [k]; None, or -1 everywhere, if groups follow one another.
         groups: number of groups.
+        k: length of the reduction.
 
     Raises:
-        InvalidValueError: if the groups have different sizes.
+        InvalidValueError: if it is no such tensor, or the groups have different sizes.
     """
-    if g_idx is None or bool((g_idx == -1).all()):
+    if g_idx is None:
         return None
-    k = len(g_idx)
+    g_idx = _given("g_idx", g_idx, INTEGERS, (k,))
+    if bool((g_idx == -1).all()):
+        return None
     in_order = torch.arange(k, device=g_idx.device) // max(1, k // groups)
     if bool((g_idx == in_order).all()):
         return None
@@ -234,10 +241,23 @@ def order_of(g_idx: Tensor | None, groups: int) -> Tensor | None:
     return order
 
 
-def _need(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
+def _given(name: str, tensor: Any, dtypes: tuple[Any, ...], shape: tuple[int | None, ...]) -> Tensor:
+    """Return a tensor that the caller passed, without its history of gradients.
+
+    Raises:
+        InvalidValueError: if it is no tensor, or of another dtype or shape; None in a shape allows any positive size.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise InvalidValueError(f"{name} of type {type(tensor).__name__} must be a torch tensor: see torch.from_numpy")
+    if tensor.dtype not in dtypes:
+        found, *wanted = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *dtypes))
+        raise InvalidValueError(f"{name} of dtype {found} must be {' or '.join(wanted)}")
+    if tensor.is_meta:
+        raise InvalidValueError(f"{name} is on the meta device and has no values: load it first")
     fits = tensor.dim() == len(shape) and all(
         wanted in (None, found) and found > 0 for found, wanted in zip(tensor.shape, shape, strict=True)
     )
     if not fits:
-        wanted = ", ".join("1 or more" if size is None else str(size) for size in shape)
-        raise InvalidValueError(f"{name} of shape {list(tensor.shape)} must be [{wanted}]")
+        wanted = ["1 or more" if size is None else str(size) for size in shape]
+        raise InvalidValueError(f"{name} of shape {list(tensor.shape)} must be [{', '.join(wanted)}]")
+    return tensor.detach()

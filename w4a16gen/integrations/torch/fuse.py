@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from w4a16gen.weights.packed import TARGET_LAYOUTS, PackedWeight, pack_weight
 from w4a16gen.weights.quantized import QuantizedWeight
 
 
-def fuse(layers: Sequence[W4A16Linear]) -> W4A16Linear:
+def fuse(layers: Iterable[W4A16Linear]) -> W4A16Linear:
     """Return one layer whose output channels are those of several layers, one after the other.
 
     Where all but the last n are multiples of 64, packed bytes are joined on their device. Otherwise the weights are
@@ -38,6 +38,7 @@ def fuse(layers: Sequence[W4A16Linear]) -> W4A16Linear:
         >>> fuse([gate, up]).out_features
         128
     """
+    layers = list(layers) if isinstance(layers, Iterable) else []
     if not layers or not all(isinstance(layer, W4A16Linear) for layer in layers):
         raise InvalidValueError("layers must be one or more W4A16Linear")
     first = layers[0]

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.integrations.torch import formats, ops
+from w4a16gen.integrations.torch import formats, given, ops
 from w4a16gen.integrations.torch.device_weights import DeviceWeight, dense_weight, load_layer, pack_decoded
 from w4a16gen.integrations.torch.nibbles import Tensor
-from w4a16gen.integrations.torch.state import check_tensor, half, moved_only, read_state, set_buffer, write_state
+from w4a16gen.integrations.torch.state import check_dtypes, moved_only, read_state, set_buffer, write_state
 from w4a16gen.integrations.torch.upload import Uploader
 from w4a16gen.kernels.config import QuantMode
+from w4a16gen.runtime.calls import checked_weight
 from w4a16gen.weights.importers.layer import CheckpointLayer
 from w4a16gen.weights.packed import PackedWeight, pack_weight
 from w4a16gen.weights.quantize import quantize
@@ -79,21 +80,19 @@ class W4A16Linear(torch.nn.Module):
             InvalidValueError: if the sizes do not fit together.
         """
         super().__init__()
+        checked_weight(weight)
         self.n, self.k, self.group_size = weight.n, weight.k, weight.group_size
         self.mode, self.layout = str(weight.mode), weight.layout
-        self.alpha = float(alpha)
+        self.alpha = given.finite_alpha(alpha)
         self.activation_scale = 1.0
         self.output_scale = 1.0
-        check_tensor("packed", weight.data, (weight.nbytes,), torch.uint8)
+        given.check_tensor("packed", weight.data, (weight.nbytes,), torch.uint8)
         self.register_buffer("packed", weight.data)
         device = weight.data.device
-        self.bias = None if bias is None else half("bias", bias, device)
-        self.permutation = None if permutation is None else permutation.to(device, torch.int64)
-        self.input_scale = None if input_scale is None else half("input_scale", input_scale, device)
+        self.bias = None if bias is None else given.half("bias", bias, device, self.n)
+        self.permutation = None if permutation is None else given.order("permutation", permutation, device, self.k)
+        self.input_scale = None if input_scale is None else given.half("input_scale", input_scale, device, self.k)
         self.non_finite = None
-        for name, size in (("bias", self.n), ("permutation", self.k), ("input_scale", self.k)):
-            if (value := getattr(self, name)) is not None:
-                check_tensor(name, value, (size,), value.dtype)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Register optional tensors as buffers, and only those that are there: torch.export counts on it."""
@@ -126,11 +125,9 @@ class W4A16Linear(torch.nn.Module):
         Raises:
             InvalidValueError: if the sizes do not fit together.
         """
-        tensors = [
-            None if value is None else torch.as_tensor(value).detach() for value in (bias, permutation, input_scale)
-        ]
         moved = ops.on_torch(weight, device)
-        return cls(moved, tensors[0], permutation=tensors[1], input_scale=tensors[2], alpha=alpha)
+        arrays = {"bias": bias, "permutation": permutation, "input_scale": input_scale}
+        return cls(moved, **{name: given.tensor_of(name, value) for name, value in arrays.items()}, alpha=alpha)
 
     @classmethod
     def from_weight(cls, weight: DeviceWeight, bias: Any = None, *, input_scale: Any = None) -> W4A16Linear:
@@ -177,6 +174,8 @@ class W4A16Linear(torch.nn.Module):
         Raises:
             InvalidValueError: if the group size does not divide k, or a value is not finite.
         """
+        if not isinstance(linear, torch.nn.Linear):
+            raise InvalidValueError(f"linear of type {type(linear).__name__} must be a torch.nn.Linear")
         weight = linear.weight.detach()
         if weight.is_meta:
             raise InvalidValueError("the layer is on the meta device and has no values: load it first")
@@ -201,7 +200,7 @@ class W4A16Linear(torch.nn.Module):
             InvalidValueError: if the tensors contradict each other, or the layout cannot hold the weight.
         """
         decoded = formats.gptq(qweight, scales, qzeros, version=version)
-        return cls.from_weight(pack_decoded(decoded, formats.order_of(g_idx, len(scales))), bias)
+        return cls.from_weight(pack_decoded(decoded, formats.order_of(g_idx, len(scales), decoded.q.shape[1])), bias)
 
     @classmethod
     def from_awq(cls, qweight: Any, scales: Any, qzeros: Any = None, *, bias: Any = None) -> W4A16Linear:
@@ -227,7 +226,8 @@ class W4A16Linear(torch.nn.Module):
         Args and errors are those of `formats.compressed_tensors`; g_idx is the group of each value of K, [k].
         """
         decoded = formats.compressed_tensors(weight_packed, weight_scale, weight_zero_point, k=k)
-        return cls.from_weight(pack_decoded(decoded, formats.order_of(g_idx, weight_scale.shape[1])), bias)
+        order_of_k = formats.order_of(g_idx, weight_scale.shape[1], decoded.q.shape[1])
+        return cls.from_weight(pack_decoded(decoded, order_of_k), bias)
 
     @classmethod
     def from_gguf(cls, blocks: Any, kind: str, *, bias: Any = None) -> W4A16Linear:
@@ -267,10 +267,10 @@ class W4A16Linear(torch.nn.Module):
             x: floating point [..., k], on the device of the layer.
 
         Raises:
-            InvalidValueError: if x is of another dtype or shape.
+            InvalidValueError: if x is no tensor, or of another dtype, shape or device.
         """
-        if not x.is_floating_point():
-            raise InvalidValueError(f"x of dtype {x.dtype} must be floating point, [..., {self.k}]")
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            raise InvalidValueError(f"x of {given.kind_of(x)} must be a floating point tensor, [..., {self.k}]")
         dtype = x.dtype
         if self.activation_scale != 1:
             x = x * (1 / self.activation_scale)
@@ -343,7 +343,8 @@ class W4A16Linear(torch.nn.Module):
             setattr(self, name, value)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
-        """Refuse the state of another layer before any tensor is copied."""
+        """Refuse the state of another layer, or one that was cast, before any tensor is copied."""
         if f"{prefix}{_EXTRA_STATE}" in state_dict:
             read_state(self.facts, state_dict[f"{prefix}{_EXTRA_STATE}"])
+        check_dtypes(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *arguments)

@@ -14,6 +14,7 @@ from w4a16gen.weights.quantized import MAX_Q, OFFSET
 
 VALUES_PER_BYTE = 2
 PER_WORD = 8
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 Tensor: TypeAlias = Any
 """A torch tensor. Type checkers read this package without torch."""
 

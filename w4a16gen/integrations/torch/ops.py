@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from w4a16gen.errors import InvalidValueError
+from w4a16gen.integrations.torch.upload import device_of
 from w4a16gen.kernels.config import QuantMode
-from w4a16gen.runtime.calls import GemmOptions
+from w4a16gen.runtime.calls import GemmOptions, checked_alpha, checked_weight
 from w4a16gen.runtime.default import library_in_use
 from w4a16gen.runtime.host import gemm_on_host
 from w4a16gen.weights.packed import PackedWeight
@@ -59,7 +60,11 @@ def gemm(x: Any, weight: PackedWeight, bias: Any = None, *, alpha: float = 1.0) 
         >>> gemm(torch.ones(2, 3, 256, dtype=torch.float16), on_torch(packed)).shape
         torch.Size([2, 3, 64])
     """
-    return operator_for(x)(x, weight.data, bias, *facts_of(weight), float(alpha))
+    data = checked_weight(weight).data
+    for name, given in (("x", x), ("data of the weight", data), ("bias", x if bias is None else bias)):
+        if not isinstance(given, torch.Tensor):
+            raise InvalidValueError(f"{name} of type {type(given).__name__} must be a torch tensor: see from_packed")
+    return operator_for(x)(x, data, bias, *facts_of(weight), checked_alpha(alpha))
 
 
 def operator_for(x: Any) -> Any:
@@ -83,13 +88,13 @@ def on_torch(weight: PackedWeight, device: Any = None) -> PackedWeight:
     Raises:
         InvalidValueError: if the data is no array of bytes.
     """
-    data = weight.data
+    data = checked_weight(weight).data
     if not isinstance(data, torch.Tensor):
         on_gpu = getattr(data, "__cuda_array_interface__", None) is not None
         index = getattr(data, "device", None)
         place = f"cuda:{index}" if isinstance(index, int) else "cuda"
         data = torch.as_tensor(data, device=place) if on_gpu else torch.from_numpy(weight.host_data().copy())
-    return replace(weight, data=data if device is None else data.to(device))
+    return replace(weight, data=data if device is None else data.to(device_of(device)))
 
 
 @lru_cache(maxsize=_SHAPES_KEPT)
@@ -182,8 +187,11 @@ def _fake(
     alpha: float,
 ) -> Any:
     """Return a tensor of the result's shape, for tracing."""
-    del weight, bias, group_size, mode, layout, alpha
+    del group_size, mode, layout, alpha
     _check(x, k)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:  # dispatched here if one of them is on the meta device
+            raise InvalidValueError(f"x is on {x.device}, but the {name} on {tensor.device}: move them to one device")
     return x.new_empty((*x.shape[:-1], n))
 
 

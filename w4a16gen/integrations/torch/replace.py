@@ -10,9 +10,9 @@ import torch
 
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.integrations.torch.device_weights import dense_weight
+from w4a16gen.integrations.torch.given import half
 from w4a16gen.integrations.torch.linear import W4A16Linear
 from w4a16gen.integrations.torch.nibbles import Tensor
-from w4a16gen.integrations.torch.state import half
 from w4a16gen.integrations.torch.upload import Uploader
 from w4a16gen.kernels.problem import Problem, why_never_runs
 from w4a16gen.progress import Progress, no_progress

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from w4a16gen.errors import InvalidValueError
+from w4a16gen.integrations.torch.given import check_tensor
 from w4a16gen.integrations.torch.nibbles import Tensor
 
 STATE_FORMAT = "w4a16gen.linear/1"
@@ -52,6 +53,18 @@ def read_state(facts: dict[str, Any], state: Any) -> dict[str, float]:
     }
 
 
+def check_dtypes(module: torch.nn.Module, state_dict: Mapping[str, Any], prefix: str) -> None:
+    """Raise unless the tensors of a state dict have the dtypes of a module's buffers: a cast would lose bits.
+
+    Raises:
+        InvalidValueError: naming the tensor. Tensors of other shapes are left to torch, which lists all of them.
+    """
+    for name, buffer in module.named_buffers(recurse=False):
+        found = state_dict.get(f"{prefix}{name}")
+        if isinstance(found, torch.Tensor) and found.shape == buffer.shape:
+            check_tensor(f"{prefix}{name} of the state dict", found, tuple(buffer.shape), buffer.dtype)
+
+
 def power_of_two(name: str, value: Any) -> float:
     """Return a scale.
 
@@ -63,19 +76,6 @@ def power_of_two(name: str, value: Any) -> float:
     return float(value)
 
 
-def check_tensor(name: str, tensor: Any, shape: tuple[int, ...], dtype: Any) -> None:
-    """Raise unless a value is a tensor of a shape and a dtype.
-
-    Raises:
-        InvalidValueError: naming what it is and what it must be.
-    """
-    if not isinstance(tensor, torch.Tensor):
-        raise InvalidValueError(f"{name} of type {type(tensor).__name__} must be a torch tensor: see from_packed")
-    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-        found = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-        raise InvalidValueError(f"{name} of {found} must be {str(dtype).removeprefix('torch.')} {list(shape)}")
-
-
 def moved_only(fn: Callable[[Any], Any], tensor: Any) -> Any:
     """Apply a function that moves or casts a tensor, so that it only moves it."""
     if not tensor.is_floating_point():
@@ -83,18 +83,6 @@ def moved_only(fn: Callable[[Any], Any], tensor: Any) -> Any:
         return moved if moved.dtype == tensor.dtype else tensor
     moved = fn(tensor.view(torch.int16))
     return moved.view(tensor.dtype) if moved.dtype == torch.int16 else tensor
-
-
-def half(name: str, values: Any, device: Any) -> Tensor:
-    """Return values rounded to fp16, on a device.
-
-    Raises:
-        InvalidValueError: if a value does not fit.
-    """
-    rounded = values.to(device, torch.float16)
-    if values.dtype != torch.float16 and not rounded.is_meta and not bool(torch.isfinite(rounded).all()):
-        raise InvalidValueError(f"{name} holds values that are not finite in fp16, beyond 65504: leave the layer dense")
-    return rounded
 
 
 def set_buffer(module: torch.nn.Module, name: str, value: Any, *, persistent: bool) -> None:

@@ -31,6 +31,23 @@ _DTYPES = {
 """Torch's dtype of each dtype of a file; of integers only the width counts."""
 
 
+def device_of(device: Any) -> Any:
+    """Return a device of torch.
+
+    Raises:
+        InvalidValueError: if torch knows no such device, or finds no GPU.
+    """
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise InvalidValueError(f"device {device!r} must be a device of torch, such as cuda:0 or cpu") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidValueError(
+            f"device {found} is not there: torch finds no GPU. device='cpu' computes the reference, slowly"
+        )
+    return found
+
+
 class Uploader:
     """Copies arrays of the host to one device. Use it in one thread."""
 
@@ -38,12 +55,9 @@ class Uploader:
         """Copy to this device.
 
         Raises:
-            InvalidValueError: if torch knows no such device, or it is `meta`.
+            InvalidValueError: if torch knows or finds no such device, or it is `meta`.
         """
-        try:
-            self.device = torch.device(device)
-        except (RuntimeError, TypeError):
-            raise InvalidValueError(f"device {device!r} must be a device of torch, such as cuda:0 or cpu") from None
+        self.device = device_of(device)
         if self.device.type not in {"cpu", "cuda"}:
             raise InvalidValueError(f"device {self.device} must be a GPU of CUDA or the CPU")
         self._buffers: cycle[tuple[Tensor, Any]] | None = None

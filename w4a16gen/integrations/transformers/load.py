@@ -68,7 +68,7 @@ def from_pretrained(
         >>> print(model.w4a16gen_report)  # doctest: +SKIP
         w4a16gen serves 252 of 253 linear layers
     """
-    uploader = _uploader(device)
+    uploader = Uploader(device)
     checkpoint = _opened(path)
     described = config_of(checkpoint, config)
     source = source_of(checkpoint, described.get_text_config())
@@ -100,15 +100,6 @@ def _opened(path: str | os.PathLike[str]) -> Checkpoint | PackedCheckpoint:
     if place.is_dir() and section(read_json(place, "config.json"), "quantization_config").get("quant_method") == METHOD:
         return open_packed(place, verify=False)
     return open_checkpoint(place)
-
-
-def _uploader(device: Any) -> Uploader:
-    uploader = Uploader(device)
-    if uploader.device.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidValueError(
-            f"device {uploader.device} is not there: torch finds no GPU. device='cpu' computes the reference, slowly"
-        )
-    return uploader
 
 
 def _load_rope_factors(model: Any, source: Source, used: set[str]) -> None:
