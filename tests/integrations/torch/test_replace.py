@@ -97,3 +97,74 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, rng: np.random
     assert isinstance(model.up, torch.nn.Linear)
     with pytest.raises(InvalidValueError, match="model is a linear layer itself"):
         integration.replace_linears(model.up, checkpoint)
+
+
+def test_a_layer_that_is_used_twice_is_replaced_in_both_places(tmp_path: Path, rng: np.random.Generator) -> None:
+    checkpoint = write_checkpoint(tmp_path, rng, ("other", N, K, 2))
+    model = torch.nn.ModuleDict({"one": torch.nn.Linear(K, N, bias=False)})
+    model["other"] = model["one"]
+    report = integration.replace_linears(model, checkpoint)
+    assert report.replaced == ("one", "other")
+    assert str(report) == "w4a16gen serves 2 of 2 linear layers"
+    assert isinstance(model["one"], integration.W4A16Linear)
+    assert model["one"] is model["other"]
+
+
+class Doubled(torch.nn.Linear):  # type: ignore[misc, name-defined]
+    """A linear layer whose forward does more."""
+
+    def forward(self, x: Any) -> Any:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("kind", ["hook", "forward"])
+def test_a_layer_that_does_more_keeps_doing_it(kind: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    checkpoint = write_checkpoint(tmp_path, rng, ("0", N, K, 2))
+    model = torch.nn.Sequential((Doubled if kind == "forward" else torch.nn.Linear)(K, N, bias=False)).double()
+    if kind == "hook":
+        model[0].register_forward_hook(lambda _module, _inputs, y: 2 * y)
+    report = integration.replace_linears(model, checkpoint)
+    assert kind in report.dequantized["0"]
+    x = torch.from_numpy(rng.standard_normal((3, K)))
+    weight = integration.W4A16Linear.from_checkpoint(checkpoint["0"]).dequantize(torch.float64)
+    torch.testing.assert_close(model(x), 2 * (x @ weight.T))
+
+
+def test_attention_of_torch_reads_its_weights_as_before(tmp_path: Path, rng: np.random.Generator) -> None:
+    checkpoint = write_checkpoint(tmp_path, rng, ("out_proj", K, K, 2))
+    model = torch.nn.MultiheadAttention(K, 4).eval()
+    report = integration.replace_linears(model, checkpoint)
+    assert "MultiheadAttention reads its weight" in report.dequantized["out_proj"]
+    x = torch.ones(2, 1, K)
+    assert model(x, x, x)[0].shape == (2, 1, K)
+
+
+def test_no_layer_is_replaced_if_one_is_of_another_model(tmp_path: Path, rng: np.random.Generator) -> None:
+    checkpoint = write_checkpoint(tmp_path, rng, ("up", N, K, 2), ("rest.0", N, N, 2))
+    model = Block()
+    with pytest.raises(InvalidValueError, match=r"rest.0 of the checkpoint is \[64, 64\]"):
+        integration.replace_linears(model, checkpoint)
+    assert isinstance(model.up, torch.nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("model", "checkpoint", "message"),
+    [
+        (None, {}, "model of type NoneType must be a torch.nn.Module"),
+        (Block(), "folder", "checkpoint of type str must be a mapping: call w4a16gen.open_checkpoint"),
+        (Block(), {"up": 3}, "layer up of type int must be one of a checkpoint"),
+    ],
+)
+def test_anything_but_a_model_and_layers_is_refused(model: Any, checkpoint: Any, message: str) -> None:
+    with pytest.raises(InvalidValueError, match=message):
+        integration.replace_linears(model, checkpoint)
+
+
+def test_devices_that_are_not_there_are_refused(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = write_checkpoint(tmp_path, rng, ("up", N, K, 2))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device, message in (("cuda", "torch finds no GPU"), ("warp", "must be a device of torch")):
+        with pytest.raises(InvalidValueError, match=message):
+            integration.replace_linears(Block(), checkpoint, device=device)

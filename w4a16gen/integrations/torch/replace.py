@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.integrations.torch.device_weights import dense_weight
@@ -17,6 +18,7 @@ from w4a16gen.integrations.torch.upload import Uploader
 from w4a16gen.kernels.problem import Problem, why_never_runs
 from w4a16gen.progress import Progress, no_progress
 from w4a16gen.weights.importers.layer import CheckpointLayer
+from w4a16gen.weights.packed_checkpoint import PackedCheckpoint
 
 _NOT_THERE = "the checkpoint holds no 4-bit layer of this name"
 
@@ -27,7 +29,7 @@ class Replacement:
 
     Attributes:
         replaced: names of the modules that are W4A16Linear now.
-        dequantized: names of the modules that the kernels cannot run, with the reason. They are torch.nn.Linear as
+        dequantized: names of the modules that cannot be W4A16Linear, with the reason. They are torch.nn.Linear as
             before, with the weight of the checkpoint.
         dense: names of the modules that were left as they were, with the reason. Their weights were not loaded.
         unused: names of the checkpoint's layers that the model does not have.
@@ -53,7 +55,9 @@ def replace_linears(
     """Replace each torch.nn.Linear that a checkpoint holds in 4 bits by a W4A16Linear.
 
     Layers are read, packed and replaced one after the other, so that no second copy of the model exists. Nothing else
-    is loaded: embeddings, norms and dense layers keep their values.
+    is loaded: embeddings, norms and dense layers keep their values. A layer that the model uses in several places is
+    replaced in all of them. A layer with hooks or a `forward` of its own stays a torch.nn.Linear, as does the output
+    projection of torch.nn.MultiheadAttention, which reads the weight itself.
 
     Args:
         model: the model, on any device; linear layers may be on the meta device.
@@ -65,7 +69,8 @@ def replace_linears(
         What was replaced, what was not, and why.
 
     Raises:
-        InvalidValueError: if a layer of the checkpoint has other sizes than the model's, or is damaged.
+        InvalidValueError: if a layer of the checkpoint has other sizes than the model's, before any is replaced; or if
+            one is damaged.
         NotBuiltError: on a GPU, if no native kernel of a layer's mode is built.
 
     Example:
@@ -73,39 +78,104 @@ def replace_linears(
         report = replace_linears(model, checkpoint, device="cuda")
         print(report)
     """
-    if isinstance(model, torch.nn.Linear):
-        raise InvalidValueError("model is a linear layer itself: use W4A16Linear.from_checkpoint")
-    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    held = [name for name in names if name in checkpoint]
+    _check(model, checkpoint)
+    places = places_of_linears(model)
+    held = {name: names for names in places if (name := next((name for name in names if name in checkpoint), None))}
+    for name in held:
+        _check_sizes(checkpoint[name], name, model.get_submodule(name))
+    served = {name for names in held.values() for name in names}
+    known = {name for names in places for name in names}
     unsupported: Mapping[str, str] = getattr(checkpoint, "unsupported", {})
-    dense = {name: unsupported.get(name, _NOT_THERE) for name in names if name not in checkpoint}
-    replaced, dequantized, uploaders = [], {}, dict[Any, Uploader]()
-    for done, name in enumerate(held, 1):
-        reason = _replace(model, name, checkpoint[name], device, uploaders)
+    dense = {name: unsupported.get(name, _NOT_THERE) for names in places for name in names if name not in served}
+    replaced: list[str] = []
+    dequantized: dict[str, str] = {}
+    uploaders = dict[Any, Uploader]()
+    for done, (name, names) in enumerate(held.items(), 1):
+        reason = _replace(model, names, checkpoint[name], device, uploaders)
         if reason is None:
-            replaced.append(name)
+            replaced += names
         else:
-            dequantized[name] = reason
+            dequantized |= dict.fromkeys(names, reason)
         (progress or no_progress)(done, len(held), name)
-    known = set(names)
     return Replacement(tuple(replaced), dequantized, dense, tuple(name for name in checkpoint if name not in known))
 
 
-def _replace(
-    model: torch.nn.Module, name: str, layer: CheckpointLayer, device: Any, uploaders: dict[Any, Uploader]
-) -> str | None:
-    """Replace one linear layer, which is freed on return; or load its dense weight, and return why.
+def _check(model: Any, checkpoint: Any) -> None:
+    """Raise unless the arguments are a model and layers of checkpoints.
 
     Raises:
-        InvalidValueError: if it has no device, or other sizes than the checkpoint's.
+        InvalidValueError: naming the argument and the way out.
     """
-    linear = model.get_submodule(name)
-    place = _device_of(name, linear) if device is None else torch.device(device)
-    made = _layer_or_reason(layer, linear, uploaders.setdefault(place, Uploader(place)))
+    if not isinstance(model, torch.nn.Module):
+        raise InvalidValueError(f"model of type {type(model).__name__} must be a torch.nn.Module")
+    if isinstance(model, torch.nn.Linear):
+        raise InvalidValueError("model is a linear layer itself: use W4A16Linear.from_checkpoint")
+    if isinstance(checkpoint, PackedCheckpoint):
+        raise InvalidValueError(
+            f"{checkpoint.path} holds packed weights: make each layer with W4A16Linear.from_packed, or load the folder "
+            "with w4a16gen.integrations.transformers.from_pretrained"
+        )
+    if not isinstance(checkpoint, Mapping):
+        raise InvalidValueError(
+            f"checkpoint of type {type(checkpoint).__name__} must be a mapping: call w4a16gen.open_checkpoint(path)"
+        )
+
+
+def places_of_linears(model: torch.nn.Module) -> list[list[str]]:
+    """Return the names of each torch.nn.Linear of a model; one that is used in several places has several."""
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, torch.nn.Linear):
+            places.setdefault(id(module), []).append(name)
+    return list(places.values())
+
+
+def _check_sizes(layer: Any, name: str, linear: torch.nn.Linear) -> None:
+    """Raise unless a layer of the checkpoint is one, and has the model's sizes.
+
+    Raises:
+        InvalidValueError: naming the layer.
+    """
+    if not isinstance(layer, CheckpointLayer):
+        raise InvalidValueError(
+            f"layer {name} of type {type(layer).__name__} must be one of a checkpoint: call w4a16gen.open_checkpoint"
+        )
+    if (layer.n, layer.k) != (linear.out_features, linear.in_features):
+        raise InvalidValueError(
+            f"layer {layer.name} of the checkpoint is {[layer.n, layer.k]}, but the model's is "
+            f"{[linear.out_features, linear.in_features]}: the checkpoint is of another model"
+        )
+
+
+def _replace(
+    model: torch.nn.Module, names: Sequence[str], layer: CheckpointLayer, device: Any, uploaders: dict[Any, Uploader]
+) -> str | None:
+    """Replace one linear layer in all its places, and free it; or load its dense weight, and return why.
+
+    Raises:
+        InvalidValueError: if it has no device.
+    """
+    linear = model.get_submodule(names[0])
+    uploader = Uploader(_device_of(names[0], linear) if device is None else device)
+    uploader = uploaders.setdefault(uploader.device, uploader)
+    made = _layer_or_reason(layer, linear, uploader)
     if isinstance(made, str):
-        _load_dense(layer, linear, place)
+        _load_dense(layer, linear, uploader.device)
         return made
-    model.set_submodule(name, made.train(linear.training))
+    made.train(linear.training)
+    for name in names:
+        model.set_submodule(name, made)
+    return None
+
+
+def _why_not_alone(linear: torch.nn.Linear) -> str | None:
+    """Return why a linear layer is more than a weight that only the layer itself reads, or None."""
+    if isinstance(linear, NonDynamicallyQuantizableLinear):
+        return "torch.nn.MultiheadAttention reads its weight, and never calls it"
+    if type(linear).forward is not torch.nn.Linear.forward or "forward" in vars(linear):
+        return f"its forward is not that of torch.nn.Linear, but of {type(linear).__name__}"
+    if linear._forward_hooks or linear._forward_pre_hooks:  # noqa: SLF001
+        return "it has hooks, which would be lost: register them after replace_linears"
     return None
 
 
@@ -116,17 +186,8 @@ def _device_of(name: str, linear: torch.nn.Linear) -> Any:
 
 
 def _layer_or_reason(layer: CheckpointLayer, linear: torch.nn.Linear, uploader: Uploader) -> W4A16Linear | str:
-    """Return the packed layer, or why the kernels cannot run it.
-
-    Raises:
-        InvalidValueError: if it has other sizes than the model's.
-    """
-    if (layer.n, layer.k) != (linear.out_features, linear.in_features):
-        raise InvalidValueError(
-            f"layer {layer.name} of the checkpoint is {[layer.n, layer.k]}, but the model's is "
-            f"{[linear.out_features, linear.in_features]}: the checkpoint is of another model"
-        )
-    reason = why_never_runs(Problem(1, layer.n, layer.k, layer.group_size))
+    """Return the packed layer, or why it cannot take the place of the linear layer."""
+    reason = _why_not_alone(linear) or why_never_runs(Problem(1, layer.n, layer.k, layer.group_size))
     if reason is not None:
         return reason
     try:
