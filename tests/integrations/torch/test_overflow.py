@@ -66,7 +66,7 @@ def test_models_that_fit_need_no_scales(model: Any) -> None:
     assert integration.calibrate(model, lambda: model(torch.full((2, K), 6e4, dtype=torch.float16))) == {}
     assert integration.calibrate(model, lambda: model(torch.full((2, K), torch.nan))) == {}
     assert integration.calibrate(model, lambda: model(torch.ones(0, K))) == {}
-    with pytest.raises(InvalidValueError, match=r"headroom of 0\.5 must be at least 1"):
+    with pytest.raises(InvalidValueError, match=r"headroom of 0\.5 must be a finite number of at least 1"):
         integration.calibrate(model, lambda: None, headroom=0.5)
 
 
@@ -79,3 +79,16 @@ def test_powers_of_two_change_no_bits(rng: np.random.Generator) -> None:
     expected = layer(x)
     layer.activation_scale, layer.output_scale = 16.0, 8.0
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=2.0**-20)
+
+
+def test_calibration_counts_activations_that_are_passed_by_name(rng: np.random.Generator) -> None:
+    layer = integration.W4A16Linear.from_linear(torch.nn.Linear(256, 64))
+    x = torch.from_numpy(rng.standard_normal((3, 256))) * 1e6
+    named = integration.calibrate(layer, lambda: layer(x=x))
+    assert named[""].activation_scale > 1
+
+
+@pytest.mark.parametrize("headroom", [0.5, float("nan"), float("inf"), "4"])
+def test_a_headroom_that_is_no_finite_factor_is_refused(headroom: Any) -> None:
+    with pytest.raises(InvalidValueError, match=f"headroom of {headroom!r} must be a finite number"):
+        integration.calibrate(torch.nn.Identity(), list, headroom=headroom)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -87,14 +88,21 @@ def calibrate(model: torch.nn.Module, run: Callable[[], object], *, headroom: fl
         The scales of the layers that need any, by name.
 
     Raises:
-        InvalidValueError: if the headroom is below 1.
+        InvalidValueError: if the headroom is below 1, or not finite.
     """
-    if not headroom >= 1:
-        raise InvalidValueError(f"headroom of {headroom} must be at least 1")
+    if not isinstance(headroom, numbers.Real) or not 1 <= headroom < math.inf:
+        raise InvalidValueError(f"headroom of {headroom!r} must be a finite number of at least 1")
+
+    def before(layer: Any, inputs: Any, named: Any) -> None:
+        _before(layer, inputs[0] if inputs else named["x"], headroom)
+
+    def after(layer: Any, inputs: Any, named: Any, y: Tensor) -> Tensor:
+        return _after(layer, inputs[0] if inputs else named["x"], y, headroom)
+
     hooks = []
     for _, layer in layers_of(model):
-        hooks.append(layer.register_forward_pre_hook(lambda layer, inputs: _before(layer, inputs[0], headroom)))
-        hooks.append(layer.register_forward_hook(lambda layer, inputs, y: _after(layer, inputs[0], y, headroom)))
+        hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+        hooks.append(layer.register_forward_hook(after, with_kwargs=True))
     try:
         with torch.no_grad():
             run()
