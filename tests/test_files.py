@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
-from w4a16gen.files import write_if_changed
+from w4a16gen.files import sole_writer, write_if_changed, written_whole
 
 
 def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
@@ -51,3 +52,19 @@ def test_a_write_that_fails_leaves_no_other_file(tmp_path: Path, monkeypatch: py
         write_if_changed(path, "text")
     assert [found.name for found in tmp_path.iterdir()] == ["file"]
     assert path.read_text() == "old"
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"No space left.*model\.bin") as raised, written_whole(tmp_path / "model.bin"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert raised.value.filename == str(tmp_path / "model.bin")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_has_one_writer_and_the_lock_leaves_no_file(tmp_path: Path) -> None:
+    with sole_writer(tmp_path):
+        assert list(tmp_path.iterdir()) == []
+        with pytest.raises(BlockingIOError), sole_writer(tmp_path):
+            pass
+    with sole_writer(tmp_path):
+        pass

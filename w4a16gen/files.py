@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -62,14 +63,36 @@ def written_whole(path: Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:  # noqa: PTH123
             yield file
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # as a full disk is reported
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
 
 def write_json(path: Path, value: Any, *, mode: int = 0o666) -> bool:
     """Write a value as JSON, indented and with a final newline; see `write_if_changed`."""
     return write_if_changed(path, json.dumps(value, indent=2) + "\n", mode=mode)
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Lock a folder that exists against other callers of this function. The lock is no file, and ends with the process.
+
+    Raises:
+        BlockingIOError: if another process holds the lock.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:  # some network file systems lock no folders
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def remove_abandoned(folder: Path) -> None:

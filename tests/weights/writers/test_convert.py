@@ -20,6 +20,7 @@ from fakes.checkpoints.word_formats import gptq
 
 import w4a16gen
 from w4a16gen import InvalidValueError
+from w4a16gen.files import sole_writer
 from w4a16gen.weights.writers import shards
 from w4a16gen.weights.writers.convert import Written, convert
 
@@ -260,7 +261,7 @@ def test_a_folder_of_another_source_is_not_continued(tmp_path: Path) -> None:
 def test_too_little_space_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(InvalidValueError, match=r"has 0\.0 GB free, and 0\.0 GB are needed: use another disk"):
+    with pytest.raises(InvalidValueError, match="has 0 MB free, and 17 MB are needed: use another disk"):
         convert(layers_of(tmp_path), tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -311,3 +312,35 @@ def test_an_open_checkpoint_names_the_other_function(tmp_path: Path) -> None:
     _, out = converted("gptq-v1", tmp_path)
     with pytest.raises(InvalidValueError, match=r"open them with w4a16gen\.open_packed"):
         w4a16gen.open_checkpoint(out)
+
+
+def test_one_process_at_a_time_writes_to_a_folder(tmp_path: Path) -> None:
+    source, out = layers_of(tmp_path), tmp_path / "out"
+    out.mkdir()
+    with sole_writer(out), pytest.raises(InvalidValueError, match=r"another process is writing to .*out: wait for it"):
+        convert(source, out)
+    assert list(out.iterdir()) == []
+
+
+def test_what_another_process_wrote_meanwhile_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = layers_of(tmp_path), tmp_path / "out"
+    convert(source, out, max_shard_bytes=20_000)
+    before = files_of(out)
+    monkeypatch.setattr("w4a16gen.weights.writers.convert.is_finished", lambda _: False)
+    with pytest.raises(InvalidValueError, match="other files"):
+        convert(source, out)
+    assert files_of(out) == before
+
+
+def test_a_run_that_completed_no_file_may_be_started_otherwise(tmp_path: Path) -> None:
+    source, out = layers_of(tmp_path), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, out, progress=interrupt_at(1, KeyboardInterrupt), max_shard_bytes=20_000)
+    convert(source, out)
+    assert [path.name for path in out.glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_a_link_to_nothing_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to("nothing")
+    with pytest.raises(InvalidValueError, match="out is a link to nothing: name a new folder"):
+        convert(layers_of(tmp_path), tmp_path / "out")

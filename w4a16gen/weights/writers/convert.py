@@ -79,8 +79,8 @@ def convert(
         What was written.
 
     Raises:
-        InvalidValueError: if the checkpoint cannot be read, a layer cannot be packed, the folder holds other files, or
-            the disk has too little free space.
+        InvalidValueError: if the checkpoint cannot be read, a layer cannot be packed, the folder holds other files,
+            another process writes to it, or the disk has too little free space.
         OSError: if a file cannot be written.
     """
     source, out = open_checkpoint(checkpoint), as_path("folder", folder)

@@ -17,7 +17,15 @@ import numpy as np
 import numpy.typing as npt
 
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.files import has_digest, read_sealed, remove_abandoned, seal, write_json, written_whole
+from w4a16gen.files import (
+    has_digest,
+    read_sealed,
+    remove_abandoned,
+    seal,
+    sole_writer,
+    write_json,
+    written_whole,
+)
 from w4a16gen.progress import Progress
 from w4a16gen.weights.importers.folder import INDEX, SINGLE, read_json
 from w4a16gen.weights.importers.mapped import MAX_JSON_BYTES
@@ -130,14 +138,16 @@ def is_finished(job: Job) -> bool:
         InvalidValueError: if it holds anything else but a part of the result.
     """
     folder = job.folder
-    if folder.exists() and not folder.is_dir():
-        raise InvalidValueError(f"{folder} is a file: name a new folder")
+    if os.path.lexists(folder) and not folder.is_dir():
+        what = "a file" if folder.exists() else "a link to nothing"
+        raise InvalidValueError(f"{folder} is {what}: name a new folder")
     present = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     if not present:
         return False
     found, digests = _written(folder)
-    temporary = all(name.startswith(".") and name.endswith(".tmp") for name in present)
-    if found != job.source and not temporary:
+    temporary = {name for name in present if name.startswith(".") and name.endswith(".tmp")}
+    ignored = temporary | {STATE} if found and not digests else temporary  # no shard of another job would be lost
+    if found != job.source and not set(present) <= ignored:
         raise InvalidValueError(f"{folder} holds other files, such as {present[0]!r}: name a new folder")
     return STATE not in present and INDEX in present and all(has_digest(folder / n, d) for n, d in digests.items())
 
@@ -154,11 +164,25 @@ def write_shards(
         before_index: writes the other files.
 
     Raises:
-        InvalidValueError: if the disk has too little free space, or a unit cannot be made.
+        InvalidValueError: if the disk has too little free space, a unit cannot be made, or another process writes to
+            the folder.
         OSError: if a file cannot be written.
     """
+    job.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with sole_writer(job.folder):
+            if not is_finished(job):  # another process may have written since the caller asked
+                _write_missing(job, shards, progress, before_index)
+    except BlockingIOError:
+        raise InvalidValueError(
+            f"another process is writing to {job.folder}: wait for it, or name another folder"
+        ) from None
+
+
+def _write_missing(
+    job: Job, shards: Mapping[str, Sequence[Unit]], progress: Progress, before_index: Callable[[], None]
+) -> None:
     folder = job.folder
-    folder.mkdir(parents=True, exist_ok=True)
     remove_abandoned(folder)
     digests = _completed(job, shards)
     _check_space(folder, [units for name, units in shards.items() if name not in digests])
@@ -219,7 +243,7 @@ def _check_space(folder: Path, missing: Sequence[Sequence[Unit]]) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise InvalidValueError(
-            f"{folder} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are needed: use another disk"
+            f"{folder} has {free / 1e6:.0f} MB free, and {needed / 1e6:.0f} MB are needed: use another disk"
         )
 
 
