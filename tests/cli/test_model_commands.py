@@ -148,6 +148,7 @@ def test_quantize_in_both_forms(cli: Runner, tmp_path: Path) -> None:
     write_safetensors(
         tmp_path / "model" / "model.safetensors", {name: array.astype("f2") for name, array in tensors.items()}
     )
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
     done = cli.run("quantize model int4 --zeros")
     assert done.exit_code == 0, done.output
     assert "Dense, because it matches lm_head: lm_head" in done.stderr

@@ -116,6 +116,40 @@ def test_patterns_keep_more_layers_dense(tmp_path: Path) -> None:
     assert list(w4a16gen.open_checkpoint(tmp_path / "out")) == LAYERS[1:]
 
 
+@pytest.mark.parametrize("pattern", ["up_proj", "(up|down)", "", "model.layers.0", "*.up_proj.weight"])
+def test_a_pattern_that_matches_nothing_is_refused(pattern: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidValueError, match=r"^pattern '.*' matches none of 6 modules, such as .*: \* stands for"):
+        quantize_model(model(tmp_path / "model"), tmp_path / "out", Settings(64, skip=["*.down_proj", pattern]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_reason_is_told_if_nothing_is_left(tmp_path: Path) -> None:
+    with pytest.raises(InvalidValueError, match=r"no layer can be quantized; '.*': it matches \*$"):
+        quantize_model(model(tmp_path / "model"), tmp_path / "out", Settings(64, skip=["*"]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"group_size": "128"}, "group_size of type str must be an integer"),
+        ({"group_size": True}, "group_size of type bool must be an integer"),
+        ({"zero_points": "no"}, "zero_points of type str must be True or False"),
+        ({"skip": "*.down_proj"}, r"skip of '\*.down_proj' must be a sequence of patterns"),
+        ({"skip": [3]}, r"skip of \[3\] must be a sequence of patterns"),
+    ],
+)
+def test_settings_of_another_type_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidValueError, match=message):
+        Settings(**settings)
+
+
+def test_a_model_without_its_configuration_is_refused(tmp_path: Path) -> None:
+    source = model(tmp_path / "model")
+    (source / "config.json").unlink()
+    with pytest.raises(InvalidValueError, match=r"model has no config\.json, which says of what kind the model is"):
+        quantize_model(source, tmp_path / "out", GROUP)
+
+
 def test_large_layers_are_rounded_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = model(tmp_path / "model")
     quantize_model(source, tmp_path / "whole", GROUP)
@@ -129,8 +163,8 @@ def test_an_interrupted_run_continues(tmp_path: Path) -> None:
     source = model(tmp_path / "model")
     quantize_model(source, tmp_path / "whole", GROUP, max_shard_bytes=9000)
 
-    def interrupt(done: int, _total: int, _what: str) -> None:
-        if done == 2:
+    def interrupt(done: int, total: int, _what: str) -> None:
+        if done == total:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

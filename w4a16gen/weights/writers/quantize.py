@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.config import QuantMode
+from w4a16gen.kernels.integers import integer
 from w4a16gen.kernels.problem import NATIVE_GROUP_MULTIPLE
 from w4a16gen.progress import Progress, no_progress
 from w4a16gen.weights.importers.folder import open_folder, open_safetensors, read_json
@@ -75,6 +76,11 @@ class Settings:
         Raises:
             InvalidValueError: naming the setting.
         """
+        object.__setattr__(self, "group_size", integer("group_size", self.group_size))
+        if not isinstance(self.zero_points, (bool, np.bool_)):
+            raise InvalidValueError(f"zero_points of type {type(self.zero_points).__name__} must be True or False")
+        if isinstance(self.skip, str) or not all(isinstance(pattern, str) for pattern in self.skip):
+            raise InvalidValueError(f"skip of {self.skip!r} must be a sequence of patterns, such as ['*.down_proj']")
         if self.group_size <= 0 or self.group_size % NATIVE_GROUP_MULTIPLE != 0:
             raise InvalidValueError(f"group size {self.group_size} must be a multiple of {NATIVE_GROUP_MULTIPLE}")
         if self.format not in FORMATS:
@@ -107,7 +113,8 @@ def quantize_model(
 
     Raises:
         InvalidValueError: if the model cannot be read or is quantized already, no layer can be quantized, a weight is
-            not finite, the folder holds other files, or the disk has too little free space.
+            not finite, a pattern matches no module, the folder holds other files, another process writes to it, or the
+            disk has too little free space.
         OSError: if a file cannot be written.
     """
     settings = settings or Settings()
@@ -155,8 +162,12 @@ def _open(source: Path) -> Tensors:
 
 
 def _check_model(folder: Path) -> None:
-    """Raise if the model is quantized, or stores its linear layers in another order."""
+    """Raise if the model is not described, is quantized, or stores its linear layers in another order."""
     config = read_json(folder, CONFIG)
+    if not config:
+        raise InvalidValueError(
+            f"{folder} has no {CONFIG}, which says of what kind the model is: copy it beside the weights"
+        )
     if any(config.get(key) for key in ("quantization_config", "compression_config", "quantization")):
         raise InvalidValueError(f"{folder} is quantized already: `w4a16gen convert` packs its weights as they are")
     if config.get("model_type") in _TRANSPOSED:
@@ -169,6 +180,7 @@ def _check_model(folder: Path) -> None:
 def _select(tensors: Tensors, settings: Settings) -> tuple[list[str], dict[str, str]]:
     """Return the modules to quantize, and the matrices that stay dense with the reason."""
     chosen, skipped = [], {}
+    _check_patterns(tensors, settings.skip)
     for name in tensors:
         info = tensors[name]
         module = name.removesuffix(_WEIGHT)
@@ -186,11 +198,23 @@ def _select(tensors: Tensors, settings: Settings) -> tuple[list[str], dict[str, 
         else:
             chosen.append(module)
     if not chosen:
-        reason = next((f"{shown_name(name)}: {why}" for name, why in skipped.items() if "group size" in why), "")
+        reasons = [f"{shown_name(name)}: {why}" for name, why in skipped.items()]
+        reason = next((text for text in reasons if "group size" in text), next(iter(reasons), ""))
         raise InvalidValueError(
             f"no layer can be quantized{f'; {reason}' if reason else ': there is no matrix [n, k]'}"
         )
     return chosen, skipped
+
+
+def _check_patterns(tensors: Tensors, patterns: Iterable[str]) -> None:
+    """Raise if a pattern matches no module: what it was meant for would be quantized."""
+    modules = [name.removesuffix(_WEIGHT) for name in tensors if name.endswith(_WEIGHT)]
+    for pattern in patterns:
+        if not any(fnmatchcase(module, pattern) for module in modules):
+            known = f", such as {shown_name(modules[-1])}" if modules else ""
+            raise InvalidValueError(
+                f"pattern {shown_name(pattern)} matches none of {len(modules)} modules{known}: * stands for any text"
+            )
 
 
 def _rows(tensors: Tensors, name: str) -> Iterator[Double]:
