@@ -13,7 +13,7 @@ from w4a16gen.integrations.torch.upload import Uploader
 from w4a16gen.integrations.transformers.dense import load_dense
 from w4a16gen.integrations.transformers.quantizer import METHOD, W4A16Config, mark
 from w4a16gen.integrations.transformers.report import report_of
-from w4a16gen.integrations.transformers.skeleton import config_of, dtype_of, make_model
+from w4a16gen.integrations.transformers.skeleton import config_of, dtype_of, first_line, make_model
 from w4a16gen.integrations.transformers.sources import Source, source_of
 from w4a16gen.progress import Progress
 from w4a16gen.weights.importers.checkpoint import Checkpoint, open_checkpoint
@@ -132,8 +132,14 @@ def _check_complete(model: Any, source: Source) -> None:
 
 def _load_generation_config(model: Any, path: Any) -> None:
     """Take how the checkpoint's authors generate, where they say so."""
-    if (path / "generation_config.json").is_file() and model.can_generate():
+    if not (path / "generation_config.json").is_file() or not model.can_generate():
+        return
+    try:
         model.generation_config = transformers.GenerationConfig.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:  # noqa: BLE001  (the file may hold anything)
+        raise InvalidValueError(
+            f"{path / 'generation_config.json'} cannot be read: {first_line(error)}; mend it, or remove it"
+        ) from None
 
 
 def _unused(source: Source, used: set[str], replaced: tuple[str, ...]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from w4a16gen.integrations.transformers.gguf_config import check_rope, complete
 from w4a16gen.integrations.transformers.packages import need_gguf
 from w4a16gen.weights.importers.checkpoint import Checkpoint
 from w4a16gen.weights.packed_checkpoint import PackedCheckpoint
+from w4a16gen.weights.storage import as_path
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _QUANTIZED = ("quantization_config", "compression_config", "quantization")
@@ -35,7 +37,7 @@ def config_of(checkpoint: Checkpoint | PackedCheckpoint, given: Any = None) -> A
     if isinstance(given, transformers.PretrainedConfig):
         config = type(given).from_dict(given.to_dict())
     elif given is not None:
-        config = _read(Path(given))
+        config = _read(_folder_of(given))
     elif isinstance(checkpoint, Checkpoint) and checkpoint.method == "gguf":
         check_rope(checkpoint.config, checkpoint.path)
         need_gguf()
@@ -50,6 +52,15 @@ def config_of(checkpoint: Checkpoint | PackedCheckpoint, given: Any = None) -> A
     return config
 
 
+def _folder_of(given: Any) -> Path:
+    if not isinstance(given, (str, os.PathLike)):
+        raise InvalidValueError(
+            f"config of type {type(given).__name__} must be a folder with config.json, or a configuration of "
+            "transformers, such as AutoConfig makes"
+        )
+    return as_path("config", given)
+
+
 def _read(folder: Path, **options: Any) -> Any:
     """Return the configuration of a folder or a GGUF file; no code of it is run, and nothing is downloaded."""
     if not folder.is_dir():
@@ -60,11 +71,15 @@ def _read(folder: Path, **options: Any) -> Any:
         return transformers.AutoConfig.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False, **options
         )
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
-        first = str(error).strip().partition("\n")[0]
+    except Exception as error:  # noqa: BLE001  (each configuration checks the file's values in its own way)
         raise InvalidValueError(
-            f"transformers {transformers.__version__} cannot make a model of {folder}: {first}"
+            f"transformers {transformers.__version__} cannot make a model of {folder}: {first_line(error)}"
         ) from None
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what transformers says of a file, or the error's type."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def dtype_of(dtype: Any, config: Any) -> Any:
@@ -131,6 +146,6 @@ def make_model(config: Any, dtype: Any, model_class: Any = None, attn_implementa
     try:
         with _parameters_on_meta():
             model = make(config, **options)
-    except (ValueError, ImportError) as error:
-        raise InvalidValueError(f"transformers cannot make the model: {str(error).partition(chr(10))[0]}") from None
+    except Exception as error:  # noqa: BLE001  (models compute with the file's values before they check them)
+        raise InvalidValueError(f"transformers cannot make the model: {first_line(error)}") from None
     return model.eval()
