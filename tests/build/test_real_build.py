@@ -24,7 +24,11 @@ from w4a16gen.build.units import FLAGS
 from w4a16gen.cli import main
 from w4a16gen.kernels.arrangement import native_arrangement
 from w4a16gen.kernels.config import Scheduler
-from w4a16gen.kernels.legality import MAX_ACCUMULATORS
+from w4a16gen.kernels.legality import (
+    MAX_ACCUMULATORS,
+    MAX_STREAM_K_ACCUMULATORS_IN_CLUSTERS,
+    MAX_STREAM_K_ACCUMULATORS_OF_ONE_FRAGMENT_IN_CLUSTERS,
+)
 from w4a16gen.kernels.render import source_name
 from w4a16gen.kernels.spaces import enumerate_space
 from w4a16gen.runtime.artifact import Build, load_build
@@ -99,8 +103,18 @@ def test_kernels_at_the_edge_of_their_registers_do_not_spill(tmp_path: Path) -> 
         exchanges = arrangement.along_k * config.cluster.k > 1 or config.scheduler is Scheduler.STREAM_K
         return arrangement.accumulators == MAX_ACCUMULATORS and exchanges and config.mode.is_grouped
 
-    configs = list(filter(is_at_the_edge, enumerate_space("native")))
+    def is_at_the_edge_of_clusters(config: KernelConfig) -> bool:
+        in_cluster = config.scheduler is Scheduler.STREAM_K and config.cluster.channels * config.cluster.tokens > 1
+        most = (MAX_STREAM_K_ACCUMULATORS_IN_CLUSTERS, MAX_STREAM_K_ACCUMULATORS_OF_ONE_FRAGMENT_IN_CLUSTERS)
+        fits = native_arrangement(config).accumulators in most
+        return in_cluster and fits and config.cta.channels > 64 and config.cta.k == 64 and config.mode.is_grouped
+
+    space = enumerate_space("native")
+    configs = list(filter(is_at_the_edge, space))
     assert len(configs) == 22
+    in_clusters = list(filter(is_at_the_edge_of_clusters, space))
+    assert len(in_clusters) == 15
+    configs = sorted([*configs, *in_clusters])
     built = build(configs, generated=tmp_path / "generated", folder=tmp_path / "build")
     assert built.failures == []
     assert static.prove(Library(built.build), tmp_path / "generated").violations == []
