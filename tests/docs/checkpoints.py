@@ -75,7 +75,9 @@ def tensors(name: str) -> dict[str, Any]:
     if name == "fp16-model":
         weight = np.random.default_rng(6).standard_normal((64, 256)).astype(np.float16)
         tensors = {"model.layers.0.mlp.up_proj.weight": weight, "lm_head.weight": weight}
-        write_safetensors(_new_folder("model-fp16") / "model.safetensors", tensors)
+        folder = _new_folder("model-fp16")
+        write_safetensors(folder / "model.safetensors", tensors)
+        (folder / "config.json").write_text('{"model_type": "llama"}')
         return {}
     if name in MODELS:
         _write_model(name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import re
 import shlex
 import site
@@ -96,9 +95,18 @@ def install_cuda() -> str:
 def _pip(requirements: list[str]) -> str:
     wanted = " ".join(map(shlex.quote, requirements))
     interpreter = shlex.quote(sys.executable or "python3")
-    if importlib.util.find_spec("pip") is None:
+    if not _has_pip():
         return f"uv pip install --python {interpreter} {wanted}"
     return f"{interpreter} -m pip install{pip_flags()} {wanted}"
+
+
+def _has_pip() -> bool:
+    """Return whether this Python has pip. A search for the module would make setuptools remove distutils."""
+    try:
+        importlib.metadata.distribution("pip")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def pip_flags() -> str:
