@@ -172,8 +172,13 @@ def _lacks_registers_for_stream_k_in_clusters(config: KernelConfig, arrangement:
 
 
 def _lacks_registers_for_tile(config: KernelConfig, arrangement: Arrangement) -> str | None:
-    """Return why a tile that is no power of two of tokens lacks registers, as compiling showed (nvcc 13.0), or None."""
+    """Return why a tile lacks registers, above all one that is no power of two of tokens, or None (nvcc 13.0, 13.5)."""
     cta, splits = config.cta, config.cluster.k
+    if arrangement.along_k > 1 and splits > 1 and arrangement.accumulators == MAX_ACCUMULATORS:
+        return (
+            f"CTA {cta}: a thread lacks registers to reduce {MAX_ACCUMULATORS} accumulators among warpgroups and then "
+            "among CTAs (ptxas spills)"
+        )
     if cta.tokens in CTA_TOKENS:
         return None
     four = config.schedule is Schedule.FOUR_WARPGROUPS
