@@ -88,7 +88,8 @@ def test_other_modules_and_other_devices_are_refused(rng: np.random.Generator) -
             fusing.fuse(layers)
     with pytest.raises(InvalidValueError, match="layers on cpu and meta cannot be fused"):
         fusing.fuse([layer(rng, 64), layer(rng, 64).to("meta")])
-    for nothing in (None, layer(rng, 64), iter([])):
+    wrong: tuple[Any, ...] = (None, layer(rng, 64), iter([]))
+    for nothing in wrong:
         with pytest.raises(InvalidValueError, match="layers must be one or more W4A16Linear"):
             fusing.fuse(nothing)
 
