@@ -20,6 +20,7 @@ ALLOWED = {
     "choose": {"kernels"},
     "runtime": {"kernels", "weights", "choose"},
     "build": {"kernels", "runtime.artifact", "choose.choice_file", "choose.timing_table"},
+    "inspection": {"kernels", "weights", "choose"},
     "measure": {"kernels", "weights", "choose", "runtime"},
     "verify": {"kernels", "weights", "runtime", "build.toolchain"},
     "integrations": {"kernels", "weights", "runtime"},

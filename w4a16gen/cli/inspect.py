@@ -17,7 +17,7 @@ from w4a16gen.cli.services import services
 from w4a16gen.cli.tables import Column, print_table
 
 if TYPE_CHECKING:
-    from w4a16gen.cli.inspection import Inspection
+    from w4a16gen.inspection.checkpoint import Inspection
 
 MOST_GPUS = 1024
 
@@ -44,7 +44,7 @@ def command(checkpoint: Path, gpus: int, spaces: Sequence[str], wide: bool, fold
     The kernels are those that gemm would pick for 1, 16 and 256 tokens. Without a build they are picked among the
     kernels that `w4a16gen build` would build. No GPU is needed.
     """
-    from w4a16gen.cli.inspection import inspect_checkpoint
+    from w4a16gen.inspection.checkpoint import inspect_checkpoint
 
     kernels = kernels_to_choose_among(spaces, folder)
     with services().show_progress(f"Reading {checkpoint.name}", lines=True) as progress:

@@ -15,7 +15,7 @@ from w4a16gen.kernels.problem import Problem
 from w4a16gen.measure.compare import compare
 from w4a16gen.measure.probes import TensorPeak, tensor_peak
 from w4a16gen.measure.record import Recorder, Row, Run, row_of, run_of
-from w4a16gen.measure.results import Comparison, smallest_set
+from w4a16gen.measure.results import Comparison, errors_beyond_bounds, smallest_set
 from w4a16gen.measure.rivals import Rival
 from w4a16gen.progress import Progress
 from w4a16gen.runtime.library import Library
@@ -49,12 +49,7 @@ class Bench:
     @property
     def wrong(self) -> dict[str, float]:
         """Kernels and rivals whose error exceeds its bound on some problem, with that error over the bound."""
-        return {
-            name: error
-            for found in self.comparisons
-            for name, error in found.error_over_bound.items()
-            if not error <= 1
-        }
+        return errors_beyond_bounds(self.comparisons)
 
     @property
     def cublas_timed(self) -> bool:

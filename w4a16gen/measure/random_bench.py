@@ -29,7 +29,7 @@ from w4a16gen.measure.draw import draw_cells
 from w4a16gen.measure.drawn_workload import DrawnWorkload
 from w4a16gen.measure.probes import TensorPeak, tensor_peak
 from w4a16gen.measure.record import Recorder, Row, Run, row_of, run_of
-from w4a16gen.measure.results import Comparison
+from w4a16gen.measure.results import Comparison, errors_beyond_bounds
 from w4a16gen.measure.rivals import find_torch
 from w4a16gen.progress import Progress
 from w4a16gen.runtime.library import Library
@@ -88,12 +88,7 @@ class RandomBench:
     @property
     def wrong(self) -> dict[str, float]:
         """Kernels whose error exceeds its bound in some cell, with that error over the bound."""
-        return {
-            name: error
-            for found in self.comparisons
-            for name, error in found.error_over_bound.items()
-            if not error <= 1
-        }
+        return errors_beyond_bounds(self.comparisons)
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that JSON output carries."""

@@ -175,3 +175,8 @@ def smallest_cover(times: Mapping[Any, Mapping[Kernel, float]], slack: float) ->
         if all(others & values.keys() for values in served.values()):
             chosen.remove(kernel)
     return sorted(chosen)
+
+
+def errors_beyond_bounds(comparisons: Iterable[Comparison]) -> dict[str, float]:
+    """Return the kernels and rivals whose error exceeds its bound on some problem, with that error over the bound."""
+    return {name: error for found in comparisons for name, error in found.error_over_bound.items() if not error <= 1}

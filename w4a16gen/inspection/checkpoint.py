@@ -1,4 +1,4 @@
-"""What `inspect` finds in a checkpoint: layers by kind, dense tensors by kind, and what engines need to know."""
+"""What is found in a checkpoint: layers by kind, dense tensors by kind, and what engines need to know."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class DenseKind:
 
 @dataclass
 class Inspection:
-    """All that `inspect` prints."""
+    """All that is found."""
 
     path: Path
     method: str
