@@ -20,12 +20,11 @@ from w4a16gen.build.pipeline import BuildReport
 from w4a16gen.choose.chooser import ChoiceSource
 from w4a16gen.choose.timing_table import TABLE, TuningTable
 from w4a16gen.cli import problems as problem_options
-from w4a16gen.cli import space_tuning
 from w4a16gen.cli.services import Services
 from w4a16gen.errors import NotBuiltError
 from w4a16gen.kernels.device import Device
 from w4a16gen.kernels.spaces import enumerate_space
-from w4a16gen.measure import tune
+from w4a16gen.measure import space_tuning, tune
 from w4a16gen.runtime.devices import Driver
 from w4a16gen.weights.importers import checkpoint
 

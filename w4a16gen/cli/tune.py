@@ -22,15 +22,17 @@ from w4a16gen.cli.options import (
 )
 from w4a16gen.cli.output import note, print_result
 from w4a16gen.cli.problems import checkpoint_option, checkpoint_problems, named_problems, problems_options
+from w4a16gen.cli.progress import termination_interrupts
 from w4a16gen.cli.services import services
-from w4a16gen.cli.space_tuning import SpaceRequest, SpaceTuned, tune_space
+from w4a16gen.errors import NotBuiltError
 from w4a16gen.kernels.named_spaces import SPACES
 
 if TYPE_CHECKING:
     from w4a16gen.choose.timing_table import TuningTable
-    from w4a16gen.kernels.config import QuantMode
+    from w4a16gen.kernels.config import KernelConfig, QuantMode
     from w4a16gen.kernels.device import Device
     from w4a16gen.kernels.problem import Problem
+    from w4a16gen.measure.space_tuning import SpaceTuned, Workshop
     from w4a16gen.measure.tune import Job
     from w4a16gen.runtime.library import Library
 
@@ -131,14 +133,17 @@ def command(
     else:
         if table is not None:
             raise click.UsageError("--table does not go with --space: the times belong to the build that is left")
+        from w4a16gen.build.limits import usable_cores
+        from w4a16gen.measure.space_tuning import SpaceRequest, tune_space
+
         gpu = _find_gpu(gpus)
-        request = SpaceRequest(space, by_mode, folder or _default_folder(), generated, jobs, seconds)
+        request = SpaceRequest(space, by_mode, folder or _default_folder(), jobs or usable_cores(), seconds)
         _known(_table_of(request.folder, None), gpu, dependent=dependent)  # refused before anything is built
 
         def job_of(library: Library, of_mode: QuantMode) -> Job:
             return _job(library, gpu, of_mode, None, again=again, dependent=dependent)
 
-        found = tune_space(request, gpu, job_of, gpus=gpus)
+        found = tune_space(request, gpu, job_of, _workshop(request.folder, generated, jobs), gpus=gpus)
         outcomes = list(found.outcomes)
         library = services().load(request.folder)
         _say(found, request.folder)
@@ -148,6 +153,28 @@ def command(
         of_space = None if found is None else found.as_json()
         print_result("tune", {"gpu": gpu.as_json(), "table": str(path), "problems": measured, "space": of_space})
     note(f"Wrote {path}" + ("" if table else ". New processes will use it to choose kernels."))
+
+
+def _workshop(folder: Path, generated: Path, jobs: int | None) -> Workshop:
+    """Return the services of this command that build and load kernels."""
+    from w4a16gen.measure.space_tuning import Workshop
+
+    def load() -> Library | None:
+        try:
+            return services().load(folder)
+        except NotBuiltError:
+            return None
+
+    def build(configs: Sequence[KernelConfig]) -> Library:
+        title = f"Building {len(configs)} kernels"
+        with termination_interrupts(), services().show_progress(title, lines=True) as progress:
+            report = services().build(configs, generated=generated, folder=folder, jobs=jobs, progress=progress)
+        note(f"{report.compiled} kernels compiled, {len(report.build.configs) - report.compiled} up to date")
+        for failure in report.failures:
+            note(f"{failure.name}: {failure.summary}; log: {failure.log}", label="FAILED")
+        return services().load(folder)
+
+    return Workshop(load, build, note, services().show_progress)
 
 
 def _problems_by_mode(

@@ -1,29 +1,30 @@
-"""`w4a16gen tune --space`: build the promising kernels of a space, measure them, and keep the few that are needed."""
+"""Tuning a whole space: build the promising kernels of a space, measure them, and keep the few that are needed."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import geometric_mean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from w4a16gen.cli.output import note
-from w4a16gen.cli.progress import termination_interrupts
-from w4a16gen.cli.services import services
-from w4a16gen.errors import NotBuiltError, UnsupportedProblemError
+from w4a16gen.choose.chooser import Chooser
+from w4a16gen.choose.timing_table import TABLE, TuningTable
+from w4a16gen.errors import UnsupportedProblemError
+from w4a16gen.kernels.config import KernelConfig, QuantMode
+from w4a16gen.kernels.device import Device
+from w4a16gen.kernels.problem import Problem
+from w4a16gen.kernels.spaces import enumerate_space
+from w4a16gen.measure.promising import promising, to_build
+from w4a16gen.measure.refine import REFINED, Refined
+from w4a16gen.measure.results import smallest_cover
+from w4a16gen.measure.tune import Job, Tuned
+from w4a16gen.progress import Progress
+from w4a16gen.runtime.library import Library
 
-if TYPE_CHECKING:
-    from w4a16gen.choose.timing_table import TuningTable
-    from w4a16gen.kernels.config import KernelConfig, QuantMode
-    from w4a16gen.kernels.device import Device
-    from w4a16gen.kernels.problem import Problem
-    from w4a16gen.measure.tune import Job, Tuned
-    from w4a16gen.runtime.library import Library
-
-    Key = tuple[QuantMode, Problem]
-
+Key = tuple[QuantMode, Problem]
 SLACK = 0.01
 """The kept kernels are within this share of the fastest on every problem."""
 BUILDING_SHARE = 0.4
@@ -41,10 +42,23 @@ class SpaceRequest:
     space: str
     problems: Mapping[QuantMode, Sequence[tuple[str, Problem]]]
     folder: Path
-    generated: Path
-    jobs: int | None
+    compilers: int
+    """Compilers that run at once."""
     budget: float | None
     """Seconds; None sets no limit."""
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """How kernels are built and loaded, and how the user is told."""
+
+    load: Callable[[], Library | None]
+    """Returns the build in the folder, or None without one."""
+    build: Callable[[Sequence[KernelConfig]], Library]
+    """Builds exactly these kernels, says which fail, and loads them."""
+    tell: Callable[[str], None]
+    show_progress: Callable[..., AbstractContextManager[Progress]]
+    """Takes a title, and the number of steps if it is known."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +94,7 @@ class SpaceTuned:
         }
 
 
-def tune_space(request: SpaceRequest, gpu: Device, job_of: Any, *, gpus: int) -> SpaceTuned:
+def tune_space(request: SpaceRequest, gpu: Device, job_of: Any, workshop: Workshop, *, gpus: int) -> SpaceTuned:
     """Estimate a space, build and measure what is promising, and leave a build of the smallest set.
 
     Everything is kept as it is made: objects in the build's folder, times in its table. A later run with the same
@@ -90,27 +104,28 @@ def tune_space(request: SpaceRequest, gpu: Device, job_of: Any, *, gpus: int) ->
         request: what is tuned.
         gpu: the GPU to estimate for.
         job_of: returns the measuring job for a library and a mode.
+        workshop: builds and loads kernels.
         gpus: how many GPUs measure.
     """
-    from w4a16gen.measure.promising import to_build
-
     began = time.monotonic()
     keys = [(mode, problem) for mode, named in request.problems.items() for _, problem in named]
-    estimated, wanted = _estimate(request, gpu)
+    estimated, wanted = _estimate(request, gpu, workshop)
     nothing = next((problem for (_, problem), configs in wanted.items() if not configs), None)
     if nothing is not None:
         raise UnsupportedProblemError(f"no native kernel of space {request.space} can run {nothing}")
     chosen = to_build(wanted, _affordable(request))
-    promising = len({config for configs in wanted.values() for config in configs})
-    note(f"{estimated} kernels of space {request.space} estimated for {len(keys)} problems, {promising} are promising")
-    kept = _kernels_of_other_modes(request)
-    library = _build(request, [*chosen, *kept])
+    worthy = len({config for configs in wanted.values() for config in configs})
+    workshop.tell(
+        f"{estimated} kernels of space {request.space} estimated for {len(keys)} problems, {worthy} are promising"
+    )
+    kept = _kernels_of_other_modes(request, workshop)
+    library = workshop.build([*chosen, *kept])
     deadline = None if request.budget is None else began + request.budget - LINK_SECONDS
-    outcomes = _measure(request, library, wanted, job_of, gpus=gpus, deadline=deadline)
+    outcomes = _measure(request, library, wanted, job_of, workshop, gpus=gpus, deadline=deadline)
     table = _table(library, gpu, job_of)
     times = _times(library, table, keys, wanted)
     smallest = _smallest(times, wanted, library)
-    final = _build(request, [*smallest, *kept])
+    final = workshop.build([*smallest, *kept])
     losses = [_loss(final, gpu, key, of_problem) for key, of_problem in times.items() if of_problem]
     known_losses = [loss for loss in losses if loss is not None]
     built = set(library.configs())
@@ -118,21 +133,16 @@ def tune_space(request: SpaceRequest, gpu: Device, job_of: Any, *, gpus: int) ->
         request.space,
         outcomes,
         estimated,
-        promising,
-        promising - len([config for config in chosen if config in built]),
+        worthy,
+        worthy - len([config for config in chosen if config in built]),
         len(keys) - len(losses),
         smallest,
         known_losses,
     )
 
 
-def _estimate(request: SpaceRequest, gpu: Device) -> tuple[int, dict[Key, list[KernelConfig]]]:
+def _estimate(request: SpaceRequest, gpu: Device, workshop: Workshop) -> tuple[int, dict[Key, list[KernelConfig]]]:
     """Return the number of kernels estimated, and those worth building for each problem, the best first."""
-    from w4a16gen.choose.chooser import Chooser
-    from w4a16gen.choose.timing_table import TABLE
-    from w4a16gen.kernels.spaces import enumerate_space
-    from w4a16gen.measure.promising import promising
-
     count = 0
     wanted: dict[Key, list[KernelConfig]] = {}
     for mode, named in request.problems.items():
@@ -140,7 +150,7 @@ def _estimate(request: SpaceRequest, gpu: Device) -> tuple[int, dict[Key, list[K
         count += len(configs)
         chooser = Chooser(dict.fromkeys(configs, ""), request.folder / TABLE)
         title = f"Estimating {len(configs)} kernels"
-        with services().show_progress(title, len(named)) as progress:
+        with workshop.show_progress(title, len(named)) as progress:
             for done, (_, problem) in enumerate(named, 1):
                 wanted[mode, problem] = promising(chooser.estimates(problem, mode, gpu), problem)
                 progress(done, len(named), str(problem))
@@ -151,31 +161,13 @@ def _affordable(request: SpaceRequest) -> int | None:
     """Return how many kernels the budget's share compiles; None for all."""
     if request.budget is None:
         return None
-    from w4a16gen.build.limits import usable_cores
-
-    return int(BUILDING_SHARE * request.budget * (request.jobs or usable_cores()) / COMPILE_SECONDS)
+    return int(BUILDING_SHARE * request.budget * request.compilers / COMPILE_SECONDS)
 
 
-def _kernels_of_other_modes(request: SpaceRequest) -> list[KernelConfig]:
+def _kernels_of_other_modes(request: SpaceRequest, workshop: Workshop) -> list[KernelConfig]:
     """Return the kernels of the build in the folder that this run does not choose among."""
-    try:
-        library: Library = services().load(request.folder)
-    except NotBuiltError:
-        return []
-    return [config for config in library.configs() if config.mode not in request.problems]
-
-
-def _build(request: SpaceRequest, configs: Sequence[KernelConfig]) -> Library:
-    """Build exactly these kernels, say which fail, and load them."""
-    title = f"Building {len(configs)} kernels"
-    with termination_interrupts(), services().show_progress(title, lines=True) as progress:
-        report = services().build(
-            configs, generated=request.generated, folder=request.folder, jobs=request.jobs, progress=progress
-        )
-    note(f"{report.compiled} kernels compiled, {len(report.build.configs) - report.compiled} up to date")
-    for failure in report.failures:
-        note(f"{failure.name}: {failure.summary}; log: {failure.log}", label="FAILED")
-    return services().load(request.folder)
+    library = workshop.load()
+    return [] if library is None else [config for config in library.configs() if config.mode not in request.problems]
 
 
 def _measure(
@@ -183,13 +175,12 @@ def _measure(
     library: Library,
     wanted: Mapping[Key, Sequence[KernelConfig]],
     job_of: Any,
+    workshop: Workshop,
     *,
     gpus: int,
     deadline: float | None,
 ) -> list[Tuned]:
     """Measure each problem's promising kernels, then those near the fastest in turns."""
-    from w4a16gen.measure.refine import REFINED, Refined
-
     outcomes: list[Tuned] = []
     devices = [found.index for found in library.hopper_devices() if found.name == library.hopper_device().name]
     for mode, named in request.problems.items():
@@ -199,14 +190,11 @@ def _measure(
             refined=Refined(request.folder / REFINED),
             deadline=deadline,
         )
-        outcomes += job.run(named, devices[:gpus], tell=note, show_progress=services().show_progress)
+        outcomes += job.run(named, devices[:gpus], tell=workshop.tell, show_progress=workshop.show_progress)
     return outcomes
 
 
 def _table(library: Library, gpu: Device, job_of: Any) -> TuningTable:
-    from w4a16gen.choose.timing_table import TuningTable
-    from w4a16gen.kernels.config import QuantMode
-
     path = job_of(library, QuantMode.FINEGRAINED_SCALE_ONLY).path
     return TuningTable.read(path) if path.exists() else TuningTable.of_device(gpu)
 
@@ -231,8 +219,6 @@ def _smallest(
     library: Library,
 ) -> list[KernelConfig]:
     """Return the smallest set for the measured problems, and the best estimate of each of the others."""
-    from w4a16gen.measure.results import smallest_cover
-
     built = set(library.configs())
     estimated = {
         next((config for config in wanted[key] if config in built), None)
