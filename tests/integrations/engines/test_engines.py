@@ -25,6 +25,7 @@ from w4a16gen.integrations.engines.order import Order, plan_act_order, plan_orde
 from w4a16gen.integrations.engines.parameters import matrix_of  # noqa: E402
 from w4a16gen.integrations.engines.store import LayerStore  # noqa: E402
 from w4a16gen.integrations.engines.switch import register_safely  # noqa: E402
+from w4a16gen.integrations.torch import nibbles  # noqa: E402
 from w4a16gen.kernels.spaces import enumerate_space  # noqa: E402
 from w4a16gen.runtime.folders import BUILD_FOLDER_VARIABLE  # noqa: E402
 
@@ -71,12 +72,12 @@ def test_words_are_read_as_their_writers_wrote_them(rng: np.random.Generator) ->
     for rows in (1, 8, 24):
         values = rng.integers(0, 16, (rows, 32)).astype(np.uint8)
         plain, awq = torch.from_numpy(packers.along_columns(values)), torch.from_numpy(packers.awq_gemm_words(values))
-        assert torch.equal(words.nibbles(plain), torch.from_numpy(values))
+        assert torch.equal(nibbles.expand(plain), torch.from_numpy(values))
         assert torch.equal(words.awq_points(awq), torch.from_numpy(values))
         if rows > 1:
-            assert torch.equal(words.awq_values(awq), torch.from_numpy(values).t())
+            assert torch.equal(nibbles.expand_awq(awq), torch.from_numpy(values).t())
     column = torch.from_numpy(packers.along_rows(values[:8]))  # one row of words, whose transpose has one column
-    assert torch.equal(words.nibbles(column.t()), torch.from_numpy(values[:8].T.copy()))
+    assert torch.equal(nibbles.expand(column.t()), torch.from_numpy(values[:8].T.copy()))
 
 
 @pytest.mark.parametrize("exponent", [-20, 0, 20])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.integrations.engines.words import nibbles
+from w4a16gen.integrations.torch.nibbles import expand
 
 
 def matrix_of(name: str, parameter: Any, *, packed: str | None = None) -> Any:
@@ -42,7 +42,7 @@ def values_of(name: str, parameter: Any, k: int) -> Any:
     Returns:
         uint8 [n, k].
     """
-    return nibbles(matrix_of(name, parameter, packed="input").t())[:, :k]
+    return expand(matrix_of(name, parameter, packed="input").t())[:, :k]
 
 
 def points_of(name: str, parameter: Any, n: int) -> Any:
@@ -56,4 +56,4 @@ def points_of(name: str, parameter: Any, n: int) -> Any:
     Returns:
         uint8 [groups, n].
     """
-    return nibbles(matrix_of(name, parameter, packed="output"))[:, :n]
+    return expand(matrix_of(name, parameter, packed="output"))[:, :n]

@@ -13,7 +13,8 @@ from w4a16gen.integrations.engines.limits import LayerRequest, why_not_served
 from w4a16gen.integrations.engines.order import plan_act_order, plan_order
 from w4a16gen.integrations.engines.store import LayerStore
 from w4a16gen.integrations.engines.switch import why_off
-from w4a16gen.integrations.engines.words import awq_points, awq_values, gptq_zero_points, nibbles
+from w4a16gen.integrations.engines.words import awq_points, gptq_zero_points
+from w4a16gen.integrations.torch.nibbles import expand, expand_awq
 from w4a16gen.kernels.problem import DIMENSION_MULTIPLE, NATIVE_GROUP_MULTIPLE
 
 LARGEST_GROUP = 1024
@@ -143,7 +144,7 @@ class GPTQLinear(_Linear):
     def _raw(self) -> RawLayer:
         module: Any = self
         points = None if module.sym else gptq_zero_points(module.qzeros, version=2)
-        return RawLayer(nibbles(module.qweight.t()), module.scales, points)
+        return RawLayer(expand(module.qweight.t()), module.scales, points)
 
 
 class AWQLinear(_Linear):
@@ -151,7 +152,7 @@ class AWQLinear(_Linear):
 
     def _raw(self) -> RawLayer:
         module: Any = self
-        return RawLayer(awq_values(module.qweight), module.scales, awq_points(module.qzeros))
+        return RawLayer(expand_awq(module.qweight), module.scales, awq_points(module.qzeros))
 
 
 def _smallest(capability: tuple[int, int] | None) -> LayerRequest:

@@ -17,7 +17,8 @@ from w4a16gen.integrations.engines.limits import LayerRequest, why_not_served, w
 from w4a16gen.integrations.engines.order import Order, plan_act_order, plan_order
 from w4a16gen.integrations.engines.parameters import matrix_of, points_of, values_of
 from w4a16gen.integrations.engines.store import LayerStore
-from w4a16gen.integrations.engines.words import awq_points, awq_values
+from w4a16gen.integrations.engines.words import awq_points
+from w4a16gen.integrations.torch.nibbles import expand_awq
 
 COUNT = ServedCount(logging.getLogger("w4a16gen.sglang"))
 """Counts the layers of this process."""
@@ -155,6 +156,6 @@ class AWQKernel(_Kernel):
     def _fill(self, layer: Any) -> None:
         k = layer.input_size_per_partition
         group = k if self.quant_config.group_size == -1 else self.quant_config.group_size
-        raw = RawLayer(awq_values(layer.qweight.data), layer.scales.data, awq_points(layer.qzeros.data))
+        raw = RawLayer(expand_awq(layer.qweight.data), layer.scales.data, awq_points(layer.qzeros.data))
         order = plan_order(k, group, device=layer.qweight.device)
         self._store.fill(layer, pack_layer(raw, order, name="an AWQ layer"), ("scales", "qzeros"))
