@@ -15,6 +15,7 @@ import struct
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,13 @@ import torch
 import w4a16gen
 from w4a16gen.integrations.torch import W4A16Linear, formats, pack_decoded, replace_linears
 from w4a16gen.integrations.torch.ops import facts_of
+from w4a16gen.integrations.torch.upload import Uploader
+from w4a16gen.weights.writers.convert import convert
 
 GROUP = 128
 SHAPES = {"qkv": (6144, 4096), "out": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 """n and k of the layers of an 8B model, with q|k|v and gate|up in one."""
+READ_BYTES = 32 << 20
 
 
 def tensors_of(name: str, n: int, k: int) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -60,13 +64,19 @@ def write_checkpoint(folder: Path, layers: dict[str, tuple[int, int]]) -> int:
             if tensor.endswith("scales"):
                 data = rng.uniform(0.001, 0.01, size // 2).astype(np.float16).view(np.uint8)
             file.write(data.tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):  # read from the disk, not from memory
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    drop_from_memory(folder)
     config = {"quant_method": "gptq", "bits": 4, "sym": False, "checkpoint_format": "gptq_v2"}
     (folder / "config.json").write_text(json.dumps({"quantization_config": config}))
     return end
+
+
+def drop_from_memory(folder: Path) -> None:
+    """Let the next reader of a folder's weights read the disk."""
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def seconds_of(call: Callable[[], object], rounds: int) -> float:
@@ -128,6 +138,34 @@ def time_loading(folder: Path, gib: float) -> None:
         del model, blocks
 
 
+def time_converted(folder: Path) -> None:
+    """Convert a folder, and print the rate of loading the result, beside that of reading its files alone."""
+    packed = folder / "packed"
+    begin = time.perf_counter()
+    size = convert(folder, packed).bytes
+    print(f"convert: {size / 1e9:.2f} GB in {time.perf_counter() - begin:.1f} s")
+    for what in ("from disk", "from memory"):
+        if what == "from disk":
+            drop_from_memory(packed)
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        uploader, layers = Uploader("cuda"), []
+        for layer in w4a16gen.open_packed(packed, verify=False).values():
+            weight = replace(layer.weight, data=uploader.bytes(layer.weight.host_data()))
+            layers.append(W4A16Linear.from_packed(weight, layer.bias, alpha=layer.alpha))
+        torch.cuda.synchronize()
+        taken = time.perf_counter() - begin
+        print(f"converted folder, {what}: {size / taken / 1e9:.2f} GB/s")
+        del layers
+    drop_from_memory(packed)
+    begin = time.perf_counter()
+    for path in packed.glob("*.safetensors"):
+        with path.open("rb", buffering=0) as file:
+            while file.read(READ_BYTES):
+                pass
+    print(f"its files read by one thread: {size / (time.perf_counter() - begin) / 1e9:.2f} GB/s")
+
+
 def time_calls() -> None:
     """Print the microseconds of the host for a call, by each way."""
     layer = W4A16Linear.from_linear(torch.nn.Linear(4096, 4096, device="cuda"), group_size=GROUP)
@@ -157,6 +195,7 @@ def main() -> None:
     time_packing()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         time_loading(Path(folder), arguments.gib)
+        time_converted(Path(folder))
     time_calls()
 
 
