@@ -129,7 +129,7 @@ class GpuPacker:
         count = self._bindings.packed_bytes(index, problem)
         data = empty_like_library(like, self._module, (count,), "|u1", device, stream=stream)
         target = view("packed weight", data, self._module)
-        faults = self._faults.cleared(self._module, device)
+        faults = self._faults.take(self._module, device)
         outcome = self._bindings.library.pack(
             index,
             *numbers_of(problem)[1:],
@@ -138,6 +138,8 @@ class GpuPacker:
         )
         self._bindings.result_of(outcome)
         found = int(faults.to_host()[0])
+        if found == 0:
+            self._faults.put_back(faults)
         if found & self._module.FAULT_VALUE:
             raise InvalidValueError(f"q holds values above {MAX_Q}; it must hold 0 to {MAX_Q}")
         if found & self._module.FAULT_RANGE:
@@ -156,20 +158,20 @@ class GpuPacker:
 class _FaultFlags(threading.local):
     """The word in which the packing kernel reports faults, one for each thread and GPU.
 
-    To allocate and free it for each weight takes longer than to pack a small one: freeing waits for the whole GPU.
+    To allocate and free it for each weight takes longer than to pack a small one: freeing waits for the whole GPU. A
+    word that was set is not put back, so that the next weight gets a new one.
     """
 
     def __init__(self) -> None:
         self._by_device: dict[int, DeviceArray] = {}
 
-    def cleared(self, module: Any, device: int) -> DeviceArray:
-        """Return this thread's word of a GPU, which holds 0."""
-        zero = np.zeros(1, np.uint32)
-        if device in self._by_device:
-            self._by_device[device].buffer.upload(zero, 0)
-        else:
-            self._by_device[device] = DeviceArray.from_host(module, zero, device)
-        return self._by_device[device]
+    def take(self, module: Any, device: int) -> DeviceArray:
+        """Return a word of a GPU that holds 0."""
+        return self._by_device.pop(device, None) or DeviceArray.from_host(module, np.zeros(1, np.uint32), device)
+
+    def put_back(self, word: DeviceArray) -> None:
+        """Keep a word that still holds 0 for this thread's next weight."""
+        self._by_device[word.device] = word
 
 
 def _name(typestr: str) -> str:

@@ -85,6 +85,29 @@ def test_doubles_are_rounded_once(rng: np.random.Generator) -> None:
             expected = signed.astype(np.float16)
         found = nibbles.to_half(torch.from_numpy(signed)).numpy()
         np.testing.assert_array_equal(found.view(np.uint16), expected.view(np.uint16))
+        halves = nibbles.round_to_half(torch.from_numpy(signed))
+        np.testing.assert_array_equal(halves.values.numpy().view(np.uint16), expected.view(np.uint16))
+
+
+@pytest.mark.parametrize(
+    ("value", "fits"),
+    [
+        (1.0, True),
+        (1.0 + 2.0**-30, True),  # rounded, but not too small or large
+        (65504.0, True),
+        (65504.0 + 2.0**-20, False),
+        (1e300, False),
+        (float("nan"), False),
+        (float("-inf"), False),
+        (2.0**-24, True),
+        (1.5 * 2.0**-24, False),
+        (2.0**-40, False),
+        (1e-300, False),
+        (0.0, True),
+    ],
+)
+def test_rounding_says_whether_all_values_fit(value: float, *, fits: bool) -> None:
+    assert nibbles.round_to_half(torch.tensor([[0.5, value]], dtype=torch.float64)).fit is fits
 
 
 def tensors_of(name: str, folder: Path, rng: np.random.Generator) -> tuple[Any, dict[str, Any]]:

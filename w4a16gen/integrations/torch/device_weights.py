@@ -14,7 +14,7 @@ import torch
 
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.integrations.torch import formats
-from w4a16gen.integrations.torch.nibbles import Decoded, Tensor, do_not_fit, to_half
+from w4a16gen.integrations.torch.nibbles import Decoded, Tensor, round_to_half
 from w4a16gen.integrations.torch.upload import Uploader
 from w4a16gen.kernels.config import QuantMode
 from w4a16gen.runtime.default import library_in_use
@@ -95,13 +95,10 @@ def pack_decoded(decoded: Decoded, permutation: Tensor | None = None, *, name: s
 
 def _rounded(scales: Tensor, zeros: Tensor | None, name: str) -> tuple[Tensor, Tensor | None, float]:
     """Return scales and zeros in fp16, and alpha. Waits for the device once."""
-    halves = to_half(scales)
-    added = None if zeros is None else to_half(zeros)
-    lost = do_not_fit(scales, halves).any()
-    if zeros is not None and added is not None:
-        lost = lost | do_not_fit(zeros, added).any()
-    if not bool(lost):
-        return halves, added, 1.0
+    groups = len(scales)
+    halves, fit = round_to_half(scales if zeros is None else torch.cat((scales, zeros)))
+    if fit:
+        return halves[:groups], None if zeros is None else halves[groups:], 1.0
     factors = Factors(scales.cpu().numpy(), None if zeros is None else zeros.cpu().numpy())
     rounded = round_factors(factors, name=name)  # which finds alpha, or refuses
     moved = None if rounded.zeros is None else torch.from_numpy(rounded.zeros).to(scales.device)
