@@ -23,7 +23,8 @@ def test_a_slice_has_its_share_of_the_card() -> None:
     part = card_of(replace(H100, name="NVIDIA H100 80GB HBM3 MIG 3g.40gb", sm_count=66))
     assert part.sm_count == 66
     assert part.memory_bandwidth == pytest.approx(cards.H100.memory_bandwidth / 2)
-    assert part.tensor_rate == pytest.approx(cards.H100.tensor_rate / 2)
+    for sm_count in range(1, 133):
+        assert cards.H100.resized(sm_count).tensor_rate == cards.H100.tensor_rate, "the cores of an SM stay the same"
 
 
 def test_an_unknown_card_has_an_h100s_memory_and_tensor_cores_per_sm() -> None:

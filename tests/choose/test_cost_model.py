@@ -45,6 +45,11 @@ def test_constants_are_frozen_and_named() -> None:
         {"constants": {**CONSTANTS, "overlap_loss": -1.0}},
         {"constants": {**CONSTANTS, "overlap_loss": float("nan")}},
         {"constants": {**CONSTANTS, "overlap_loss": True}},
+        {"constants": {**CONSTANTS, "cycles_per_microsecond": 0}},
+        {"constants": {**CONSTANTS, "packed_bytes_per_cycle": 0.0}},
+        {"constants": {**CONSTANTS, "dense_bytes_per_microsecond": 0}},
+        {"constants": {**CONSTANTS, "dense_flops_per_microsecond": 0}},
+        {"constants": {**CONSTANTS, "dense_long_flops_per_microsecond": 0}},
         {"constants": [1.0]},
         {"rates": [1.0]},
         {"rates": {SHAPE: [1.0]}},
@@ -59,6 +64,13 @@ def test_other_data_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     path.write_text(json.dumps(right))
     assert CostModel.read(path).rates == {SHAPE: MODEL.rates[SHAPE]}
     path.write_text(json.dumps(right | changes))
+    with pytest.raises(InvalidValueError, match="is not a cost model"):
+        CostModel.read(path)
+
+
+def test_a_file_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.json"
+    path.write_text("[" * 100_000)
     with pytest.raises(InvalidValueError, match="is not a cost model"):
         CostModel.read(path)
 
@@ -120,7 +132,7 @@ def test_memory_and_tensor_cores_of_the_card_count() -> None:
     reading, multiplying = Problem(1, 28672, 8192, 128), Problem(8192, 8192, 8192, 128)
     few = kernel("cta64x8x128_cluster1x1x1_warps8_persistent")
     many = kernel("cta256x128x64_cluster1x1x1_warpgroups2_persistent")
-    quick, slow = Card("quick memory", 132, 6.7, 989.0), Card("slow tensor cores", 132, 3.35, 148.0)
+    quick, slow = Card("quick memory", 132, 6.7, 989.0 / 132), Card("slow tensor cores", 132, 3.35, 148.0 / 132)
     assert MODEL.microseconds(few, reading, quick) < 0.8 * MODEL.microseconds(few, reading)
     assert MODEL.microseconds(few, reading, slow) < 1.5 * MODEL.microseconds(few, reading)
     assert MODEL.microseconds(many, multiplying, slow) > 4 * MODEL.microseconds(many, multiplying)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -178,6 +179,27 @@ def test_a_mode_without_native_kernels_has_no_choice(program: Path, tmp_path: Pa
     choice_file.write_text(choice_text({}, tmp_path / TABLE))
     (answer,) = ask_cpp(program, choice_file, [(FGS, Problem(16, 4096, 4096, 128), H100)])
     assert answer == "error the build holds no native kernel of mode fgs"
+
+
+@pytest.mark.skipif(shutil.which("localedef") is None, reason="localedef makes the locale")
+def test_a_locale_with_a_decimal_comma_changes_nothing(
+    program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = subprocess.run(  # noqa: S603
+        ["localedef", "-i", "de_DE", "-f", "UTF-8", str(tmp_path / "de_DE.UTF-8")],  # noqa: S607
+        capture_output=True,
+        check=False,
+    )
+    if made.returncode != 0:
+        pytest.skip("this machine has no sources of locales")
+    choice_file = tmp_path / "choice.txt"
+    choice_file.write_text(choice_text(HASHES, tmp_path / TABLE))
+    question = (FGS, Problem(16, 4096, 4096, 128), H100)
+    (expected,) = ask_cpp(program, choice_file, [question])
+    monkeypatch.setenv("LOCPATH", str(tmp_path))
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    (answer,) = ask_cpp(program, choice_file, [question])
+    assert answer == expected.replace(".", ","), "the program prints by its locale, and chooses alike"
 
 
 def with_end(lines: Sequence[str]) -> str:

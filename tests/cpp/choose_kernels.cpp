@@ -1,13 +1,22 @@
 // Answers questions about choices, one per line on standard input: MODE M N K GROUP_SIZE [SM_COUNT NAME OF THE GPU].
 // Prints the kernel, its microseconds and the source; or "error" and the sentence. The argument is the choice file.
+// As in a program for people, C has the locale of the environment, and C++ one with a decimal comma.
+#include <clocale>
 #include <cstdio>
 #include <iostream>
+#include <locale>
 #include <sstream>
 #include <string>
 
 #include "sdk/chooser.h"
 
+struct DecimalComma : std::numpunct<char> {
+  char do_decimal_point() const override { return ','; }
+};
+
 int main(int, char** arguments) {
+  std::setlocale(LC_ALL, "");
+  std::locale::global(std::locale(std::locale::classic(), new DecimalComma));
   try {
     const w4a16::Chooser chooser = w4a16::Chooser::load(arguments[1]);
     for (std::string line; std::getline(std::cin, line);) {

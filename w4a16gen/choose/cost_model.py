@@ -92,14 +92,25 @@ class Constants:
         """Read the constants by name.
 
         Raises:
-            InvalidValueError: if one is missing, unknown or not a number of 0 or more.
+            InvalidValueError: if one is missing, unknown or not a number of 0 or more, or a divisor is 0.
         """
         names = {field.name for field in fields(cls)}
         if values.keys() != names:
             raise InvalidValueError(f"constants {sorted(values.keys() ^ names)} are missing or unknown")
         for name, value in values.items():
             _check_number(name, value)
+            if name in _DIVISORS and value == 0:
+                raise InvalidValueError(f"{name} of 0 must be above 0")
         return cls(**values)
+
+
+_DIVISORS = {
+    "cycles_per_microsecond",
+    "packed_bytes_per_cycle",
+    "dense_bytes_per_microsecond",
+    "dense_flops_per_microsecond",
+    "dense_long_flops_per_microsecond",
+}
 
 
 def _check_number(name: str, value: Any) -> None:
@@ -132,7 +143,7 @@ class CostModel:
                 for number in numbers:
                     _check_number(f"a rate of {name}", number)
             return cls(Constants.from_json(value["constants"]), rates)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InvalidValueError(
                 f"{path} is not a cost model ({error}): make it again with tools/fit_cost_model.py"
             ) from None
@@ -197,7 +208,7 @@ class CostModel:
     def cycles(self, rates: Rates, work: Work, card: Card = H100) -> float:
         """Return the SM cycles of some work: tile after tile, beside reading the weights."""
         shared = self.constants
-        tensor = card.tensor_rate / card.sm_count / (H100.tensor_rate / H100.sm_count)
+        tensor = card.tensor_rate / H100.tensor_rate
         block = max(rates.block_cycles, shared.tensor_cycles / tensor * work.tile_area if tensor < 1 else 0.0)
         working = work.tiles * rates.tile_cycles + work.blocks * block
         working += rates.split_cycles * work.clusters_per_split_tile
@@ -212,7 +223,7 @@ class CostModel:
         shared = self.constants
         m, n, k = problem.m, problem.n, problem.k
         memory = card.memory_bandwidth / H100.memory_bandwidth
-        tensor = card.tensor_rate / H100.tensor_rate
+        tensor = card.tensor_rate * card.sm_count / (H100.tensor_rate * H100.sm_count)
         reading = 2 * (n * k + m * k + m * n) / (shared.dense_bytes_per_microsecond * memory)
         is_long = self.is_long(problem)
         rate = shared.dense_long_flops_per_microsecond if is_long else shared.dense_flops_per_microsecond

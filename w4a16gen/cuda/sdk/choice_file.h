@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
+#include <locale>
 #include <map>
 #include <sstream>
 #include <string>
@@ -39,7 +39,7 @@ struct ChoiceFile {
     std::istringstream lines(text);
     std::string line;
     std::getline(lines, line);
-    require(line == "w4a16gen.choice/2", "schema '" + line + "' must be 'w4a16gen.choice/2'");
+    require(line == "w4a16gen.choice/3", "schema '" + line + "' must be 'w4a16gen.choice/3'");
     std::map<std::string, double> values;
     while (std::getline(lines, line) && line.rfind("end ", 0) != 0) {
       std::istringstream fields(line);
@@ -103,9 +103,11 @@ struct ChoiceFile {
   static double number(std::istream& fields, const std::string& line) {
     std::string word;
     fields >> word;
-    char* end = nullptr;
-    const double value = std::strtod(word.c_str(), &end);
-    require(!word.empty() && *end == '\0' && value >= 0 && std::isfinite(value), "'" + line + "' lacks a number");
+    std::istringstream digits(word);
+    digits.imbue(std::locale::classic());  // a program's own locale may have a decimal comma
+    double value = 0.0;
+    const bool is_number = digits >> value && digits.peek() == std::istringstream::traits_type::eof();
+    require(is_number && value >= 0 && std::isfinite(value), "'" + line + "' lacks a number");
     return value;
   }
 

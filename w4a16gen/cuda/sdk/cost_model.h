@@ -79,12 +79,12 @@ struct Card {
   std::string name;
   int sm_count;
   double memory_bandwidth;
-  double tensor_rate;
+  double tensor_rate;  // of each SM
 
   bool describes(const std::string& device) const { return device == name || device.rfind(name + " ", 0) == 0; }
   Card resized(int sms) const {
     const double share = static_cast<double>(sms) / sm_count;
-    return {name, sms, memory_bandwidth * share, tensor_rate * share};
+    return {name, sms, memory_bandwidth * share, tensor_rate};
   }
 };
 
@@ -144,7 +144,7 @@ inline double estimate(const Constants& c, const Card& h100, const Kernel& kerne
     blocks = own_tiles * divide_up(k_blocks, cluster[2]);
   }
   const double area = static_cast<double>(cta[1]) * (cta[0] / 64);
-  const double tensor = card.tensor_rate / card.sm_count / (h100.tensor_rate / h100.sm_count);
+  const double tensor = card.tensor_rate / h100.tensor_rate;
   const double block = std::max(kernel.block_cycles, tensor < 1 ? c.tensor_cycles / tensor * area : 0.0);
   double working = own_tiles * kernel.tile_cycles + blocks * block;
   working += kernel.split_cycles * sharing;
