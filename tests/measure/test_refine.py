@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from w4a16gen import KernelConfig, Problem, QuantMode
+from w4a16gen.choose.timing_table import Measured
 from w4a16gen.kernels.spaces import enumerate_space
 from w4a16gen.measure import refine as refining
 from w4a16gen.measure.refine import Refined, nearest, refine
@@ -49,10 +50,13 @@ def test_they_take_turns_and_medians_count(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_what_was_timed_again_is_remembered_until_a_kernel_changes(tmp_path: Path) -> None:
     path = tmp_path / "refined.txt"
-    hashes = {config: f"hash of {config.name}" for config in KERNELS[:2]}
-    assert not Refined(path).has(MODE, PROBLEM, hashes)
-    Refined(path).add(MODE, PROBLEM, hashes)
-    assert Refined(path).has(MODE, PROBLEM, dict(reversed(hashes.items())))
-    assert not Refined(path).has(MODE, PROBLEM, hashes | {KERNELS[0]: "built anew"})
-    assert not Refined(path).has(MODE, PROBLEM, hashes | {KERNELS[2]: "new"})
-    assert not Refined(path).has(QuantMode.PER_COLUMN_SCALE_ONLY, PROBLEM, hashes)
+    timed = {config: Measured(10.0, f"hash of {config.name}") for config in KERNELS[:2]}
+    assert not Refined(path).has(MODE, PROBLEM, timed)
+    Refined(path).add(MODE, PROBLEM, timed)
+    assert Refined(path).has(MODE, PROBLEM, dict(reversed(timed.items())))
+    assert not Refined(path).has(MODE, PROBLEM, timed | {KERNELS[0]: Measured(10.0, "built anew")})
+    assert not Refined(path).has(MODE, PROBLEM, timed | {KERNELS[0]: timed[KERNELS[0]]._replace(microseconds=10.1)})
+    assert not Refined(path).has(MODE, PROBLEM, timed | {KERNELS[2]: Measured(10.0, "new")})
+    assert not Refined(path).has(QuantMode.PER_COLUMN_SCALE_ONLY, PROBLEM, timed)
+    path.write_bytes(b"\xff\n" + path.read_bytes())
+    assert Refined(path).has(MODE, PROBLEM, timed), "a damaged line does not count, and hides no other"

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from w4a16gen.choose.cost_model import default_cost_model
+from w4a16gen.choose.timing_table import Measured
 from w4a16gen.kernels.config import KernelConfig, QuantMode
 from w4a16gen.kernels.problem import Problem
 from w4a16gen.measure.turns import take_turns
@@ -64,25 +65,32 @@ def refine(
 
 
 class Refined:
-    """The problems whose kernels were timed in turns, in a file of one line each: a later run does not do it again."""
+    """The problems whose kernels were timed in turns, in a file of one line each: a later run does not do it again.
+
+    A line stands for kernels and the times that resulted. It no longer counts if the tuning table has other times, for
+    example because the user removed it.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Read the file, if there is one."""
+        """Read the file, if there is one. What is damaged in it does not count."""
         self._path = path
-        self._lines = set(path.read_text().splitlines()) if path.exists() else set()
+        self._lines = set(path.read_text(errors="replace").splitlines()) if path.exists() else set()
 
-    def has(self, mode: QuantMode, problem: Problem, hashes: Mapping[KernelConfig, str]) -> bool:
-        """Return whether these kernels, built from this content, were timed on a problem."""
-        return self._line(mode, problem, hashes) in self._lines
+    def has(self, mode: QuantMode, problem: Problem, measured: Mapping[KernelConfig, Measured]) -> bool:
+        """Return whether kernels of this content were timed in turns on a problem, and have the times of then."""
+        return self._line(mode, problem, measured) in self._lines
 
-    def add(self, mode: QuantMode, problem: Problem, hashes: Mapping[KernelConfig, str]) -> None:
+    def add(self, mode: QuantMode, problem: Problem, measured: Mapping[KernelConfig, Measured]) -> None:
         """Note that these kernels were timed on a problem."""
-        line = self._line(mode, problem, hashes)
+        line = self._line(mode, problem, measured)
         self._lines.add(line)
         with self._path.open("a") as file:
             file.write(f"{line}\n")
 
     @staticmethod
-    def _line(mode: QuantMode, problem: Problem, hashes: Mapping[KernelConfig, str]) -> str:
-        content = "".join(f"{config.name} {hashes[config]}\n" for config in sorted(hashes))
+    def _line(mode: QuantMode, problem: Problem, measured: Mapping[KernelConfig, Measured]) -> str:
+        content = "".join(
+            f"{config.name} {measured[config].content_hash} {measured[config].microseconds!r}\n"
+            for config in sorted(measured)
+        )
         return f"{mode} {problem} {hashlib.sha256(content.encode()).hexdigest()[:_DIGITS]}"

@@ -163,13 +163,15 @@ class Job:
         self, problem: Problem, times: Mapping[KernelConfig, float], device: int, hashes: Mapping[KernelConfig, str]
     ) -> dict[KernelConfig, float]:
         """Time the kernels near the fastest in turns, unless that was done; return their times."""
-        of_times = {config: hashes[config] for config in times}
-        if self.refined is None or (not self.again and self.refined.has(self.mode, problem, of_times)):
+        known = {config: Measured(us, hashes[config]) for config, us in times.items()}
+        if self.refined is None or (not self.again and self.refined.has(self.mode, problem, known)):
             return {}
         newer = refine(self.library, problem, self.mode, nearest(times), device=device, dependent=self.dependent)
         for config, microseconds in newer.items():
             self._keep(problem, config, microseconds, hashes)
-        self.refined.add(self.mode, problem, of_times)
+        self.refined.add(
+            self.mode, problem, known | {config: Measured(us, hashes[config]) for config, us in newer.items()}
+        )
         return newer
 
     def _tune_one(
