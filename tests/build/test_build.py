@@ -17,7 +17,7 @@ from fakes.workshop import CONFIGS, Workshop
 from processes import heed_interrupts
 
 from w4a16gen.build.link import STEPS
-from w4a16gen.build.pipeline import build
+from w4a16gen.build.pipeline import build, compiled
 from w4a16gen.build.units import COMPILE_COSTS, CompileCost, plan_jobs, plan_units, split_evenly
 from w4a16gen.cli import main
 from w4a16gen.errors import BuildLockedError
@@ -51,6 +51,15 @@ COMMAND = [
 def calls(log: Path) -> list[list[str]]:
     """Return the kernels of every call of the stand-in compiler."""
     return [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def test_what_is_compiled_is_known_before_a_build(workshop: Workshop) -> None:
+    assert compiled(CONFIGS, workshop.folder) == set()
+    workshop.build(CONFIGS[:2])
+    assert compiled(CONFIGS, workshop.folder) == set(CONFIGS[:2])
+    assert compiled(CONFIGS[:1], workshop.folder) == set(), "its object has another kernel that is not asked for"
+    workshop.build(CONFIGS)
+    assert calls(workshop.calls)[-1] == [config.name for config in CONFIGS[2:]]
 
 
 def test_only_what_changed_is_compiled_again(workshop: Workshop) -> None:

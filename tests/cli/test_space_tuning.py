@@ -22,6 +22,7 @@ from w4a16gen.choose.timing_table import TABLE, TuningTable
 from w4a16gen.cli import problems as problem_options
 from w4a16gen.cli.services import Services
 from w4a16gen.errors import NotBuiltError
+from w4a16gen.files import sole_writer
 from w4a16gen.kernels.device import Device
 from w4a16gen.kernels.spaces import enumerate_space
 from w4a16gen.measure import space_tuning, tune
@@ -43,6 +44,7 @@ class Factory:
         self.builds: list[list[KernelConfig]] = []
         self.library: FakeLibrary | None = None
         self.failing: set[KernelConfig] = set()
+        self.objects: set[KernelConfig] = set()
         self.measured: list[tuple[Problem, KernelConfig]] = []
         self.refined: list[tuple[Problem, KernelConfig]] = []
         self.interrupt_after: int | None = None
@@ -53,9 +55,14 @@ class Factory:
         self.builds.append(asked)
         built = [config for config in asked if config not in self.failing]
         folder.mkdir(parents=True, exist_ok=True)
+        self.objects.update(built)
         self.library = FakeLibrary(built, devices=self.devices, folder=folder)
         failures = [Failure(config.name, folder / "log", "no registers") for config in asked if config in self.failing]
         return BuildReport(self.library.build, len(built), failures)
+
+    def compiled(self, configs: Iterable[KernelConfig], folder: Path) -> set[KernelConfig]:
+        assert folder == self.folder
+        return self.objects & set(configs)
 
     def load(self, folder: Path | None) -> Library:
         assert folder in (None, self.folder)
@@ -88,7 +95,10 @@ def factory(cli: Runner, monkeypatch: pytest.MonkeyPatch) -> Factory:
     """Let `tune --space` build and measure with stand-ins, into ./build."""
     found = Factory(Path("build"))
     cli.services = Services(
-        load=found.load, build=found.build, find_driver=lambda: Driver((13, 0), tuple(found.devices))
+        load=found.load,
+        build=found.build,
+        compiled=found.compiled,
+        find_driver=lambda: Driver((13, 0), tuple(found.devices)),
     )
     monkeypatch.setattr(tune, "measure", found.measure)
     monkeypatch.setattr(tune, "refine", found.refine)
@@ -138,6 +148,34 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_has_nothing_to_do(cli: Ru
     assert factory.builds[-1] == factory.builds[-3]
 
 
+def test_times_that_were_removed_are_measured_again_in_turns_too(cli: Runner, factory: Factory) -> None:
+    assert cli.run(TUNE).exit_code == 0
+    (factory.folder / TABLE).unlink()
+    refined = len(factory.refined)
+    assert cli.run(TUNE).exit_code == 0
+    assert len(factory.refined) == 2 * refined > 0
+
+
+def test_a_problem_that_comes_twice_is_measured_once(cli: Runner, factory: Factory) -> None:
+    done = cli.run(f"{TUNE} --problem 16x512x1024 --json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["space"]["not_measured"] == 0
+    assert "same command goes on" not in said(done.stderr)
+    assert len(factory.measured) == len(set(factory.measured))
+    measured = len(factory.measured)
+    assert cli.run("tune --problem 64x512x1024 --problem 64x512x1024").exit_code == 0
+    assert len(factory.measured) - measured == len(set(factory.measured[measured:])) > 0
+
+
+def test_two_runs_in_one_folder_are_kept_apart(cli: Runner, factory: Factory) -> None:
+    factory.folder.mkdir()
+    with sole_writer(factory.folder):
+        refused = cli.run(TUNE)
+    assert refused.exit_code == 2
+    assert "another process is measuring into build" in said(refused.stderr)
+    assert factory.builds == []
+
+
 def test_a_budget_leaves_kernels_and_problems_out_and_says_so(cli: Runner, factory: Factory) -> None:
     done = cli.run(f"{TUNE} --budget 0.5 --jobs 1 --json")
     assert done.exit_code == 0, done.output
@@ -149,9 +187,27 @@ def test_a_budget_leaves_kernels_and_problems_out_and_says_so(cli: Runner, facto
     assert value["space"]["not_built"] == value["space"]["promising"] - 4
     assert "promising kernels are not built" in said(done.stderr)
     assert (len(value["problems"]), value["space"]["not_measured"]) == (2, 0)
+    again = json.loads(cli.run(f"{TUNE} --budget 0.5 --jobs 1 --json").stdout)
+    assert len(factory.builds[2]) == 8, "what is compiled costs nothing, so that the same command goes on"
+    assert again["space"]["not_built"] == value["space"]["promising"] - 8
     less = cli.run(f"{TUNE} --problem 64x512x1024 --problem 128x512x1024 --budget 0.35 --jobs 1")
     assert "and 1 problems are not measured: the same command goes on" in said(less.stderr)
     assert len(factory.builds[-1]) >= 2, "the problem that was not measured has its best estimate"
+
+
+def test_a_budget_that_measures_nothing_names_no_table(cli: Runner, factory: Factory) -> None:
+    done = cli.run(f"{TUNE} --budget 0.001 --jobs 1")
+    assert done.exit_code == 0, done.output
+    assert "2 problems are not measured" in said(done.stderr)
+    assert "Wrote" not in done.stderr
+    assert not (factory.folder / TABLE).exists()
+
+
+def test_cutlass_kernels_stay_because_they_read_other_weights(cli: Runner, factory: Factory) -> None:
+    cutlass = [config for config in enumerate_space("trtllm") if config.mode is MODE][:3]
+    factory.build(cutlass, folder=factory.folder)
+    assert cli.run(TUNE).exit_code == 0
+    assert set(cutlass) < set(factory.builds[-1])
 
 
 def test_kernels_of_other_modes_stay_and_failures_are_passed_over(cli: Runner, factory: Factory) -> None:
@@ -187,8 +243,14 @@ def test_without_a_hopper_gpu_nothing_is_built(cli: Runner, factory: Factory) ->
     ("arguments", "sentence"),
     [
         ("tune --space native --problem 16x512x1024 --table times.json", "--table does not go with --space"),
-        ("tune --space native --problem 16x512x1024,24", "no native kernel of space native can run 16x512x1024"),
-        ("tune --space trtllm --problem 16x512x1024", "no native kernel of space trtllm can run"),
+        (
+            "tune --space native --problem 16x512x1024,24",
+            "no native kernel of space native can run 16x512x1024, group size 24: group size 24 must be 1024 (= k)",
+        ),
+        (
+            "tune --space trtllm --problem 16x512x1024",
+            "no native kernel of space trtllm can run 16x512x1024, group size 128: it has none of mode fgs",
+        ),
         ("tune --space native", "Specify at least one of --problem, --model, --file, --checkpoint"),
     ],
 )

@@ -36,6 +36,14 @@ def test_the_best_of_each_problem_are_built_first() -> None:
     assert to_build({}) == []
 
 
+def test_compiled_kernels_leave_the_limit_to_others() -> None:
+    a, b, c, d, e = OF_16[:5]
+    wanted = {1: [a, b, c], 2: [d, b], 3: [a, e]}
+    assert to_build(wanted, 1, {a, d}) == [a, d, b]
+    assert to_build(wanted, 2, {a, d, b}) == [a, d, b, e, c]
+    assert to_build(wanted, 0, {c}) == [a, d, c], "the best of each problem, and what costs nothing"
+
+
 @pytest.mark.parametrize(
     ("slack", "expected"),
     [(0.0, ["a", "b", "c"]), (0.01, ["a", "c"]), (0.5, ["a"])],

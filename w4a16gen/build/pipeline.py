@@ -75,6 +75,17 @@ def build(
         return _Run(asked, hashes, toolchain, generated, folder, progress).run(jobs)
 
 
+def compiled(configs: Iterable[KernelConfig], folder: Path) -> set[KernelConfig]:
+    """Return the kernels that `build` would take from the folder's objects, if it were asked for all of these.
+
+    Raises:
+        MissingToolError: if a tool is missing.
+    """
+    hashes = kernel_hashes(configs, find_toolchain())
+    names = {name for unit in find_units(folder / OBJECTS, hashes) for name in unit.hashes}
+    return {config for config in hashes if config.name in names}
+
+
 class _Run:
     """One build, in a folder whose lock is held."""
 

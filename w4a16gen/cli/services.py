@@ -62,6 +62,12 @@ def _build(*args: Any, **options: Any) -> Any:
     return build(*args, **options)
 
 
+def _compiled(*args: Any, **options: Any) -> Any:
+    from w4a16gen.build.pipeline import compiled
+
+    return compiled(*args, **options)
+
+
 def _verify(*args: Any, **options: Any) -> Any:
     from w4a16gen.verify.report import verify
 
@@ -76,6 +82,7 @@ class Services:
     find_driver: Callable[[], Driver | None] = _find_driver
     diagnose: Callable[[], Sequence[Finding]] = _diagnose
     build: Callable[..., Any] = _build
+    compiled: Callable[..., Any] = _compiled
     verify: Callable[..., Any] = _verify
     run_one: Callable[..., Any] = _run_one
     bench: Callable[..., Any] = _bench

@@ -57,7 +57,7 @@ SECONDS_PER_MINUTE = 60
     metavar="SPACE",
     section=WHICH_KERNELS,
     help="Also build the kernels of a space, such as native, that are estimated to be near the fastest. Leaves a "
-    "build of the smallest set within 1 % of the fastest on every problem. Kernels of other modes stay.",
+    "build of the smallest set within 1 % of the fastest on every problem. CUTLASS's and other modes' kernels stay.",
 )
 @option(
     "--table",
@@ -152,7 +152,8 @@ def command(
         measured = [outcome.as_json() for outcome in outcomes]
         of_space = None if found is None else found.as_json()
         print_result("tune", {"gpu": gpu.as_json(), "table": str(path), "problems": measured, "space": of_space})
-    note(f"Wrote {path}" + ("" if table else ". New processes will use it to choose kernels."))
+    if any(outcome.times for outcome in outcomes):
+        note(f"Wrote {path}" + ("" if table else ". New processes will use it to choose kernels."))
 
 
 def _workshop(folder: Path, generated: Path, jobs: int | None) -> Workshop:
@@ -174,7 +175,10 @@ def _workshop(folder: Path, generated: Path, jobs: int | None) -> Workshop:
             note(f"{failure.name}: {failure.summary}; log: {failure.log}", label="FAILED")
         return services().load(folder)
 
-    return Workshop(load, build, note, services().show_progress)
+    def compiled(configs: Sequence[KernelConfig]) -> set[KernelConfig]:
+        return set(services().compiled(configs, folder))
+
+    return Workshop(load, build, compiled, note, services().show_progress)
 
 
 def _problems_by_mode(
@@ -185,12 +189,16 @@ def _problems_by_mode(
     mode: QuantMode,
     checkpoints: Sequence[Path],
 ) -> dict[QuantMode, list[tuple[str, Problem]]]:
-    """Return the problems that the options name, by mode."""
+    """Return the problems that the options name, by mode, each once: models share layers."""
     by_mode = checkpoint_problems(checkpoints, tokens)
     if problems or models or files or not checkpoints:
         named = named_problems(problems, models, files, tokens, mode, others=", --checkpoint")
         by_mode[mode] = [*named, *by_mode.get(mode, [])]
-    return by_mode
+    names: dict[QuantMode, dict[Problem, str]] = {of_mode: {} for of_mode in by_mode}
+    for of_mode, every in by_mode.items():
+        for name, problem in every:
+            names[of_mode].setdefault(problem, name)
+    return {of_mode: [(name, problem) for problem, name in found.items()] for of_mode, found in names.items()}
 
 
 def _devices(hopper: Sequence[Device], gpu: Device, gpus: int) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from w4a16gen.kernels.config import KernelConfig
@@ -28,16 +28,23 @@ def promising(estimates: Iterable[tuple[KernelConfig, float]], problem: Problem)
     return [config for microseconds, config in sorted(suitable) if microseconds <= limit][:MOST_FOR_PROBLEM]
 
 
-def to_build(wanted: Mapping[Any, Sequence[KernelConfig]], most: int | None = None) -> list[KernelConfig]:
+def to_build(
+    wanted: Mapping[Any, Sequence[KernelConfig]], most: int | None = None, compiled: Collection[KernelConfig] = ()
+) -> list[KernelConfig]:
     """Return the kernels to build for several problems: the best of each first, then the second, and so on.
 
     Args:
         wanted: for each problem its kernels, the best first.
-        most: kernels at most, but the best of each problem is always among them; None takes all.
+        most: kernels at most that are still to be compiled, but the best of each problem is always among them; None
+            takes all.
+        compiled: kernels that cost no time, so that a later run builds more than the one before.
     """
     by_rank = itertools.zip_longest(*wanted.values())
     ranks = [[config for config in rank if config is not None] for rank in by_rank]
     every = list(dict.fromkeys(itertools.chain.from_iterable(ranks)))
     if most is None:
         return every
-    return every[: max(most, len(set(ranks[0])) if ranks else 0)]
+    new = [config for config in every if config not in compiled]
+    least = sum(config not in compiled for config in set(ranks[0])) if ranks else 0
+    left_out = set(new[max(most, least) :])
+    return [config for config in every if config not in left_out]

@@ -13,10 +13,11 @@ from typing import Any
 from w4a16gen.choose.chooser import Chooser
 from w4a16gen.choose.timing_table import TABLE, TuningTable
 from w4a16gen.errors import UnsupportedProblemError
-from w4a16gen.kernels.config import KernelConfig, QuantMode
+from w4a16gen.kernels.config import KernelConfig, QuantMode, Target
 from w4a16gen.kernels.device import Device
-from w4a16gen.kernels.problem import Problem
+from w4a16gen.kernels.problem import Problem, why_cannot_run
 from w4a16gen.kernels.spaces import enumerate_space
+from w4a16gen.measure.alone import alone
 from w4a16gen.measure.promising import promising, to_build
 from w4a16gen.measure.refine import REFINED, Refined
 from w4a16gen.measure.results import smallest_cover
@@ -56,6 +57,8 @@ class Workshop:
     """Returns the build in the folder, or None without one."""
     build: Callable[[Sequence[KernelConfig]], Library]
     """Builds exactly these kernels, says which fail, and loads them."""
+    compiled: Callable[[Sequence[KernelConfig]], set[KernelConfig]]
+    """Returns those of some kernels whose objects are in the folder."""
     tell: Callable[[str], None]
     show_progress: Callable[..., AbstractContextManager[Progress]]
     """Takes a title, and the number of steps if it is known."""
@@ -76,7 +79,7 @@ class SpaceTuned:
     not_measured: int
     """Problems that the budget left out."""
     kernels: Sequence[KernelConfig]
-    """The tuned modes' kernels of the build that is left."""
+    """The tuned modes' native kernels of the build that is left."""
     losses: Sequence[float]
     """For each measured problem the time of a call over that of the fastest measured kernel."""
 
@@ -98,7 +101,7 @@ def tune_space(request: SpaceRequest, gpu: Device, job_of: Any, workshop: Worksh
     """Estimate a space, build and measure what is promising, and leave a build of the smallest set.
 
     Everything is kept as it is made: objects in the build's folder, times in its table. A later run with the same
-    problems goes on.
+    problems goes on. Nothing is written before all problems are known to have kernels.
 
     Args:
         request: what is tuned.
@@ -106,24 +109,45 @@ def tune_space(request: SpaceRequest, gpu: Device, job_of: Any, workshop: Worksh
         job_of: returns the measuring job for a library and a mode.
         workshop: builds and loads kernels.
         gpus: how many GPUs measure.
+
+    Raises:
+        UnsupportedProblemError: if no native kernel of the space can run a problem.
+        InvalidValueError: if another run is at work in the folder.
+        OSError: if something cannot be written.
     """
     began = time.monotonic()
-    keys = [(mode, problem) for mode, named in request.problems.items() for _, problem in named]
-    estimated, wanted = _estimate(request, gpu, workshop)
-    nothing = next((problem for (_, problem), configs in wanted.items() if not configs), None)
-    if nothing is not None:
-        raise UnsupportedProblemError(f"no native kernel of space {request.space} can run {nothing}")
-    chosen = to_build(wanted, _affordable(request))
-    worthy = len({config for configs in wanted.values() for config in configs})
+    estimated = sum(len(_native(request.space, mode)) for mode in request.problems)
+    wanted = _estimate(request, gpu, workshop)
+    _refuse_what_no_kernel_runs(request, wanted)
     workshop.tell(
-        f"{estimated} kernels of space {request.space} estimated for {len(keys)} problems, {worthy} are promising"
+        f"{estimated} kernels of space {request.space} estimated for {len(wanted)} problems, "
+        f"{len(to_build(wanted))} are promising"
     )
-    kept = _kernels_of_other_modes(request, workshop)
+    with alone(request.folder, "--build-dir"):
+        return _build_and_measure(request, gpu, job_of, workshop, wanted, gpus=gpus, began=began, estimated=estimated)
+
+
+def _build_and_measure(
+    request: SpaceRequest,
+    gpu: Device,
+    job_of: Any,
+    workshop: Workshop,
+    wanted: Mapping[Key, Sequence[KernelConfig]],
+    *,
+    gpus: int,
+    began: float,
+    estimated: int,
+) -> SpaceTuned:
+    """Build the promising kernels, measure them, and build the smallest set."""
+    every = to_build(wanted)
+    kept = _others_of_build(request, workshop)
+    most = _affordable(request)
+    chosen = every if most is None else to_build(wanted, most, workshop.compiled([*every, *kept]))
     library = workshop.build([*chosen, *kept])
     deadline = None if request.budget is None else began + request.budget - LINK_SECONDS
     outcomes = _measure(request, library, wanted, job_of, workshop, gpus=gpus, deadline=deadline)
     table = _table(library, gpu, job_of)
-    times = _times(library, table, keys, wanted)
+    times = _times(library, table, list(wanted), wanted)
     smallest = _smallest(times, wanted, library)
     final = workshop.build([*smallest, *kept])
     losses = [_loss(final, gpu, key, of_problem) for key, of_problem in times.items() if of_problem]
@@ -132,42 +156,61 @@ def tune_space(request: SpaceRequest, gpu: Device, job_of: Any, workshop: Worksh
     return SpaceTuned(
         request.space,
         outcomes,
-        estimated,
-        worthy,
-        worthy - len([config for config in chosen if config in built]),
-        len(keys) - len(losses),
-        smallest,
-        known_losses,
+        estimated=estimated,
+        promising=len(every),
+        not_built=len(every) - len([config for config in chosen if config in built]),
+        not_measured=len(wanted) - len(losses),
+        kernels=smallest,
+        losses=known_losses,
     )
 
 
-def _estimate(request: SpaceRequest, gpu: Device, workshop: Workshop) -> tuple[int, dict[Key, list[KernelConfig]]]:
-    """Return the number of kernels estimated, and those worth building for each problem, the best first."""
-    count = 0
+def _estimate(request: SpaceRequest, gpu: Device, workshop: Workshop) -> dict[Key, list[KernelConfig]]:
+    """Return the kernels worth building for each problem, the best first."""
     wanted: dict[Key, list[KernelConfig]] = {}
     for mode, named in request.problems.items():
-        configs = [config for config in enumerate_space(request.space) if config.mode is mode]
-        count += len(configs)
+        configs = _native(request.space, mode)
         chooser = Chooser(dict.fromkeys(configs, ""), request.folder / TABLE)
         title = f"Estimating {len(configs)} kernels"
         with workshop.show_progress(title, len(named)) as progress:
             for done, (_, problem) in enumerate(named, 1):
                 wanted[mode, problem] = promising(chooser.estimates(problem, mode, gpu), problem)
                 progress(done, len(named), str(problem))
-    return count, wanted
+    return wanted
+
+
+def _native(space: str, mode: QuantMode) -> list[KernelConfig]:
+    return [config for config in enumerate_space(space) if config.mode is mode and config.target is Target.NATIVE]
+
+
+def _refuse_what_no_kernel_runs(request: SpaceRequest, wanted: Mapping[Key, Sequence[KernelConfig]]) -> None:
+    for mode, named in request.problems.items():
+        for name, problem in named:
+            if not wanted[mode, problem]:
+                native = _native(request.space, mode)
+                reason = why_cannot_run(native[0], problem) if native else f"it has none of mode {mode}"
+                what = f"{problem} ({name})" if name else str(problem)
+                raise UnsupportedProblemError(f"no native kernel of space {request.space} can run {what}: {reason}")
 
 
 def _affordable(request: SpaceRequest) -> int | None:
-    """Return how many kernels the budget's share compiles; None for all."""
+    """Return how many kernels the budget's share compiles anew; None for all."""
     if request.budget is None:
         return None
     return int(BUILDING_SHARE * request.budget * request.compilers / COMPILE_SECONDS)
 
 
-def _kernels_of_other_modes(request: SpaceRequest, workshop: Workshop) -> list[KernelConfig]:
-    """Return the kernels of the build in the folder that this run does not choose among."""
+def _others_of_build(request: SpaceRequest, workshop: Workshop) -> list[KernelConfig]:
+    """Return the kernels of the build in the folder that this run does not choose among.
+
+    CUTLASS's are of this kind: nothing estimates them, and they read weights that native kernels do not.
+    """
     library = workshop.load()
-    return [] if library is None else [config for config in library.configs() if config.mode not in request.problems]
+    return [
+        config
+        for config in (library.configs() if library else ())
+        if config.mode not in request.problems or config.target is not Target.NATIVE
+    ]
 
 
 def _measure(
