@@ -66,6 +66,28 @@ def test_an_interruption_or_a_finished_cell_blames_nobody(tmp_path: Path) -> Non
     assert CellRecord(tmp_path, HEAD).excluded(PROBLEMS[0]) == {}
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        (b'"isolated": [1.0, 2.5]', b'"isolated": []'),
+        (b'"isolated": [1.0, 2.5]', b'"isolated": [1.0, -2.5]'),
+        (b'"isolated": [1.0, 2.5]', b'"isolated": [1.0, NaN]'),
+        (b'"isolated": [1.0, 2.5]', b'"isolated": ["fast"]'),
+        (b'"dependent": [0.5]', b'"dependent": [0]'),
+        (b'"error_over_bound": {"a": 0.25}', b'"error_over_bound": {"a": []}'),
+        (b'"layer"', b'"lay\xff"'),
+    ],
+)
+def test_a_cell_that_was_damaged_is_refused(tmp_path: Path, right: bytes, wrong: bytes) -> None:
+    CellRecord(tmp_path, HEAD).add(cell(PROBLEMS[0]))
+    path = tmp_path / CELLS
+    whole = path.read_bytes()
+    assert right in whole
+    path.write_bytes(whole.replace(right, wrong))
+    with pytest.raises(InvalidValueError, match=r"cells\.jsonl is no record of"):
+        CellRecord(tmp_path, HEAD)
+
+
 def test_cells_of_other_settings_are_refused_and_kept(tmp_path: Path) -> None:
     CellRecord(tmp_path, HEAD).add(cell(PROBLEMS[0]))
     before = (tmp_path / CELLS).read_text()

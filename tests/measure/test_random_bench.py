@@ -18,6 +18,7 @@ from w4a16gen import Problem, QuantMode
 from w4a16gen.choose.timing_table import TABLE
 from w4a16gen.cli.services import Services
 from w4a16gen.errors import MissingToolError, NotBuiltError
+from w4a16gen.files import sole_writer
 from w4a16gen.kernels.spaces import enumerate_space
 from w4a16gen.measure import random_bench
 from w4a16gen.measure.cell import Attempts, CellOptions
@@ -132,17 +133,49 @@ def test_wrong_results_end_with_a_failure(cli: Runner, gpu: Gpu) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ("--random 5 --model llama-3-8b", "drop --problem, --model and --file"),
+        ("--random 5 --model llama-3-8b", "drop --problem, --model, --file and --tokens"),
+        ("--random 5 --tokens 3", "drop --problem, --model, --file and --tokens"),
         ("--random 5 --smallest-set 3", "--smallest-set needs every kernel timed"),
-        ("--model llama-3-8b --budget 3", "--budget and --choose-from need --random"),
+        ("--model llama-3-8b --budget 3", "--seed, --budget and --choose-from need --random"),
+        ("--model llama-3-8b --seed 3", "--seed, --budget and --choose-from need --random"),
+        ("--random 5 --choose-from trtllm", "no native kernel of mode fgs of space trtllm: name another one"),
         ("--random 5 --budget 0", "must be a number of minutes above 0"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(cli: Runner, gpu: Gpu, arguments: str, sentence: str) -> None:
     refused = cli.run(f"bench {arguments}")
-    assert refused.exit_code == 2
+    assert refused.exit_code in {2, NotBuiltError.exit_code}
     assert sentence in said(refused.stderr)
     assert gpu.timed == []
+
+
+def test_a_call_of_a_space_that_is_not_all_built_is_said(cli: Runner, gpu: Gpu) -> None:
+    kernels = sum(config.mode is MODE for config in enumerate_space("native"))
+    done = cli.run("bench --random 1 --seed 7 --choose-from native")
+    assert done.exit_code == 0, done.output
+    assert f"{kernels - len(KERNELS)} of {kernels} kernels of mode fgs of space native are not in the" in said(
+        done.stderr
+    )
+    assert "not in the build" not in said(cli.run("bench --random 1 --seed 8 --choose-from default").stderr)
+    assert len(gpu.timed) == 2
+
+
+def test_two_runs_in_one_folder_are_kept_apart(cli: Runner, gpu: Gpu) -> None:
+    Path(FOLDER).mkdir()
+    with sole_writer(Path(FOLDER)):
+        refused = cli.run("bench --random 2 --seed 7")
+    assert refused.exit_code == 2
+    assert f"another process is measuring into {FOLDER}" in said(refused.stderr)
+    assert gpu.timed == []
+
+
+def test_a_draw_of_many_layers_has_plots_without_a_line_for_each(cli: Runner, gpu: Gpu) -> None:
+    done = cli.run("bench --random 60 --seed 7")
+    assert done.exit_code == 0, done.output
+    layers = {(problem.n, problem.k) for problem in gpu.timed}
+    plot = (Path(FOLDER) / "speedup.svg").read_text()
+    assert f"{len(layers)} layers, larger ones darker" in plot
+    assert "layer 8192x3584" not in plot
 
 
 def run_without_a_stand_in(library: FakeLibrary) -> Callable[[], Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from w4a16gen import __version__
 from w4a16gen.cli.first_build import load_or_build
@@ -122,8 +123,8 @@ def command(
     from w4a16gen.measure.rivals import RIVALS, RIVALS_OF_DRAWS
 
     if random is not None:
-        if problems or models or files:
-            raise click.UsageError("--random draws the problems: drop --problem, --model and --file")
+        if problems or models or files or _is_given("tokens"):
+            raise click.UsageError("--random draws the problems: drop --problem, --model, --file and --tokens")
         if slack is not None:
             raise click.UsageError("--smallest-set needs every kernel timed, and --random times the promising ones")
         chosen_rivals = () if rivals is False else RIVALS_OF_DRAWS
@@ -134,8 +135,8 @@ def command(
             wide=wide,
             as_json=as_json,
         )
-    if budget is not None or choose_from is not None:
-        raise click.UsageError("--budget and --choose-from need --random")
+    if budget is not None or choose_from is not None or _is_given("seed"):
+        raise click.UsageError("--seed, --budget and --choose-from need --random")
 
     named = named_problems(problems, models, files, tokens, mode)
     measured: Bench = services().bench(
@@ -159,6 +160,11 @@ def command(
         return 0
     note(f"wrong results: {', '.join(measured.wrong)}", label="error:")
     return BuildError.exit_code
+
+
+def _is_given(parameter: str) -> bool:
+    """Return whether the user named a value, instead of taking the default one."""
+    return click.get_current_context().get_parameter_source(parameter) is not ParameterSource.DEFAULT
 
 
 def _show(measured: Bench, mode: QuantMode, *, wide: bool) -> None:

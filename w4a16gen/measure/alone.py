@@ -1,4 +1,4 @@
-"""One run at a time in a folder: two would disturb each other's times, and write each other's files anew."""
+"""One run at a time in a folder: two would disturb each other's times, and replace each other's files."""
 
 from __future__ import annotations
 

@@ -59,8 +59,8 @@ class CellRecord:
 
     def _read(self, head: dict[str, Any]) -> list[dict[str, Any]]:
         """Read the cells and the crashes; return the lines after the first, without a last one that was cut off."""
-        texts = self._path.read_text().splitlines()
         try:
+            texts = self._path.read_text().splitlines()
             found = json.loads(texts[0])
             if found.pop("schema") != SCHEMA:
                 raise InvalidValueError(f"its schema is not {SCHEMA!r}")

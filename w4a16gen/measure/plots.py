@@ -26,6 +26,8 @@ _STYLE = {
 _GREY = "#666666"
 _TOKEN_TICKS = 4
 """Tick labels are its powers: 1, 4, 16, 64 ... tokens."""
+_MOST_NAMED = 16
+"""Layers that a legend names, at most: more do not fit beside the axes."""
 _ROOM = 1.4
 """Factor by which the token axis is longer than the data at each end."""
 
@@ -73,6 +75,15 @@ def _layers(rows: Sequence[Row]) -> list[tuple[str, Any, list[Row]]]:
     ]
 
 
+def _name_of_layers(axes: Any, rows: Sequence[Row]) -> Callable[[str], str | None]:
+    """Return what names a layer in the legend: nothing does if there are too many, and one line stands for all."""
+    layers = _layers(rows)
+    if len(layers) <= _MOST_NAMED:
+        return str
+    axes.plot([], [], color=layers[-1][1], marker="o", markersize=4, label=f"{len(layers)} layers, larger ones darker")
+    return lambda _: None
+
+
 def _label_tokens(axes: Any, rows: Sequence[Row]) -> None:
     """Label the token axis with 1, 4, 16 ... as people write them."""
     axes.set_xscale("log", base=2)
@@ -91,10 +102,11 @@ def _beside(axes: Any) -> None:
 
 
 def _draw_speedup(axes: Any, run: Run, rows: Sequence[Row]) -> None:
+    name = _name_of_layers(axes, rows)
     for shape, colour, of_shape in _layers(rows):
         line = [(row.m, row.speedup_over_fp16) for row in of_shape if row.speedup_over_fp16]
         if line:
-            axes.plot(*zip(*line, strict=True), color=colour, marker="o", markersize=4, label=f"layer {shape}")
+            axes.plot(*zip(*line, strict=True), color=colour, marker="o", markersize=4, label=name(f"layer {shape}"))
         rival = [
             (row.m, row.cublas_microseconds / row.best_rival_microseconds)
             for row in of_shape
@@ -115,9 +127,10 @@ def _draw_speedup(axes: Any, run: Run, rows: Sequence[Row]) -> None:
 def _draw_roofline(axes: Any, run: Run, rows: Sequence[Row]) -> None:
     intensities = [row.flops / row.bytes_moved for row in rows]
     least, most = min(intensities), max(intensities)
+    name = _name_of_layers(axes, rows)
     for shape, colour, of_shape in _layers(rows):
         points = [(row.flops / row.bytes_moved, row.tflops) for row in of_shape]
-        axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, linewidth=0.6, label=shape)
+        axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, linewidth=0.6, label=name(shape))
     for row in _layers(rows)[-1][2]:
         if row.m & (row.m - 1) or row.m.bit_length() % 2 == 0:
             continue  # label 1, 4, 16 ... tokens only

@@ -21,6 +21,8 @@ from w4a16gen.errors import MissingToolError, NotBuiltError
 from w4a16gen.kernels.config import KernelConfig, QuantMode, Target
 from w4a16gen.kernels.device import Device
 from w4a16gen.kernels.problem import Problem
+from w4a16gen.kernels.spaces import enumerate_space
+from w4a16gen.measure.alone import alone
 from w4a16gen.measure.bands import Band, bands_of, fastest_fp16_rival
 from w4a16gen.measure.cell import Attempts, CellOptions, time_cell
 from w4a16gen.measure.cell_record import Cell, CellRecord
@@ -139,36 +141,55 @@ def run_random_bench(
     Raises:
         NoHopperGpuError: if there is no Hopper GPU.
         MissingToolError: if torch is not installed.
-        NotBuiltError: if the build has no native kernel of the mode.
-        InvalidValueError: if the folder has cells of another draw, GPU, build or method.
+        NotBuiltError: if the build has no native kernel of the mode, or none of the space that calls choose from.
+        InvalidValueError: if the folder has cells of other settings, or another run is at work in it.
         OSError: if the record cannot be written.
     """
     began = time.monotonic()
     gpu = library.hopper_device()
     if not any(config.target is Target.NATIVE and config.mode is draw.mode for config in library.configs()):
         raise NotBuiltError(f"the build holds no native kernel of mode {draw.mode}: run `w4a16gen build`")
+    _compare_with_space(library, draw.mode, options.space, tell)
     timed = measure or _gpu_measure(library, gpu, draw.mode, options)
-    record = CellRecord(report, _head(library, gpu, draw, options, version))
     cells = draw_cells(draw.count, draw.seed, draw.mode)
-    missing = [(layer, problem) for layer, problem in cells if problem not in record.cells]
-    if len(missing) < len(cells):
-        tell(f"{len(cells) - len(missing)} of {len(cells)} cells are in {report} already")
     peak = tensor_peak(library, gpu.index)
-    if measure is None and options.rivals:
-        jobs = os.cpu_count() or 1
-        with show_progress("Compiling rivals' kernels", lines=True) as progress:
-            wanted = [problem for _, problem in missing]
-            compile_ahead(wanted, draw.mode, options.rivals, gpu.index, jobs=jobs, tell=tell, progress=progress)
-    with show_progress("Timing cells", len(missing)) as progress:
-        try:
-            _time_missing(missing, record, timed, draw.budget_seconds, began, tell, progress)
-        except KeyboardInterrupt:
-            record.interrupted()
-            raise
-    found = [record.cells[problem] for _, problem in cells if problem in record.cells]
     run = run_of(gpu, datetime.now(tz=timezone.utc).strftime("%Y-%m-%d"), version, peak)
-    rows = _write_rows(report, run, found, peak)
+    with alone(report, "--report"):
+        record = CellRecord(report, _head(library, gpu, draw, options, version))
+        missing = [(layer, problem) for layer, problem in cells if problem not in record.cells]
+        if len(missing) < len(cells):
+            tell(f"{len(cells) - len(missing)} of {len(cells)} cells are in {report} already")
+        if measure is None and options.rivals:
+            jobs = os.cpu_count() or 1
+            with show_progress("Compiling rivals' kernels", lines=True) as progress:
+                wanted = [problem for _, problem in missing]
+                compile_ahead(wanted, draw.mode, options.rivals, gpu.index, jobs=jobs, tell=tell, progress=progress)
+        with show_progress("Timing cells", len(missing)) as progress:
+            try:
+                _time_missing(missing, record, timed, draw.budget_seconds, began, tell, progress)
+            except KeyboardInterrupt:
+                record.interrupted()
+                raise
+        found = [record.cells[problem] for _, problem in cells if problem in record.cells]
+        rows = _write_rows(report, run, found, peak)
     return RandomBench(gpu, run, peak, draw, found, rows, time.monotonic() - began)
+
+
+def _compare_with_space(library: Library, mode: QuantMode, space: str | None, tell: Callable[[str], None]) -> None:
+    """Refuse a space of which nothing is built, and say what is missing: calls would be those of a smaller build."""
+    if space is None:
+        return
+    wanted = [config for config in enumerate_space(space) if config.target is Target.NATIVE and config.mode is mode]
+    missing = set(wanted) - set(library.configs())
+    if len(missing) == len(wanted):
+        raise NotBuiltError(
+            f"the build holds no native kernel of mode {mode} of space {space}: name another one with --choose-from"
+        )
+    if missing:
+        tell(
+            f"{len(missing)} of {len(wanted)} kernels of mode {mode} of space {space} are not in the build: calls "
+            "choose among the others"
+        )
 
 
 def _gpu_measure(library: Library, gpu: Device, mode: QuantMode, options: CellOptions) -> Measure:

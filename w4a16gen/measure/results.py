@@ -111,16 +111,28 @@ def comparison_of(value: Mapping[str, Any]) -> Comparison:
     Raises:
         ValueError, KeyError, TypeError: if the object is anything else.
     """
+    timings = [
+        Timing(str(row["contender"]), _microseconds(row["isolated"], least=1), _microseconds(row["dependent"]))
+        for row in value["timings"]
+    ]
     return Comparison(
         Problem(**value["problem"]),
         QuantMode(value["mode"]),
         {str(name): float(microseconds) for name, microseconds in value["screened"].items()},
         int(value["left_out"]),
-        [Timing(str(row["contender"]), tuple(row["isolated"]), tuple(row["dependent"])) for row in value["timings"]],
-        dict(value["error_over_bound"]),
-        value["chosen"],
-        dict(value["rivals_left_out"]),
+        timings,
+        {str(name): float(error) for name, error in value["error_over_bound"].items()},
+        None if value["chosen"] is None else str(value["chosen"]),
+        {str(name): str(reason) for name, reason in value["rivals_left_out"].items()},
     )
+
+
+def _microseconds(values: Iterable[Any], least: int = 0) -> tuple[float, ...]:
+    """Return times; an object that was damaged may have others, or none."""
+    times = tuple(map(float, values))
+    if len(times) < least or not all(0 < time < float("inf") for time in times):
+        raise ValueError(f"{times} must be {least} or more positive numbers")
+    return times
 
 
 def smallest_set(comparisons: Iterable[Comparison], slack: float) -> list[str]:

@@ -194,7 +194,7 @@ def _refuse_what_no_kernel_runs(request: SpaceRequest, wanted: Mapping[Key, Sequ
 
 
 def _affordable(request: SpaceRequest) -> int | None:
-    """Return how many kernels the budget's share compiles anew; None for all."""
+    """Return how many more kernels the budget's share compiles; None for all."""
     if request.budget is None:
         return None
     return int(BUILDING_SHARE * request.budget * request.compilers / COMPILE_SECONDS)
