@@ -12,6 +12,7 @@ from fakes.runner import Runner
         ("16 4096 4096", "times as long as"),
         ("1024 1024 1024", "nearly the same as"),
         ("520 4096 4096", "4-bit weights no longer help"),
+        ("1 8 65536", "the layer is too small for 4-bit weights to help"),
     ],
 )
 def test_dense_fp16_is_named_beside_the_kernel(cli: Runner, problem: str, sentence: str) -> None:

@@ -152,6 +152,12 @@ class CostModel:
         """Return whether the power limit sets the clock during a problem: 130 us and more on an H100."""
         return problem.flops > self.constants.long_flops
 
+    def is_compute_bound(self, problem: Problem) -> bool:
+        """Return whether an H100 multiplies longer than it reads the weights in FP16: about 280 tokens and more."""
+        shared = self.constants
+        reading = 2 * problem.n * problem.k / shared.dense_bytes_per_microsecond
+        return problem.flops / shared.dense_flops_per_microsecond > reading
+
     def rates_of(self, config: KernelConfig) -> Rates:
         """Return the rates of a native kernel.
 

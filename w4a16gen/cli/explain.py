@@ -30,6 +30,7 @@ from w4a16gen.kernels.named_spaces import SPACES
 if TYPE_CHECKING:
     from w4a16gen.choose.chooser import Choice, Chooser
     from w4a16gen.kernels.device import Device
+    from w4a16gen.kernels.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def command(
     launches = ", for dependent launches" if choice.dependent else ""
     note(f"Chosen by {choice.source.sentence}{launches}.")
     if rows[0]["microseconds"] is not None:
-        note(_beside_fp16(fp16, rows[0]["microseconds"]))
+        note(_beside_fp16(problem, fp16, rows[0]["microseconds"]))
     _print_rows(f"{problem}, mode {mode}", rows, wide=wide)
     if any(row["basis"] == "estimate" for row in rows):
         note(f"Estimates are for {_card(kernels.device)}.")
@@ -184,12 +185,14 @@ def _rows(choice: Choice, estimates: Sequence[tuple[KernelConfig, float]], top: 
     ]
 
 
-def _beside_fp16(fp16: float, expected: float) -> str:
+def _beside_fp16(problem: Problem, fp16: float, expected: float) -> str:
+    from w4a16gen.choose.cost_model import default_cost_model
+
     if fp16 < expected:
-        return (
-            f"Dense FP16 would take about {fp16:.1f} us, less than {expected:.1f} us: at this many tokens the GEMM is "
-            "compute-bound, so 4-bit weights no longer help."
-        )
+        reason = "the layer is too small for 4-bit weights to help"
+        if default_cost_model().is_compute_bound(problem):
+            reason = "at this many tokens the GEMM is compute-bound, so 4-bit weights no longer help"
+        return f"Dense FP16 would take about {fp16:.1f} us, less than {expected:.1f} us: {reason}."
     if fp16 < 1.05 * expected:
         return f"Dense FP16 takes about {fp16:.1f} us, nearly the same as {expected:.1f} us."
     return f"Dense FP16 takes about {fp16:.1f} us, {fp16 / expected:.1f} times as long as {expected:.1f} us."
