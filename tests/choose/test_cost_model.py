@@ -11,7 +11,7 @@ import pytest
 
 from w4a16gen import KernelConfig, Problem, QuantMode
 from w4a16gen.choose.cards import H100, Card
-from w4a16gen.choose.cost_model import SCHEMA, Constants, CostModel, default_cost_model
+from w4a16gen.choose.cost_model import SCHEMA, Constants, CostModel, default_cost_model, in_preference
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.spaces import enumerate_space
 
@@ -138,6 +138,14 @@ def test_memory_and_tensor_cores_of_the_card_count() -> None:
     assert MODEL.microseconds(many, multiplying, slow) > 4 * MODEL.microseconds(many, multiplying)
     assert MODEL.dense_microseconds(reading, quick) < 0.7 * MODEL.dense_microseconds(reading)
     assert MODEL.dense_microseconds(multiplying, slow) > 4 * MODEL.dense_microseconds(multiplying)
+
+
+def test_a_tile_that_tokens_fill_to_a_half_comes_last() -> None:
+    small, large = kernel(SHAPE), kernel(SHAPE.replace("64x8x", "64x16x"))
+    estimated = [(large, 1.0), (small, 9.0)]
+    assert in_preference(estimated, Problem(8, 4096, 4096, 128)) == [(small, 9.0), (large, 1.0)]
+    assert in_preference(estimated, Problem(9, 4096, 4096, 128)) == estimated
+    assert in_preference(estimated, Problem(0, 4096, 4096, 128)) == [(small, 9.0), (large, 1.0)]
 
 
 def test_problems_are_long_from_the_power_limit_on() -> None:

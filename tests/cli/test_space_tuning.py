@@ -251,6 +251,10 @@ def test_without_a_hopper_gpu_nothing_is_built(cli: Runner, factory: Factory) ->
             "tune --space trtllm --problem 16x512x1024",
             "no native kernel of space trtllm can run 16x512x1024, group size 128: it has none of mode fgs",
         ),
+        (
+            "tune --space native --problem 16x512x1024 --budget 1e308",
+            "must be a number of minutes above 0, 525600 at most",
+        ),
         ("tune --space native", "Specify at least one of --problem, --model, --file, --checkpoint"),
     ],
 )

@@ -243,14 +243,17 @@ def problem_of(m: int, n: int, k: int, group_size: int | None, mode: QuantMode) 
     return Problem(m, n, k, group_size or (min(128, k) if mode.is_grouped else k))
 
 
+MOST_MINUTES = 365 * 24 * 60
+
+
 def parse_minutes(text: str) -> float:
-    """Read a positive number of minutes."""
+    """Read a positive number of minutes, a year at most."""
     try:
         minutes = float(text)
     except ValueError:
         minutes = 0.0
-    if not 0 < minutes < float("inf"):
-        raise InvalidValueError(f"{text!r} must be a number of minutes above 0")
+    if not 0 < minutes <= MOST_MINUTES:
+        raise InvalidValueError(f"{text!r} must be a number of minutes above 0, {MOST_MINUTES} at most")
     return minutes
 
 
