@@ -140,6 +140,14 @@ def test_memory_and_tensor_cores_of_the_card_count() -> None:
     assert MODEL.dense_microseconds(multiplying, slow) > 4 * MODEL.dense_microseconds(multiplying)
 
 
+def test_the_power_limit_lengthens_the_work_of_long_problems_only() -> None:
+    config = kernel("cta256x128x64_cluster1x1x1_warpgroups2_persistent")
+    hot = CostModel(replace(MODEL.constants, sustained_factor=2 * MODEL.constants.sustained_factor), MODEL.rates)
+    short, long = Problem(512, 8192, 8192, 128), Problem(8192, 8192, 8192, 128)
+    assert hot.microseconds(config, short) == MODEL.microseconds(config, short)
+    assert 1.9 < hot.microseconds(config, long) / MODEL.microseconds(config, long) < 2
+
+
 def test_a_tile_that_tokens_fill_to_a_half_comes_last() -> None:
     small, large = kernel(SHAPE), kernel(SHAPE.replace("64x8x", "64x16x"))
     estimated = [(large, 1.0), (small, 9.0)]

@@ -170,6 +170,19 @@ def test_cpp_refuses_the_names_that_python_refuses(
         assert answer.startswith(f"error '{text}' is not a kernel name such as ")
 
 
+@pytest.mark.parametrize("sizes", ["-1 64 128 128", "1 0 128 128", "1 64 0 128", "1 64 128 0", "1 64 -128 -128"])
+def test_sizes_of_no_problem_are_refused_and_end_no_process(program: Path, tmp_path: Path, sizes: str) -> None:
+    choice_file = tmp_path / "choice.txt"
+    choice_file.write_text(choice_text(HASHES, tmp_path / TABLE))
+    asked = subprocess.run(  # noqa: S603
+        [str(program), str(choice_file)], input=f"fgs {sizes}\n", capture_output=True, text=True, check=True
+    )
+    m, n, k, group_size = sizes.split(" ")
+    assert asked.stdout == (
+        f"error m of {m} must be 0 or more, and n of {n}, k of {k} and group size {group_size} must be above 0\n"
+    )
+
+
 def test_a_mode_without_native_kernels_has_no_choice(program: Path, tmp_path: Path) -> None:
     choice_file = tmp_path / "choice.txt"
     fgs = {config: "hash" for config in DEFAULT if config.mode is FGS}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from json_shapes import RANDOM, check
 
@@ -49,6 +51,12 @@ def test_bands_say_what_is_won_lost_and_lost_by_the_choice() -> None:
     assert list(few.rivals) == [CUBLAS, "humming", "quack_bf16"]
     assert (few.rivals["quack_bf16"].cells, few.rivals["quack_bf16"].lost) == (1, 1)
     assert every.rivals["turbomind"].worst == 0.8
+
+
+def test_a_cell_in_which_no_call_was_timed_is_no_cell_of_a_band() -> None:
+    uncalled = replace(cell(2, 10.0, **{CUBLAS: 20.0}), chosen=None)
+    assert bands_of([uncalled]) == []
+    assert [band.cells for band in bands_of([*CELLS, uncalled])] == [2, 1, 3]
 
 
 def test_bands_are_described_in_json() -> None:

@@ -41,6 +41,7 @@ class Gpu:
         self.timed: list[Problem] = []
         self.interrupt_after: int | None = None
         self.error = 0.5
+        self.seconds: list[float] = []
         self.clock = 0.0
 
     def measure(self, problem: Problem, attempts: Attempts) -> Comparison:
@@ -48,7 +49,7 @@ class Gpu:
         if len(self.timed) == self.interrupt_after:
             raise KeyboardInterrupt
         self.timed.append(problem)
-        self.clock += 10.0
+        self.clock += self.seconds.pop(0) if self.seconds else 10.0
         timings = [Timing(BEST, [9.0]), Timing(CALL, [10.0]), Timing(CUBLAS, [12.0]), Timing("quack_bf16", [15.0])]
         errors = {CALL: self.error}
         return Comparison(problem, MODE, {CALL: 10.0}, 3, timings, errors, CALL, {"turbomind": "no module"})
@@ -121,6 +122,12 @@ def test_a_budget_ends_the_run_in_time_and_says_what_is_left(cli: Runner, gpu: G
     check(value | {"peak_tflops": {"burst": 1, "sustained": 1}}, SCHEMAS["bench"], "bench")
     check(value["random"], RANDOM, "random")
     assert (value["random"]["timed"], value["random"]["left_out"]) == (6, 14)
+
+
+def test_the_longest_cell_so_far_must_fit_into_the_budget(cli: Runner, gpu: Gpu) -> None:
+    gpu.seconds = [20.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0]
+    assert cli.run("bench --random 20 --seed 7 --budget 1").exit_code == 0
+    assert len(gpu.timed) == 6, "after 45 s another cell of 20 s may come"
 
 
 def test_wrong_results_end_with_a_failure(cli: Runner, gpu: Gpu) -> None:

@@ -67,10 +67,15 @@ class Chooser {
   // Returns the kernel for a problem that native kernels of the mode can run.
   //
   // `mode` is cs, fgs or fgsz; group_size is k in mode cs. A null gpu accepts every tuning table and estimates for an
-  // H100. The first override of this mode counts; it must be in the build.
+  // H100. The first override of this mode counts; it must be in the build. Throws ChoiceError for sizes of no problem,
+  // and if the build has no kernel.
   Choice choose(const std::string& mode, int64_t m, int64_t n, int64_t k, int64_t group_size, const Gpu* gpu,
                 const std::vector<std::string>& overrides = {}) const {
     const choosing::Problem problem{m, n, k, group_size};
+    if (m < 0 || n < 1 || k < 1 || group_size < 1) {
+      throw ChoiceError("m of " + std::to_string(m) + " must be 0 or more, and n of " + std::to_string(n) + ", k of " +
+                        std::to_string(k) + " and group size " + std::to_string(group_size) + " must be above 0");
+    }
     for (const std::string& name : overrides) choosing::parse_kernel(name);
     for (const std::string& name : overrides) {
       const choosing::Kernel kernel = choosing::parse_kernel(name);
