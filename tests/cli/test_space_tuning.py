@@ -195,6 +195,30 @@ def test_a_budget_leaves_kernels_and_problems_out_and_says_so(cli: Runner, facto
     assert len(factory.builds[-1]) >= 2, "the problem that was not measured has its best estimate"
 
 
+def test_the_set_that_is_left_is_within_one_percent(
+    cli: Runner, factory: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few, many = [Problem(16, 512, 1024, 128), Problem(17, 512, 1024, 128)]
+    tune_both = "tune --space native --problem 16x512x1024 --problem 17x512x1024"
+    assert cli.run(tune_both).exit_code == 0
+    of_few, of_many = ({config for at, config in factory.measured if at == problem} for problem in (few, many))
+    one, other = sorted(of_few & of_many)[:2]
+    for excess, count, loss in ((1.02, 2, 1.0), (1.009, 1, 1.009)):
+        fast = {(few, one): 10.0, (few, other): 11.0, (many, other): 10.0, (many, one): 10.0 * excess}
+        monkeypatch.setattr(factory, "microseconds", lambda at, config, fast=fast: fast.get((at, config), 20.0))
+        space = json.loads(cli.run(f"{tune_both} --again --json").stdout)["space"]
+        assert len(factory.builds[-1]) == count
+        assert space["worst_loss"] == pytest.approx(loss, abs=1e-4)
+        assert space["mean_loss"] == pytest.approx(loss**0.5, abs=1e-4)
+
+
+def test_times_of_a_few_candidates_do_not_make_a_problem_measured(cli: Runner, factory: Factory) -> None:
+    assert cli.run(f"{TUNE} --budget 0.5 --jobs 1").exit_code == 0
+    found = json.loads(cli.run(f"{TUNE} --budget 0.35 --jobs 1 --json").stdout)["space"]
+    assert len(factory.builds[2]) == 6
+    assert found["not_measured"] == 1, "the second problem has times of two of three kernels"
+
+
 def test_a_budget_that_measures_nothing_names_no_table(cli: Runner, factory: Factory) -> None:
     done = cli.run(f"{TUNE} --budget 0.001 --jobs 1")
     assert done.exit_code == 0, done.output

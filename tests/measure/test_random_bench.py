@@ -46,6 +46,7 @@ class Gpu:
 
     def measure(self, problem: Problem, attempts: Attempts) -> Comparison:
         attempts.begin(CUBLAS)
+        assert not attempts.excluded, "nothing crashed"
         if len(self.timed) == self.interrupt_after:
             raise KeyboardInterrupt
         self.timed.append(problem)
@@ -111,6 +112,15 @@ def test_an_interrupted_run_goes_on_and_a_longer_draw_takes_what_is_there(cli: R
     refused = cli.run(f"bench --random 6 --seed 8 --report {FOLDER}")
     assert refused.exit_code == 2
     assert "seed of 7, now 8" in said(refused.stderr)
+
+
+def test_interruptions_are_not_taken_for_crashes_of_a_rival(cli: Runner, gpu: Gpu) -> None:
+    gpu.interrupt_after = 0
+    for _ in range(3):
+        assert cli.run("bench --random 1 --seed 7").exit_code == 130
+    gpu.interrupt_after = None
+    assert cli.run("bench --random 1 --seed 7").exit_code == 0
+    assert len(gpu.timed) == 1
 
 
 def test_a_budget_ends_the_run_in_time_and_says_what_is_left(cli: Runner, gpu: Gpu) -> None:
