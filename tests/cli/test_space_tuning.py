@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fakes.devices import A100, H100, H200
+from fakes.devices import A100, H100, H200, numbered
 from fakes.library import FakeLibrary
 from fakes.runner import Runner
 from json_shapes import SCHEMAS, SPACE, check
@@ -45,6 +46,7 @@ class Factory:
         self.library: FakeLibrary | None = None
         self.failing: set[KernelConfig] = set()
         self.objects: set[KernelConfig] = set()
+        self.at_work: set[int] = set()
         self.measured: list[tuple[Problem, KernelConfig]] = []
         self.refined: list[tuple[Problem, KernelConfig]] = []
         self.interrupt_after: int | None = None
@@ -74,8 +76,16 @@ class Factory:
         return 10.0 + problem.m / 100 + NATIVE.index(config) % 97 / 10
 
     def measure(
-        self, _library: Library, problem: Problem, _mode: QuantMode, configs: Sequence[KernelConfig], **_: Any
+        self,
+        _library: Library,
+        problem: Problem,
+        _mode: QuantMode,
+        configs: Sequence[KernelConfig],
+        *,
+        device: int,
+        **_: Any,
     ) -> Iterator[tuple[KernelConfig, float]]:
+        self.at_work.add(device)
         for config in configs:
             if len(self.measured) == self.interrupt_after:
                 raise KeyboardInterrupt
@@ -249,6 +259,22 @@ def test_kernels_of_other_modes_stay_and_failures_are_passed_over(cli: Runner, f
     assert failed.exit_code == 0, failed.output
     assert "no registers" in failed.stderr
     assert json.loads(failed.stdout)["space"]["not_built"] == 1
+
+
+def test_gpus_of_one_model_share_the_problems(cli: Runner, factory: Factory) -> None:
+    factory.devices = numbered(H100, H200, H100)
+    first = threading.Barrier(2)
+    measure = factory.measure
+
+    def at_once(*arguments: Any, **options: Any) -> Iterator[tuple[KernelConfig, float]]:
+        first.wait(10)  # two problems are measured at a time, or this fails
+        yield from measure(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tune, "measure", at_once)
+        done = cli.run(f"{TUNE} --gpus 2")
+    assert done.exit_code == 0, done.output
+    assert factory.at_work == {0, 2}
 
 
 def test_without_a_hopper_gpu_nothing_is_built(cli: Runner, factory: Factory) -> None:

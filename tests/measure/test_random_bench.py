@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,10 @@ CALL, BEST = KERNELS[0].name, KERNELS[1].name
 FOLDER = "bench-random-7"
 
 
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
 class Gpu:
     """Stands in for timing cells: it takes ten seconds of a clock that nobody waits for."""
 
@@ -42,13 +47,14 @@ class Gpu:
         self.interrupt_after: int | None = None
         self.error = 0.5
         self.seconds: list[float] = []
+        self.end: Callable[[], None] = interrupt
         self.clock = 0.0
 
     def measure(self, problem: Problem, attempts: Attempts) -> Comparison:
         attempts.begin(CUBLAS)
         assert not attempts.excluded, "nothing crashed"
         if len(self.timed) == self.interrupt_after:
-            raise KeyboardInterrupt
+            self.end()
         self.timed.append(problem)
         self.clock += self.seconds.pop(0) if self.seconds else 10.0
         timings = [Timing(BEST, [9.0]), Timing(CALL, [10.0]), Timing(CUBLAS, [12.0]), Timing("quack_bf16", [15.0])]
@@ -114,10 +120,17 @@ def test_an_interrupted_run_goes_on_and_a_longer_draw_takes_what_is_there(cli: R
     assert "seed of 7, now 8" in said(refused.stderr)
 
 
-def test_interruptions_are_not_taken_for_crashes_of_a_rival(cli: Runner, gpu: Gpu) -> None:
-    gpu.interrupt_after = 0
+def fill_the_disk() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device", "cells.jsonl")
+
+
+@pytest.mark.parametrize(("end", "exit_code"), [(interrupt, 130), (fill_the_disk, 1)], ids=str)
+def test_other_ends_are_not_taken_for_crashes_of_a_rival(
+    cli: Runner, gpu: Gpu, end: Callable[[], None], exit_code: int
+) -> None:
+    gpu.interrupt_after, gpu.end = 0, end
     for _ in range(3):
-        assert cli.run("bench --random 1 --seed 7").exit_code == 130
+        assert cli.run("bench --random 1 --seed 7").exit_code == exit_code
     gpu.interrupt_after = None
     assert cli.run("bench --random 1 --seed 7").exit_code == 0
     assert len(gpu.timed) == 1

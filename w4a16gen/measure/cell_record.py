@@ -112,7 +112,7 @@ class CellRecord:
         self._write(cell.as_json())
 
     def interrupted(self) -> None:
-        """Note that the user ended the run, so that no rival is blamed."""
+        """Note that the user, or the disk, ended the run, so that no rival is blamed."""
         self._write({"interrupted": True})
 
     def _write(self, line: dict[str, Any]) -> None:

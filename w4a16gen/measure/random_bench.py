@@ -9,7 +9,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -167,8 +167,9 @@ def run_random_bench(
         with show_progress("Timing cells", len(missing)) as progress:
             try:
                 _time_missing(missing, record, timed, draw.budget_seconds, began, tell, progress)
-            except KeyboardInterrupt:
-                record.interrupted()
+            except (KeyboardInterrupt, OSError):
+                with suppress(OSError):  # the disk may be full
+                    record.interrupted()
                 raise
         found = [record.cells[problem] for _, problem in cells if problem in record.cells]
         rows = _write_rows(report, run, found, peak)
