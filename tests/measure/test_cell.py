@@ -112,6 +112,20 @@ def test_kernels_near_the_best_estimate_and_a_few_surprises_are_timed() -> None:
     assert promising([], SHORT, far, source()) == [far]
 
 
+def test_a_cell_times_forty_near_kernels_and_three_surprises_at_most() -> None:
+    suitable = [config for config in ORDER if config.mode is MODE and config.cta.tokens in {8, 16}]
+    assert len(suitable) > 60
+    call = min(suitable[:50])
+    near = [(config, 10.0) for config in suitable[:50]]
+    far = [(config, 20.0) for config in suitable[50:60]]
+    picked = promising(near + far, SHORT, call, source())
+    assert picked[:40] == sorted(suitable[:50])[:40]
+    assert len(set(picked)) == 43
+    few = promising(near[:2] + far, SHORT, suitable[0], source())
+    assert len(few) == 5
+    assert len({config for config, _ in far} & set(few)) == 3
+
+
 def test_the_call_the_fastest_cublas_and_rivals_take_turns(screened: list[KernelConfig]) -> None:
     stage = Table(SHORT, {CUBLAS: Timed(300.0), "right": Timed(200.0), "broken": RuntimeError("no\nkernel")})
     begun: list[str] = []
