@@ -102,11 +102,11 @@ def _beside(axes: Any) -> None:
 
 
 def _draw_speedup(axes: Any, run: Run, rows: Sequence[Row]) -> None:
-    name = _name_of_layers(axes, rows)
+    label = _name_of_layers(axes, rows)
     for shape, colour, of_shape in _layers(rows):
         line = [(row.m, row.speedup_over_fp16) for row in of_shape if row.speedup_over_fp16]
         if line:
-            axes.plot(*zip(*line, strict=True), color=colour, marker="o", markersize=4, label=name(f"layer {shape}"))
+            axes.plot(*zip(*line, strict=True), color=colour, marker="o", markersize=4, label=label(f"layer {shape}"))
         rival = [
             (row.m, row.cublas_microseconds / row.best_rival_microseconds)
             for row in of_shape
@@ -127,10 +127,10 @@ def _draw_speedup(axes: Any, run: Run, rows: Sequence[Row]) -> None:
 def _draw_roofline(axes: Any, run: Run, rows: Sequence[Row]) -> None:
     intensities = [row.flops / row.bytes_moved for row in rows]
     least, most = min(intensities), max(intensities)
-    name = _name_of_layers(axes, rows)
+    label = _name_of_layers(axes, rows)
     for shape, colour, of_shape in _layers(rows):
         points = [(row.flops / row.bytes_moved, row.tflops) for row in of_shape]
-        axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, linewidth=0.6, label=name(shape))
+        axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, linewidth=0.6, label=label(shape))
     for row in _layers(rows)[-1][2]:
         if row.m & (row.m - 1) or row.m.bit_length() % 2 == 0:
             continue  # label 1, 4, 16 ... tokens only
