@@ -16,8 +16,11 @@ from fakes.library import build_of
 from paths import CPP, ROOT
 
 from w4a16gen import Problem, QuantMode
+from w4a16gen.choose import choice_file as choice_file_module
+from w4a16gen.choose import chooser as chooser_module
 from w4a16gen.choose.choice_file import choice_text, fnv1a
 from w4a16gen.choose.chooser import Chooser
+from w4a16gen.choose.cost_model import CostModel, Rates, default_cost_model
 from w4a16gen.choose.overrides import KERNELS_VARIABLE, kernels_of_environment
 from w4a16gen.choose.timing_table import TABLE, Measured, add_times, one_time
 from w4a16gen.errors import NotBuiltError, W4A16Error
@@ -126,6 +129,21 @@ def test_cpp_and_python_agree_where_the_build_has_a_tuning_table(program: Path, 
         elsewhere = (question[0], question[1], H200)
         (answer,) = ask_cpp(program, choice_file, [elsewhere])
         assert "tuning_table" not in answer, "the table is of another GPU"
+
+
+def test_the_nearest_time_counts_then_the_one_at_more_tokens_on_this_gpu_alone(program: Path, tmp_path: Path) -> None:
+    table = tmp_path / TABLE
+    fewer, more = [config for config in DEFAULT if config.mode is FGS][:2]
+    for m, kernel in ((10, fewer), (14, more)):
+        add_times(table, one_time(H100, Problem(m, 512, 1024, 128), kernel, Measured(5.0, HASHES[kernel])))
+    expected = {9: fewer, 11: fewer, 12: more, 13: more, 16: more}
+    questions: list[Question] = [(FGS, Problem(m, 512, 1024, 128), H100) for m in expected]
+    assert set(assert_same(program, tmp_path, questions, table)) == {"tuning_table"}
+    chooser = Chooser(HASHES, table)
+    assert [ask_python(chooser, question)[0] for question in questions] == [config.name for config in expected.values()]
+    other: list[Question] = [(FGS, Problem(12, 512, 1024, 128), replace(H100, sm_count=114))]
+    with pytest.warns(RuntimeWarning, match="with 132 SMs, not of"):
+        assert assert_same(program, tmp_path, other, table) == ["estimate"]
 
 
 def test_cpp_honours_the_environment_variable_as_python_does(
@@ -245,6 +263,20 @@ def test_a_damaged_file_is_refused_in_one_sentence(program: Path, tmp_path: Path
     assert "cannot be read: run `w4a16gen export --prefix` again" in refusal_of(program, choice_file)
     choice_file.mkdir()
     assert "run `w4a16gen export --prefix` again" in refusal_of(program, choice_file)
+
+
+def test_of_equal_estimates_the_first_kernel_counts(
+    program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = dict.fromkeys(default_cost_model().rates, Rates(1000.0, 0.0, 0.0, 0.0, 1.0))
+    alike = CostModel(default_cost_model().constants, rates)
+    for module in (chooser_module, choice_file_module):
+        monkeypatch.setattr(module, "default_cost_model", lambda: alike)
+    for m in (1, 9, 40):
+        question = (FGS, Problem(m, 4096, 4096, 128), None)
+        assert_same(program, tmp_path, [question], tmp_path / TABLE)
+        fitting = [config for config in DEFAULT if config.mode is FGS and config.cta.tokens < 2 * max(m, 8)]
+        assert ask_python(Chooser(HASHES, tmp_path / TABLE), question)[0] == min(fitting).name
 
 
 def test_every_line_is_checked(program: Path, tmp_path: Path) -> None:

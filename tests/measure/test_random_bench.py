@@ -124,7 +124,7 @@ def fill_the_disk() -> None:
     raise OSError(errno.ENOSPC, "No space left on device", "cells.jsonl")
 
 
-@pytest.mark.parametrize(("end", "exit_code"), [(interrupt, 130), (fill_the_disk, 1)], ids=str)
+@pytest.mark.parametrize(("end", "exit_code"), [(interrupt, 130), (fill_the_disk, 1)], ids=["interrupted", "full disk"])
 def test_other_ends_are_not_taken_for_crashes_of_a_rival(
     cli: Runner, gpu: Gpu, end: Callable[[], None], exit_code: int
 ) -> None:
