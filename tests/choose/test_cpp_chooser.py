@@ -25,7 +25,7 @@ from w4a16gen.choose.overrides import KERNELS_VARIABLE, kernels_of_environment
 from w4a16gen.choose.timing_table import TABLE, Measured, add_times, one_time
 from w4a16gen.errors import NotBuiltError, W4A16Error
 from w4a16gen.kernels.config import Target
-from w4a16gen.kernels.device import Device
+from w4a16gen.kernels.device import HOPPER, Device
 from w4a16gen.kernels.problem import why_cannot_run
 from w4a16gen.kernels.spaces import enumerate_space
 from w4a16gen.measure.models import MODELS
@@ -35,7 +35,12 @@ pytestmark = pytest.mark.compile
 DEFAULT = enumerate_space("default")
 HASHES = build_of(DEFAULT).content_hashes
 FGS = QuantMode.FINEGRAINED_SCALE_ONLY
-DEVICES = (H100, None, H200, H800, H100_PCIE, replace(H100, sm_count=16), Device(0, "NVIDIA H20", (9, 0), 78))
+NAMED = (("H20", 78), ("H20-3e", 78), ("H100 NVL", 132), ("GH200 480GB", 132), ("H300", 100), ("H1000", 7))
+DEVICES = (
+    *(H100, None, H200, H800, H100_PCIE),
+    *(replace(H100, sm_count=sms) for sms in (1, 16, 26, 60)),
+    *(Device(0, f"NVIDIA {name}", HOPPER, sms) for name, sms in NAMED),
+)
 Question = tuple[QuantMode, Problem, Device | None]
 
 
