@@ -73,6 +73,35 @@ WRITTEN = {
     "skipped": {str: str},
     "was_complete": bool,
 }
+SHARES = {"products": NUMBER, "attention": NUMBER, "elementwise": NUMBER, "gaps": NUMBER}
+STEP = {
+    "step": {
+        "name": str,
+        "model": {str: int},
+        "gpus": int,
+        "sequences": int,
+        "new_tokens": int,
+        "context": int,
+        "group_size": int,
+        "layers": int,
+    },
+    "gpu": GPU,
+    "mode": str,
+    "floor_us": OPTIONAL_NUMBER,
+    "timings": [
+        {
+            "name": str,
+            "microseconds": [NUMBER],
+            "median_us": NUMBER,
+            "tokens_per_second": NUMBER,
+            "speedup_over_fp16": OPTIONAL_NUMBER,
+            "share_of_floor": OPTIONAL_NUMBER,
+            "difference": NUMBER,
+            "shares_us": (dict, type(None)),
+        }
+    ],
+    "left_out": {str: str},
+}
 SCHEMAS: dict[str, dict[str, Any]] = {
     "list": {"built": bool, "spaces": [str], "kernels": [KERNEL]},
     "emit": {
@@ -149,6 +178,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "gpu": GPU,
         "peak_tflops": {"burst": NUMBER, "sustained": NUMBER},
         "random": (dict, type(None)),
+        "steps": list,
         "comparisons": [
             {
                 "problem": PROBLEM,

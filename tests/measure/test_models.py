@@ -33,7 +33,7 @@ def test_known_models_have_their_known_layers() -> None:
 
 
 def test_a_key_and_value_head_that_there_are_too_few_of_is_on_several_gpus() -> None:
-    model = Model(1024, 4096, num_attention_heads=32, num_key_value_heads=4)
+    model = Model(1024, 4096, num_attention_heads=32, num_key_value_heads=4, num_hidden_layers=1)
     assert model.layers(4)[0] == ("qkv", (8 + 2) * 128, 1024)
     assert model.layers(8)[0] == ("qkv", (4 + 2) * 128, 1024)
 

@@ -163,11 +163,11 @@ def test_wrong_results_end_with_a_failure(cli: Runner, gpu: Gpu) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ("--random 5 --model llama-3-8b", "drop --problem, --model, --file and --tokens"),
-        ("--random 5 --tokens 3", "drop --problem, --model, --file and --tokens"),
-        ("--random 5 --smallest-set 3", "--smallest-set needs every kernel timed"),
-        ("--model llama-3-8b --budget 3", "--seed, --budget and --choose-from need --random"),
-        ("--model llama-3-8b --seed 3", "--seed, --budget and --choose-from need --random"),
+        ("--random 5 --model llama-3-8b", "--random draws the problems: drop --model"),
+        ("--random 5 --tokens 3", "--random draws the problems: drop --tokens"),
+        ("--random 5 --smallest-set 3", "times the promising kernels only: drop --smallest-set"),
+        ("--model llama-3-8b --budget 3", "only --random takes them: drop --budget"),
+        ("--model llama-3-8b --seed 3", "only --random takes them: drop --seed"),
         ("--random 5 --choose-from trtllm", "no native kernel of mode fgs of space trtllm: name another one"),
         ("--random 5 --budget 0", "must be a number of minutes above 0"),
     ],

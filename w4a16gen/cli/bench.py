@@ -18,6 +18,7 @@ from w4a16gen.cli.problems import named_problems, problems_options
 from w4a16gen.cli.random_bench import RandomChoice, random_bench, random_options
 from w4a16gen.cli.report import write_pages
 from w4a16gen.cli.services import services
+from w4a16gen.cli.step_bench import StepChoice, step_bench, step_options
 from w4a16gen.cli.tables import Column, print_table
 from w4a16gen.errors import BuildError
 
@@ -44,6 +45,9 @@ COLUMNS = (
     Column("vs other 4-bit", right=True),
 )
 
+_OF_PROBLEMS = ("problems", "models", "files", "tokens")
+_OF_DRAWS = ("seed", "budget", "choose_from")
+_OF_SINGLES = ("slack", "report_folder")
 _FRONT = 4
 """Columns in front of those of targets."""
 
@@ -55,11 +59,13 @@ _FRONT = 4
         ("w4a16gen bench --problem 16x4096x4096", "one problem"),
         ("w4a16gen bench --model llama-3-8b --tokens 1 --tokens 16 --report out", "a model's layers, with plots"),
         ("w4a16gen bench --random 150 --seed 1 --budget 10", "layers and token counts drawn at random"),
+        ("w4a16gen bench --step llama-3-8b --sequences 1 --sequences 8", "a decoder's step in one CUDA graph"),
         ("w4a16gen build --space default --space trtllm", "TensorRT-LLM's set beside ours; then bench shows both"),
     ),
 )
 @problems_options
 @random_options
+@step_options
 @count_option("--finalists", section=METHOD, help="Kernels to time in alternation.  [default: 4; with --random 2]")
 @count_option(
     "--rounds",
@@ -102,6 +108,11 @@ def command(
     seed: int,
     budget: float | None,
     choose_from: str | None,
+    steps: Sequence[tuple[str, int, int]],
+    sequences: Sequence[int],
+    context: int,
+    prefill: int | None,
+    layers: int | None,
     finalists: int | None,
     rounds: int,
     rivals: bool | None,
@@ -118,15 +129,22 @@ def command(
 
     With --random, layers and token counts are drawn from a seed. Each cell is saved as soon as it is timed, so that an
     interrupted run resumes. The result is the lead over rivals, and the loss of the choice, by bands of token counts.
+
+    With --step, a whole decoder's step is timed in one CUDA graph: this package's products, cuBLAS FP16 and other 4-bit
+    kernels, with the same norms, attention and SwiGLU between them.
     """
     from w4a16gen.measure.bench import BenchOptions
     from w4a16gen.measure.rivals import RIVALS, RIVALS_OF_DRAWS
 
+    if steps:
+        _refuse("--step times a whole model", "random", *_OF_PROBLEMS, *_OF_DRAWS, *_OF_SINGLES, "finalists")
+        of_steps = RIVALS_OF_DRAWS if rivals else ()
+        choice = StepChoice(steps, sequences, context, prefill, layers, mode, rounds, of_steps)
+        return step_bench(choice, folder, wide=wide, as_json=as_json)
+    _refuse("only --step takes them", "sequences", "context", "prefill", "layers")
     if random is not None:
-        if problems or models or files or _is_given("tokens"):
-            raise click.UsageError("--random draws the problems: drop --problem, --model, --file and --tokens")
-        if slack is not None:
-            raise click.UsageError("--smallest-set needs every kernel timed, and --random times the promising ones")
+        _refuse("--random draws the problems", *_OF_PROBLEMS)
+        _refuse("--random times the promising kernels only", "slack")
         chosen_rivals = () if rivals is False else RIVALS_OF_DRAWS
         return random_bench(
             RandomChoice(random, seed, budget, mode, finalists, rounds, chosen_rivals, choose_from),
@@ -135,8 +153,7 @@ def command(
             wide=wide,
             as_json=as_json,
         )
-    if budget is not None or choose_from is not None or _is_given("seed"):
-        raise click.UsageError("--seed, --budget and --choose-from need --random")
+    _refuse("only --random takes them", *_OF_DRAWS)
 
     named = named_problems(problems, models, files, tokens, mode)
     measured: Bench = services().bench(
@@ -162,9 +179,16 @@ def command(
     return BuildError.exit_code
 
 
-def _is_given(parameter: str) -> bool:
-    """Return whether the user named a value, instead of taking the default one."""
-    return click.get_current_context().get_parameter_source(parameter) is not ParameterSource.DEFAULT
+def _refuse(reason: str, *parameters: str) -> None:
+    """Raise a usage error if the user named one of some parameters, which do not go with another one."""
+    context = click.get_current_context()
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name in parameters and context.get_parameter_source(parameter.name) is not ParameterSource.DEFAULT
+    ]
+    if given:
+        raise click.UsageError(f"{reason}: drop {' and '.join(given)}")
 
 
 def _show(measured: Bench, mode: QuantMode, *, wide: bool) -> None:

@@ -61,7 +61,8 @@ def read_problems(path: Path) -> list[Problem]:
     return problems
 
 
-def _model_names() -> Iterable[str]:
+def model_names() -> Iterable[str]:
+    """Return the names that `--model` and `--step` take."""
     from w4a16gen.measure.models import MODELS
 
     return MODELS
@@ -75,10 +76,10 @@ def parse_model(text: str) -> tuple[str, int, int]:
     """
     match = _MODEL.fullmatch(text)
     name, gpus, group = (match[1], int(match[2] or 1), int(match[3] or 128)) if match else ("", 0, 0)
-    if name not in _model_names() or gpus < 1 or group < 1:
+    if name not in model_names() or gpus < 1 or group < 1:
         raise InvalidValueError(
             f"{shortened(text)!r} must be NAME[/GPUS][,GROUP] such as llama-3-70b/8,128; the models are "
-            f"{', '.join(_model_names())}"
+            f"{', '.join(model_names())}"
         )
     return name, gpus, group
 
@@ -107,7 +108,7 @@ def problems_options(command: _Command) -> _Command:
             "--model",
             "models",
             multiple=True,
-            type=Parsed("NAME[/GPUS][,GROUP]", parse_model, lambda _: _model_names()),
+            type=Parsed("NAME[/GPUS][,GROUP]", parse_model, lambda _: model_names()),
             section=WHICH_PROBLEMS,
             help="The linear layers of a model, divided among GPUs, such as llama-3-70b/8. Repeatable. An unknown name "
             "lists the models.",

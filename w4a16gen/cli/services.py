@@ -56,6 +56,12 @@ def _random_bench(*args: Any, **options: Any) -> Any:
     return run_random_bench(*args, **options)
 
 
+def _step_bench(*args: Any, **options: Any) -> Any:
+    from w4a16gen.measure.step import run_step_bench
+
+    return run_step_bench(*args, **options)
+
+
 def _build(*args: Any, **options: Any) -> Any:
     from w4a16gen.build.pipeline import build
 
@@ -87,6 +93,7 @@ class Services:
     run_one: Callable[..., Any] = _run_one
     bench: Callable[..., Any] = _bench
     random_bench: Callable[..., Any] = _random_bench
+    step_bench: Callable[..., Any] = _step_bench
     show_progress: Callable[..., AbstractContextManager[Progress]] = show_progress
 
 

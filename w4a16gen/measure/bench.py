@@ -62,6 +62,7 @@ class Bench:
             "gpu": self.gpu.as_json(),
             "peak_tflops": None if self.peak is None else vars(self.peak),
             "random": None,
+            "steps": [],
             "comparisons": [found.as_json() for found in self.comparisons],
             "smallest_set": list(self.smallest_set),
             "wrong": self.wrong,

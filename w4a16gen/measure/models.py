@@ -17,6 +17,7 @@ class Model:
     intermediate_size: int
     num_attention_heads: int
     num_key_value_heads: int
+    num_hidden_layers: int
     head_dim: int = 128
 
     def layers(self, tensor_parallel: int) -> list[tuple[str, int, int]]:
@@ -45,15 +46,15 @@ class Model:
 
 
 MODELS = {
-    "llama-3-8b": Model(4096, 14336, 32, 8),
-    "llama-3-70b": Model(8192, 28672, 64, 8),
-    "qwen2.5-7b": Model(3584, 18944, 28, 4),
-    "qwen2.5-32b": Model(5120, 27648, 40, 8),
-    "qwen2.5-72b": Model(8192, 29568, 64, 8),
-    "qwen3-8b": Model(4096, 12288, 32, 8),
-    "qwen3-32b": Model(5120, 25600, 64, 8),
-    "mixtral-8x7b": Model(4096, 14336, 32, 8),
-    "mixtral-8x22b": Model(6144, 16384, 48, 8),
+    "llama-3-8b": Model(4096, 14336, 32, 8, 32),
+    "llama-3-70b": Model(8192, 28672, 64, 8, 80),
+    "qwen2.5-7b": Model(3584, 18944, 28, 4, 28),
+    "qwen2.5-32b": Model(5120, 27648, 40, 8, 64),
+    "qwen2.5-72b": Model(8192, 29568, 64, 8, 80),
+    "qwen3-8b": Model(4096, 12288, 32, 8, 36),
+    "qwen3-32b": Model(5120, 25600, 64, 8, 64),
+    "mixtral-8x7b": Model(4096, 14336, 32, 8, 32),
+    "mixtral-8x22b": Model(6144, 16384, 48, 8, 56),
 }
 """From the models' config.json on Hugging Face. In a mixture of experts, gate_up and down are one expert's, and m
 counts the tokens that are routed to it."""

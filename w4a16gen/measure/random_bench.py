@@ -109,6 +109,7 @@ class RandomBench:
                     for (rival, reason), cells in self.rivals_left_out.items()
                 ],
             },
+            "steps": [],
             "comparisons": [found.as_json() for found in self.comparisons],
             "smallest_set": [],
             "wrong": self.wrong,

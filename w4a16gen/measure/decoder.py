@@ -1,0 +1,204 @@
+"""One step of a decoder of a model's sizes: products of some kernels, and between them what every model computes.
+
+The parts between products are the same for all kernels: residual sums with RMS norms, rotary embedding with the write
+into the cache, attention, and SwiGLU. torch.compile fuses each part. Products read fixed tensors, into which the parts
+write, so that a step launches nothing that moves data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from w4a16gen.errors import InvalidValueError
+from w4a16gen.kernels.problem import Problem
+from w4a16gen.measure.models import Model
+from w4a16gen.measure.rival_products import Product
+
+EPSILON = 1e-5
+"""Of RMS norms."""
+ROTARY_BASE = 500_000.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step computes, on one of `gpus` GPUs.
+
+    A step of one new token per sequence decodes: its queries attend to the tokens of the context and to themselves. A
+    step of more tokens is a prefill, from an empty cache.
+    """
+
+    name: str
+    """The model's name, for reports."""
+    model: Model
+    gpus: int
+    sequences: int
+    new_tokens: int
+    """Of each sequence."""
+    context: int
+    """Tokens of each sequence that are in the cache already."""
+    group_size: int = 128
+    layers: int | None = None
+    """Layers to run; None runs all of the model's."""
+
+    def __post_init__(self) -> None:
+        """Check the sizes.
+
+        Raises:
+            InvalidValueError: if a number is not positive, or a prefill has a context.
+        """
+        for what in ("gpus", "sequences", "new_tokens", "depth"):
+            if getattr(self, what) < 1:
+                raise InvalidValueError(f"{what} of {getattr(self, what)} must be at least 1")
+        if self.context < 0 or (self.context and self.new_tokens > 1):
+            raise InvalidValueError(
+                f"a context of {self.context} tokens must be 0 or more, and 0 for a step of {self.new_tokens} tokens"
+            )
+
+    @property
+    def depth(self) -> int:
+        """Layers that run."""
+        return self.model.num_hidden_layers if self.layers is None else self.layers
+
+    @property
+    def tokens(self) -> int:
+        """Rows of every product."""
+        return self.sequences * self.new_tokens
+
+    def problems(self) -> dict[str, Problem]:
+        """Return the products of a layer by name: qkv, o, gate_up and down.
+
+        Raises:
+            InvalidValueError: if the GPUs or the groups do not divide a layer.
+        """
+        return {
+            layer: Problem(self.tokens, n, k, self.group_size)
+            for layer, n, k in self.model.layers(self.gpus)
+            if self._divides(layer, k)
+        }
+
+    def _divides(self, layer: str, k: int) -> bool:
+        if k % self.group_size:
+            raise InvalidValueError(
+                f"layer {layer} of {self.name} has k of {k}, which {self.group_size} does not divide"
+            )
+        return True
+
+    def __str__(self) -> str:
+        """Return the step in words."""
+        shared = f" on one of {self.gpus} GPUs" if self.gpus > 1 else ""
+        what = f"{self.sequences} sequences" if self.sequences > 1 else "1 sequence"
+        kind = f"context {self.context}" if self.new_tokens == 1 else f"prefill of {self.new_tokens} tokens"
+        return f"{self.name}{shared}, {self.depth} layers, {what}, {kind}"
+
+
+class Parts:
+    """The parts between products, in one dtype; each is compiled at its first call."""
+
+    def __init__(self, torch: Any, step: Step, compiled: Callable[[Callable[..., None]], Callable[..., None]]) -> None:
+        """Prepare the parts of a step.
+
+        Args:
+            torch: the module.
+            step: the step.
+            compiled: compiles a function, or returns it as it is.
+        """
+        self._torch, self._step = torch, step
+        model = step.model
+        self._heads = model.num_attention_heads // step.gpus
+        self._shared_heads = max(model.num_key_value_heads // step.gpus, 1)
+        self.add_and_norm = compiled(self._add_and_norm)
+        self.attend = compiled(self._attend)
+        self.swiglu = compiled(self._swiglu)
+
+    def _add_and_norm(self, residual: Any, added: Any, weight: Any, out: Any) -> None:
+        """Add to the residual, [tokens, hidden], and write its norm times a weight."""
+        functional = self._torch.nn.functional
+        summed = residual + added
+        residual.copy_(summed)
+        out.copy_(functional.rms_norm(summed, (summed.shape[-1],), weight, EPSILON))
+
+    def _attend(self, qkv: Any, angles: Any, keys: Any, values: Any, out: Any) -> None:
+        """Rotate queries and keys, write keys and values into the cache, attend, and write the result.
+
+        Args:
+            qkv: [tokens, (heads + 2 * shared heads) * head_dim].
+            angles: cosines and sines of the new tokens' places, [2, new_tokens, head_dim / 2], fp32.
+            keys: the cache, [sequences, shared heads, context + new tokens, head_dim].
+            values: the same.
+            out: [tokens, heads * head_dim].
+        """
+        torch, step, width = self._torch, self._step, self._step.model.head_dim
+        rows = qkv.view(step.sequences, step.new_tokens, -1, width).transpose(1, 2)
+        queries, new_keys, new_values = rows.split((self._heads, self._shared_heads, self._shared_heads), 1)
+
+        def rotated(vectors: Any) -> Any:
+            first, second = vectors.float().chunk(2, -1)
+            cosines, sines = angles[0], angles[1]
+            turned = (first * cosines - second * sines, second * cosines + first * sines)
+            return torch.cat(turned, -1).to(vectors.dtype)
+
+        keys[:, :, step.context :] = rotated(new_keys)
+        values[:, :, step.context :] = new_values
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            rotated(queries), keys, values, is_causal=step.new_tokens > 1, enable_gqa=self._heads != self._shared_heads
+        )
+        out.copy_(attended.transpose(1, 2).reshape(out.shape))
+
+    def _swiglu(self, gate_up: Any, out: Any) -> None:
+        """Write silu(gate) * up, [tokens, intermediate], of gate and up beside each other."""
+        gate, up = gate_up.chunk(2, -1)
+        out.copy_(self._torch.nn.functional.silu(gate) * up)
+
+
+class Decoder:
+    """The tensors of a step, and the step itself."""
+
+    def __init__(self, torch: Any, step: Step, dtype: Any, device: Any, seed: int = 0) -> None:
+        """Allocate and draw the tensors.
+
+        Args:
+            torch: the module.
+            step: the step.
+            dtype: of activations and cache.
+            device: where the tensors are.
+            seed: of hidden states, cache and norms' weights.
+        """
+        self.step, model = step, step.model
+        source = torch.Generator(device).manual_seed(seed)
+        options = {"dtype": dtype, "device": device}
+
+        def normal(*shape: int) -> Any:
+            return torch.randn(shape, generator=source, **options)
+
+        problems = step.problems()
+        self.inputs = {name: torch.zeros((problem.m, problem.k), **options) for name, problem in problems.items()}
+        self.hidden = normal(step.tokens, model.hidden_size)
+        self.residual = torch.empty_like(self.hidden)
+        self._nothing = torch.zeros_like(self.hidden)
+        self._norm = torch.ones((model.hidden_size,), **options)
+        places = step.context + step.new_tokens
+        heads = max(model.num_key_value_heads // step.gpus, 1)
+        shape = (step.sequences, heads, places, model.head_dim)
+        self.caches = [(normal(*shape), normal(*shape)) for _ in range(step.depth)]
+        half = torch.arange(0, model.head_dim, 2, dtype=torch.float32, device=device) / model.head_dim
+        turns = torch.arange(step.context, places, dtype=torch.float32, device=device)[:, None] * ROTARY_BASE**-half
+        self._angles = torch.stack((turns.cos(), turns.sin()))
+
+    def run(self, parts: Parts, products: Mapping[str, Sequence[Product]]) -> None:
+        """Run one step from `hidden`, and leave the hidden state behind the last layer in `residual`.
+
+        Args:
+            parts: the parts between products.
+            products: for each name of `Step.problems` a product per layer, which reads `inputs` and returns its output.
+        """
+        inputs, added = self.inputs, self._nothing
+        self.residual.copy_(self.hidden)
+        for layer, (keys, values) in enumerate(self.caches):
+            parts.add_and_norm(self.residual, added, self._norm, inputs["qkv"])
+            parts.attend(products["qkv"][layer](), self._angles, keys, values, inputs["o"])
+            parts.add_and_norm(self.residual, products["o"][layer](), self._norm, inputs["gate_up"])
+            parts.swiglu(products["gate_up"][layer](), inputs["down"])
+            added = products["down"][layer]()
+        self.residual.add_(added)
