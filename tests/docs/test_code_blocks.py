@@ -92,22 +92,26 @@ def test_python_blocks_run_one_after_the_other(page: Path, tmp_path: Path, monke
 
 
 @pytest.fixture(scope="session")
-def workspace(tmp_path_factory: pytest.TempPathFactory, fake_cache: Path) -> Iterator[Path]:
-    """A folder in which `w4a16gen` is this package, and builds use the stand-in compiler."""
+def manual(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for all pages, with `w4a16gen`, which is this package, in `tools`, and a place to work."""
     folder = tmp_path_factory.mktemp("manual")
-    tools = folder / "tools"
-    tools.mkdir()
-    command = tools / "w4a16gen"
+    command = folder / "tools" / "w4a16gen"
+    command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m w4a16gen "$@"\n')
     command.chmod(0o755)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        install_fake_nvcc(folder, fake_cache, monkeypatch)
-        monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
-        monkeypatch.setenv("COLUMNS", "80")
-        for name in ("W4A16GEN_BUILD_DIR", "W4A16GEN_KERNELS"):
-            monkeypatch.delenv(name, raising=False)
-        (folder / "work").mkdir()
-        yield folder / "work"
+    (folder / "work").mkdir()
+    return folder
+
+
+@pytest.fixture
+def workspace(manual: Path, fake_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The place to work, while `w4a16gen` is on PATH, and builds use the stand-in compiler."""
+    install_fake_nvcc(manual, fake_cache, monkeypatch)
+    monkeypatch.setenv("PATH", f"{manual / 'tools'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in ("W4A16GEN_BUILD_DIR", "W4A16GEN_KERNELS"):
+        monkeypatch.delenv(name, raising=False)
+    yield manual / "work"
     versions.program_version.cache_clear()
 
 
