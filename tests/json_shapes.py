@@ -18,6 +18,7 @@ KERNEL = {
     "schedule": str,
     "scheduler": str,
 }
+NODE = {"node": str, "tasks": int, "seconds": NUMBER, "lost": int}
 BUILD = {
     "folder": str,
     "library": str,
@@ -25,6 +26,7 @@ BUILD = {
     "up_to_date": int,
     "failures": [{"kernel": str, "summary": str, "log": str}],
     "kernels": [str],
+    "nodes": [NODE],
 }
 PROOFS = {
     "date": str,

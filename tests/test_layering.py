@@ -19,9 +19,10 @@ ALLOWED = {
     "weights": {"kernels"},
     "choose": {"kernels"},
     "runtime": {"kernels", "weights", "choose"},
-    "build": {"kernels", "runtime.artifact", "choose.choice_file", "choose.timing_table"},
+    "executors": set(),
+    "build": {"kernels", "executors", "runtime.artifact", "choose.choice_file", "choose.timing_table"},
     "inspection": {"kernels", "weights", "choose"},
-    "measure": {"kernels", "weights", "choose", "runtime"},
+    "measure": {"kernels", "weights", "choose", "runtime", "executors"},
     "verify": {"kernels", "weights", "runtime", "build.toolchain"},
     "integrations": {"kernels", "weights", "runtime"},
 }
@@ -33,6 +34,7 @@ OWNERS = {
     "filelock": {"build", "choose"},
     "pybind11": {"build"},
     "psutil": {"build"},
+    "ray": {"executors.cluster"},
     "matplotlib": {"measure.plots"},
     "torch": {
         "measure.rivals",

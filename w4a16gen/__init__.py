@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from w4a16gen.errors import (
         BuildError,
         BuildLockedError,
+        ClusterError,
         CudaError,
         InvalidValueError,
         MissingToolError,
@@ -52,6 +53,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BuildError",
     "BuildLockedError",
+    "ClusterError",
     "ClusterShape",
     "CtaShape",
     "CudaError",
@@ -86,8 +88,8 @@ __all__ = [
 _MODULES = {
     "choose.overrides": ("use_kernels",),
     "errors": (
-        *("BuildError", "BuildLockedError", "CudaError", "InvalidValueError", "MissingToolError", "NoHopperGpuError"),
-        *("NotBuiltError", "UnsupportedProblemError", "W4A16Error"),
+        *("BuildError", "BuildLockedError", "ClusterError", "CudaError", "InvalidValueError", "MissingToolError"),
+        *("NoHopperGpuError", "NotBuiltError", "UnsupportedProblemError", "W4A16Error"),
     ),
     "kernels.config": ("ClusterShape", "CtaShape", "KernelConfig", "QuantMode", "Schedule", "Scheduler", "Target"),
     "kernels.problem": ("Problem",),

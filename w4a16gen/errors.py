@@ -50,6 +50,12 @@ class BuildLockedError(BuildError):
     """Another process is building in the same folder."""
 
 
+class ClusterError(W4A16Error):
+    """A Ray cluster cannot be reached, has no worker that can be used, or lost them all."""
+
+    exit_code: ClassVar[int] = EXIT_MISSING
+
+
 class NotBuiltError(W4A16Error):
     """There is no built library in the folder, or it does not match what was asked for."""
 

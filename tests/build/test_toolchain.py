@@ -20,7 +20,7 @@ from w4a16gen.build.compile import describe_failures
 from w4a16gen.build.diagnose import Finding, diagnose, driver_finding
 from w4a16gen.build.environment import IGNORED_VARIABLES, child_environment
 from w4a16gen.build.headers import CUDA_FOLDER, headers_of
-from w4a16gen.build.nvcc import Failure
+from w4a16gen.build.objects import Failure
 from w4a16gen.build.toolchain import (
     compiler_identity,
     find_cmake,

@@ -19,7 +19,7 @@ from paths import ROOT
 from w4a16gen import KernelConfig, Problem, QuantMode
 from w4a16gen.build.diagnose import Finding as Check
 from w4a16gen.build.lock import LOCK
-from w4a16gen.build.nvcc import Failure
+from w4a16gen.build.objects import Failure
 from w4a16gen.build.pipeline import BuildReport
 from w4a16gen.cli.app import COMMANDS
 from w4a16gen.cli.output import SCHEMA_VERSIONS, result

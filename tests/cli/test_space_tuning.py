@@ -16,7 +16,7 @@ from fakes.runner import Runner
 from json_shapes import SCHEMAS, SPACE, check
 
 from w4a16gen import KernelConfig, Library, Problem, QuantMode
-from w4a16gen.build.nvcc import Failure
+from w4a16gen.build.objects import Failure
 from w4a16gen.build.pipeline import BuildReport
 from w4a16gen.choose.chooser import ChoiceSource
 from w4a16gen.choose.timing_table import TABLE, TuningTable

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from w4a16gen.build.install import INSTALL_COMPILER, install_compiler, install_cuda, install_python_headers
-from w4a16gen.build.toolchain import Toolchain
+from w4a16gen.build.toolchain import Compilers
 from w4a16gen.build.versions import newest_supported_gcc, nvcc_version
 
 _KILLED = {-signal.SIGKILL, 128 + signal.SIGKILL, signal.SIGKILL}
@@ -39,7 +39,7 @@ def describe_full(folders: Sequence[Path]) -> str:
     return f"No space left on device: {room} has {free:.0f} MB free. Free some space, or choose another --build-dir."
 
 
-def describe_environment(text: str, tools: Toolchain) -> str | None:
+def describe_environment(text: str, tools: Compilers) -> str | None:
     """Return what is wrong with the machine if a compiler's output shows it; None if it is about the source.
 
     Such a failure happens to every kernel, so it is reported once and ends the build.

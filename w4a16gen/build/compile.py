@@ -1,19 +1,18 @@
-"""Compiles kernels: runs as many compilers as cores and memory allow, and reports failures."""
+"""Compiles kernels: gives compile units to an executor, keeps what arrives, and reports failures."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from w4a16gen.build.limits import usable_cores, usable_memory
-from w4a16gen.build.nvcc import Compiler, Failure
+from w4a16gen.build.nvcc import compile_unit
+from w4a16gen.build.objects import Failure, keep, sources_of
 from w4a16gen.build.units import COMPILE_COSTS, CompiledUnit, plan_units
+from w4a16gen.executors.executor import Executor
 from w4a16gen.kernels.config import KernelConfig
-
-_MEMORY_SHARE = 0.9
-"""Part of the usable memory that compilers may take."""
 
 
 @dataclass
@@ -29,8 +28,8 @@ class Compilation:
 def compile_kernels(
     configs: Sequence[KernelConfig],
     hashes: Mapping[KernelConfig, str],
-    compiler: Compiler,
-    jobs: int | None = None,
+    executor: Executor,
+    build: Path,
     finished: Callable[[int, str], None] = lambda _done, _name: None,
 ) -> Compilation:
     """Compile kernels; one that fails does not stop the others.
@@ -41,36 +40,35 @@ def compile_kernels(
     Args:
         configs: the kernels to compile.
         hashes: the content hash of each.
-        compiler: runs nvcc.
-        jobs: compilers at once; None takes the usable cores, and fewer if memory is short.
+        executor: runs `compile_unit`, here or elsewhere.
+        build: the build's folder, which keeps each object as it arrives.
         finished: called after every unit with the number of kernels that are done, and the name of one of them.
 
     Raises:
         BuildError: if the machine, not the source, keeps kernels from compiling.
+        ClusterError: if no worker is left.
         OSError: if something cannot be written.
     """
     result = Compilation()
-    at_once = jobs or usable_cores()
-    memory = float("inf") if jobs else _MEMORY_SHARE * usable_memory()
-    queue = deque(plan_units(configs, at_once, memory))
-    running: dict[Future[CompiledUnit | Failure], tuple[tuple[KernelConfig, ...], bool]] = {}
+    running: dict[Future[list[Any]], tuple[tuple[KernelConfig, ...], bool]] = {}
     """The units in work, and whether each runs alone."""
 
-    def fits(part: Sequence[KernelConfig]) -> bool:
-        taken = sum(_peak_bytes(other) for other, _ in running.values())
-        return not running or (len(running) < at_once and taken + _peak_bytes(part) <= memory)
+    def start(part: tuple[KernelConfig, ...]) -> None:
+        memory = COMPILE_COSTS[part[0].target].peak_bytes(len(part))
+        running[executor.submit(compile_unit, sources_of(part), memory=memory)] = part, executor.slots == 1
 
-    pool = ThreadPoolExecutor(max(1, min(at_once, len(configs))))
-    try:
-        while queue or running:
-            while queue and fits(queue[0]):
-                part = queue.popleft()
-                running[pool.submit(compiler.compile, part, hashes)] = part, at_once == 1
+    with executor:
+        for part in plan_units(configs, executor.slots, executor.memory):
+            start(part)
+        while running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                (part, alone), outcome = running.pop(future), future.result()
+                part, alone = running.pop(future)
+                outcome = keep(build, part, hashes, future.result()[0])
                 if isinstance(outcome, Failure) and (len(part) > 1 or (outcome.killed and not alone)):
-                    at_once = 1 if outcome.killed else at_once
-                    queue.extend((config,) for config in part)
+                    if outcome.killed:
+                        executor.run_one_at_a_time()
+                    for config in part:
+                        start((config,))
                     continue
                 if isinstance(outcome, Failure):
                     result.failures.append(outcome)
@@ -78,16 +76,7 @@ def compile_kernels(
                     result.units.append(outcome)
                     result.compiled += len(part)
                 finished(result.compiled + len(result.failures), part[-1].name)
-    except BaseException:
-        compiler.cancel()
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
     return result
-
-
-def _peak_bytes(part: Sequence[KernelConfig]) -> float:
-    return COMPILE_COSTS[part[0].target].peak_bytes(len(part))
 
 
 def describe_failures(failures: Sequence[Failure]) -> str:

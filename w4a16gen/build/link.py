@@ -20,7 +20,7 @@ from w4a16gen.build import causes
 from w4a16gen.build.environment import child_environment
 from w4a16gen.build.headers import CUDA_FOLDER, headers_of
 from w4a16gen.build.limits import usable_cores
-from w4a16gen.build.nvcc import put_in_place, write_log
+from w4a16gen.build.objects import put_in_place, write_log
 from w4a16gen.build.scratch import LOGS, OBJECTS, OWNER_VARIABLE, alias, libraries_beside
 from w4a16gen.build.toolchain import Toolchain, compiler_identity
 from w4a16gen.build.units import CompiledUnit

@@ -7,17 +7,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from w4a16gen.build.compile import compile_kernels, describe_failures
+from w4a16gen.build.compile import Compilation, compile_kernels, describe_failures
 from w4a16gen.build.emit import emit
 from w4a16gen.build.headers import headers_of
 from w4a16gen.build.link import STEPS, Link, LinkedPair, link
 from w4a16gen.build.lock import locked
-from w4a16gen.build.nvcc import Compiler, Failure
+from w4a16gen.build.objects import Failure
 from w4a16gen.build.scratch import OBJECTS, make_folders, remove_leftovers, scratch_folder
 from w4a16gen.build.toolchain import Toolchain, describe_compiler, find_toolchain
 from w4a16gen.build.units import CompiledUnit, find_units, kernel_hashes
 from w4a16gen.build.versions import cuda_version, cutlass_version
+from w4a16gen.build.workers import Workers, local_workers
 from w4a16gen.errors import BuildError, InvalidValueError, NotBuiltError
+from w4a16gen.executors.executor import NodeSummary
 from w4a16gen.files import make_way, write_json
 from w4a16gen.kernels.config import KernelConfig
 from w4a16gen.kernels.render import render_kernel
@@ -32,6 +34,8 @@ class BuildReport:
     build: Build
     compiled: int
     failures: Sequence[Failure]
+    nodes: Sequence[NodeSummary] = ()
+    """What each machine compiled: compile units, and seconds."""
 
 
 def build(
@@ -41,6 +45,7 @@ def build(
     folder: Path,
     jobs: int | None = None,
     progress: Progress = no_progress,
+    workers: Workers = local_workers,
 ) -> BuildReport:
     """Emit, compile and link kernels; only what changed is done again.
 
@@ -53,12 +58,14 @@ def build(
         folder: folder for objects, logs, the libraries and the manifest. Its name may contain any character.
         jobs: compilers at once; None takes the usable cores, and fewer if memory is short.
         progress: told at the start, after every compiled unit and after every step of linking.
+        workers: provides the compilers; by default they run on this machine. Linking always does.
 
     Raises:
         InvalidValueError: if there are no kernels, or both folders are the same.
         MissingToolError: if a tool is missing.
         BuildLockedError: if another process is building in the folder.
         BuildError: if no kernel compiled, or linking failed.
+        ClusterError: if the workers are elsewhere and none is left.
         OSError: if a folder cannot be written.
     """
     asked = sorted(set(configs))
@@ -72,7 +79,7 @@ def build(
     with locked(folder):
         remove_leftovers(folder)
         emit(asked, generated)
-        return _Run(asked, hashes, toolchain, generated, folder, progress).run(jobs)
+        return _Run(asked, hashes, toolchain, generated, folder, progress).run(jobs, workers)
 
 
 def compiled(configs: Iterable[KernelConfig], folder: Path) -> set[KernelConfig]:
@@ -107,7 +114,7 @@ class _Run:
         self._done = 0
         self._total = 0
 
-    def run(self, jobs: int | None) -> BuildReport:
+    def run(self, jobs: int | None, workers: Workers) -> BuildReport:
         """Compile what is not cached, link unless the build in the folder is of the same parts, write the manifest."""
         units = find_units(self._folder / OBJECTS, self._hashes)
         cached = {name for unit in units for name in unit.hashes}
@@ -116,15 +123,18 @@ class _Run:
         self._total = len(missing) + (len(STEPS) if needs_link else 0)
         self._progress(0, self._total, "compiling" if missing else "linking")
         with scratch_folder(self._folder) as scratch:
-            compiler = Compiler(self._toolchain, self._folder, scratch)
-            compilation = compile_kernels(missing, self._hashes, compiler, jobs, self._report)
+            compilation, nodes = Compilation(), list[NodeSummary]()
+            if missing:
+                executor = workers(self._toolchain, scratch, jobs)
+                compilation = compile_kernels(missing, self._hashes, executor, self._folder, self._report)
+                nodes = executor.summaries
             what = self._link_of([*units, *compilation.units])
             if not what.units:
                 raise BuildError(describe_failures(compilation.failures))
             pair = self._linked(what, scratch)
             manifest = self._manifest(what, pair, compilation.failures)
         self._write(manifest)
-        return BuildReport(Build(self._folder, manifest), compilation.compiled, compilation.failures)
+        return BuildReport(Build(self._folder, manifest), compilation.compiled, compilation.failures, nodes)
 
     def _report(self, done: int, what: str) -> None:
         self._done = min(done, self._total)

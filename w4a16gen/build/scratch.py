@@ -50,7 +50,7 @@ def scratch_folder(build: Path) -> Iterator[Path]:
     if is_safe(build.resolve()):
         folder = link = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=build.resolve()))
     else:
-        folder = Path(tempfile.mkdtemp(prefix=_OUTSIDE, dir=_safe_temporary_folder()))
+        folder = Path(tempfile.mkdtemp(prefix=_OUTSIDE, dir=safe_temporary_folder()))
         link = build / f"{_PREFIX}{folder.name}"
         link.symlink_to(folder)
         (folder / _OWNER).symlink_to(build.resolve())
@@ -66,7 +66,12 @@ def _temporary_folders() -> list[Path]:
     return [Path(tempfile.gettempdir()).resolve(), Path("/tmp"), Path("/var/tmp")]  # noqa: S108 - mkdtemp is safe
 
 
-def _safe_temporary_folder() -> Path:
+def safe_temporary_folder() -> Path:
+    """Return a folder of temporary files with a safe path.
+
+    Raises:
+        BuildError: if there is none.
+    """
     for folder in _temporary_folders():
         if is_safe(folder) and os.access(folder, os.W_OK):
             return folder
@@ -100,7 +105,7 @@ def remove_leftovers(build: Path) -> None:
     scratches = {path: _own_folder(path) for path in build.glob(f"{_PREFIX}*") if _SCRATCH.fullmatch(path.name)}
     folders = {folder for folder in scratches.values() if folder is not None}
     if folders:
-        _end_orphans(folders)
+        end_orphans(folders)
     for path, folder in scratches.items():
         if path.is_symlink() and folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -135,7 +140,7 @@ def library_folders(build: Path) -> list[Path]:
     return sorted(path for path in build.glob(f"{LIBRARIES_PREFIX}*") if LIBRARIES.fullmatch(path.name))
 
 
-def _end_orphans(scratches: set[Path]) -> None:
+def end_orphans(scratches: set[Path]) -> None:
     """End the compilers whose environment names one of these scratch folders, perhaps by its path before a move.
 
     A folder that was copied while a build ran has scratch folders of the same names. That build goes on.

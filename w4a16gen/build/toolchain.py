@@ -25,15 +25,21 @@ _HASHED_VARIABLES = ("COMPILER_PATH", "GCC_EXEC_PREFIX", "GCC_ROOT")
 
 
 @dataclass(frozen=True)
-class Toolchain:
-    """The tools of a build, each an absolute path."""
+class Compilers:
+    """What compiling kernels needs, each an absolute path."""
 
     nvcc: Path
     cuda_include: Path
-    cudart: Path
     cutlass_include: Path | None
     """CUTLASS's headers; only kernels that include them need them."""
     host_compiler: Path
+
+
+@dataclass(frozen=True)
+class Toolchain(Compilers):
+    """The tools of a build: those of compiling, and those of linking."""
+
+    cudart: Path
     cmake: Path
     ninja: Path
 
@@ -207,21 +213,28 @@ def require_cuobjdump() -> Path:
     return require("cuobjdump", find_cuobjdump(), install_cuda())
 
 
-def describe_compiler(toolchain: Toolchain) -> str:
+def compiler_versions(tools: Compilers) -> dict[str, str]:
+    """Return what identifies the compilers, by name: their versions, and variables that select their parts."""
+    nvcc = program_version(tools.nvcc).strip().splitlines()
+    host = program_version(tools.host_compiler).strip().splitlines()
+    variables = {name: os.environ[name] for name in _HASHED_VARIABLES if name in os.environ}
+    return {"nvcc": nvcc[-1] if nvcc else "nvcc", "g++": host[0] if host else "host compiler", **variables}
+
+
+def describe_compiler(tools: Compilers) -> str:
     """Return the versions of nvcc and the host compiler, for content hashes and reports."""
-    nvcc = program_version(toolchain.nvcc).strip().splitlines()
-    host = program_version(toolchain.host_compiler).strip().splitlines()
-    return f"{nvcc[-1] if nvcc else 'nvcc'}; {host[0] if host else 'host compiler'}"
+    versions = compiler_versions(tools)
+    return f"{versions['nvcc']}; {versions['g++']}"
 
 
-def compiler_identity(toolchain: Toolchain) -> str:
+def compiler_identity(tools: Compilers) -> str:
     """Return what identifies the compilers in content hashes: versions, and variables that select their parts."""
-    variables = (f"{name}={os.environ[name]}" for name in _HASHED_VARIABLES if name in os.environ)
-    return "\n".join([describe_compiler(toolchain), *variables])
+    variables = (f"{name}={value}" for name, value in compiler_versions(tools).items() if name in _HASHED_VARIABLES)
+    return "\n".join([describe_compiler(tools), *variables])
 
 
-def find_toolchain() -> Toolchain:
-    """Find every tool of a build. CUTLASS may be missing: see `Toolchain.cutlass_include`.
+def find_compilers() -> Compilers:
+    """Find what compiling needs. CUTLASS may be missing: see `Compilers.cutlass_include`.
 
     Raises:
         MissingToolError: naming the first tool that is missing and the command that installs it.
@@ -234,13 +247,25 @@ def find_toolchain() -> Toolchain:
             f"{nvcc} is {release}; {MIN_NVCC[0]}.{MIN_NVCC[1]} or newer is needed. Fix: {install_cuda()}"
         )
     include = require("cuda_runtime_api.h", find_cuda_include(nvcc), install_cuda())
-    require("Python.h", find_python_header(), install_python_headers())
-    return Toolchain(
+    return Compilers(
         nvcc=nvcc,
         cuda_include=include,
-        cudart=require("libcudart_static.a", find_cudart(include), install_cuda()),
         cutlass_include=find_cutlass(),
         host_compiler=require("g++", find_host_compiler(include), INSTALL_COMPILER),
+    )
+
+
+def find_toolchain() -> Toolchain:
+    """Find every tool of a build.
+
+    Raises:
+        MissingToolError: naming the first tool that is missing and the command that installs it.
+    """
+    found = find_compilers()
+    require("Python.h", find_python_header(), install_python_headers())
+    return Toolchain(
+        **vars(found),
+        cudart=require("libcudart_static.a", find_cudart(found.cuda_include), install_cuda()),
         cmake=require("cmake", find_cmake(), pip_install("cmake")),
         ninja=require("ninja", find_ninja(), pip_install("ninja")),
     )

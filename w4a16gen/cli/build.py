@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from w4a16gen.cli.cluster import HERE, ClusterChoice, cluster_options, compile_options, connected, tell_nodes
 from w4a16gen.cli.help import FILES, ExampleCommand, option
 from w4a16gen.cli.options import build_option, filter_options, generated_option, jobs_option, json_option
 from w4a16gen.cli.output import note, print_result
@@ -22,7 +23,12 @@ if TYPE_CHECKING:
 
 
 def build_kernels(
-    wanted: Filter, spaces: Sequence[str], generated: Path, folder: Path | None, jobs: int | None
+    wanted: Filter,
+    spaces: Sequence[str],
+    generated: Path,
+    folder: Path | None,
+    jobs: int | None,
+    cluster: ClusterChoice = HERE,
 ) -> BuildReport:
     """Select, emit, compile and link kernels; say what was done and which kernels failed."""
     from w4a16gen.kernels.spaces import select_kernels
@@ -31,14 +37,21 @@ def build_kernels(
     selection = select_kernels(wanted, spaces)
     count = len(selection.configs)
     note(f"{count} kernels of space {' + '.join(selection.spaces)}")
-    with termination_interrupts(), services().show_progress(f"Building {count} kernels", lines=True) as progress:
+    with (
+        connected(cluster) as compilers,
+        termination_interrupts(),
+        services().show_progress(f"Building {count} kernels", lines=True) as progress,
+    ):
         report: BuildReport = services().build(
             selection.configs,
             generated=generated,
             folder=folder or default_build_folder(),
             jobs=jobs,
             progress=progress,
+            **compile_options(compilers, selection.configs),
         )
+    if cluster.address is not None:
+        tell_nodes(report.nodes)
     current = len(report.build.configs) - report.compiled
     note(f"{report.compiled} kernels compiled, {current} up to date: {report.build.library}")
     for failure in report.failures:
@@ -58,6 +71,7 @@ def build_as_json(report: BuildReport) -> dict[str, Any]:
         "up_to_date": len(report.build.configs) - report.compiled,
         "failures": failures,
         "kernels": [config.name for config in report.build.configs],
+        "nodes": [node.as_json() for node in report.nodes],
     }
 
 
@@ -77,6 +91,7 @@ def failed_status(report: BuildReport) -> int:
         ("w4a16gen build --cta 128x128x64 --cluster 2x1x1", "one shape in all three modes"),
         ("w4a16gen build --user", "for every program of yours, whatever its current folder"),
         ("w4a16gen build --space default --space trtllm -j 4", "also TensorRT-LLM's set, to compare by bench"),
+        ("w4a16gen build --space all --ray auto", "compile on the nodes of a Ray cluster"),
     ),
 )
 @filter_options
@@ -84,6 +99,7 @@ def failed_status(report: BuildReport) -> int:
 @build_option
 @option("--user", is_flag=True, section=FILES, help="Build into your own folder, where every program of yours looks.")
 @jobs_option
+@cluster_options
 @json_option
 def command(
     ctas: Sequence[CtaShape],
@@ -95,6 +111,8 @@ def command(
     folder: Path | None,
     user: bool,
     jobs: int | None,
+    ray: str | None,
+    ray_env: Path | None,
     as_json: bool,
 ) -> int:
     """Write, compile and link kernels. Only changed kernels are compiled again."""
@@ -106,7 +124,8 @@ def command(
     if user:
         folder = user_build_folder()
         generated = folder.parent / "generated"
-    report = build_kernels(Filter(ctas, clusters, modes, targets), spaces, generated, folder, jobs)
+    wanted = Filter(ctas, clusters, modes, targets)
+    report = build_kernels(wanted, spaces, generated, folder, jobs, ClusterChoice(ray, ray_env))
     if as_json:
         print_result("build", build_as_json(report))
     return failed_status(report)

@@ -80,6 +80,12 @@ def _verify(*args: Any, **options: Any) -> Any:
     return verify(*args, **options)
 
 
+def _connect(*args: Any) -> Any:
+    from w4a16gen.executors.cluster import connect
+
+    return connect(*args)
+
+
 @dataclass(frozen=True)
 class Services:
     """Functions that need a compiler, a build or a GPU."""
@@ -94,6 +100,7 @@ class Services:
     bench: Callable[..., Any] = _bench
     random_bench: Callable[..., Any] = _random_bench
     step_bench: Callable[..., Any] = _step_bench
+    connect: Callable[..., AbstractContextManager[Any]] = _connect
     show_progress: Callable[..., AbstractContextManager[Progress]] = show_progress
 
 

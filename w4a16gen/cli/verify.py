@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from w4a16gen.cli.build import build_as_json, build_kernels, failed_status
+from w4a16gen.cli.cluster import ClusterChoice, cluster_options
 from w4a16gen.cli.help import METHOD, OUTPUT, ExampleCommand, option
 from w4a16gen.cli.list import by_shape, shape_pattern
 from w4a16gen.cli.options import (
@@ -207,6 +208,7 @@ def command(
 @generated_option
 @build_option
 @jobs_option
+@cluster_options
 @gpu_option
 @report_option
 @wide_option
@@ -220,6 +222,8 @@ def build_and_verify(
     generated: Path,
     folder: Path | None,
     jobs: int | None,
+    ray: str | None,
+    ray_env: Path | None,
     require_gpu: bool,
     report: Path | None,
     wide: bool,
@@ -228,7 +232,8 @@ def build_and_verify(
     """Build kernels as `build` does, then prove them as `verify` does."""
     from w4a16gen.kernels.spaces import Filter
 
-    built = build_kernels(Filter(ctas, clusters, modes, targets), spaces, generated, folder, jobs)
+    wanted = Filter(ctas, clusters, modes, targets)
+    built = build_kernels(wanted, spaces, generated, folder, jobs, ClusterChoice(ray, ray_env))
     proven = _prove(services().load(built.build.folder), generated)
     _tell(proven, report, wide=wide, as_json=as_json)
     if as_json:

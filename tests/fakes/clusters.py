@@ -1,0 +1,49 @@
+"""Ray clusters of several nodes on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+
+class LocalCluster:
+    """A head without CPUs, and nodes that come and go."""
+
+    def __init__(self) -> None:
+        utilities = pytest.importorskip("ray.cluster_utils")
+        head = {"num_cpus": 0, "num_gpus": 0, "include_dashboard": False}
+        self._cluster = utilities.Cluster(initialize_head=True, head_node_args=head)
+        self.nodes: list[Any] = []
+
+    @property
+    def address(self) -> str:
+        return str(self._cluster.address)
+
+    def add(self, count: int = 1, *, cpus: int = 1, gpus: int = 0, **environment: str) -> Any:
+        """Start nodes with more variables than this process has; return the last."""
+        for _ in range(count):
+            node = self._cluster.add_node(num_cpus=cpus, num_gpus=gpus, env_vars=environment)
+            self.nodes.append(node)
+        self._cluster.wait_for_nodes()
+        return self.nodes[-1]
+
+    def kill(self, node: Any) -> None:
+        """End a node as a power cut does."""
+        self._cluster.remove_node(node, allow_graceful=False)
+        self.nodes.remove(node)
+
+    def shutdown(self) -> None:
+        self._cluster.shutdown()
+
+
+@contextlib.contextmanager
+def local_cluster() -> Iterator[LocalCluster]:
+    """Start a cluster; it ends with the block."""
+    cluster = LocalCluster()
+    try:
+        yield cluster
+    finally:
+        cluster.shutdown()
