@@ -196,15 +196,19 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "smallest_set": [str],
         "wrong": {str: OPTIONAL_NUMBER},
         "written": [str],
+        "nodes": [NODE],
     },
     "report": {"folder": str, "problems": int, "written": [str]},
     "tune": {
         "gpu": GPU,
         "table": str,
+        "tables": {str: str},
+        "nodes": [NODE],
         "problems": [
             {
                 "problem": PROBLEM,
                 "name": str,
+                "card": str,
                 "measured": int,
                 "known": int,
                 "left_out": int,

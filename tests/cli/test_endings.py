@@ -126,7 +126,7 @@ ERRORS = [
     for error in vars(errors).values()
     if isinstance(error, type) and issubclass(error, W4A16Error) and error is not W4A16Error
 ]
-MISSING = {"MissingToolError", "NotBuiltError", "NoHopperGpuError"}
+MISSING = {"MissingToolError", "NotBuiltError", "NoHopperGpuError", "ClusterError"}
 
 
 def library_raising(error: BaseException) -> Any:

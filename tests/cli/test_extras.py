@@ -15,7 +15,7 @@ from paths import ROOT
 
 from w4a16gen.runtime.artifact import Build
 
-BLOCKED = ("jinja2", "psutil", "pybind11", "cuda", "matplotlib", "torch", "safetensors", "hypothesis")
+BLOCKED = ("jinja2", "psutil", "pybind11", "cuda", "matplotlib", "torch", "safetensors", "hypothesis", "ray")
 PROGRAM = f"""
 import sys
 class Missing:

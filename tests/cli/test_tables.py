@@ -173,3 +173,19 @@ def test_progress_on_a_dumb_terminal_or_in_a_file_is_a_line_for_each_tenth(tmp_p
     lines = [line for line in lines_of(received) if f" of {COUNT + 1}" in line]
     assert 9 <= len(lines) <= 10
     assert lines[0] == f"Building {COUNT} kernels: step {-(-(COUNT + 1) // 10)} of {COUNT + 1}"
+
+
+BAR = """
+from w4a16gen.cli.output import note
+from w4a16gen.cli.progress import show_progress
+with show_progress("Measuring") as progress:
+    progress(1, 2, "a kernel")
+    note("a sentence")
+    progress(2, 2, "a kernel")
+"""
+
+
+def test_a_sentence_has_a_line_of_its_own_above_a_bar(tmp_path: Path) -> None:
+    code, received = run_on_terminal(["-c", BAR], 80, tmp_path)
+    assert code == 0
+    assert "a sentence" in [line.strip() for line in lines_of(received)]

@@ -27,7 +27,7 @@ from w4a16gen.cli.services import Services
 from w4a16gen.kernels.spaces import enumerate_space
 from w4a16gen.measure import tune
 
-tune_command = import_module("w4a16gen.cli.tune")
+tuning = import_module("w4a16gen.cli.tuning")
 MODE = QuantMode.FINEGRAINED_SCALE_ONLY
 KERNELS = [config for config in enumerate_space("trtllm") if config.mode is MODE]
 FOREIGN = json.dumps({"schema": SCHEMA, "gpu": "a GPU", "sm_count": 132, "times": []})
@@ -136,7 +136,7 @@ def test_a_budget_ends_tuning_in_time_and_says_what_is_left(
 ) -> None:
     clock = SimpleNamespace(monotonic=lambda: 10.0 * len(stopwatch.measured))
     monkeypatch.setattr(tune, "time", clock)
-    monkeypatch.setattr(tune_command, "time", clock)
+    monkeypatch.setattr(tuning, "time", clock)
     problems = [argument for m in (16, 32, 64, 128) for argument in ("--problem", f"{m}x512x1024")]
     done = cli.invoke(main, ["tune", *problems, "--budget", "1"])
     assert done.exit_code == 0, done.output

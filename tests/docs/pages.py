@@ -2,7 +2,7 @@
 
 A marker is an HTML comment in the line above a block:
 
-- `needs: gpu`, `needs: network`, `needs: nvcc`: what the block needs to run;
+- `needs: gpu`, `needs: network`, `needs: nvcc`, `needs: cluster`: what the block needs to run;
 - `given: NAME`: variables that the test defines before it runs the block;
 - `output`, `output: relaxed`: what the block above prints, exactly, or except for numbers and paths; a line `...`
   stands for any lines;

@@ -15,11 +15,15 @@ from typing import Any
 import jinja2
 import pytest
 from conftest import install_fake_nvcc
+from fakes.library import FakeLibrary
+from fakes.runner import Runner
 from paths import EXAMPLES, ROOT
 
 from docs.checkpoints import MODELS, tensors
 from docs.pages import PAGES, Block, blocks_of, name_of, with_outputs
 from w4a16gen.build import toolchain, versions
+from w4a16gen.cli.services import Services
+from w4a16gen.kernels.spaces import enumerate_space
 from w4a16gen.runtime.artifact import Build
 
 PROGRESS = re.compile(r"Building \d+ kernels: step \d+ of \d+|")
@@ -29,7 +33,7 @@ RUNNER = CPP_HEADERS / "sdk" / "runner.h"
 RUN_BY_CI = ("main command", "test command")
 SYNOPSES = ("docs/reference/cli.md", "docs/reference/json.md")
 """Pages whose blocks of text show how commands are written; the first is generated."""
-NEEDS = ("gpu", "network", "nvcc")
+NEEDS = ("gpu", "network", "nvcc", "cluster")
 GIVEN = ("gptq", "awq", "compressed-tensors", "gptq-folder", "gptq-model", "packed-folder", "fp16-model", *MODELS)
 CPP_EXAMPLE = Path(__file__).with_name("example.cpp.jinja")
 """A function around a C++ block, and the variables that the README takes for declared."""
@@ -207,6 +211,26 @@ def test_blocks_that_need_a_network_install_what_there_is(block: Block) -> None:
         assert found, line
         extra = found[0].groupdict().get("extra")
         assert extra is None or re.search(rf"^{extra} = \[", project, re.MULTILINE), extra
+
+
+CLUSTER_LINES = [
+    line
+    for block in every_block()
+    if block.needs("cluster")
+    for line in block.text.splitlines()
+    if line.startswith("w4a16gen ")
+]
+
+
+@pytest.mark.parametrize("line", CLUSTER_LINES)
+def test_commands_for_a_cluster_are_understood(cli: Runner, tmp_path: Path, line: str) -> None:
+    def connect(*_: Any) -> Any:
+        raise KeyboardInterrupt  # now the options have been read
+
+    (tmp_path / "env.json").write_text("{}")
+    library = FakeLibrary(enumerate_space("default")[:1])
+    cli.services = Services(load=lambda _folder: library, connect=connect)
+    assert cli.run(line.removeprefix("w4a16gen ")).exit_code == 130
 
 
 def test_the_readme_has_the_two_commands_that_ci_reads() -> None:

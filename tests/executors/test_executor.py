@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from w4a16gen.errors import ClusterError, InvalidValueError
 from w4a16gen.executors.executor import ATTEMPTS, LOST_IN_A_ROW, Executor, NodeSummary, add_summaries
-from w4a16gen.executors.node import Named, differences
+from w4a16gen.executors.node import Named, differences, place_files
 from w4a16gen.executors.place import Context, InProcess, Place, TaskFunction, WorkerLostError
 from w4a16gen.files import file_digest
 
@@ -185,3 +188,22 @@ def test_differing_versions_are_named() -> None:
         "nvcc is '13.1' there and '13.0' here",
         "g++ is 'missing' there and '12' here",
     ]
+
+
+def test_files_are_written_once_and_again_if_they_are_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    files = {"a.h": b"a", "folder/b.h": b"b"}
+    folder = place_files(files)
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*.h")} == files.keys()
+    assert folder.parent.parent.stat().st_mode & 0o77 == 0, "nobody else reads or writes them"
+    before = (folder / "a.h").stat().st_mtime_ns
+    assert place_files(files) == folder
+    assert (folder / "a.h").stat().st_mtime_ns == before
+    (folder / "a.h").write_bytes(b"x")
+    again = place_files(files)
+    assert (again / "a.h").read_bytes() == b"a"
+    other = place_files({"a.h": b"c"})
+    assert other != folder
+    os.utime(other, (0, 0))
+    place_files({"a.h": b"d"})
+    assert not other.exists(), "old files go"

@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 
+QUICK = {"include_log_monitor": False, "object_store_memory": 100 << 20}
+"""Nodes without what these tests do not use."""
+
 
 class LocalCluster:
     """A head without CPUs, and nodes that come and go."""
 
     def __init__(self) -> None:
         utilities = pytest.importorskip("ray.cluster_utils")
-        head = {"num_cpus": 0, "num_gpus": 0, "include_dashboard": False}
+        head = {"num_cpus": 0, "num_gpus": 0, "include_dashboard": False, **QUICK}
         self._cluster = utilities.Cluster(initialize_head=True, head_node_args=head)
         self.nodes: list[Any] = []
 
@@ -25,7 +28,7 @@ class LocalCluster:
     def add(self, count: int = 1, *, cpus: int = 1, gpus: int = 0, **environment: str) -> Any:
         """Start nodes with more variables than this process has; return the last."""
         for _ in range(count):
-            node = self._cluster.add_node(num_cpus=cpus, num_gpus=gpus, env_vars=environment)
+            node = self._cluster.add_node(wait=False, num_cpus=cpus, num_gpus=gpus, env_vars=environment, **QUICK)
             self.nodes.append(node)
         self._cluster.wait_for_nodes()
         return self.nodes[-1]

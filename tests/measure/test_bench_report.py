@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import csv
 import json
+import threading
 from contextlib import nullcontext
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from fakes.devices import H100
 from fakes.library import FakeLibrary
 
 from w4a16gen import Problem, QuantMode
 from w4a16gen.errors import InvalidValueError
+from w4a16gen.executors.executor import Executor
+from w4a16gen.executors.place import Context, InProcess
 from w4a16gen.measure import bench, plots
 from w4a16gen.measure import report as bench_report
+from w4a16gen.measure.gpus import Cards, Gpu
 from w4a16gen.measure.plots import draw_plots
 from w4a16gen.measure.probes import TensorPeak
 from w4a16gen.measure.record import Recorder, Row, Run, read_record, row_of
@@ -244,6 +249,40 @@ def test_bench_records_as_it_goes(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert off.wrong == {KERNEL: 1.5}
     assert off.as_json()["wrong"] == {KERNEL: 1.5}
     assert "is wrong: its error is 1.5 times the bound" in told[-2]
+
+
+def test_bench_takes_the_gpus_of_a_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    began: dict[int, int] = {}
+    all_began = threading.Barrier(2)
+
+    def compare(library: FakeLibrary, problem: Problem, *_: object, **options: object) -> Comparison:
+        assert options == {"finalists": 4, "rounds": 9, "rivals": [RIVALS[0]]}
+        began[problem.m] = library.devices()[0].sm_count
+        if problem.m <= 2:
+            all_began.wait(10)  # one on each GPU
+        return compared(problem, 10.0, floor=5.0, cublas=8.0)
+
+    monkeypatch.setattr(bench, "compare", compare)
+    monkeypatch.setattr(bench, "tensor_peak", lambda _library, _device: PEAK)
+    cards = [replace(H100, sm_count=count) for count in (1, 2)]
+    places = [InProcess(f"node {card.sm_count}", Context(Gpu(FakeLibrary([], devices=[card]), 0))) for card in cards]
+    steps: list[tuple[int, int]] = []
+    done = bench.run_bench(
+        FakeLibrary([], devices=[]),
+        [("qkv", Problem(m, 4096, 4096, 128)) for m in (1, 2, 3, 4)],
+        MODE,
+        bench.BenchOptions(rivals=RIVALS[:1]),
+        version="0.1.0",
+        report=tmp_path,
+        tell=lambda _sentence: None,
+        show_progress=lambda *_: nullcontext(lambda done, total, _what: steps.append((done, total))),
+        cards=Cards(H100, "CUDA 13.0", Executor(places)),
+    )
+    assert set(began.values()) == {1, 2}
+    assert [row.m for row in done.rows] == [1, 2, 3, 4], "in the order of the problems"
+    assert {row.m for row in read_record(tmp_path)[1]} == {1, 2, 3, 4}
+    assert (done.gpu, done.peak) == (H100, PEAK)
+    assert steps == [(number, 4) for number in range(1, 5)]
 
 
 def test_bench_shows_the_fastest_of_each_target() -> None:

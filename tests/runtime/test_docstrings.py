@@ -87,6 +87,7 @@ def test_error_classes_are_at_the_top_level_with_their_exit_codes() -> None:
         "W4A16Error": 1,
         "BuildError": 1,
         "BuildLockedError": 1,
+        "ClusterError": 3,
         "CudaError": 1,
         "InvalidValueError": 2,
         "UnsupportedProblemError": 2,

@@ -63,6 +63,8 @@ def compile_kernels(
         while running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 part, alone = running.pop(future)
+                if future.cancelled():  # another task's error, which comes too, dropped the queue
+                    continue
                 outcome = keep(build, part, hashes, future.result()[0])
                 if isinstance(outcome, Failure) and (len(part) > 1 or (outcome.killed and not alone)):
                     if outcome.killed:

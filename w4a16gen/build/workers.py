@@ -23,6 +23,7 @@ from w4a16gen.build.versions import cutlass_version, program_version
 from w4a16gen.executors.cluster import Cluster
 from w4a16gen.executors.executor import Executor
 from w4a16gen.executors.node import VERSION, Files, Named, Setup
+from w4a16gen.executors.nodes import Crew, on_cpus
 from w4a16gen.executors.place import Context, InProcess
 from w4a16gen.files import is_running
 from w4a16gen.kernels.config import KernelConfig
@@ -63,7 +64,7 @@ def cluster_workers(cluster: Cluster, configs: Iterable[KernelConfig]) -> Worker
         if not needs_cutlass:
             del expected[_CUTLASS]
         setup = Setup(Named.of(open_compiler))
-        return cluster.executor(setup, _headers(), Named.of(identify), expected, most=jobs)
+        return on_cpus(cluster, Crew(setup, _headers(), Named.of(identify), expected), most=jobs)
 
     return start
 

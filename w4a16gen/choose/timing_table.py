@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -179,6 +180,12 @@ class TuningTable:
                 fastest = min(valid, key=lambda config: (valid[config], config))
                 return fastest, valid[fastest]
         return None
+
+
+def card_table(device: Device) -> str:
+    """Return the file name of one card's table, where a build has tables of several kinds."""
+    slug = re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-")
+    return f"tuning-{slug}-{device.sm_count}.json"
 
 
 def _steps(m: int) -> int:

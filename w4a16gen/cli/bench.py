@@ -10,7 +10,9 @@ import click
 from click.core import ParameterSource
 
 from w4a16gen import __version__
+from w4a16gen.cli.cluster import ClusterChoice, cluster_options, tell_nodes
 from w4a16gen.cli.first_build import load_or_build
+from w4a16gen.cli.gpus import GpuChoice, card_option, one_kind_of
 from w4a16gen.cli.help import METHOD, OUTPUT, ExampleCommand, option
 from w4a16gen.cli.options import Parsed, build_option, count_option, json_option, parse_percent, wide_option
 from w4a16gen.cli.output import note, print_result
@@ -48,6 +50,7 @@ COLUMNS = (
 _OF_PROBLEMS = ("problems", "models", "files", "tokens")
 _OF_DRAWS = ("seed", "budget", "choose_from")
 _OF_SINGLES = ("slack", "report_folder")
+_OF_CLUSTERS = ("ray", "ray_env", "card")
 _FRONT = 4
 """Columns in front of those of targets."""
 
@@ -96,6 +99,8 @@ _FRONT = 4
     help="Write JSON lines, CSV, plots and an HTML page into this folder.",
 )
 @wide_option
+@cluster_options
+@card_option
 @build_option
 @json_option
 def command(
@@ -119,6 +124,9 @@ def command(
     slack: float | None,
     report_folder: Path | None,
     wide: bool,
+    ray: str | None,
+    ray_env: Path | None,
+    card: str | None,
     folder: Path | None,
     as_json: bool,
 ) -> int:
@@ -137,12 +145,15 @@ def command(
     from w4a16gen.measure.rivals import RIVALS, RIVALS_OF_DRAWS
 
     if steps:
+        _refuse("--step runs on this machine", *_OF_CLUSTERS)
         _refuse("--step times a whole model", "random", *_OF_PROBLEMS, *_OF_DRAWS, *_OF_SINGLES, "finalists")
         of_steps = RIVALS_OF_DRAWS if rivals else ()
         choice = StepChoice(steps, sequences, context, prefill, layers, mode, rounds, of_steps)
         return step_bench(choice, folder, wide=wide, as_json=as_json)
     _refuse("only --step takes them", "sequences", "context", "prefill", "layers")
+    where = GpuChoice(ClusterChoice(ray, ray_env), card=card)
     if random is not None:
+        _refuse("--random runs on this machine", *_OF_CLUSTERS)
         _refuse("--random draws the problems", *_OF_PROBLEMS)
         _refuse("--random times the promising kernels only", "slack")
         chosen_rivals = () if rivals is False else RIVALS_OF_DRAWS
@@ -156,21 +167,28 @@ def command(
     _refuse("only --random takes them", *_OF_DRAWS)
 
     named = named_problems(problems, models, files, tokens, mode)
-    measured: Bench = services().bench(
-        load_or_build(folder),
-        named,
-        mode,
-        BenchOptions(finalists or 4, rounds, RIVALS if rivals else (), None if slack is None else slack / 100),
-        version=__version__,
-        report=report_folder,
-        tell=note,
-        show_progress=services().show_progress,
-    )
+    options = BenchOptions(finalists or 4, rounds, RIVALS if rivals else (), None if slack is None else slack / 100)
+    library = load_or_build(folder) if ray is None else services().load(folder)
+    with one_kind_of(where, library) as cards:
+        measured: Bench = services().bench(
+            library,
+            named,
+            mode,
+            options,
+            version=__version__,
+            report=report_folder,
+            tell=note,
+            show_progress=services().show_progress,
+            **({} if cards is None else {"cards": cards}),
+        )
+        nodes = [] if cards is None else cards.executor.summaries
+    tell_nodes(nodes)
     if not measured.cublas_timed:
         note("torch is not installed: cuBLAS FP16 was not timed beside the kernels.")
     written = [] if report_folder is None else write_pages(report_folder, measured.run, measured.rows)
     if as_json:
-        print_result("bench", measured.as_json() | {"written": [str(path) for path in written]})
+        more = {"written": [str(path) for path in written], "nodes": [node.as_json() for node in nodes]}
+        print_result("bench", measured.as_json() | more)
     else:
         _show(measured, mode, wide=wide)
     if not measured.wrong:

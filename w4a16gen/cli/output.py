@@ -8,7 +8,8 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 import click
@@ -53,7 +54,25 @@ def note(text: str, *, label: str = "", color: str = "red") -> None:
     lines = wrapped(f"{label} {text}" if label else text, sys.stderr)
     if label and uses_color(sys.stderr):
         lines[0] = click.style(label, fg=color, bold=True) + lines[0][len(label) :]
-    click.echo("\n".join(lines), err=True)
+    _print_error("\n".join(lines))
+
+
+def _to_stderr(text: str) -> None:
+    click.echo(text, err=True)
+
+
+_print_error: Callable[[str], None] = _to_stderr
+
+
+@contextmanager
+def printed_by(print_error: Callable[[str], None]) -> Iterator[None]:
+    """Let a progress bar print what `note` says meanwhile, above itself."""
+    global _print_error  # noqa: PLW0603
+    before, _print_error = _print_error, print_error
+    try:
+        yield
+    finally:
+        _print_error = before
 
 
 def wrapped(text: str, stream: TextIO | None, indent: int = 0) -> list[str]:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from w4a16gen.cli.output import is_terminal, note
+from w4a16gen.cli.output import is_terminal, note, printed_by
 from w4a16gen.progress import Progress, no_progress
 
 _BAR_WIDTH = 20
@@ -69,7 +69,11 @@ def _bar(title: str, total: int | None) -> Iterator[Progress]:
         progress.TextColumn("{task.description}", markup=False, table_column=step),
     )
     console = Console(stderr=True, highlight=False)
-    with progress.Progress(*columns, console=console, transient=True, expand=True) as bar:
+
+    def print_above(text: str) -> None:
+        console.print(Text.from_ansi(text), soft_wrap=True)
+
+    with progress.Progress(*columns, console=console, transient=True, expand=True) as bar, printed_by(print_above):
         task = bar.add_task(title, total=total)
 
         def report(done: int, total: int, what: str) -> None:

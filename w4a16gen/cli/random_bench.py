@@ -114,7 +114,7 @@ def random_bench(choice: RandomChoice, folder: Path | None, report: Path | None,
     )
     written = write_pages(written_to, measured.run, measured.rows)
     if as_json:
-        print_result("bench", measured.as_json() | {"written": [str(path) for path in written]})
+        print_result("bench", measured.as_json() | {"written": [str(path) for path in written], "nodes": []})
     else:
         _show(measured, wide=wide)
     _say_what_is_missing(measured, written_to)

@@ -137,7 +137,14 @@ def step_bench(choice: StepChoice, folder: Path | None, *, wide: bool, as_json: 
 
 def _as_json(gpu: Device, measured: Sequence[StepBench]) -> dict[str, Any]:
     """Return the object of the command, as without `--step`."""
-    nothing: dict[str, object] = {"random": None, "comparisons": [], "smallest_set": [], "wrong": {}, "written": []}
+    nothing: dict[str, object] = {
+        "random": None,
+        "comparisons": [],
+        "smallest_set": [],
+        "wrong": {},
+        "written": [],
+        "nodes": [],
+    }
     return {"gpu": gpu.as_json(), "peak_tflops": None, **nothing, "steps": [found.as_json() for found in measured]}
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from w4a16gen import __version__
+from w4a16gen.cli.cluster import ClusterChoice, cluster_options, tell_nodes
+from w4a16gen.cli.gpus import GpuChoice, card_option
 from w4a16gen.cli.help import FILES, METHOD, WHICH_KERNELS, ExampleCommand, option
 from w4a16gen.cli.options import (
     Parsed,
@@ -22,19 +22,13 @@ from w4a16gen.cli.options import (
 )
 from w4a16gen.cli.output import note, print_result
 from w4a16gen.cli.problems import checkpoint_option, checkpoint_problems, named_problems, problems_options
-from w4a16gen.cli.progress import termination_interrupts
-from w4a16gen.cli.services import services
-from w4a16gen.errors import NotBuiltError
+from w4a16gen.cli.tuning import How, build_and_tune, table_of, tune_build
 from w4a16gen.kernels.named_spaces import SPACES
 
 if TYPE_CHECKING:
-    from w4a16gen.choose.timing_table import TuningTable
-    from w4a16gen.kernels.config import KernelConfig, QuantMode
-    from w4a16gen.kernels.device import Device
+    from w4a16gen.kernels.config import QuantMode
     from w4a16gen.kernels.problem import Problem
-    from w4a16gen.measure.space_tuning import SpaceTuned, Workshop
-    from w4a16gen.measure.tune import Job
-    from w4a16gen.runtime.library import Library
+    from w4a16gen.measure.space_tuning import SpaceTuned
 
 MOST_GPUS = 1024
 SECONDS_PER_MINUTE = 60
@@ -69,10 +63,9 @@ SECONDS_PER_MINUTE = 60
     "--gpus",
     section=METHOD,
     most=MOST_GPUS,
-    default=1,
-    show_default=True,
-    help="GPUs of this machine to measure on, one problem at a time on each.",
+    help="GPUs to measure on, one problem at a time on each.  [default: 1; with --ray all of each kind]",
 )
+@card_option
 @option("--again", is_flag=True, section=METHOD, help="Also measure what the table already has.")
 @option(
     "--dependent",
@@ -88,6 +81,7 @@ SECONDS_PER_MINUTE = 60
 )
 @generated_option
 @jobs_option
+@cluster_options
 @build_option
 @json_option
 def command(
@@ -99,12 +93,15 @@ def command(
     checkpoints: Sequence[Path],
     space: str | None,
     table: Path | None,
-    gpus: int,
+    gpus: int | None,
+    card: str | None,
     again: bool,
     dependent: bool,
     budget: float | None,
     generated: Path,
     jobs: int | None,
+    ray: str | None,
+    ray_env: Path | None,
     folder: Path | None,
     as_json: bool,
 ) -> None:
@@ -117,68 +114,29 @@ def command(
     """
     by_mode = _problems_by_mode(problems, models, files, tokens, mode, checkpoints)
     seconds = None if budget is None else budget * SECONDS_PER_MINUTE
+    where = GpuChoice(ClusterChoice(ray, ray_env), gpus, card)
+    how = How(table, again, dependent)
     if space is None:
-        deadline = None if seconds is None else time.monotonic() + seconds
-        library = services().load(folder)
-        gpu = library.hopper_device()
-        devices = _devices(library.hopper_devices(), gpu, gpus)
-        outcomes = []
-        for of_mode, named in by_mode.items():
-            job = _job(library, gpu, of_mode, table, again=again, dependent=dependent, deadline=deadline)
-            outcomes += job.run(named, devices, tell=note, show_progress=services().show_progress)
         found = None
-        left_out = sum(map(len, by_mode.values())) - len(outcomes)
-        if left_out:
-            note(f"{left_out} problems are not measured: the same command goes on", label="warning:")
+        measured = tune_build(by_mode, seconds, where, how, folder)
     else:
         if table is not None:
             raise click.UsageError("--table does not go with --space: the times belong to the build that is left")
         from w4a16gen.build.limits import usable_cores
-        from w4a16gen.measure.space_tuning import SpaceRequest, tune_space
+        from w4a16gen.measure.space_tuning import SpaceRequest
 
-        gpu = _find_gpu(gpus)
         request = SpaceRequest(space, by_mode, folder or _default_folder(), jobs or usable_cores(), seconds)
-        _known(_table_of(request.folder, None), gpu, dependent=dependent)  # refused before anything is built
-
-        def job_of(library: Library, of_mode: QuantMode) -> Job:
-            return _job(library, gpu, of_mode, None, again=again, dependent=dependent)
-
-        found = tune_space(request, gpu, job_of, _workshop(request.folder, generated, jobs), gpus=gpus)
-        outcomes = list(found.outcomes)
-        library = services().load(request.folder)
+        found, measured = build_and_tune(request, where, how, generated, jobs)
         _say(found, request.folder)
-    path = _table_of(library.build.folder, table)
+    if ray is not None:
+        tell_nodes(measured.nodes)
     if as_json:
-        measured = [outcome.as_json() for outcome in outcomes]
         of_space = None if found is None else found.as_json()
-        print_result("tune", {"gpu": gpu.as_json(), "table": str(path), "problems": measured, "space": of_space})
-    if any(outcome.times for outcome in outcomes):
-        note(f"Wrote {path}" + ("" if table else ". New processes will use it to choose kernels."))
-
-
-def _workshop(folder: Path, generated: Path, jobs: int | None) -> Workshop:
-    """Return the services of this command that build and load kernels."""
-    from w4a16gen.measure.space_tuning import Workshop
-
-    def load() -> Library | None:
-        try:
-            return services().load(folder)
-        except NotBuiltError:
-            return None
-
-    def build(configs: Sequence[KernelConfig]) -> Library:
-        title = f"Building {len(configs)} kernels"
-        with termination_interrupts(), services().show_progress(title, lines=True) as progress:
-            report = services().build(configs, generated=generated, folder=folder, jobs=jobs, progress=progress)
-        note(f"{report.compiled} kernels compiled, {len(report.build.configs) - report.compiled} up to date")
-        for failure in report.failures:
-            note(f"{failure.name}: {failure.summary}; log: {failure.log}", label="FAILED")
-        return services().load(folder)
-
-    def compiled(configs: Sequence[KernelConfig]) -> set[KernelConfig]:
-        return set(services().compiled(configs, folder))
-
-    return Workshop(load, build, compiled, note, services().show_progress)
+        print_result("tune", measured.as_json() | {"space": of_space})
+    written = {outcome.card for outcome in measured.outcomes if outcome.times}
+    for path in (path for card_name, path in measured.tables.items() if card_name in written):
+        used = path == table_of(measured.folder)
+        note(f"Wrote {path}" + (". New processes will use it to choose kernels." if used else ""))
 
 
 def _problems_by_mode(
@@ -201,71 +159,10 @@ def _problems_by_mode(
     return {of_mode: [(name, problem) for problem, name in found.items()] for of_mode, found in names.items()}
 
 
-def _devices(hopper: Sequence[Device], gpu: Device, gpus: int) -> list[int]:
-    """Return the GPUs to measure on: as many as asked for, of the first one's model."""
-    same = [found.index for found in hopper if found.name == gpu.name]
-    if gpus > len(same):
-        raise click.UsageError(f"--gpus {gpus} is more than the {len(same)} {gpu.name} of this machine")
-    return same[:gpus]
-
-
-def _find_gpu(gpus: int) -> Device:
-    """Return the first Hopper GPU, before anything is built."""
-    from w4a16gen.runtime.devices import first_hopper
-
-    driver = services().find_driver()
-    found = () if driver is None else driver.gpus
-    gpu = first_hopper(found)
-    _devices([device for device in found if device.is_hopper], gpu, gpus)
-    return gpu
-
-
 def _default_folder() -> Path:
     from w4a16gen.runtime.folders import default_build_folder
 
     return default_build_folder()
-
-
-def _table_of(folder: Path, table: Path | None) -> Path:
-    from w4a16gen.choose.timing_table import TABLE
-
-    return table or folder / TABLE
-
-
-def _known(path: Path, gpu: Device, *, dependent: bool) -> TuningTable:
-    """Return the times that are known.
-
-    Raises:
-        InvalidValueError: if the table is of another GPU or of other launches.
-    """
-    from w4a16gen.choose.timing_table import TuningTable
-
-    known = TuningTable(gpu.name, gpu.sm_count, dependent=dependent)
-    return TuningTable.read(path).updated(known) if path.exists() else known
-
-
-def _job(
-    library: Library,
-    gpu: Device,
-    mode: QuantMode,
-    table: Path | None,
-    *,
-    again: bool,
-    dependent: bool,
-    deadline: float | None = None,
-) -> Job:
-    """Return the measuring job for a build."""
-    from w4a16gen.measure.tune import Job
-
-    path = _table_of(library.build.folder, table)
-    driver = services().find_driver()
-    versions = {
-        "w4a16gen": __version__,
-        "compiler": str(library.build.manifest.compiler),
-        "driver": "none" if driver is None else f"CUDA {driver.cuda_version[0]}.{driver.cuda_version[1]}",
-    }
-    known = _known(path, gpu, dependent=dependent)
-    return Job(library, gpu, mode, path, known, again, dependent, versions, deadline=deadline)
 
 
 def _say(found: SpaceTuned, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A Ray cluster as a place to run tasks: connecting, which nodes may take part, and what was lost."""
+"""The connection to a Ray cluster. Nothing else of this package speaks to Ray."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,28 +18,14 @@ from urllib.parse import urlsplit
 
 from w4a16gen.errors import ClusterError, W4A16Error, missing_extra
 from w4a16gen.executors.executor import Executor
-from w4a16gen.executors.node import (
-    Files,
-    Named,
-    Report,
-    Setup,
-    describe_node,
-    differences,
-    is_alive,
-    one_line,
-    run_task,
-)
-from w4a16gen.executors.place import Place, TaskFunction, WorkerLostError
+from w4a16gen.executors.node import is_alive, one_line
+from w4a16gen.executors.place import WorkerLostError
 
 AUTO = "auto"
 """The address of the cluster that this machine belongs to."""
-PATIENCE_SECONDS = 60.0
-"""How long a run without any worker waits for a node to join."""
 _REACH_SECONDS = 5.0
 _ANSWER_SECONDS = 30.0
-"""How long other nodes are waited for once one can be used. Later ones join then."""
-_LOOK_SECONDS = 5.0
-"""Time between looks for nodes that have joined."""
+"""How long a node that has lost a worker may take to show that it is alive."""
 _POLL_SECONDS = 0.5
 _QUIET = {
     "RAY_gcs_rpc_server_connect_timeout_s": "5",
@@ -151,7 +137,7 @@ class Cluster:
 
     def __init__(self, ray: Any, tell: Tell) -> None:
         """Take the module, which is connected."""
-        self._ray, self._tell = ray, tell
+        self._ray, self.tell = ray, tell
         self._executors: list[Executor] = []
         self._threads: list[threading.Thread] = []
 
@@ -179,54 +165,37 @@ class Cluster:
 
     def answers(self, node: Node) -> bool:
         """Return whether a node still runs tasks: the cluster notices after some time only that one has died."""
-        ref = self._ray.remote(is_alive).options(max_retries=0, **self._on(node, num_cpus=0)).remote()
         try:
-            return bool(self.fetch(ref, time.monotonic() + _ANSWER_SECONDS))
+            return bool(self.fetch(self.start(is_alive, node, num_cpus=0), time.monotonic() + _ANSWER_SECONDS))
         except (WorkerLostError, W4A16Error):
             return False
 
-    def executor(
-        self, setup: Setup, files: Files, identify: Named, expected: Mapping[str, str], *, most: int | None
-    ) -> Executor:
-        """Return an executor on the CPUs of all nodes whose versions are those of this machine.
-
-        Args:
-            setup: prepares the workers.
-            files: what they need; sent once to each node.
-            identify: finds the versions on a node.
-            expected: the versions of this machine; a node that differs gets no work, and is named.
-            most: tasks at once; None takes all CPUs.
-
-        Raises:
-            ClusterError: if no node can be used.
-        """
-        sent = self._ray.put(dict(files))
-
-        def ask(node: Node) -> list[Any]:
-            options = self._on(node, num_cpus=0)
-            return [self._ray.remote(describe_node).options(max_retries=0, **options).remote(identify)] * (
-                node.cpus > 0
-            )
-
-        def place_of(node: Node, _ref: Any, report: Report) -> Place | None:
-            if fault := _fault(report, expected):
-                self._tell(f"{node.name} gets no work: {fault}")
-                return None
-            return _Cpus(self, node, setup, sent)
-
-        recruits = _Recruits(self, ask, place_of)
-        places = recruits.first(_ANSWER_SECONDS)
-        if not places:
-            raise ClusterError("no node of the cluster can compile: see the sentences above, or start nodes with CPUs")
-        executor = Executor(places, tell=self._tell, most=most, patience=PATIENCE_SECONDS)
+    def manage(self, executor: Executor, threads: Iterable[threading.Thread] = ()) -> Executor:
+        """Return an executor that stops, with its threads, before the connection ends."""
         self._executors.append(executor)
-        self._threads.append(recruits.go_on(executor.add, lambda: executor.is_stopped))
+        self._threads += threads
         return executor
 
-    def _on(self, node: Node, **resources: float) -> dict[str, Any]:
-        """Return the options that bind a task to a node."""
-        strategies = importlib.import_module("ray.util.scheduling_strategies")
-        return {"scheduling_strategy": strategies.NodeAffinitySchedulingStrategy(node.id, soft=False), **resources}
+    def put(self, value: Any) -> Any:
+        """Send a value to the cluster, once to each node that needs it; return the reference."""
+        return self._ray.put(value)
+
+    def start(self, function: Callable[..., Any], node: Node, *arguments: Any, **resources: float) -> Any:
+        """Start a function of this package on a node; return the reference of its result."""
+        return self._ray.remote(function).options(max_retries=0, **_on(node), **resources).remote(*arguments)
+
+    def start_actor(self, kind: type, node: Node, *arguments: Any, **resources: float) -> Any:
+        """Start a process on a node that holds an object of a class of this package."""
+        return self._ray.remote(kind).options(max_restarts=0, **_on(node), **resources).remote(*arguments)
+
+    def end_actor(self, actor: Any) -> None:
+        """End such a process."""
+        self._ray.kill(actor)
+
+    def ready(self, refs: Sequence[Any]) -> list[Any]:
+        """Return the results that have come; wait a little for the first."""
+        found: list[Any] = self._ray.wait(list(refs), timeout=_POLL_SECONDS)[0]
+        return found
 
     def fetch(self, ref: Any, deadline: float = math.inf, is_stopped: Callable[[], bool] = lambda: False) -> Any:
         """Wait for a result of Ray.
@@ -256,94 +225,7 @@ class Cluster:
             raise WorkerLostError(one_line(error)) from None
 
 
-def _fault(report: Report, expected: Mapping[str, str]) -> str:
-    """Return why a node cannot be used; nothing if it can."""
-    return report.fault or "; ".join(differences(expected, report.versions))
-
-
-class _Recruits:
-    """The nodes that are asked whether they can take part: those of now, then those that join later."""
-
-    def __init__(
-        self,
-        cluster: Cluster,
-        ask: Callable[[Node], list[Any]],
-        place_of: Callable[[Node, Any, Report], Place | None],
-    ) -> None:
-        self._cluster, self._ask, self._place_of = cluster, ask, place_of
-        self._asked: dict[Any, Node] = {}
-        self._known: set[str] = set()
-
-    def first(self, seconds: float) -> list[Place]:
-        """Return the places of now; after the first answer wait only some seconds for the others."""
-        self._look()
-        places: list[Place] = []
-        deadline = time.monotonic() + seconds
-        while self._asked and (not places or time.monotonic() < deadline):
-            places += self._answers()
-        return places
-
-    def go_on(self, add: Callable[[Place], None], is_over: Callable[[], bool]) -> threading.Thread:
-        """Add places in a thread as nodes answer, until the work is over; return the thread."""
-
-        def watch() -> None:
-            looked = time.monotonic()
-            with contextlib.suppress(Exception):  # the connection may end at any time
-                while not is_over():
-                    for place in self._answers():
-                        add(place)
-                    if time.monotonic() > looked + _LOOK_SECONDS:
-                        self._look()
-                        looked = time.monotonic()
-
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        return thread
-
-    def _look(self) -> None:
-        for node in self._cluster.nodes():
-            if node.id not in self._known:
-                self._known.add(node.id)
-                self._asked.update(dict.fromkeys(self._ask(node), node))
-
-    def _answers(self) -> list[Place]:
-        """Return the places of the nodes that have answered since; wait a little."""
-        if not self._asked:
-            time.sleep(_POLL_SECONDS)
-            return []
-        ready, _ = self._cluster._ray.wait(list(self._asked), timeout=_POLL_SECONDS)  # noqa: SLF001
-        places = []
-        for ref in ready:
-            node = self._asked.pop(ref)
-            try:
-                report = self._cluster.fetch(ref)
-            except (WorkerLostError, W4A16Error) as error:
-                report = Report({}, str(error))
-            place = self._place_of(node, ref, report)
-            if place is not None:
-                places.append(place)
-        return places
-
-
-class _Cpus(Place):
-    """The CPUs of a node: a task of ours is a task of Ray."""
-
-    def __init__(self, cluster: Cluster, node: Node, setup: Setup, files: Any) -> None:
-        super().__init__(node.name, node.cpus, node.memory)
-        self._cluster, self._at, self._setup, self._files = cluster, node, setup, files
-        self._stopped = False
-
-    def stream(self, function: TaskFunction, arguments: Sequence[Any], memory: float = 0.0) -> Iterator[Any]:
-        """Run a task on the node and yield its items when it is done."""
-        options = self._cluster._on(self._at, num_cpus=1, memory=int(min(memory, self.memory)))  # noqa: SLF001
-        remote = self._cluster._ray.remote(run_task).options(max_retries=0, **options)  # noqa: SLF001
-        ref = remote.remote(self._setup, self._files, Named.of(function), list(arguments))
-        yield from self._cluster.fetch(ref, is_stopped=lambda: self._stopped)
-
-    def revive(self) -> bool:
-        """Return whether the node is alive."""
-        return self._cluster.answers(self._at)
-
-    def stop(self) -> None:
-        """Cancel the tasks that run here."""
-        self._stopped = True
+def _on(node: Node) -> dict[str, Any]:
+    """Return the options that bind work to a node."""
+    strategies = importlib.import_module("ray.util.scheduling_strategies")
+    return {"scheduling_strategy": strategies.NodeAffinitySchedulingStrategy(node.id, soft=False)}

@@ -59,6 +59,7 @@ class _Task:
     memory: float
     on_item: Callable[[Place, Any], None]
     resume: Callable[[Sequence[Any]], Sequence[Any]] | None
+    is_wanted: Callable[[], bool]
     future: Future[list[Any]] = field(default_factory=Future)
     items: list[Any] = field(default_factory=list)
     lost_at: list[Place] = field(default_factory=list)
@@ -68,7 +69,7 @@ class Executor:
     """Runs tasks on places: each goes to the place with most free slots, in the order of the queue.
 
     The queue is dynamic, so that a slow place takes fewer tasks. If a worker is lost, its task goes on at another
-    place. A task's own error is not tried again.
+    place. A task's own error is not tried again: it drops the queue, and what runs ends at its next item.
 
     Args:
         places: where tasks run. More may be added.
@@ -132,6 +133,7 @@ class Executor:
         memory: float = 0.0,
         on_item: Callable[[Place, Any], None] = lambda _place, _item: None,
         resume: Callable[[Sequence[Any]], Sequence[Any]] | None = None,
+        is_wanted: Callable[[], bool] = lambda: True,
     ) -> Future[list[Any]]:
         """Put a task into the queue.
 
@@ -141,11 +143,12 @@ class Executor:
             memory: bytes that it takes at most.
             on_item: called with the place and each item as it comes, in a thread.
             resume: returns the arguments of another try, given the items that came; None begins again.
+            is_wanted: asked when it would begin; if it is not wanted any more, its future is cancelled.
 
         Returns:
             The future of all items.
         """
-        task = _Task(function, arguments, memory, on_item, resume)
+        task = _Task(function, arguments, memory, on_item, resume, is_wanted)
         with self._changed:
             self._waiting.append(task)
             self._start_tasks()
@@ -170,15 +173,19 @@ class Executor:
     def stop(self) -> None:
         """Drop the queue, end running tasks and wait for them, though not for long."""
         with self._changed:
-            self._stopped = True
-            for task in self._waiting:
-                _cancel(task)
-            self._waiting.clear()
+            self._drop_queue()
             places = list(self._running.values())
         for place in dict.fromkeys(places):
             place.stop()
         with self._changed:
             self._changed.wait_for(lambda: not self._running, _STOP_SECONDS)
+
+    def _drop_queue(self) -> None:
+        """Begin nothing more, with the lock held."""
+        self._stopped = True
+        for task in self._waiting:
+            _cancel(task)
+        self._waiting.clear()
 
     def _start_tasks(self) -> None:
         """Start what fits, with the lock held."""
@@ -188,6 +195,9 @@ class Executor:
                 return
             task, place = found
             self._waiting.remove(task)
+            if not task.is_wanted():
+                _cancel(task)
+                continue
             self._running[task] = place
             self._begun[place] += 1
             threading.Thread(target=self._run, args=(task, place), daemon=True).start()
@@ -241,10 +251,12 @@ class Executor:
             else:
                 summary.lost += 1
                 self._lose(task, place, lost, usable=usable)
+            if lost is None:
+                _finish(task, error)
+            if error is not None:
+                self._drop_queue()
             self._start_tasks()
             self._changed.notify_all()
-        if lost is None:
-            _finish(task, error)
 
     def _take_items(self, task: _Task, place: Place) -> None:
         items = place.stream(task.function, task.arguments, task.memory)

@@ -10,7 +10,9 @@ import queue
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from w4a16gen.executors.place import Context
 VERSION = "w4a16gen"
 """The part of every node's report that names this package's version."""
 _JOIN_SECONDS = 0.2
+_KEPT_SECONDS = 7 * 86400
+"""How long a node keeps files that no task opens."""
 
 Files = Mapping[str, bytes]
 """The files that tasks need, by path relative to their folder."""
@@ -94,7 +98,9 @@ def place_files(files: Files) -> Path:
     root.mkdir(mode=0o700, exist_ok=True)
     folder = root / digest
     if folder.is_dir() and digest_of(_read(folder)) == digest:
+        os.utime(folder)
         return folder
+    _remove_old(root)
     fresh = Path(tempfile.mkdtemp(prefix=f".{digest}-", dir=root))
     for name, content in files.items():
         path = fresh / name
@@ -108,6 +114,14 @@ def place_files(files: Files) -> Path:
             return folder
         return fresh
     return folder
+
+
+def _remove_old(root: Path) -> None:
+    """Remove files that no task has opened for long."""
+    for folder in root.iterdir():
+        with suppress(OSError):
+            if folder.stat().st_mtime < time.time() - _KEPT_SECONDS:
+                shutil.rmtree(folder)
 
 
 def _read(folder: Path) -> dict[str, bytes]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import as_completed
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -13,10 +14,11 @@ from w4a16gen.kernels.config import KernelConfig, QuantMode, Target
 from w4a16gen.kernels.device import Device
 from w4a16gen.kernels.problem import Problem
 from w4a16gen.measure.compare import compare
+from w4a16gen.measure.gpus import Cards, Gpu
 from w4a16gen.measure.probes import TensorPeak, tensor_peak
 from w4a16gen.measure.record import Recorder, Row, Run, row_of, run_of
 from w4a16gen.measure.results import Comparison, errors_beyond_bounds, smallest_set
-from w4a16gen.measure.rivals import Rival
+from w4a16gen.measure.rivals import RIVALS, Rival
 from w4a16gen.progress import Progress
 from w4a16gen.runtime.library import Library
 
@@ -78,7 +80,8 @@ def run_bench(
     version: str,
     report: Path | None,
     tell: Callable[[str], None],
-    show_progress: Callable[[str], AbstractContextManager[Progress]],
+    show_progress: Callable[..., AbstractContextManager[Progress]],
+    cards: Cards | None = None,
 ) -> Bench:
     """Compare the built kernels on problems.
 
@@ -91,18 +94,50 @@ def run_bench(
         report: folder of the record, which is written problem by problem; None writes none.
         tell: called with a sentence about each finished problem.
         show_progress: shows a bar with a title.
+        cards: GPUs of a cluster, which take the problems among them; None takes the first one of this machine.
 
     Raises:
         NoHopperGpuError: if there is no Hopper GPU.
+        ClusterError: if the cluster has no worker left.
         OSError: if the record cannot be written.
     """
-    gpu = library.hopper_device()
-    peak = tensor_peak(library, gpu.index)
+    gpu = library.hopper_device() if cards is None else cards.device
+    peak = tensor_peak(library, gpu.index) if cards is None else _peak_of(cards)
     run = run_of(gpu, datetime.now(tz=timezone.utc).strftime("%Y-%m-%d"), version, peak)
     recorder = None if report is None else Recorder(report, run)
-    comparisons: list[Comparison] = []
-    rows: list[Row] = []
-    for name, problem in named:
+    done: dict[int, tuple[Comparison, Row | None]] = {}
+    problems = [problem for _, problem in named]
+    if cards is None:
+        source = _compared_here(library, problems, mode, options, show_progress)
+    else:
+        source = _compared_on(cards, problems, mode, options, show_progress)
+    for place, found in source:
+        name, problem = named[place]
+        done[place] = found, None
+        if not found.kernels:
+            tell(f"{problem}: no built kernel of mode {mode} can run it")
+            continue
+        row = row_of(name, found, peak)
+        done[place] = found, row
+        if recorder is not None:
+            recorder.add(row, found)
+        for sentence in sentences(name, row, found):
+            tell(sentence)
+    comparisons = [done[place][0] for place in sorted(done)]
+    rows = [of_place for _, of_place in (done[place] for place in sorted(done)) if of_place is not None]
+    small = [] if options.slack is None else smallest_set(comparisons, options.slack)
+    return Bench(gpu, run, peak, comparisons, rows, small)
+
+
+def _compared_here(
+    library: Library,
+    problems: Sequence[Problem],
+    mode: QuantMode,
+    options: BenchOptions,
+    show_progress: Callable[..., AbstractContextManager[Progress]],
+) -> Iterator[tuple[int, Comparison]]:
+    """Compare the kernels on one problem after the other, on the first GPU; yield each place in the list."""
+    for place, problem in enumerate(problems):
         with show_progress(str(problem)) as progress:
             found = compare(
                 library,
@@ -113,17 +148,48 @@ def run_bench(
                 rivals=options.rivals,
                 progress=progress,
             )
-        comparisons.append(found)
-        if not found.kernels:
-            tell(f"{problem}: no built kernel of mode {mode} can run it")
-            continue
-        rows.append(row_of(name, found, peak))
-        if recorder is not None:
-            recorder.add(rows[-1], found)
-        for sentence in sentences(name, rows[-1], found):
-            tell(sentence)
-    small = [] if options.slack is None else smallest_set(comparisons, options.slack)
-    return Bench(gpu, run, peak, comparisons, rows, small)
+        yield place, found
+
+
+def _compared_on(
+    cards: Cards,
+    problems: Sequence[Problem],
+    mode: QuantMode,
+    options: BenchOptions,
+    show_progress: Callable[..., AbstractContextManager[Progress]],
+) -> Iterator[tuple[int, Comparison]]:
+    """Compare the kernels on problems, each on one of the GPUs of a cluster, in the order in which they end."""
+    rivals = [rival.name for rival in options.rivals]
+    with cards.executor as executor, show_progress(f"Comparing on {executor.slots} GPUs", len(problems)) as progress:
+        futures = {
+            executor.submit(compare_problem, problem, mode, options.finalists, options.rounds, rivals): place
+            for place, problem in enumerate(problems)
+        }
+        for done, future in enumerate(as_completed(futures), 1):
+            if not future.cancelled():  # another task's error, which comes too, dropped the queue
+                place = futures[future]
+                found: Comparison = future.result()[0]
+                progress(done, len(problems), str(problems[place]))
+                yield place, found
+
+
+def compare_problem(
+    gpu: Gpu, problem: Problem, mode: QuantMode, finalists: int, rounds: int, rivals: Sequence[str]
+) -> Iterator[Comparison]:
+    """Compare the kernels on one problem, with rivals by name: the task that executors run."""
+    chosen = [rival for rival in RIVALS if rival.name in rivals]
+    yield compare(gpu.library, problem, mode, finalists=finalists, rounds=rounds, rivals=chosen)
+
+
+def _peak_of(cards: Cards) -> TensorPeak | None:
+    """Return the peak of one of the GPUs of a cluster."""
+    peak: TensorPeak | None = cards.executor.submit(find_peak).result()[0]
+    return peak
+
+
+def find_peak(gpu: Gpu) -> Iterator[TensorPeak | None]:
+    """Measure the peak of a GPU: the task that executors run."""
+    yield tensor_peak(gpu.library, gpu.index)
 
 
 def sentences(name: str, row: Row, found: Comparison) -> list[str]:

@@ -18,6 +18,7 @@ from w4a16gen.kernels.device import Device
 from w4a16gen.kernels.problem import Problem, why_cannot_run
 from w4a16gen.kernels.spaces import enumerate_space
 from w4a16gen.measure.alone import alone
+from w4a16gen.measure.gpus import Cards
 from w4a16gen.measure.promising import promising, to_build
 from w4a16gen.measure.refine import REFINED, Refined
 from w4a16gen.measure.results import smallest_cover
@@ -59,6 +60,8 @@ class Workshop:
     """Builds exactly these kernels, says which fail, and loads them."""
     compiled: Callable[[Sequence[KernelConfig]], set[KernelConfig]]
     """Returns those of some kernels whose objects are in the folder."""
+    measure_on: Callable[[Library], AbstractContextManager[Cards]]
+    """Provides the GPUs that measure a build."""
     tell: Callable[[str], None]
     show_progress: Callable[..., AbstractContextManager[Progress]]
     """Takes a title, and the number of steps if it is known."""
@@ -97,7 +100,7 @@ class SpaceTuned:
         }
 
 
-def tune_space(request: SpaceRequest, gpu: Device, job_of: Any, workshop: Workshop, *, gpus: int) -> SpaceTuned:
+def tune_space(request: SpaceRequest, gpu: Device, job_of: Any, workshop: Workshop) -> SpaceTuned:
     """Estimate a space, build and measure what is promising, and leave a build of the smallest set.
 
     Everything is kept as it is made: objects in the build's folder, times in its table. A later run with the same
@@ -106,9 +109,8 @@ def tune_space(request: SpaceRequest, gpu: Device, job_of: Any, workshop: Worksh
     Args:
         request: what is tuned.
         gpu: the GPU to estimate for.
-        job_of: returns the measuring job for a library and a mode.
-        workshop: builds and loads kernels.
-        gpus: how many GPUs measure.
+        job_of: returns the measuring job for a library, a mode and GPUs.
+        workshop: builds and loads kernels, and provides the GPUs that measure.
 
     Raises:
         UnsupportedProblemError: if no native kernel of the space can run a problem.
@@ -124,7 +126,7 @@ def tune_space(request: SpaceRequest, gpu: Device, job_of: Any, workshop: Worksh
         f"{len(to_build(wanted))} are promising"
     )
     with alone(request.folder, "--build-dir"):
-        return _build_and_measure(request, gpu, job_of, workshop, wanted, gpus=gpus, began=began, estimated=estimated)
+        return _build_and_measure(request, gpu, job_of, workshop, wanted, began=began, estimated=estimated)
 
 
 def _build_and_measure(
@@ -134,7 +136,6 @@ def _build_and_measure(
     workshop: Workshop,
     wanted: Mapping[Key, Sequence[KernelConfig]],
     *,
-    gpus: int,
     began: float,
     estimated: int,
 ) -> SpaceTuned:
@@ -145,8 +146,8 @@ def _build_and_measure(
     chosen = every if most is None else to_build(wanted, most, workshop.compiled([*every, *kept]))
     library = workshop.build([*chosen, *kept])
     deadline = None if request.budget is None else began + request.budget - LINK_SECONDS
-    outcomes = _measure(request, library, wanted, job_of, workshop, gpus=gpus, deadline=deadline)
-    table = _table(library, gpu, job_of)
+    outcomes = _measure(request, library, wanted, job_of, workshop, deadline=deadline)
+    table = _table(request.folder / TABLE, gpu)
     times = _times(library, table, list(wanted), wanted)
     smallest = _smallest(times, wanted, library)
     final = workshop.build([*smallest, *kept])
@@ -220,25 +221,23 @@ def _measure(
     job_of: Any,
     workshop: Workshop,
     *,
-    gpus: int,
     deadline: float | None,
 ) -> list[Tuned]:
     """Measure each problem's promising kernels, then those near the fastest in turns."""
     outcomes: list[Tuned] = []
-    devices = [found.index for found in library.hopper_devices() if found.name == library.hopper_device().name]
-    for mode, named in request.problems.items():
-        job: Job = replace(
-            job_of(library, mode),
-            candidates={problem: wanted[mode, problem] for _, problem in named},
-            refined=Refined(request.folder / REFINED),
-            deadline=deadline,
-        )
-        outcomes += job.run(named, devices[:gpus], tell=workshop.tell, show_progress=workshop.show_progress)
+    with workshop.measure_on(library) as cards:
+        for mode, named in request.problems.items():
+            job: Job = replace(
+                job_of(library, mode, cards),
+                candidates={problem: wanted[mode, problem] for _, problem in named},
+                refined=Refined(request.folder / REFINED),
+                deadline=deadline,
+            )
+            outcomes += job.run(named, cards.executor, tell=workshop.tell, show_progress=workshop.show_progress)
     return outcomes
 
 
-def _table(library: Library, gpu: Device, job_of: Any) -> TuningTable:
-    path = job_of(library, QuantMode.FINEGRAINED_SCALE_ONLY).path
+def _table(path: Path, gpu: Device) -> TuningTable:
     return TuningTable.read(path) if path.exists() else TuningTable.of_device(gpu)
 
 
