@@ -188,6 +188,12 @@ def test_all_entrants_compute_the_same_and_are_timed() -> None:
     assert found.floor is None  # of a GPU only
 
 
+def test_many_layers_stay_within_fp16() -> None:
+    found = measured(HostLibrary(), replace(DECODING, layers=40))
+    assert all(timing.difference < 0.01 for timing in found.timings)
+    assert not found.left_out
+
+
 def test_a_wrong_result_of_ours_is_an_error_and_a_rivals_is_left_out() -> None:
     library = HostLibrary()
     library.factor = 1.5

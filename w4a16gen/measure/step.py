@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,9 @@ OWN_PDL, OWN_DEPENDENT_PDL = "w4a16gen_pdl", "w4a16gen_dependent_pdl"
 LARGEST_DIFFERENCE = 0.1
 """Of the last hidden state from that of the dense FP16 model, as Euclidean norms. Each product rounds, and every layer
 adds to it; a wrong layer differs by 1."""
+SIZE = 0.2
+"""Of weights' scales, times the root of k. Products are then about as large as what they read, and no sum of many layers
+leaves fp16."""
 LONG_STEP = 20e3
 """Microseconds. A longer step is at the power limit, and is timed in blocks."""
 READS = 20
@@ -183,7 +187,7 @@ def run_step_bench(
         machine = gpu_machine(torch, gpu.index)
     entrants = entrants_of(library, rivals)
     weights = {
-        name: TorchWeight.drawn(machine.torch, problem, mode, place, machine.device)
+        name: TorchWeight.drawn(machine.torch, problem, mode, place, machine.device, SIZE / math.sqrt(problem.k))
         for place, (name, problem) in enumerate(step.problems().items())
     }
     stage = _Stage(machine, step, weights)

@@ -43,7 +43,9 @@ class TorchWeight:
         return cls(torch, tensor(weight.q), tensor(weight.scales.reshape(-1, weight.n)), zeros, weight.mode)
 
     @classmethod
-    def drawn(cls, torch: Any, problem: Problem, mode: QuantMode, seed: int, device: Any) -> TorchWeight:
+    def drawn(
+        cls, torch: Any, problem: Problem, mode: QuantMode, seed: int, device: Any, scale_size: float = SCALE_SIZE
+    ) -> TorchWeight:
         """Draw a weight on a device: nothing is quantised, so that a large one takes milliseconds.
 
         Args:
@@ -52,6 +54,7 @@ class TorchWeight:
             mode: the quantisation mode.
             seed: of the random values.
             device: the device.
+            scale_size: middle of the scales.
         """
         source = torch.Generator(device).manual_seed(seed)
         n, k, groups = problem.n, problem.k, problem.groups
@@ -60,7 +63,7 @@ class TorchWeight:
             return torch.randint(0, 16, shape, dtype=torch.uint8, device=device, generator=source)
 
         octaves = 2 * torch.rand((groups, n), device=device, generator=source) - 1
-        scales = (SCALE_SIZE * torch.exp2(octaves)).half()
+        scales = (scale_size * torch.exp2(octaves)).half()
         zeros = ((OFFSET - nibbles(groups, n).float()) * scales).half() if mode.has_zeros else None
         return cls(torch, nibbles(n, k), scales, zeros, mode)
 
