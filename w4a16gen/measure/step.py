@@ -36,8 +36,8 @@ LARGEST_DIFFERENCE = 0.1
 """Of the last hidden state from that of the dense FP16 model, as Euclidean norms. Each product rounds, and every layer
 adds to it; a wrong layer differs by 1."""
 SIZE = 0.2
-"""Of weights' scales, times the root of k. Products are then about as large as what they read, and no sum of many layers
-leaves fp16."""
+"""Of weights' scales, times the root of k. Products are then about as large as what they read, and no sum of many
+layers leaves fp16."""
 LONG_STEP = 20e3
 """Microseconds. A longer step is at the power limit, and is timed in blocks."""
 READS = 20
