@@ -197,7 +197,8 @@ constexpr Kernel make_kernel(const char* name) {
           &workspace_bytes<Gemm>,
           &launch<Gemm>,
           nullptr,
-          nullptr};
+          nullptr,
+          /*has_epilogues=*/false};
 }
 
 }  // namespace w4a16::cutlass_target

@@ -53,6 +53,7 @@ __device__ inline void consume(const Parameters& p, const Shared<S>& shared, con
     } else {
       consume_stages<S, Rows>(shared, mine, me, at, sum, [&] {
         if constexpr (kLoadsFactorsLate) factors.load(p, tile, me);
+        if constexpr (S::StoresThroughShared) request_residual<S>(p, shared, tile, work.rank, me);
       });
     }
     wait_for_prerequisites();  // the previous kernel may read this output or write the bias
@@ -62,13 +63,18 @@ __device__ inline void consume(const Parameters& p, const Shared<S>& shared, con
     constexpr bool kIsTight = S::Warpgroups == 4 || (S::Accumulators == 128 && kReducesTwice);
     constexpr bool kRecomputesRole = S::Reduces && !S::SpareRegisters && kIsTight;
     const Consumer here = kRecomputesRole ? consumer_at<S>(thread_index()) : me;
+    // Also where another CTA stores the tile. After the reduction this wait would make ptxas take the ring's position
+    // for different in each thread.
+    if constexpr (S::StoresThroughShared) await_residual<S>(p, shared, turn);
+    EarlyResidual<S> residual;
+    if constexpr (EarlyResidual<S>::kIsRead) residual.load(p, tile, work.rank, here);
     if constexpr (S::Reduces) {
       const Work then = renewed<S>(p.tiling, work);
       if (!reduce<S>(p, shared, tile, index, then, here, turn, sum)) continue;
     }
     if (is_redundant_cta<S>(p.tiling, static_cast<int>(blockIdx.x))) continue;
     if constexpr (!S::SpareRegisters && !kLoadsFactorsLate) factors.load(p, tile, here);
-    store<S>(p, shared, tile, work.rank, here, factors, sum);
+    store<S>(p, shared, tile, work.rank, here, factors, residual, sum);
   }
   if constexpr (S::StoresThroughShared) {
     if (me.warp == 0 && me.lane == 0) wait_for_store_reads<0>();

@@ -15,7 +15,7 @@ from w4a16gen.integrations.torch.nibbles import Tensor
 from w4a16gen.integrations.torch.ops import on_torch
 from w4a16gen.kernels.config import QuantMode
 from w4a16gen.weights.layouts.fragments import channels_join, factors_start
-from w4a16gen.weights.packed import TARGET_LAYOUTS, PackedWeight, pack_weight
+from w4a16gen.weights.packed import LAYOUT_TARGETS, PackedWeight, pack_weight
 from w4a16gen.weights.quantized import QuantizedWeight
 
 
@@ -129,5 +129,5 @@ def _packed_again(weights: Sequence[PackedWeight]) -> PackedWeight:
         parts[0].group_size,
         mode,
     )
-    target = next(target for target, layout in TARGET_LAYOUTS.items() if layout == weights[0].layout)
+    target = LAYOUT_TARGETS[weights[0].layout]
     return pack_weight(joined, target=target)
