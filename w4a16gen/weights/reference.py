@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,12 @@ class Expectation:
         self._k = weight.k
         self._weight_roundings = _WEIGHT_ROUNDINGS[weight.mode]
         self._underflow = weight_underflow(weight)
+
+    def of_tokens(self, m: int) -> Expectation:
+        """Return what is expected of the first m tokens."""
+        result = copy.copy(self)
+        vars(result).update(_product=self._product[:m], _magnitude=self._magnitude[:m], _sum=self._sum[:m])
+        return result
 
     def result(self, alpha: float, bias: Half | None, extra: Extra = PLAIN) -> Double:
         """Return activation(alpha * A x W + bias) + residual, exact up to float64."""
@@ -167,7 +174,7 @@ def random_weight(
 
 def error_over_bound(got: Half, expected: Expectation, alpha: float, bias: Half | None, extra: Extra = PLAIN) -> float:
     """Return the largest error as a multiple of its bound; infinity where a value was not written or is not finite."""
-    m = got.shape[0]
-    error = np.abs(got.astype(np.float64) - expected.result(alpha, bias, extra)[:m])
-    ratio = error / expected.bound(alpha, bias, extra)[:m]
+    asked = expected.of_tokens(got.shape[0])
+    error = np.abs(got.astype(np.float64) - asked.result(alpha, bias, extra))
+    ratio = error / asked.bound(alpha, bias, extra)
     return float("inf") if np.isnan(ratio).any() else float(ratio.max(initial=0.0))
