@@ -61,9 +61,7 @@ W4A16_HOST_DEVICE inline float sigmoid_activation(const Activation& activation, 
   const float product = x * x;
   const float square = product < activation.largest_square ? product : activation.largest_square;
   float polynomial = activation.coefficients[kActivationCoefficients - 1];
-#if defined(__CUDACC__)
 #pragma unroll
-#endif
   for (int i = kActivationCoefficients - 2; i >= 0; --i) {
     polynomial = polynomial * square + activation.coefficients[i];
   }

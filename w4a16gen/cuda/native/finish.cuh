@@ -72,9 +72,11 @@ __device__ inline void finish_from_registers(const Parameters& p, const Tile& ti
 #pragma unroll
     for (int begin = 0; begin < kGroups; begin += kTogether) {
       PieceOfOutputs<Gated> pieces[kTogether] = {};
+      if constexpr (EarlyResidual<S>::kIsRead) {
 #pragma unroll
-      for (int i = 0; i < kTogether && EarlyResidual<S>::kIsRead; ++i) {
-        for (int word = 0; word < kWords; ++word) pieces[i][word] = early.words[f][i][word];
+        for (int group = begin; group < min_of(begin + kTogether, kGroups); ++group) {
+          for (int word = 0; word < kWords; ++word) pieces[group - begin][word] = early.words[f][group][word];
+        }
       }
       if (!EarlyResidual<S>::kIsRead && p.residual_pointer != nullptr) {
 #pragma unroll

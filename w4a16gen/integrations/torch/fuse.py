@@ -58,7 +58,7 @@ def fuse(layers: Iterable[W4A16Linear]) -> W4A16Linear:
 
 
 def _keep_settings(fused: W4A16Linear, layers: Sequence[W4A16Linear]) -> None:
-    """Give a fused layer what its parts were told."""
+    """Keep the scales and the settings of the parts of a fused layer."""
     fused.activation_scale = max(layer.activation_scale for layer in layers)
     fused.output_scale = max(layer.output_scale for layer in layers)
     if any(layer.overflow == "check" for layer in layers):
