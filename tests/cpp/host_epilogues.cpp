@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "library/epilogue.h"
 #include "native/launch.cuh"
 //
 #include "native/epilogue.cuh"

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cutlass/layout.h"
+#include "library/epilogue.h"
 #include "library/kernel.h"
 #include "library/problem.h"
 #include "native/shape.h"

@@ -7,7 +7,7 @@ was written, or added twice, is off by about its own size.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ from w4a16gen.weights.quantized import Half, QuantizedWeight
 from w4a16gen.weights.reference import Expectation, Extra, random_weight
 
 KIND = "epilogue"
-SHAPES = ((272, 768, 128), (400, 1000, 1000), (1040, 256, 64))
+SHAPES = ((272, 768, 128), (400, 1000, 1000), (592, 256, 64))
 """Channels, K and group size: the last tile of channels is a part of a block, or of a pair of blocks."""
 TOKENS = (1, 7, 17, 100, 0)
 """0 stands for one more than the kernel's CTA tokens: the last tile has one token, or overlaps the tile before it."""
@@ -89,6 +89,7 @@ def prove_epilogues(
     *,
     device: int = 0,
     seed: int = 0,
+    shapes: Sequence[tuple[int, int, int]] = SHAPES,
     progress: Progress = no_progress,
 ) -> None:
     """Run every epilogue of every native kernel on a Hopper GPU and add the outcomes to the kernels' proofs.
@@ -98,6 +99,7 @@ def prove_epilogues(
         proofs: the kernels to run, with the proofs to add to.
         device: the GPU.
         seed: of the random numbers.
+        shapes: channels, K and group size of the problems.
         progress: called after the kernels of a mode have run a problem.
     """
     gpu = GuardedGpu(library, device)
@@ -105,7 +107,7 @@ def prove_epilogues(
     for config in sorted(proofs):
         if config.target is Target.NATIVE:
             by_mode.setdefault(config.mode, []).append(config)
-    todo = list(itertools.product(by_mode, SHAPES))
+    todo = list(itertools.product(by_mode, shapes))
     for done, (mode, shape) in enumerate(todo, 1):
         problem = _Problem.draw(gpu, np.random.default_rng((seed, done)), by_mode[mode][0], shape)
         for config in by_mode[mode]:

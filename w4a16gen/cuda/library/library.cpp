@@ -7,6 +7,7 @@
 #include <mutex>
 #include <string>
 
+#include "library/epilogue.h"
 #include "library/problem.h"
 #include "library/registry.h"
 

@@ -12,14 +12,6 @@ namespace w4a16 {
 constexpr int64_t kDimensionMultiple = 8;            // TMA needs row strides of a multiple of 16 bytes
 constexpr int64_t kMaxDimension = int64_t{1} << 30;  // CUTLASS counts in int32 and rounds up to whole tiles
 
-// The channels of a gated activation's gates and factors alternate in runs of 8.
-constexpr int64_t kGatedMultiple = 16;
-
-constexpr bool is_gated(int32_t activation) { return activation >= W4A16_SWIGLU && activation <= W4A16_GEGLU_ERF; }
-
-// Output channels of a product with n channels.
-constexpr int64_t output_channels(int64_t n, int32_t activation) { return is_gated(activation) ? n / 2 : n; }
-
 // Returns why the kernel cannot run the problem, or an empty string if it can.
 inline std::string why_not(const w4a16_kernel_info& kernel, const w4a16_problem& problem) {
   const auto text = [](int64_t value) { return std::to_string(value); };

@@ -5,7 +5,7 @@
 // one piece of code for all three. Their exponentials and reciprocals take longer than the polynomial.
 #pragma once
 
-#include "library/problem.h"
+#include "library/epilogue.h"
 #include "native/layout.h"
 
 namespace w4a16::native {
