@@ -64,7 +64,7 @@ __device__ inline void finish_from_registers(const Parameters& p, const Tile& ti
                                              const Accumulators<S>& sum) {
   constexpr int kWords = Gated ? 1 : 2;
   constexpr int kGroups = S::Tokens / 8;
-  constexpr int kTogether = min_of(kGroups, S::SpareRegisters ? 8 : 2);  // groups whose residual is read at once
+  constexpr int kTogether = min_of(kGroups, S::SpareRegisters ? 8 : 1);  // groups whose residual is read at once
   const auto is_stored = [&](int f, int group) { return group < kGroups && stores_piece<S>(me, rank, f, group); };
 #pragma unroll
   for (int f = 0; f < S::Fragments; ++f) {

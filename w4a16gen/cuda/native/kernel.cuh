@@ -58,9 +58,11 @@ __device__ inline void consume(const Parameters& p, const Shared<S>& shared, con
     }
     wait_for_prerequisites();  // the previous kernel may read this output or write the bias
     // Without spare registers the thread's role is computed again, since values derived from it would occupy registers
-    // during the main loop. With two warpgroups that pays only if two reductions follow (ptxas otherwise spills).
+    // during the main loop. With two warpgroups that pays only if two reductions follow, or stream-K's with scales and
+    // stages of 128 k (ptxas otherwise spills).
     constexpr bool kReducesTwice = S::WarpgroupsK > 1 && S::ClusterK > 1;
-    constexpr bool kIsTight = S::Warpgroups == 4 || (S::Accumulators == 128 && kReducesTwice);
+    constexpr bool kReducesMuch = kReducesTwice || (S::StreamK && S::Scales && S::K == kBlockK);
+    constexpr bool kIsTight = S::Warpgroups == 4 || (S::Accumulators == 128 && kReducesMuch);
     constexpr bool kRecomputesRole = S::Reduces && !S::SpareRegisters && kIsTight;
     const Consumer here = kRecomputesRole ? consumer_at<S>(thread_index()) : me;
     // Also where another CTA stores the tile. After the reduction this wait would make ptxas take the ring's position

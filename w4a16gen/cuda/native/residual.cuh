@@ -90,7 +90,8 @@ __device__ inline void to_sums(uint32_t (&word)[1], int) { word[0] = transpose_8
 // The residual of a thread's few pieces, read before the sums are reduced: the reduction hides most of the latency.
 template <class S>
 struct EarlyResidual {
-  static constexpr bool kIsRead = !S::StoresThroughShared && S::ReducesOnChip && S::Accumulators <= 16;
+  static constexpr bool kIsRead =
+      !S::StoresThroughShared && S::ReducesOnChip && S::SpareRegisters && S::Accumulators <= 16;
   static constexpr int kGroups = kIsRead ? S::Tokens / 8 : 1;
   uint32_t words[S::Fragments][kGroups][2];
 
