@@ -122,7 +122,7 @@ struct Run {
     if constexpr (native::EarlyResidual<S>::kIsRead) early.load(p, tile, rank, me);
     if constexpr (S::StoresThroughShared) native::request_residual<S>(p, shared, tile, rank, me);
     native::named_barrier(native::kFixupBarrier + 1, S::Consumers);  // the copies of the residual have ended
-    native::store<S>(p, shared, tile, rank, me, of_channels, early, sum);
+    native::store<S>(p, shared, tile, rank, me, of_channels, early, sum, /*may_exit=*/false);
   }
 
   void run_tile(const native::Tile& tile, int rank) {

@@ -70,8 +70,8 @@ def test_in_place_gives_the_same_bits_as_apart_at_the_edges_of_tiles(library: Li
 def test_chains_of_dependent_launches_give_the_bits_of_launches_one_by_one(library: Library, m: int) -> None:
     """A gated product, and one that adds to its own output, several times: kernels of all kinds behind one another."""
     rng = np.random.default_rng(m)
-    up = library.to_device(pack_weight(random_weight(rng, 2 * INNER, HIDDEN, 128, MODE, size=0.004), gated=True))
-    down = library.to_device(pack_weight(random_weight(rng, HIDDEN, INNER, 128, MODE, size=0.004)))
+    up = library.to_device(pack_weight(random_weight(rng, 2 * INNER, HIDDEN, 128, MODE, size=0.002), gated=True))
+    down = library.to_device(pack_weight(random_weight(rng, HIDDEN, INNER, 128, MODE, size=0.002)))
     x = rng.standard_normal((m, HIDDEN)).astype(np.float16)
     kernels = rng.permutation(np.array(of_mode(library), dtype=object)).tolist()
     stream = library.module.Stream(0)

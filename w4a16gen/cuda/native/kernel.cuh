@@ -76,7 +76,9 @@ __device__ inline void consume(const Parameters& p, const Shared<S>& shared, con
     }
     if (is_redundant_cta<S>(p.tiling, static_cast<int>(blockIdx.x))) continue;
     if constexpr (!S::SpareRegisters && !kLoadsFactorsLate) factors.load(p, tile, here);
-    store<S>(p, shared, tile, work.rank, here, factors, residual, sum);
+    constexpr bool kEndsHere = !S::Multicasts && !S::StoresThroughShared;  // others meet, or wait for their copies
+    const bool is_last = kEndsHere && next_tile<S>(p.tiling, work, index) >= work.end_tile;
+    store<S>(p, shared, tile, work.rank, here, factors, residual, sum, is_last);
   }
   if constexpr (S::StoresThroughShared) {
     if (me.warp == 0 && me.lane == 0) wait_for_store_reads<0>();

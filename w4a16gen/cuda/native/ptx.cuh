@@ -53,6 +53,8 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
+__device__ inline void exit_thread() { asm volatile("exit;"); }
+
 __device__ inline void pause(uint32_t cycles) {
   const uint32_t begin = clock();
   while (static_cast<uint32_t>(clock()) - begin < cycles) {
