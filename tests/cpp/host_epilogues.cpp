@@ -118,11 +118,9 @@ struct Run {
     native::ChannelFactors<S> of_channels;
     of_channels.load(p, tile, me);
     const native::Shared<S> shared(nullptr);
-    native::EarlyResidual<S> early;
-    if constexpr (native::EarlyResidual<S>::kIsRead) early.load(p, tile, rank, me);
     if constexpr (S::StoresThroughShared) native::request_residual<S>(p, shared, tile, rank, me);
     native::named_barrier(native::kFixupBarrier + 1, S::Consumers);  // the copies of the residual have ended
-    native::store<S>(p, shared, tile, rank, me, of_channels, early, sum, /*may_exit=*/false);
+    native::store<S>(p, shared, tile, rank, me, of_channels, sum, /*may_exit=*/false);
   }
 
   void run_tile(const native::Tile& tile, int rank) {

@@ -26,7 +26,7 @@ KERNELS = (
     "fgs_cta128x256x64_cluster1x1x1_warpgroups2_persistent",
     "fgs_cta256x80x128_cluster1x1x1_warpgroups2_persistent",
 )
-"""Kernels that store from registers and through shared memory, read the residual early, late, or by the copy engine,
+"""Kernels that store from registers and through shared memory, read the residual by threads or by the copy engine,
 split K in each way, and have every number of fragments."""
 RUNS = 12
 """Pairs of activation and residual in tests/cpp/host_epilogues.cpp."""

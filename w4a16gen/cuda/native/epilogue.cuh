@@ -79,26 +79,41 @@ __device__ inline void store_through_shared(const Parameters& p, const Shared<S>
   }
 }
 
-// Stores a tile. The plain epilogue has code of its own, which the others take no registers from.
-//
-// ptxas puts the longer side of a branch first, and small kernels then take 1 to 3 % longer, since the instructions of
-// the plain side are far away. A loop of at most one round comes behind it. For the same reason a thread that has
-// nothing left to do ends here, if `may_exit`.
+// The plain epilogue has code of its own, which the others take no registers from.
+template <class S>
+__device__ inline void store_plain(const Parameters& p, const Shared<S>& shared, const Tile& tile, int rank,
+                                   const Consumer& me, const ChannelFactors<S>& factors, const Accumulators<S>& sum) {
+  if constexpr (S::StoresThroughShared) {
+    store_through_shared<S>(p, shared, tile, rank, me, factors, sum);
+  } else {
+    store_from_registers<S>(p, tile, rank, me, factors, sum);
+  }
+}
+
+// Stores a tile. ptxas puts the longer side of a branch first. Small kernels then take up to 1 % longer, since the
+// instructions of the plain side are far from the main loop's. There the longer side is a loop of at most one round,
+// which comes last, and a thread that has nothing left to do ends before it if `may_exit`. Stream-K's kernels would
+// take 7 % longer in this order, and some large ones spill.
 template <class S>
 __device__ inline void store(const Parameters& p, const Shared<S>& shared, const Tile& tile, int rank,
-                             const Consumer& me, const ChannelFactors<S>& factors, const EarlyResidual<S>& residual,
-                             const Accumulators<S>& sum, bool may_exit) {
-  const int rounds = p.activation.kind == EpilogueKind::kPlain ? 0 : 1;
-  if (rounds == 0) {
-    if constexpr (S::StoresThroughShared) {
-      store_through_shared<S>(p, shared, tile, rank, me, factors, sum);
+                             const Consumer& me, const ChannelFactors<S>& factors, const Accumulators<S>& sum,
+                             bool may_exit) {
+  const bool is_plain = p.activation.kind == EpilogueKind::kPlain;
+  if constexpr (S::StoresThroughShared || S::StreamK) {
+    if (!is_plain) {
+      finish<S>(p, shared, tile, rank, me, factors, sum);
     } else {
-      store_from_registers<S>(p, tile, rank, me, factors, sum);
+      store_plain<S>(p, shared, tile, rank, me, factors, sum);
     }
-    if (may_exit) exit_thread();
-  }
+  } else {
+    if (is_plain) {
+      store_plain<S>(p, shared, tile, rank, me, factors, sum);
+      if (may_exit) exit_thread();
+    }
+    const int rounds = is_plain ? 0 : 1;
 #pragma unroll 1
-  for (int i = 0; i < rounds; ++i) finish<S>(p, shared, tile, rank, me, factors, residual, sum);
+    for (int i = 0; i < rounds; ++i) finish<S>(p, shared, tile, rank, me, factors, sum);
+  }
 }
 
 }  // namespace w4a16::native

@@ -60,9 +60,7 @@ __device__ inline void finish_piece(const Parameters& p, const PairOfChannels& c
 // the rest.
 template <class S, bool Gated>
 __device__ inline void finish_from_registers(const Parameters& p, const Tile& tile, int rank, const Consumer& me,
-                                             const ChannelFactors<S>& factors, const EarlyResidual<S>& early,
-                                             const Accumulators<S>& sum) {
-  constexpr int kWords = Gated ? 1 : 2;
+                                             const ChannelFactors<S>& factors, const Accumulators<S>& sum) {
   constexpr int kGroups = S::Tokens / 8;
   constexpr int kTogether = min_of(kGroups, S::SpareRegisters ? 8 : 1);  // groups whose residual is read at once
   const auto is_stored = [&](int f, int group) { return group < kGroups && stores_piece<S>(me, rank, f, group); };
@@ -72,13 +70,7 @@ __device__ inline void finish_from_registers(const Parameters& p, const Tile& ti
 #pragma unroll
     for (int begin = 0; begin < kGroups; begin += kTogether) {
       PieceOfOutputs<Gated> pieces[kTogether] = {};
-      if constexpr (EarlyResidual<S>::kIsRead) {
-#pragma unroll
-        for (int group = begin; group < min_of(begin + kTogether, kGroups); ++group) {
-          for (int word = 0; word < kWords; ++word) pieces[group - begin][word] = early.words[f][group][word];
-        }
-      }
-      if (!EarlyResidual<S>::kIsRead && p.residual_pointer != nullptr) {
+      if (p.residual_pointer != nullptr) {
 #pragma unroll
         for (int i = 0; i < kTogether; ++i) {
           if (!is_stored(f, begin + i)) continue;
@@ -156,8 +148,7 @@ __device__ inline void finish_through_shared(const Parameters& p, const Shared<S
 
 template <class S>
 __device__ inline void finish(const Parameters& p, const Shared<S>& shared, const Tile& tile, int rank,
-                              const Consumer& me, const ChannelFactors<S>& factors, const EarlyResidual<S>& early,
-                              const Accumulators<S>& sum) {
+                              const Consumer& me, const ChannelFactors<S>& factors, const Accumulators<S>& sum) {
   if constexpr (S::StoresThroughShared) {
     if (p.activation.gated) {
       finish_through_shared<S, true>(p, shared, tile, rank, me, factors, sum);
@@ -166,9 +157,9 @@ __device__ inline void finish(const Parameters& p, const Shared<S>& shared, cons
     }
   } else {
     if (p.activation.gated) {
-      finish_from_registers<S, true>(p, tile, rank, me, factors, early, sum);
+      finish_from_registers<S, true>(p, tile, rank, me, factors, sum);
     } else {
-      finish_from_registers<S, false>(p, tile, rank, me, factors, early, sum);
+      finish_from_registers<S, false>(p, tile, rank, me, factors, sum);
     }
   }
 }

@@ -68,17 +68,15 @@ __device__ inline void consume(const Parameters& p, const Shared<S>& shared, con
     // Also where another CTA stores the tile. After the reduction this wait would make ptxas take the ring's position
     // for different in each thread.
     if constexpr (S::StoresThroughShared) await_residual<S>(p, shared, turn);
-    EarlyResidual<S> residual;
-    if constexpr (EarlyResidual<S>::kIsRead) residual.load(p, tile, work.rank, here);
     if constexpr (S::Reduces) {
       const Work then = renewed<S>(p.tiling, work);
       if (!reduce<S>(p, shared, tile, index, then, here, turn, sum)) continue;
     }
     if (is_redundant_cta<S>(p.tiling, static_cast<int>(blockIdx.x))) continue;
     if constexpr (!S::SpareRegisters && !kLoadsFactorsLate) factors.load(p, tile, here);
-    constexpr bool kEndsHere = !S::Multicasts && !S::StoresThroughShared;  // others meet, or wait for their copies
+    constexpr bool kEndsHere = !S::Multicasts && !S::StoresThroughShared && !S::StreamK;  // others meet or wait
     const bool is_last = kEndsHere && next_tile<S>(p.tiling, work, index) >= work.end_tile;
-    store<S>(p, shared, tile, work.rank, here, factors, residual, sum, is_last);
+    store<S>(p, shared, tile, work.rank, here, factors, sum, is_last);
   }
   if constexpr (S::StoresThroughShared) {
     if (me.warp == 0 && me.lane == 0) wait_for_store_reads<0>();

@@ -87,31 +87,4 @@ __device__ inline void to_sums(uint32_t (&words)[2], int lane) {
 
 __device__ inline void to_sums(uint32_t (&word)[1], int) { word[0] = transpose_8x8(word[0]); }
 
-// The residual of a thread's few pieces, read before the sums are reduced: the reduction hides most of the latency.
-template <class S>
-struct EarlyResidual {
-  static constexpr bool kIsRead =
-      !S::StoresThroughShared && S::ReducesOnChip && S::SpareRegisters && S::Accumulators <= 16;
-  static constexpr int kGroups = kIsRead ? S::Tokens / 8 : 1;
-  uint32_t words[S::Fragments][kGroups][2];
-
-  __device__ void load(const Parameters& p, const Tile& tile, int rank, const Consumer& me) {
-#pragma unroll
-    for (int f = 0; f < S::Fragments; ++f) {
-#pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
-        uint32_t (&two)[2] = words[f][group];
-        two[0] = two[1] = 0;
-        if (p.residual_pointer == nullptr || !stores_piece<S>(me, rank, f, group)) continue;
-        const PlaceOfPiece place = PlaceOfPiece::of<S>(p, tile, me, f, group, p.activation.gated);
-        if (p.activation.gated) {
-          if (place.is_inside) load_global(p.residual_pointer + place.offset(), two[0]);
-        } else {
-          load_residual(p, place, two);
-        }
-      }
-    }
-  }
-};
-
 }  // namespace w4a16::native
