@@ -39,7 +39,6 @@ if TYPE_CHECKING:
         W4A16Error,
     )
     from w4a16gen.kernels.config import ClusterShape, CtaShape, KernelConfig, QuantMode, Schedule, Scheduler, Target
-    from w4a16gen.kernels.epilogue import Activation
     from w4a16gen.kernels.problem import Problem
     from w4a16gen.runtime.default import configs, gemm, load, pack, to_device
     from w4a16gen.runtime.library import Library
@@ -52,7 +51,6 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Activation",
     "BuildError",
     "BuildLockedError",
     "ClusterError",
@@ -94,7 +92,6 @@ _MODULES = {
         *("NoHopperGpuError", "NotBuiltError", "UnsupportedProblemError", "W4A16Error"),
     ),
     "kernels.config": ("ClusterShape", "CtaShape", "KernelConfig", "QuantMode", "Schedule", "Scheduler", "Target"),
-    "kernels.epilogue": ("Activation",),
     "kernels.problem": ("Problem",),
     "runtime.default": ("configs", "gemm", "load", "pack", "to_device"),
     "runtime.library": ("Library",),

@@ -12,8 +12,5 @@
       {#NAME, TARGET, LAYOUT, mode::MODE, {CHANNELS, TOKENS, K}, {__VA_ARGS__}, 4, 384, K, 100000},   \
       [](const Problem& problem) { return cutlass_target::PackedLayout(problem, HAS_ZEROS).bytes; },  \
       [](const Problem& problem, int sm_count) { return static_cast<size_t>(problem.m * sm_count); }, \
-      [](const Launch&) { return cudaErrorNotSupported; },                                            \
-      nullptr,                                                                                        \
-      nullptr,                                                                                        \
-      /*has_epilogues=*/TARGET[0] == 'n'};                                                            \
+      [](const Launch&) { return cudaErrorNotSupported; }};                                           \
   }

@@ -71,7 +71,7 @@ class ClusterShape(_Triple):
 
 
 @total_ordering
-class OrderedEnum(Enum):
+class _OrderedEnum(Enum):
     """An enumeration ordered by definition, so that sorted kernel lists do not depend on spelling."""
 
     # Members are singletons. Enum's own hash is a Python function, which would run in every call of `gemm`.
@@ -101,7 +101,7 @@ class OrderedEnum(Enum):
         raise InvalidValueError(f"{shown(value)} is not one of {', '.join(str(member) for member in cls)}")
 
 
-class QuantMode(OrderedEnum):
+class QuantMode(_OrderedEnum):
     """The formula by which a 4-bit value q becomes a weight. The member's value is its tag in kernel names."""
 
     PER_COLUMN_SCALE_ONLY = "cs"
@@ -122,7 +122,7 @@ class QuantMode(OrderedEnum):
         return self is QuantMode.FINEGRAINED_SCALE_AND_ZEROS
 
 
-class Schedule(OrderedEnum):
+class Schedule(_OrderedEnum):
     """The division of a CTA's work among its consumer warpgroups."""
 
     PINGPONG = "pingpong"
@@ -137,7 +137,7 @@ class Schedule(OrderedEnum):
     """Two warpgroups whose warps multiply independently (mma.sync), for few tokens. Two CTAs share an SM."""
 
 
-class Scheduler(OrderedEnum):
+class Scheduler(_OrderedEnum):
     """The assignment of output tiles to CTAs."""
 
     PERSISTENT = "persistent"
@@ -146,7 +146,7 @@ class Scheduler(OrderedEnum):
     """Tiles are split along K so that all CTAs get equal work. The workspace holds partial sums."""
 
 
-class Target(OrderedEnum):
+class Target(_OrderedEnum):
     """The kernel family that a configuration is rendered for."""
 
     CUTLASS = "cutlass"
@@ -238,7 +238,7 @@ class KernelConfig:
         }
 
 
-def _alternatives(members: type[OrderedEnum]) -> str:
+def _alternatives(members: type[_OrderedEnum]) -> str:
     return "|".join(re.escape(str(member)) for member in members)
 
 

@@ -108,14 +108,9 @@ class Parts:
         model = step.model
         self._heads = model.num_attention_heads // step.gpus
         self._shared_heads = max(model.num_key_value_heads // step.gpus, 1)
-        self.norm = compiled(self._norm)
         self.add_and_norm = compiled(self._add_and_norm)
         self.attend = compiled(self._attend)
         self.swiglu = compiled(self._swiglu)
-
-    def _norm(self, residual: Any, weight: Any, out: Any) -> None:
-        """Write the norm of the residual, [tokens, hidden], times a weight."""
-        out.copy_(self._torch.nn.functional.rms_norm(residual, (residual.shape[-1],), weight, EPSILON))
 
     def _add_and_norm(self, residual: Any, added: Any, weight: Any, out: Any) -> None:
         """Add to the residual, [tokens, hidden], and write its norm times a weight."""
@@ -182,7 +177,7 @@ class Decoder:
         self.hidden = normal(step.tokens, model.hidden_size)
         self.residual = torch.empty_like(self.hidden)
         self._nothing = torch.zeros_like(self.hidden)
-        self._norms = torch.ones((model.hidden_size,), **options)
+        self._norm = torch.ones((model.hidden_size,), **options)
         places = step.context + step.new_tokens
         heads = max(model.num_key_value_heads // step.gpus, 1)
         shape = (step.sequences, heads, places, model.head_dim)
@@ -201,26 +196,9 @@ class Decoder:
         inputs, added = self.inputs, self._nothing
         self.residual.copy_(self.hidden)
         for layer, (keys, values) in enumerate(self.caches):
-            parts.add_and_norm(self.residual, added, self._norms, inputs["qkv"])
+            parts.add_and_norm(self.residual, added, self._norm, inputs["qkv"])
             parts.attend(products["qkv"][layer](), self._angles, keys, values, inputs["o"])
-            parts.add_and_norm(self.residual, products["o"][layer](), self._norms, inputs["gate_up"])
+            parts.add_and_norm(self.residual, products["o"][layer](), self._norm, inputs["gate_up"])
             parts.swiglu(products["gate_up"][layer](), inputs["down"])
             added = products["down"][layer]()
         self.residual.add_(added)
-
-    def run_fused(self, parts: Parts, products: Mapping[str, Sequence[Product]]) -> None:
-        """Run the same step with products that compute more: o and down add to `residual`, and gate_up is gated.
-
-        Args:
-            parts: the parts between products.
-            products: as for `run`; those of o and down write `residual`, and those of gate_up the input of down.
-        """
-        inputs = self.inputs
-        self.residual.copy_(self.hidden)
-        for layer, (keys, values) in enumerate(self.caches):
-            parts.norm(self.residual, self._norms, inputs["qkv"])
-            parts.attend(products["qkv"][layer](), self._angles, keys, values, inputs["o"])
-            products["o"][layer]()
-            parts.norm(self.residual, self._norms, inputs["gate_up"])
-            products["gate_up"][layer]()
-            products["down"][layer]()

@@ -51,7 +51,7 @@ def sum_up(kernels: Iterable[tuple[str, float]], whole: float) -> Shares:
 def shares_of(torch: Any, contender: Contender) -> Shares | None:
     """Profile one replay. Return None if the profiler sees no kernel."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         contender.replay()
         torch.cuda.synchronize()
     kernels = [

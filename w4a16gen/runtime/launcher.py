@@ -40,7 +40,6 @@ class Launcher:
         """Check a call of `gemm`, launch it, and return its output; see `Library.gemm`."""
         w = checked_weight(w)
         alpha, config, dependent = options.scalars()
-        epilogue = options.epilogue(w)
         module = self._bindings.module
         activations, packed = view("activations", a, module), view("packed weight", w.data, module)
         check_activations_shape(activations.shape, w.k)
@@ -54,23 +53,16 @@ class Launcher:
             check("bias", bias, dtype="<f2", shape=(w.n,), device=device)
             if bias.pointer == 0:  # which the library takes for no bias
                 raise InvalidValueError("bias must not be null")
-        shape = m, epilogue.outputs(w.n)
-        residual = None if options.residual is None else view("residual", options.residual, module)
-        if residual is not None:
-            check("residual", residual, dtype="<f2", shape=shape, device=device)
-            if residual.pointer == 0 and m > 0:  # which the library takes for no residual
-                raise InvalidValueError("residual must not be null")
         stream = stream_pointer(options.stream, a)
-        out = self._new_output(a, shape, device, stream) if options.out is None else options.out
+        out = self._new_output(a, (m, w.n), device, stream) if options.out is None else options.out
         output = view("output", out, module)
-        check("output", output, dtype="<f2", shape=shape, device=device, written=True)
+        check("output", output, dtype="<f2", shape=(m, w.n), device=device, written=True)
         workspace = self._workspace(launch, a, options.workspace, device, stream)
         outcome = self._bindings.library.gemm(
             launch.kernel_index,
             *numbers_of(launch.problem),
             *(activations.pointer, packed.pointer, launch.packed_bytes),
             *(0 if bias is None else bias.pointer, output.pointer, alpha),
-            *(epilogue.activation.number, 0 if residual is None else residual.pointer),
             *((0, launch.workspace_bytes) if workspace is None else (workspace.pointer, workspace.nbytes)),
             *(stream, dependent, device),
         )

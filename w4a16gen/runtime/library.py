@@ -13,17 +13,16 @@ from w4a16gen.choose.timing_table import TABLE
 from w4a16gen.errors import InvalidValueError, NoHopperGpuError, NotBuiltError
 from w4a16gen.kernels.config import KernelConfig, QuantMode, Target
 from w4a16gen.kernels.device import Device
-from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.kernels.integers import integer
 from w4a16gen.kernels.problem import Problem
 from w4a16gen.runtime.arrays import DeviceArray, is_on_gpu, upload
 from w4a16gen.runtime.artifact import Build
 from w4a16gen.runtime.bindings import Bindings, KernelInfo, numbers_of
-from w4a16gen.runtime.calls import CallCache, GemmOptions, Launch, check_weight, checked_weight
+from w4a16gen.runtime.calls import LAYOUT_TARGETS, CallCache, GemmOptions, Launch, check_weight, checked_weight
 from w4a16gen.runtime.devices import first_hopper, why_no_device
 from w4a16gen.runtime.launcher import Launcher
 from w4a16gen.runtime.packing import GpuPacker
-from w4a16gen.weights.packed import LAYOUT_TARGETS, PackedWeight
+from w4a16gen.weights.packed import PackedWeight
 from w4a16gen.weights.quantized import QuantizedWeight
 
 _MAX_SM_COUNT = 1 << 16
@@ -217,7 +216,6 @@ class Library:
         zero_points: Any = None,
         group_size: int | None = None,
         stream: Any = None,
-        gated: bool = False,
     ) -> PackedWeight:
         """Pack a canonical weight that is on a GPU for the native kernels, there; return when it is done.
 
@@ -228,7 +226,6 @@ class Library:
             zero_points: integers of 0 to 15, [k / group_size, n], in place of the zeros; or None.
             group_size: values of K per scale; None takes k / rows of the scales.
             stream: a CUDA stream object or address; None is the current stream of torch or CuPy, else the default.
-            gated: whether it is for gated activations; see `w4a16gen.pack`.
 
         Returns:
             The packed weight, on the same GPU.
@@ -239,9 +236,9 @@ class Library:
             UnsupportedProblemError: if n, k or the group size are none that a kernel can run.
             NotBuiltError: if the build holds no native kernel of the mode.
         """
-        return self.packer.pack(q, scales, zeros, zero_points, group_size, stream, gated=gated)
+        return self.packer.pack(q, scales, zeros, zero_points, group_size, stream)
 
-    def gemm(  # noqa: PLR0913  (the options of one call)
+    def gemm(
         self,
         a: Any,
         w: PackedWeight,
@@ -253,10 +250,8 @@ class Library:
         workspace: Any = None,
         stream: Any = None,
         dependent_launch: bool = False,
-        activation: Activation | str | None = None,
-        residual: Any = None,
     ) -> Any:
-        """Launch C[m, n] = activation(alpha * A[m, k] x W[k, n] + bias) + residual on a GPU; do not wait for it.
+        """Launch C[m, n] = alpha * A[m, k] x W[k, n] + bias on a GPU; return without waiting for it.
 
         Args:
             a: fp16 [m, k], contiguous, on a Hopper GPU: any array with `__cuda_array_interface__` or `__dlpack__`.
@@ -265,16 +260,12 @@ class Library:
             alpha: factor of the product, fp32.
             config: the kernel, or its name; None chooses one.
             out: fp16 [m, n] to write into; None allocates (a torch tensor for a torch tensor, else a DeviceArray).
-                Gated activations have n / 2 columns.
             workspace: uint8 array of at least `workspace_bytes`; None allocates it for the call, in stream order.
             stream: a CUDA stream object or address; None is the current stream of torch or CuPy, else the default.
             dependent_launch: let the kernel start and fetch weights while those before it on the stream still run
                 (programmatic dependent launch). It waits for them before it reads anything else. Of dependent launches
                 that follow one another, each may begin before the kernel that came before all of them has ended: what
                 writes the weights must come before that one. Target `cutlass` does not use it.
-            activation: the name of an Activation, or None; only for weights of target native.
-            residual: fp16 of the output's shape on the same GPU, possibly `out` itself, or None; only for weights of
-                target native.
 
         Returns:
             `out`.
@@ -286,11 +277,10 @@ class Library:
             CudaError: if the launch fails.
         """
         if config is None and workspace is None and stream is None:
-            repeated = self.calls.try_fast_path(a, w, bias, out, alpha, dependent_launch, activation, residual)
+            repeated = self.calls.try_fast_path(a, w, bias, out, alpha, dependent_launch)
             if repeated is not None:
                 return repeated
-        options = GemmOptions(bias, alpha, config, out, workspace, stream, dependent_launch, activation, residual)
-        return self.launcher.run(a, w, options)
+        return self.launcher.run(a, w, GemmOptions(bias, alpha, config, out, workspace, stream, dependent_launch))
 
     def _plan_launch(
         self,

@@ -207,16 +207,14 @@ def launched(
 
 def judge(proof: NumericProof, kind: str, label: str, got: Half, expected: Expectation, launch: Launch) -> None:
     """Compare a result with float64 and record the outcome."""
-    ratio = error_over_bound(got, expected, launch.alpha, launch.bias, launch.extra)
+    ratio = error_over_bound(got, expected, launch.alpha, launch.bias)
     proof.worst_error_over_bound = max(proof.worst_error_over_bound, ratio)
     proof.record(kind, label, f"error is {ratio:.3g} times the bound" if ratio > 1 else None)
 
 
-def library_weight(
-    gpu: GuardedGpu, weight: QuantizedWeight, config: KernelConfig, *, gated: bool = False
-) -> PackedWeight:
-    """Pack a weight for a kernel's target, and perhaps for gated activations, and move it to the GPU."""
-    moved: PackedWeight = gpu.library.to_device(pack_weight(weight, target=config.target, gated=gated), gpu.device)
+def library_weight(gpu: GuardedGpu, weight: QuantizedWeight, config: KernelConfig) -> PackedWeight:
+    """Pack a weight for a kernel's target and move it to the GPU."""
+    moved: PackedWeight = gpu.library.to_device(pack_weight(weight, target=config.target), gpu.device)
     return moved
 
 

@@ -197,8 +197,7 @@ constexpr Kernel make_kernel(const char* name) {
           &workspace_bytes<Gemm>,
           &launch<Gemm>,
           nullptr,
-          nullptr,
-          /*has_epilogues=*/false};
+          nullptr};
 }
 
 }  // namespace w4a16::cutlass_target

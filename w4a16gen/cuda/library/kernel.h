@@ -48,8 +48,6 @@ struct Kernel {
   cudaError_t (*pack)(const Problem&, const w4a16_pack_arguments&);
   // Null if the family has none.
   const Probes* probes;
-  // Whether the family computes activations and adds residuals.
-  bool has_epilogues;
 };
 
 }  // namespace w4a16

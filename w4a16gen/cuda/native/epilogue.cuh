@@ -1,9 +1,57 @@
 // From accumulators to the output: directly from registers, or through shared memory.
 #pragma once
 
-#include "native/finish.cuh"
+#include "native/dequantize.cuh"
+#include "native/pipeline.cuh"
+#include "native/roles.cuh"
 
 namespace w4a16::native {
+
+// The first of a consumer's 64 channels in one of its fragments.
+template <class S>
+__device__ inline int first_channel(const Tile& tile, const Consumer& me, int fragment) {
+  return (tile.channel_block + me.warpgroup_m * S::Fragments + fragment) * kBlockChannels;
+}
+
+// Factors of a consumer thread's channels: alpha times the weight's own. A thread has two channels of every fragment,
+// 16 * warp + lane / 4 and the one 8 above (PTX ISA, "Register Fragments for wgmma.mma_async"). They are loaded before
+// the main loop, which hides the latency, unless registers are short.
+template <class S>
+struct ChannelFactors {
+  float value[S::Fragments][2];
+
+  __device__ void load(const Parameters& p, const Tile& tile, const Consumer& me) {
+#pragma unroll
+    for (int f = 0; f < S::Fragments; ++f) {
+#pragma unroll
+      for (int upper = 0; upper < 2; ++upper) {
+        const int channel = first_channel<S>(tile, me, f) + me.warp * 16 + upper * 8 + me.lane / 4;
+        value[f][upper] = channel < p.n ? load_constant(p.channel_factors + channel) : 0.f;
+      }
+    }
+  }
+};
+
+__device__ inline float channel_bias(const Parameters& p, int channel) {
+  return p.bias != nullptr && channel < p.n ? __half2float(p.bias[channel]) : 0.f;
+}
+
+// The two channels, 8 apart, of a thread's accumulators in one fragment.
+struct PairOfChannels {
+  float factor[2];
+  float bias[2];
+
+  __device__ PairOfChannels(const Parameters& p, int lower, const float* factors)
+      : factor{p.alpha * factors[0], p.alpha * factors[1]}, bias{channel_bias(p, lower), channel_bias(p, lower + 8)} {}
+
+  // The outputs of two tokens: accumulator 4 * j + 2 * upper + i belongs to token 8 * j + 2 * (lane % 4) + i.
+  template <int Count>
+  __device__ uint32_t outputs(const float (&sum)[Count], int j, int upper) const {
+    const float* two = &sum[4 * j + 2 * upper];
+    return as_bits(
+        __floats2half2_rn(fmaf(factor[upper], two[0], bias[upper]), fmaf(factor[upper], two[1], bias[upper])));
+  }
+};
 
 // Stores directly from registers. 8x8 transpositions turn a thread's tokens into channels, and neighbouring lanes swap
 // two of them. A warp then writes 16 channels of a token at once: whole sectors of 32 bytes, which L2 need not read
@@ -22,7 +70,8 @@ __device__ inline void store_from_registers(const Parameters& p, const Tile& til
       if (S::ClusterK > 1 && owner_of<S>(me, group) != rank) continue;
       const uint32_t two[2] = {transpose_8x8(channels.outputs(sum[f], group, 0)),
                                transpose_8x8(channels.outputs(sum[f], group, 1))};
-      const uint2 four = exchange_halves(two[0], two[1], me.lane);
+      const uint32_t neighbours = __shfl_xor_sync(0xffffffff, upper ? two[0] : two[1], 1);
+      const uint2 four = upper ? make_uint2(neighbours, two[1]) : make_uint2(two[0], neighbours);
       const int channel = first + upper * 8 + me.lane % 4 / 2 * 4;
       const int token = tile.token + group * 8 + me.lane / 4;
       if (token < p.m && channel < p.n) {
@@ -79,40 +128,13 @@ __device__ inline void store_through_shared(const Parameters& p, const Shared<S>
   }
 }
 
-// The plain epilogue has code of its own, which the others take no registers from.
 template <class S>
-__device__ inline void store_plain(const Parameters& p, const Shared<S>& shared, const Tile& tile, int rank,
-                                   const Consumer& me, const ChannelFactors<S>& factors, const Accumulators<S>& sum) {
+__device__ inline void store(const Parameters& p, const Shared<S>& shared, const Tile& tile, int rank,
+                             const Consumer& me, const ChannelFactors<S>& factors, const Accumulators<S>& sum) {
   if constexpr (S::StoresThroughShared) {
     store_through_shared<S>(p, shared, tile, rank, me, factors, sum);
   } else {
     store_from_registers<S>(p, tile, rank, me, factors, sum);
-  }
-}
-
-// Stores a tile. ptxas puts the longer side of a branch first. Small kernels then take up to 1 % longer, since the
-// instructions of the plain side are far from the main loop's. There the longer side is a loop of at most one round,
-// which comes last, and a thread that has nothing left to do ends before it if `may_exit`. Stream-K's kernels would
-// take 7 % longer in this order, and some large ones spill.
-template <class S>
-__device__ inline void store(const Parameters& p, const Shared<S>& shared, const Tile& tile, int rank,
-                             const Consumer& me, const ChannelFactors<S>& factors, const Accumulators<S>& sum,
-                             bool may_exit) {
-  const bool is_plain = p.activation.kind == EpilogueKind::kPlain;
-  if constexpr (S::StoresThroughShared || S::StreamK) {
-    if (!is_plain) {
-      finish<S>(p, shared, tile, rank, me, factors, sum);
-    } else {
-      store_plain<S>(p, shared, tile, rank, me, factors, sum);
-    }
-  } else {
-    if (is_plain) {
-      store_plain<S>(p, shared, tile, rank, me, factors, sum);
-      if (may_exit) exit_thread();
-    }
-    const int rounds = is_plain ? 0 : 1;
-#pragma unroll 1
-    for (int i = 0; i < rounds; ++i) finish<S>(p, shared, tile, rank, me, factors, sum);
   }
 }
 

@@ -53,30 +53,22 @@ __device__ inline void consume(const Parameters& p, const Shared<S>& shared, con
     } else {
       consume_stages<S, Rows>(shared, mine, me, at, sum, [&] {
         if constexpr (kLoadsFactorsLate) factors.load(p, tile, me);
-        if constexpr (S::StoresThroughShared) request_residual<S>(p, shared, tile, work.rank, me);
       });
     }
     wait_for_prerequisites();  // the previous kernel may read this output or write the bias
     // Without spare registers the thread's role is computed again, since values derived from it would occupy registers
-    // during the main loop. With two warpgroups that pays only if two reductions follow, or stream-K's with scales and
-    // stages of 128 k (ptxas otherwise spills).
+    // during the main loop. With two warpgroups that pays only if two reductions follow (ptxas otherwise spills).
     constexpr bool kReducesTwice = S::WarpgroupsK > 1 && S::ClusterK > 1;
-    constexpr bool kReducesMuch = kReducesTwice || (S::StreamK && S::Scales && S::K == kBlockK);
-    constexpr bool kIsTight = S::Warpgroups == 4 || (S::Accumulators == 128 && kReducesMuch);
+    constexpr bool kIsTight = S::Warpgroups == 4 || (S::Accumulators == 128 && kReducesTwice);
     constexpr bool kRecomputesRole = S::Reduces && !S::SpareRegisters && kIsTight;
     const Consumer here = kRecomputesRole ? consumer_at<S>(thread_index()) : me;
-    // Also where another CTA stores the tile. After the reduction this wait would make ptxas take the ring's position
-    // for different in each thread.
-    if constexpr (S::StoresThroughShared) await_residual<S>(p, shared, turn);
     if constexpr (S::Reduces) {
       const Work then = renewed<S>(p.tiling, work);
       if (!reduce<S>(p, shared, tile, index, then, here, turn, sum)) continue;
     }
     if (is_redundant_cta<S>(p.tiling, static_cast<int>(blockIdx.x))) continue;
     if constexpr (!S::SpareRegisters && !kLoadsFactorsLate) factors.load(p, tile, here);
-    constexpr bool kEndsHere = !S::Multicasts && !S::StoresThroughShared && !S::StreamK;  // others meet or wait
-    const bool is_last = kEndsHere && next_tile<S>(p.tiling, work, index) >= work.end_tile;
-    store<S>(p, shared, tile, work.rank, here, factors, sum, is_last);
+    store<S>(p, shared, tile, work.rank, here, factors, sum);
   }
   if constexpr (S::StoresThroughShared) {
     if (me.warp == 0 && me.lane == 0) wait_for_store_reads<0>();

@@ -20,19 +20,17 @@ FunctionType driver_function(const char* name) {
   return error == cudaSuccess ? reinterpret_cast<FunctionType>(found) : nullptr;
 }
 
-// Encodes the tensor map of a row-major fp16 matrix with boxes of 64 or 32 columns, whose rows are swizzled. Elements
-// that are out of bounds read as 0 and are not written.
-inline bool encode_tensor_map(CUtensorMap* map, const void* matrix, int64_t rows, int64_t columns, int box_rows,
-                              int box_columns = kBlockChannels) {
+// Encodes the tensor map of a row-major fp16 matrix with swizzled boxes of 64 columns. Out-of-bounds elements read as 0
+// and are not written.
+inline bool encode_tensor_map(CUtensorMap* map, const void* matrix, int64_t rows, int64_t columns, int box_rows) {
   static const auto encode = driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
   if (encode == nullptr) return false;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(columns) * 2};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[2] = {1, 1};
-  const auto swizzle = box_columns == kBlockChannels ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
   return encode(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<void*>(matrix), sizes, strides, box, steps,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
@@ -173,14 +171,7 @@ cudaError_t launch(const Launch& launch) {
   const int fetched_tokens = S::SkipsOutOfBoundsRows && m < S::Tokens ? static_cast<int>(m) : S::Tokens;
   if (!encode_tensor_map(&parameters.activations, given.activations, m, k, fetched_tokens))
     return cudaErrorInvalidValue;
-  parameters.activation = activation_of(given.activation, given.residual != nullptr);
-  parameters.residual_pointer = static_cast<const half*>(given.residual);
-  const int share = parameters.activation.gated ? 2 : 1;  // channels per output
-  const auto encode_output = [&, m = m, n = n](CUtensorMap* map, const void* matrix) {
-    return encode_tensor_map(map, matrix, m, n / share, S::StoredTokens, kBlockChannels / share);
-  };
-  if (S::StoresThroughShared && !encode_output(&parameters.output, given.output)) return cudaErrorInvalidValue;
-  if (S::StoresThroughShared && given.residual != nullptr && !encode_output(&parameters.residual, given.residual)) {
+  if (S::StoresThroughShared && !encode_tensor_map(&parameters.output, given.output, m, n, S::StoredTokens)) {
     return cudaErrorInvalidValue;
   }
   parameters.weights = packed;
@@ -193,9 +184,7 @@ cudaError_t launch(const Launch& launch) {
   parameters.channel_blocks = layout.channel_blocks;
   parameters.block_bytes = layout.block_bytes;
   parameters.alpha = given.alpha;
-  const bool in_place = given.residual != nullptr && given.residual == given.output;
-  const int ctas =
-      make_tiling<S>(&parameters.tiling, m, layout.channel_blocks, layout.k_blocks, clusters_at_once, !in_place);
+  const int ctas = make_tiling<S>(&parameters.tiling, m, layout.channel_blocks, layout.k_blocks, clusters_at_once);
   if (ctas == 0) return cudaErrorInvalidValue;
   parameters.is_dependent = given.dependent_launch != 0;
   parameters.dependents_start_early = dependents_start_early<S>(ctas, clusters_at_once);
@@ -233,8 +222,7 @@ constexpr Kernel make_kernel(const char* name) {
           &workspace_bytes<S>,
           &launch<S>,
           &pack<S::Mode>,
-          &kProbes,
-          /*has_epilogues=*/true};
+          &kProbes};
 }
 
 }  // namespace w4a16::native

@@ -4,7 +4,6 @@
 #include <cuda.h>
 #include <cuda_fp16.h>
 
-#include "native/activation.h"
 #include "native/ptx.cuh"
 #include "native/tiles.h"
 
@@ -13,7 +12,6 @@ namespace w4a16::native {
 struct Parameters {
   CUtensorMap activations;
   CUtensorMap output;
-  CUtensorMap residual;  // of the output's boxes
   const uint8_t* weights;
   const float* channel_factors;
   const half* bias;
@@ -29,8 +27,6 @@ struct Parameters {
   bool dependents_start_early;
   uint8_t* workspace;  // stream-K: the partial sums of every work unit
   uint64_t epoch;      // stream-K: the value of a flag whose sums are complete, unique to this launch
-  Activation activation;
-  const half* residual_pointer;  // of the output's shape, possibly the output itself; or null
 };
 
 // compute-sanitizer's racecheck does not understand some of the synchronisation. -DW4A16_RACECHECK replaces it.
@@ -85,8 +81,6 @@ struct Shared {
   __device__ uint32_t empty(int slot) const { return base + kBarriers + (S::Stages + slot) * 8; }
   // The barrier of partial sums from the cluster.
   __device__ uint32_t arrived(int buffer) const { return base + kBarriers + (2 * S::Stages + buffer) * 8; }
-  // The barrier of a tile's residual, where the output goes through shared memory.
-  __device__ uint32_t residual() const { return base + kBarriers + (2 * S::Stages + 2) * 8; }
 };
 
 // How the CTAs of a cluster share one operand. A copy of this CTA fills the shared memory of all CTAs in `mask`. The

@@ -132,7 +132,6 @@ struct StorageShape {
                 "the copy engine stores all channels of a tile");
   static constexpr int Stages = Stages_;
   static constexpr int MaxStages = 32;
-  static_assert(!StoresThroughShared || Stages < MaxStages, "the barrier of a residual follows those of the stages");
   static_assert(Stages >= 2 * T::WarpgroupsK, "a warpgroup along K releases a stage while it works on its next one");
   static_assert(Stages % T::WarpgroupsK == 0,
                 "a slot must always fall to the same warpgroup along K, which otherwise mistakes the barrier's phase");

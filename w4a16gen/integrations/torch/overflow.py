@@ -12,7 +12,6 @@ import torch
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.integrations.torch.linear import W4A16Linear
 from w4a16gen.integrations.torch.nibbles import Tensor
-from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.weights.importers.rounding import LARGEST_HALF
 
 _LARGEST_SCALE = 2.0**40
@@ -98,7 +97,7 @@ def calibrate(model: torch.nn.Module, run: Callable[[], object], *, headroom: fl
         _before(layer, inputs[0] if inputs else named["x"], headroom)
 
     def after(layer: Any, inputs: Any, named: Any, y: Tensor) -> Tensor:
-        return _after(layer, lambda: layer.forward(*inputs, **named), inputs[0] if inputs else named["x"], y, headroom)
+        return _after(layer, inputs[0] if inputs else named["x"], y, headroom)
 
     hooks = []
     for _, layer in layers_of(model):
@@ -122,15 +121,14 @@ def _before(layer: W4A16Linear, x: Tensor, headroom: float) -> None:
     layer.activation_scale = max(layer.activation_scale, _scale_for(scaled, headroom))
 
 
-def _after(layer: W4A16Linear, again: Callable[[], Tensor], x: Tensor, y: Tensor, headroom: float) -> Tensor:
-    """Let the outputs of a call fit fp16, and return them. What goes into an activation cannot be divided."""
-    has_activation = layer.activation != str(Activation.NONE)
-    if has_activation or y.dtype == torch.float16 or not bool(torch.isfinite(x).all()):
+def _after(layer: W4A16Linear, x: Tensor, y: Tensor, headroom: float) -> Tensor:
+    """Let the outputs of a call fit fp16, and return them."""
+    if y.dtype == torch.float16 or not bool(torch.isfinite(x).all()):
         return y
     before = layer.output_scale
     while not bool(torch.isfinite(y).all()) and layer.output_scale < _LARGEST_SCALE:
         layer.output_scale *= _STEP
-        y = again()
+        y = layer.forward(x)
     if bool(torch.isfinite(y).all()):
         layer.output_scale = max(before, _scale_for(y.float(), headroom))
     return y

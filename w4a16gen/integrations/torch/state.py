@@ -15,8 +15,6 @@ from w4a16gen.integrations.torch.nibbles import Tensor
 
 STATE_FORMAT = "w4a16gen.linear/1"
 """What state dicts carry; the number changes with their tensors."""
-_WRITTEN_LATER = {"activation": "none"}
-"""Facts that older state dicts do not hold, and what they are there."""
 
 
 def write_state(facts: dict[str, Any], scales: dict[str, float]) -> Tensor:
@@ -44,11 +42,10 @@ def read_state(facts: dict[str, Any], state: Any) -> dict[str, float]:
     if version != STATE_FORMAT:
         raise InvalidValueError(f"the state dict is of format {version!r}, but this version reads {STATE_FORMAT!r}")
     for name, value in facts.items():
-        held = found.get(name, _WRITTEN_LATER.get(name))
-        if held != value:
+        if found.get(name) != value:
             raise InvalidValueError(
-                f"the state dict holds a weight with {name} = {held}, but this layer has {value}: make a layer of the "
-                "same kind first"
+                f"the state dict holds a weight with {name} = {found.get(name)}, but this layer has {value}: make a "
+                "layer of the same kind first"
             )
     return {
         "alpha": alpha,
