@@ -105,9 +105,7 @@ class Parts:
             compiled: compiles a function, or returns it as it is.
         """
         self._torch, self._step = torch, step
-        model = step.model
-        self._heads = model.num_attention_heads // step.gpus
-        self._shared_heads = max(model.num_key_value_heads // step.gpus, 1)
+        self._heads, self._shared_heads = step.model.heads(step.gpus)
         self.add_and_norm = compiled(self._add_and_norm)
         self.attend = compiled(self._attend)
         self.swiglu = compiled(self._swiglu)
@@ -179,8 +177,8 @@ class Decoder:
         self._nothing = torch.zeros_like(self.hidden)
         self._norm = torch.ones((model.hidden_size,), **options)
         places = step.context + step.new_tokens
-        heads = max(model.num_key_value_heads // step.gpus, 1)
-        shape = (step.sequences, heads, places, model.head_dim)
+        _, shared_heads = model.heads(step.gpus)
+        shape = (step.sequences, shared_heads, places, model.head_dim)
         self.caches = [(normal(*shape), normal(*shape)) for _ in range(step.depth)]
         half = torch.arange(0, model.head_dim, 2, dtype=torch.float32, device=device) / model.head_dim
         turns = torch.arange(step.context, places, dtype=torch.float32, device=device)[:, None] * ROTARY_BASE**-half

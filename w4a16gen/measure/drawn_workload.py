@@ -54,9 +54,7 @@ class DrawnWorkload(Stage):
         """Return one more copy of the packed weight on the GPU."""
         if target is not Target.NATIVE:
             raise UnsupportedProblemError(f"weights of target {target} are packed on the host only")
-        weight = self._weight
-        scales = weight.scales if self.mode.is_grouped else weight.scales[0]
-        return self.library.pack(weight.q, scales, weight.zeros, group_size=self.problem.group_size)
+        return self._weight.packed(self.library)
 
     def run_once(self, contender: Contender, rows: npt.NDArray[np.intp]) -> npt.NDArray[np.float16]:
         """Run a graph and return some rows of the output, which hold no number before."""

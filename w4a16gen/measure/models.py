@@ -20,11 +20,10 @@ class Model:
     num_hidden_layers: int
     head_dim: int = 128
 
-    def layers(self, tensor_parallel: int) -> list[tuple[str, int, int]]:
-        """Return each layer's name, n and k on one of `tensor_parallel` GPUs.
+    def heads(self, tensor_parallel: int) -> tuple[int, int]:
+        """Return the query heads, and the key and value heads, on one of `tensor_parallel` GPUs.
 
-        Query, key and value form one layer, and so do gate and up. GPUs divide the output channels of these two, and K
-        of the others. If there are fewer key and value heads than GPUs, several GPUs hold the same head.
+        If there are fewer key and value heads than GPUs, several GPUs hold the same head.
 
         Raises:
             InvalidValueError: if the query heads, or the key and value heads, cannot be divided.
@@ -34,8 +33,18 @@ class Model:
             raise InvalidValueError(
                 f"{heads} query heads and {shared} key and value heads cannot be divided among {tensor_parallel} GPUs"
             )
-        queries = heads // tensor_parallel * self.head_dim
-        keys = max(shared // tensor_parallel, 1) * self.head_dim
+        return heads // tensor_parallel, max(shared // tensor_parallel, 1)
+
+    def layers(self, tensor_parallel: int) -> list[tuple[str, int, int]]:
+        """Return each layer's name, n and k on one of `tensor_parallel` GPUs.
+
+        Query, key and value form one layer, and so do gate and up. GPUs divide the output channels of these two, and K
+        of the others.
+
+        Raises:
+            InvalidValueError: if the query heads, or the key and value heads, cannot be divided.
+        """
+        queries, keys = (heads * self.head_dim for heads in self.heads(tensor_parallel))
         intermediate = self.intermediate_size // tensor_parallel
         return [
             ("qkv", queries + 2 * keys, self.hidden_size),

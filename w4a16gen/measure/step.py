@@ -236,7 +236,7 @@ class OwnProducts:
     def prepare(self, a: Any, weight: TorchWeight, copies: int, *, dependent: bool = False) -> Sequence[Product]:
         """Multiply by copies of the packed weight; `a` is fp16 [m, k] on the weight's device."""
         if id(weight) not in self._copies:
-            packed = packed_of(self._library, weight)
+            packed = weight.packed(self._library)
             self._copies[id(weight)] = [packed, *(replace(packed, data=packed.data.clone()) for _ in range(1, copies))]
         out = weight.torch.empty((a.shape[0], weight.n), dtype=a.dtype, device=a.device)
 
@@ -248,12 +248,6 @@ class OwnProducts:
             return multiply
 
         return [product(copy) for copy in self._copies[id(weight)]]
-
-
-def packed_of(library: Library, weight: TorchWeight) -> PackedWeight:
-    """Return a weight packed for the native kernels, on its device."""
-    scales = weight.scales if weight.mode.is_grouped else weight.scales[0]
-    return library.pack(weight.q, scales, weight.zeros, group_size=weight.group_size)
 
 
 class _Stage:
@@ -331,7 +325,7 @@ def _floor(library: Library, machine: Machine, step: Step, weights: Mapping[str,
     """Return the microseconds that reading the packed weights of a step once takes."""
     torch, total = machine.torch, 0.0
     for weight in weights.values():
-        packed = packed_of(library, weight)
+        packed = weight.packed(library)
         copies = [replace(packed, data=packed.data.clone()) for _ in range(copies_for(packed.nbytes))]
         stream = library.module.Stream(machine.device.index)
         stream.begin_capture()

@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 from w4a16gen.kernels.config import QuantMode
 from w4a16gen.kernels.problem import Problem
+from w4a16gen.runtime.library import Library
+from w4a16gen.weights.packed import PackedWeight
 from w4a16gen.weights.quantized import OFFSET, QuantizedWeight
 
 WORD_VALUES = 8
@@ -81,6 +83,11 @@ class TorchWeight:
     def group_size(self) -> int:
         """Values of K that share a scale."""
         return self.k // int(self.scales.shape[0])
+
+    def packed(self, library: Library) -> PackedWeight:
+        """Return the weight packed for the native kernels, on its GPU."""
+        scales = self.scales if self.mode.is_grouped else self.scales[0]
+        return library.pack(self.q, scales, self.zeros, group_size=self.group_size)
 
     def channels(self, index: npt.NDArray[np.intp]) -> QuantizedWeight:
         """Return the weight of some output channels, on the host."""
