@@ -260,19 +260,22 @@ def test_an_interrupted_build_ends_with_a_sentence(tmp_path: Path, number: signa
     )
     nvcc.chmod(0o755)
     line = command("build --cta 64x8x128 --mode cs --generated-dir g")
-    program = subprocess.Popen(  # noqa: S603
+    with subprocess.Popen(  # noqa: S603
         line,
         cwd=tmp_path,
         env=environment(W4A16GEN_NVCC=str(nvcc)),
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=heed_interrupts,  # noqa: PLW1509
-    )
-    until = time.monotonic() + 60
-    while not list(tmp_path.rglob("began")) and time.monotonic() < until and program.poll() is None:
-        time.sleep(0.05)
-    program.send_signal(number)
-    _, stderr = program.communicate(timeout=60)
+    ) as program:
+        try:
+            until = time.monotonic() + 60
+            while not list(tmp_path.rglob("began")) and time.monotonic() < until and program.poll() is None:
+                time.sleep(0.05)
+            program.send_signal(number)
+            _, stderr = program.communicate(timeout=60)
+        finally:
+            program.kill()
     if program.returncode == 3:
         pytest.skip(f"no toolchain: {stderr}")
     assert program.returncode == 130, stderr

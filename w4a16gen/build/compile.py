@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from w4a16gen.build.nvcc import compile_unit
 from w4a16gen.build.objects import Failure, keep, sources_of
 from w4a16gen.build.units import COMPILE_COSTS, CompiledUnit, plan_units
 from w4a16gen.executors.executor import Executor
+from w4a16gen.executors.waiting import wait_for_any
 from w4a16gen.kernels.config import KernelConfig
 
 
@@ -61,7 +62,7 @@ def compile_kernels(
         for part in plan_units(configs, executor.slots, executor.memory):
             start(part)
         while running:
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
+            for future in wait_for_any(running):
                 part, alone = running.pop(future)
                 if future.cancelled():  # another task's error, which comes too, dropped the queue
                     continue

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ from w4a16gen.build.scratch import LOGS, OBJECTS, OWNER_VARIABLE, alias, librari
 from w4a16gen.build.toolchain import Toolchain, compiler_identity
 from w4a16gen.build.units import CompiledUnit
 from w4a16gen.errors import BuildError
+from w4a16gen.executors.waiting import POLL_SECONDS
 from w4a16gen.files import file_digest, has_digest, make_way, read_sealed, remove, seal, write_if_changed, write_json
 from w4a16gen.kernels.config import KernelConfig
 from w4a16gen.kernels.render import render_registry
@@ -202,11 +204,18 @@ def _run(command: Sequence[str], folder: Path) -> tuple[int, str]:
         start_new_session=True,
     ) as process:
         try:
-            output, _ = process.communicate()
+            output = _output_of(process)
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             raise
     return process.returncode, output.decode(errors="replace")
+
+
+def _output_of(process: subprocess.Popen[bytes]) -> bytes:
+    """Return what a program prints until it ends, waiting in short steps, between which Python handles signals."""
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=POLL_SECONDS)[0]
 
 
 def _fail(tools: Toolchain, build: Path, folder: Path, log: Path, text: str) -> None:

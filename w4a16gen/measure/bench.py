@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import as_completed
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from w4a16gen.executors.waiting import as_done
 from w4a16gen.kernels.config import KernelConfig, QuantMode, Target
 from w4a16gen.kernels.device import Device
 from w4a16gen.kernels.problem import Problem
@@ -165,7 +165,7 @@ def _compared_on(
             executor.submit(compare_problem, problem, mode, options.finalists, options.rounds, rivals): place
             for place, problem in enumerate(problems)
         }
-        for done, future in enumerate(as_completed(futures), 1):
+        for done, future in enumerate(as_done(futures), 1):
             if not future.cancelled():  # another task's error, which comes too, dropped the queue
                 place = futures[future]
                 found: Comparison = future.result()[0]
@@ -183,7 +183,7 @@ def compare_problem(
 
 def _peak_of(cards: Cards) -> TensorPeak | None:
     """Return the peak of one of the GPUs of a cluster."""
-    peak: TensorPeak | None = cards.executor.submit(find_peak).result()[0]
+    peak: TensorPeak | None = next(as_done([cards.executor.submit(find_peak)])).result()[0]
     return peak
 
 

@@ -6,10 +6,11 @@ import importlib.util
 import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+from w4a16gen.executors.waiting import as_done
 from w4a16gen.kernels.config import QuantMode
 from w4a16gen.kernels.problem import Problem
 from w4a16gen.measure.rivals import RIVALS, Rival, find_torch
@@ -52,7 +53,7 @@ def compile_ahead(
     with executor or ProcessPoolExecutor(min(jobs, MOST_PROCESSES, len(tasks)), spawned) as pool:
         pending = [pool.submit(compile_one, name, problem, mode, device) for name, problem in tasks]
         try:
-            for done, future in enumerate(as_completed(pending), 1):
+            for done, future in enumerate(as_done(pending), 1):
                 reasons[future.result()] += 1
                 progress(done, len(tasks), "")
         except BrokenProcessPool:

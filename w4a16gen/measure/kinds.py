@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from w4a16gen.executors.waiting import as_done
 from w4a16gen.measure.gpus import Cards
 
 _Result = TypeVar("_Result")
@@ -21,7 +22,7 @@ def on_each_kind(kinds: Sequence[Cards], run: Callable[[Cards], Sequence[_Result
     with ThreadPoolExecutor(len(kinds)) as pool:
         futures = [pool.submit(run, cards) for cards in kinds]
         try:
-            for future in as_completed(futures):
+            for future in as_done(futures):
                 future.result()
         except BaseException:
             for cards in kinds:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 from w4a16gen.choose.timing_table import Measured, TuningTable, add_times, one_time
 from w4a16gen.executors.executor import Executor
 from w4a16gen.executors.place import Place
+from w4a16gen.executors.waiting import as_done
 from w4a16gen.kernels.config import KernelConfig, QuantMode
 from w4a16gen.kernels.device import Device
 from w4a16gen.kernels.problem import Problem, runnable
@@ -160,9 +160,8 @@ class Job:
                 for plan in plans
             ]
             try:
-                wait(futures, return_when=FIRST_EXCEPTION)
-                for future in futures:
-                    if future.done() and not future.cancelled():
+                for future in as_done(futures):
+                    if not future.cancelled():  # another task's error, which comes too, dropped the queue
                         future.result()
             except BaseException:
                 executor.stop()
