@@ -6,31 +6,11 @@ import ctypes
 from typing import Any
 
 import pytest
+from c_structures import CGemmArguments, CProblem
 
 from w4a16gen import Library
 
 FGS = "w4a16_sm90_cutlass_fgs_cta128x64x64_cluster1x1x1_cooperative_streamk"
-
-
-class _Problem(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("m", "n", "k", "group_size")]
-
-
-class _Arguments(ctypes.Structure):
-    _fields_ = [
-        ("activations", ctypes.c_void_p),
-        ("packed", ctypes.c_void_p),
-        ("packed_bytes", ctypes.c_size_t),
-        ("bias", ctypes.c_void_p),
-        ("output", ctypes.c_void_p),
-        ("workspace", ctypes.c_void_p),
-        ("workspace_bytes", ctypes.c_size_t),
-        ("stream", ctypes.c_void_p),
-        ("alpha", ctypes.c_float),
-        ("dependent_launch", ctypes.c_int32),
-    ]
-
-
 ALIGNED = 1 << 20
 C_CALLS: list[tuple[str, dict[str, Any], int, str]] = [
     ("kernel index", {"kernel": 63}, 1, "kernel index 63 must be at least 0 and below 63"),
@@ -60,8 +40,8 @@ C_CALLS: list[tuple[str, dict[str, Any], int, str]] = [
 
 def c_gemm(library: Library, change: dict[str, Any]) -> tuple[int, str]:
     """Call the C interface with one thing wrong."""
-    problem = _Problem(4, 16, 64, 64)
-    arguments = _Arguments(ALIGNED, 3 * ALIGNED, 640, None, 2 * ALIGNED, None, 0, None, 1.0, 0)
+    problem = CProblem(4, 16, 64, 64)
+    arguments = CGemmArguments(ALIGNED, 3 * ALIGNED, 640, None, 2 * ALIGNED, None, 0, None, 1.0, 0)
     for name, value in change.items():
         for struct in (problem, arguments):
             if hasattr(struct, name):

@@ -7,17 +7,9 @@
 
 namespace w4a16::native {
 
-__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-
-template <int Pending>
-__device__ inline void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
-}
-
 // WGMMA's descriptor of a K-major operand with 128-byte swizzle (PTX ISA, "Matrix Descriptor Format"). Address and
 // stride are in units of 16 bytes; groups of 8 rows are 1024 bytes apart. Adding to the low word moves the address.
-__device__ inline uint32_t descriptor_low(uint32_t address) { return address >> 4 & 0x3fff | 1 << 16; }
+__device__ inline uint32_t descriptor_low(uint32_t address) { return (address >> 4 & 0x3fff) | 1 << 16; }
 
 __device__ inline uint64_t descriptor(uint32_t low) {
   constexpr uint32_t kHigh = 64 | 1 << 30;

@@ -1,0 +1,140 @@
+"""Builds kernels for the CPU and runs them there: every CUDA thread is a fiber (tests/cpp/emulated)."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from c_structures import CGemmArguments, CProblem
+from paths import CPP
+
+from w4a16gen.build import toolchain
+from w4a16gen.build.emit import emit
+from w4a16gen.build.headers import CUDA_FOLDER
+from w4a16gen.kernels.config import KernelConfig
+from w4a16gen.kernels.render import render_registry, render_unit, source_name
+from w4a16gen.weights.packed import pack_weight
+from w4a16gen.weights.quantized import QuantizedWeight
+
+EMULATED = CPP / "emulated"
+ALIGNMENT = 128
+CANARY = 256
+"""Bytes behind an output that nobody may write."""
+_MESSAGE_BYTES = 2000
+Half = npt.NDArray[np.float16]
+
+
+class EmulationError(Exception):
+    """A launch failed: a deadlock, or something that the hardware forbids."""
+
+
+def build_for_emulation(configs: Iterable[KernelConfig], folder: Path, headers: Path = CUDA_FOLDER) -> Emulation:
+    """Compile native kernels with the host compiler into a library.
+
+    Args:
+        configs: the kernels.
+        folder: for the sources and the library.
+        headers: the folder of the package's headers, or of a copy of it.
+    """
+    kernels = sorted(configs)
+    emit(kernels, folder)
+    unit, registry = folder / "unit.cu", folder / "registry.cpp"
+    unit.write_text(render_unit([source_name(config) for config in kernels]))
+    registry.write_text(render_registry(kernels))
+    tools = toolchain.find_toolchain()
+    warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi"]
+    includes = [f"-I{EMULATED}", f"-I{headers}", f"-I{folder}", f"-isystem{tools.cuda_include}"]
+    sources = [unit, registry, headers / "library" / "library.cpp", EMULATED / "emulation.cpp"]
+    library = folder / "emulated.so"
+    command = [tools.host_compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", *warnings]
+    subprocess.run([*map(str, [*command, *includes, "-x", "c++", *sources, "-o", library])], check=True)  # noqa: S603
+    return Emulation(library)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a product is launched."""
+
+    seed: int = 0
+    """Of the order in which threads run and copies complete."""
+    sm_count: int = 4
+    alpha: float = 1.0
+    bias: Half | None = None
+    is_dependent: bool = False
+    """Whether the kernel before, which writes activations and bias, still runs when this launch begins."""
+
+
+class Emulation:
+    """A library of kernels that run on the CPU."""
+
+    def __init__(self, library: Path) -> None:
+        """Load the library."""
+        self._library = ctypes.CDLL(str(library))
+        self._library.emulation_add_buffer.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
+        self._library.emulation_add_previous.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64]
+
+    def gemm(self, config: KernelConfig, a: Half, weight: QuantizedWeight, launch: Launch) -> Half:
+        """Return alpha * a x weight + bias.
+
+        The workspace begins with random bytes. Copies may read the given arrays only.
+
+        Raises:
+            EmulationError: if the launch failed, or wrote behind the output.
+        """
+        (m, k), n = a.shape, weight.n
+        rng = np.random.default_rng(launch.seed)
+        activations, packed = _aligned(a), _aligned(pack_weight(weight).data)
+        bias = None if launch.bias is None else _aligned(launch.bias)
+        output = _aligned(np.full(m * n * 2 + CANARY, 0xFF, np.uint8))
+        problem = CProblem(m, n, k, weight.group_size)
+        kernel = self._library.w4a16_find_kernel(config.name.encode())
+        needed = ctypes.c_size_t()
+        self._call("w4a16_workspace_bytes", kernel, problem, launch.sm_count, ctypes.byref(needed))
+        workspace = _aligned(rng.integers(0, 256, needed.value, np.uint8))
+        self._library.emulation_set(launch.seed, launch.sm_count)
+        for buffer in (activations, packed, bias):
+            if buffer is not None:
+                self._library.emulation_add_buffer(buffer.ctypes.data, buffer.nbytes)
+        late = {}
+        for name, array in (("activations", activations), ("bias", bias)):
+            if launch.is_dependent and array is not None:
+                late[name] = array.copy()
+                self._library.emulation_add_previous(array.ctypes.data, late[name].ctypes.data, array.nbytes)
+                array[...] = np.nan
+        arguments = CGemmArguments(
+            activations=activations.ctypes.data,
+            packed=packed.ctypes.data,
+            packed_bytes=packed.nbytes,
+            bias=None if bias is None else bias.ctypes.data,
+            output=output.ctypes.data,
+            workspace=workspace.ctypes.data if workspace.size else None,
+            workspace_bytes=workspace.nbytes,
+            stream=None,
+            alpha=launch.alpha,
+            dependent_launch=int(launch.is_dependent),
+        )
+        self._call("w4a16_gemm", kernel, problem, ctypes.byref(arguments))
+        if not (output[-CANARY:] == 0xFF).all():
+            raise EmulationError("the kernel wrote behind its output")
+        return output[:-CANARY].view(np.float16).reshape(m, n)
+
+    def _call(self, name: str, kernel: int, problem: CProblem, *arguments: Any) -> None:
+        message = ctypes.create_string_buffer(_MESSAGE_BYTES)
+        call = getattr(self._library, name)
+        if call(kernel, ctypes.byref(problem), *arguments, message, _MESSAGE_BYTES):
+            raise EmulationError(message.value.decode())
+
+
+def _aligned(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return a copy at an address that kernels take."""
+    memory = np.empty(array.nbytes + ALIGNMENT, np.uint8)
+    begin = -memory.ctypes.data % ALIGNMENT
+    copy: npt.NDArray[Any] = memory[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy

@@ -1,0 +1,105 @@
+"""The native kernels, run on the CPU: every CUDA thread is a fiber, in random order, with copies at random times."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from emulation import Emulation, EmulationError, Launch, build_for_emulation
+
+from w4a16gen import KernelConfig
+from w4a16gen.build.headers import CUDA_FOLDER
+from w4a16gen.weights.reference import Expectation, error_over_bound, random_weight
+
+KERNELS = [
+    KernelConfig.parse(f"w4a16_sm90_native_{name}")
+    for name in (
+        "cs_cta64x8x128_cluster1x1x1_warps8_persistent",
+        "cs_cta128x8x128_cluster2x1x1_warpgroups4_persistent",
+        "cs_cta128x112x128_cluster2x1x1_warpgroups2_streamk",
+        "fgs_cta64x8x128_cluster1x1x1_warps8_persistent",
+        "fgs_cta64x16x128_cluster1x1x4_warps8_persistent",
+        "fgs_cta64x32x64_cluster1x1x2_warpgroups4_persistent",
+        "fgs_cta64x80x128_cluster1x2x1_warpgroups2_persistent",
+        "fgs_cta128x40x128_cluster1x1x1_warpgroups2_streamk",
+        "fgs_cta128x256x64_cluster1x1x1_warpgroups2_persistent",
+        "fgs_cta256x64x64_cluster1x1x1_warpgroups4_persistent",
+        "fgs_cta256x80x128_cluster1x1x1_warpgroups2_persistent",
+        "fgsz_cta64x16x128_cluster1x1x2_warps8_persistent",
+        "fgsz_cta64x24x128_cluster1x1x2_warpgroups4_persistent",
+        "fgsz_cta128x128x64_cluster1x1x2_warpgroups2_persistent",
+        "fgsz_cta256x8x128_cluster1x1x2_warpgroups4_persistent",
+        "fgsz_cta256x128x64_cluster1x1x1_warpgroups2_persistent",
+    )
+]
+"""Every mode and schedule; operands that are multicast; K split by warps, in clusters and by stream-K; outputs from
+registers and through shared memory, in both orders; every kind of tile."""
+PROBLEMS = ((5, 200, 512, 128), (27, 136, 416, 32), (140, 328, 320, 64))
+"""Ragged in every dimension: tokens, channels, k and the group size."""
+MUTANTS = {
+    "a slot is filled before it is free": (
+        "producer.cuh",
+        "barrier_wait(shared.empty(at.slot), at.phase ^ 1);",
+        "(void)shared;",
+    ),
+    "a slot is read before it is full": ("mainloop.cuh", "barrier_wait(shared.full(at.slot), at.phase);", ""),
+    "a slot is never released": ("mainloop.cuh", "if (ends) in_flight = slot;", ""),
+    "sums are read before WGMMA ends": ("mainloop.cuh", "wgmma_wait<0>();", ""),
+    "partial sums are read too early": (
+        "reduce.cuh",
+        "named_barrier(barrier, S::WarpgroupsK * kWarpgroup);",
+        "(void)barrier;",
+    ),
+    "activations are fetched before they are written": ("producer.cuh", "wait_for_prerequisites();", ""),
+    "a CTA ends while others send to it": ("reduce.cuh", "barrier_wait(arrived, turn / 2 % 2);", "(void)turn;"),
+}
+"""Faults of synchronisation: a header, a statement of it, and what takes its place."""
+
+
+@pytest.fixture(scope="module")
+def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
+    """Return the kernels, compiled for the CPU."""
+    return build_for_emulation(KERNELS, tmp_path_factory.mktemp("emulated"))
+
+
+def largest_error(emulation: Emulation, config: KernelConfig, problem: tuple[int, int, int, int], seed: int) -> float:
+    """Run a random product three times, in different orders; return the error as a multiple of its bound."""
+    m, n, k, group_size = problem
+    rng = np.random.default_rng(seed)
+    weight = random_weight(rng, n, k, group_size if config.mode.is_grouped else k, config.mode)
+    a = rng.standard_normal((m, k)).astype(np.float16)
+    bias = rng.standard_normal(n).astype(np.float16)
+    first, *others = (
+        emulation.gemm(config, a, weight, Launch(seed=number, alpha=1.25, bias=bias, is_dependent=number == 1))
+        for number in range(3)
+    )
+    for other in others:
+        assert np.array_equal(first.view(np.uint16), other.view(np.uint16)), "the order decides the bits"
+    return error_over_bound(first, Expectation(a, weight), 1.25, bias)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("config", KERNELS, ids=lambda config: config.short_name)
+def test_any_order_of_threads_gives_the_product(emulation: Emulation, config: KernelConfig) -> None:
+    for seed, problem in enumerate(PROBLEMS):
+        assert largest_error(emulation, config, problem, seed) < 1
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_the_emulation_sees_missing_synchronisation(tmp_path: Path, mutant: str) -> None:
+    header, statement, other = MUTANTS[mutant]
+    config = KernelConfig.parse("w4a16_sm90_native_fgs_cta64x32x64_cluster1x1x2_warpgroups4_persistent")
+    shutil.copytree(CUDA_FOLDER, tmp_path / "cuda")
+    path = tmp_path / "cuda" / "native" / header
+    text = path.read_text()
+    assert statement in text
+    path.write_text(text.replace(statement, other))
+    broken = build_for_emulation([config], tmp_path / "build", tmp_path / "cuda")
+    try:
+        error = largest_error(broken, config, (27, 328, 2048, 32), 0)
+    except (EmulationError, AssertionError):
+        return
+    assert error > 1 or np.isnan(error)
