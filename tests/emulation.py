@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,9 @@ from c_structures import CGemmArguments, CProblem
 from paths import CPP
 
 from w4a16gen.build import toolchain
-from w4a16gen.build.emit import emit
 from w4a16gen.build.headers import CUDA_FOLDER
 from w4a16gen.kernels.config import KernelConfig
-from w4a16gen.kernels.render import render_registry, render_unit, source_name
+from w4a16gen.kernels.render import render_kernel, render_registry, render_unit, source_name
 from w4a16gen.weights.packed import pack_weight
 from w4a16gen.weights.quantized import QuantizedWeight
 
@@ -34,23 +33,31 @@ class EmulationError(Exception):
     """A launch failed: a deadlock, or something that the hardware forbids."""
 
 
-def build_for_emulation(configs: Iterable[KernelConfig], folder: Path, headers: Path = CUDA_FOLDER) -> Emulation:
+def build_for_emulation(
+    configs: Iterable[KernelConfig],
+    folder: Path,
+    headers: Path = CUDA_FOLDER,
+    rendered: Callable[[KernelConfig], str] = render_kernel,
+) -> Emulation:
     """Compile native kernels with the host compiler into a library.
 
     Args:
         configs: the kernels.
         folder: for the sources and the library.
         headers: the folder of the package's headers, or of a copy of it.
+        rendered: returns the source of a kernel.
     """
     kernels = sorted(configs)
-    emit(kernels, folder)
+    folder.mkdir(exist_ok=True)
+    for config in kernels:
+        (folder / source_name(config)).write_text(rendered(config))
     unit, registry = folder / "unit.cu", folder / "registry.cpp"
     unit.write_text(render_unit([source_name(config) for config in kernels]))
     registry.write_text(render_registry(kernels))
     tools = toolchain.find_toolchain()
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi"]
     includes = [f"-I{EMULATED}", f"-I{headers}", f"-I{folder}", f"-isystem{tools.cuda_include}"]
-    sources = [unit, registry, headers / "library" / "library.cpp", EMULATED / "emulation.cpp"]
+    sources = [unit, registry, headers / "library" / "library.cpp", *sorted(EMULATED.glob("*.cpp"))]
     library = folder / "emulated.so"
     command = [tools.host_compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", *warnings]
     subprocess.run([*map(str, [*command, *includes, "-x", "c++", *sources, "-o", library])], check=True)  # noqa: S603
@@ -75,9 +82,9 @@ class Emulation:
 
     def __init__(self, library: Path) -> None:
         """Load the library."""
-        self._library = ctypes.CDLL(str(library))
-        self._library.emulation_add_buffer.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
-        self._library.emulation_add_previous.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64]
+        self.library = ctypes.CDLL(str(library))
+        self.library.emulation_add_buffer.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
+        self.library.emulation_add_previous.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64]
 
     def gemm(self, config: KernelConfig, a: Half, weight: QuantizedWeight, launch: Launch) -> Half:
         """Return alpha * a x weight + bias.
@@ -89,23 +96,23 @@ class Emulation:
         """
         (m, k), n = a.shape, weight.n
         rng = np.random.default_rng(launch.seed)
-        activations, packed = _aligned(a), _aligned(pack_weight(weight).data)
-        bias = None if launch.bias is None else _aligned(launch.bias)
-        output = _aligned(np.full(m * n * 2 + CANARY, 0xFF, np.uint8))
+        activations, packed = aligned(a), aligned(pack_weight(weight).data)
+        bias = None if launch.bias is None else aligned(launch.bias)
+        output = aligned(np.full(m * n * 2 + CANARY, 0xFF, np.uint8))
         problem = CProblem(m, n, k, weight.group_size)
-        kernel = self._library.w4a16_find_kernel(config.name.encode())
+        kernel = self.library.w4a16_find_kernel(config.name.encode())
         needed = ctypes.c_size_t()
         self._call("w4a16_workspace_bytes", kernel, problem, launch.sm_count, ctypes.byref(needed))
-        workspace = _aligned(rng.integers(0, 256, needed.value, np.uint8))
-        self._library.emulation_set(launch.seed, launch.sm_count)
+        workspace = aligned(rng.integers(0, 256, needed.value, np.uint8))
+        self.library.emulation_set(launch.seed, launch.sm_count)
         for buffer in (activations, packed, bias):
             if buffer is not None:
-                self._library.emulation_add_buffer(buffer.ctypes.data, buffer.nbytes)
+                self.library.emulation_add_buffer(buffer.ctypes.data, buffer.nbytes)
         late = {}
         for name, array in (("activations", activations), ("bias", bias)):
             if launch.is_dependent and array is not None:
                 late[name] = array.copy()
-                self._library.emulation_add_previous(array.ctypes.data, late[name].ctypes.data, array.nbytes)
+                self.library.emulation_add_previous(array.ctypes.data, late[name].ctypes.data, array.nbytes)
                 array[...] = np.nan
         arguments = CGemmArguments(
             activations=activations.ctypes.data,
@@ -126,12 +133,12 @@ class Emulation:
 
     def _call(self, name: str, kernel: int, problem: CProblem, *arguments: Any) -> None:
         message = ctypes.create_string_buffer(_MESSAGE_BYTES)
-        call = getattr(self._library, name)
+        call = getattr(self.library, name)
         if call(kernel, ctypes.byref(problem), *arguments, message, _MESSAGE_BYTES):
             raise EmulationError(message.value.decode())
 
 
-def _aligned(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def aligned(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return a copy at an address that kernels take."""
     memory = np.empty(array.nbytes + ALIGNMENT, np.uint8)
     begin = -memory.ctypes.data % ALIGNMENT

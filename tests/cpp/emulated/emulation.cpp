@@ -187,12 +187,22 @@ Barrier& barrier_at(Cta& cta, uint32_t offset) {
   return found->second;
 }
 
+void call_product(const void* function, const void* parameter) {
+  using Parameters = w4a16::native::Parameters;
+  reinterpret_cast<void (*)(Parameters)>(const_cast<void*>(function))(*static_cast<const Parameters*>(parameter));
+}
+
+std::map<const void*, Call>& calls() {
+  static std::map<const void*, Call> all;
+  return all;
+}
+
 void run_thread() {
-  using Kernel = void (*)(w4a16::native::Parameters);
-  const auto kernel = reinterpret_cast<Kernel>(const_cast<void*>(machine->function));
+  const auto found = calls().find(machine->function);
+  const Call call = found == calls().end() ? &call_product : found->second;
   Thread& me = here();
   try {
-    kernel(*static_cast<const w4a16::native::Parameters*>(machine->arguments[0]));
+    call(machine->function, machine->arguments[0]);
     if (!me.stores.open.empty() || !me.stores.committed.empty()) {
       fail("a thread ends while its stores still read shared memory");
     }
@@ -357,6 +367,8 @@ void meet(const char* what, int threads, void* mine, const std::function<void(vo
 
 void wait_for_previous_kernel() { wait_while("the previous kernel", &machine->previous_ended, 0); }
 
+void add_kernel(const void* function, Call call) { calls()[function] = call; }
+
 bool coin() { return chance(2); }
 
 void later(std::function<void()> act) {
@@ -485,9 +497,10 @@ void wait_for_groups(int threads, int pending) {
 
 }  // namespace emulation
 
-// The shared memory that kernels declare. Its address stands for offset 0 of the CTA's own.
+// The shared memory that kernels declare. Kernels of products use its address only, which stands for offset 0 of the
+// CTA's own. Others use the memory itself, and have one CTA.
 namespace w4a16::native {
-alignas(1024) uint8_t memory[1024];
+alignas(1024) uint8_t memory[227 * 1024];
 }
 
 using emulation::machine;

@@ -72,6 +72,17 @@ void wait_for_cluster();
 // Fails if the bytes are outside every buffer that the test has named.
 void check_global(const void* address, uint64_t bytes);
 
+// How a kernel with one parameter, given by value, is called. All kernels but those of products are registered.
+using Call = void (*)(const void* function, const void* parameter);
+void add_kernel(const void* function, Call call);
+
+template <class Parameter>
+void add_kernel(void (*kernel)(Parameter)) {
+  add_kernel(reinterpret_cast<const void*>(kernel), [](const void* function, const void* parameter) {
+    reinterpret_cast<void (*)(Parameter)>(const_cast<void*>(function))(*static_cast<const Parameter*>(parameter));
+  });
+}
+
 // Asynchronous work of a thread (stores of the copy engine) or of a warpgroup (WGMMAs), in groups that end in order.
 void add_to_group(int threads, std::function<void()> act);
 void commit_group(int threads);

@@ -23,12 +23,20 @@ constexpr w4a16_mode fgs = W4A16_FINEGRAINED_SCALE_ONLY;
 constexpr w4a16_mode fgsz = W4A16_FINEGRAINED_SCALE_AND_ZEROS;
 }  // namespace mode
 
+// Of a grouped product: whose tokens follow one another in the activations.
+struct Experts {
+  int64_t count;
+  int64_t packed_bytes;     // from one expert's packed weight to the next
+  const void* token_tiles;  // the list of native/tiles.h, on the device
+};
+
 // A launch whose arguments have been checked. All pointers are device pointers of the current device.
 struct Launch {
   Problem problem;
   w4a16_gemm_arguments arguments;
   int device;
   int sm_count;
+  Experts experts = {};
 };
 
 // Functions that measure the GPU instead of a kernel: see w4a16_probe_read and w4a16_probe_multiply.

@@ -13,6 +13,12 @@ __device__ inline int first_channel(const Tile& tile, const Consumer& me, int fr
   return (tile.channel_block + me.warpgroup_m * S::Fragments + fragment) * kBlockChannels;
 }
 
+// The factors of the channels of a tile's weight.
+template <class S>
+__device__ inline const float* channel_factors(const Parameters& p, const Tile& tile) {
+  return p.channel_factors + expert_offset<S>(p, tile) / static_cast<int>(sizeof(float));
+}
+
 // Factors of a consumer thread's channels: alpha times the weight's own. A thread has two channels of every fragment,
 // 16 * warp + lane / 4 and the one 8 above (PTX ISA, "Register Fragments for wgmma.mma_async"). They are loaded before
 // the main loop, which hides the latency, unless registers are short.
@@ -26,23 +32,27 @@ struct ChannelFactors {
 #pragma unroll
       for (int upper = 0; upper < 2; ++upper) {
         const int channel = first_channel<S>(tile, me, f) + me.warp * 16 + upper * 8 + me.lane / 4;
-        value[f][upper] = channel < p.n ? load_constant(p.channel_factors + channel) : 0.f;
+        value[f][upper] = channel < p.n ? load_constant(channel_factors<S>(p, tile) + channel) : 0.f;
       }
     }
   }
 };
 
-__device__ inline float channel_bias(const Parameters& p, int channel) {
-  return p.bias != nullptr && channel < p.n ? __half2float(p.bias[channel]) : 0.f;
+template <class S>
+__device__ inline float channel_bias(const Parameters& p, const Tile& tile, int channel) {
+  const int64_t first = S::Grouped ? int64_t{tile.expert} * p.n : 0;
+  return p.bias != nullptr && channel < p.n ? __half2float(p.bias[first + channel]) : 0.f;
 }
 
 // The two channels, 8 apart, of a thread's accumulators in one fragment.
+template <class S>
 struct PairOfChannels {
   float factor[2];
   float bias[2];
 
-  __device__ PairOfChannels(const Parameters& p, int lower, const float* factors)
-      : factor{p.alpha * factors[0], p.alpha * factors[1]}, bias{channel_bias(p, lower), channel_bias(p, lower + 8)} {}
+  __device__ PairOfChannels(const Parameters& p, const Tile& tile, int lower, const float* factors)
+      : factor{p.alpha * factors[0], p.alpha * factors[1]},
+        bias{channel_bias<S>(p, tile, lower), channel_bias<S>(p, tile, lower + 8)} {}
 
   // The outputs of two tokens: accumulator 4 * j + 2 * upper + i belongs to token 8 * j + 2 * (lane % 4) + i.
   template <int Count>
@@ -63,7 +73,7 @@ __device__ inline void store_from_registers(const Parameters& p, const Tile& til
 #pragma unroll
   for (int f = 0; f < S::Fragments; ++f) {
     const int first = first_channel<S>(tile, me, f) + me.warp * 16;
-    const PairOfChannels channels(p, first + me.lane / 4, factors.value[f]);
+    const PairOfChannels<S> channels(p, tile, first + me.lane / 4, factors.value[f]);
 #pragma unroll
     for (int group = 0; group < S::Tokens / 8; ++group) {
       if (!owns_piece<S>(me, group * S::Fragments + f)) continue;
@@ -74,7 +84,7 @@ __device__ inline void store_from_registers(const Parameters& p, const Tile& til
       const uint2 four = upper ? make_uint2(neighbours, two[1]) : make_uint2(two[0], neighbours);
       const int channel = first + upper * 8 + me.lane % 4 / 2 * 4;
       const int token = tile.token + group * 8 + me.lane / 4;
-      if (token < p.m && channel < p.n) {
+      if (token < end_token<S>(p, tile) && channel < p.n) {
         *reinterpret_cast<uint2*>(p.output_pointer + static_cast<int64_t>(token) * p.n + channel) = four;
       }
     }
@@ -102,7 +112,8 @@ __device__ inline void store_through_shared(const Parameters& p, const Shared<S>
   named_barrier(barrier, kThreads);
 #pragma unroll
   for (int f = 0; f < S::Fragments; ++f) {
-    const PairOfChannels channels(p, first_channel<S>(tile, me, f) + me.warp * 16 + me.lane / 4, factors.value[f]);
+    const PairOfChannels<S> channels(p, tile, first_channel<S>(tile, me, f) + me.warp * 16 + me.lane / 4,
+                                     factors.value[f]);
 #pragma unroll
     for (int group = 0; group < S::Tokens / 8; group += kInPairs ? 2 : 1) {
       if (S::ClusterK > 1 && group / kGroups != rank) continue;

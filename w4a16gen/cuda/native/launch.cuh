@@ -184,7 +184,15 @@ cudaError_t launch(const Launch& launch) {
   parameters.channel_blocks = layout.channel_blocks;
   parameters.block_bytes = layout.block_bytes;
   parameters.alpha = given.alpha;
-  const int ctas = make_tiling<S>(&parameters.tiling, m, layout.channel_blocks, layout.k_blocks, clusters_at_once);
+  int64_t tiled_tokens = m;
+  if constexpr (S::Grouped) {
+    const Experts& experts = launch.experts;
+    tiled_tokens = max_token_tiles(m, experts.count, S::Tokens) * S::Tokens;
+    parameters.expert_bytes = experts.packed_bytes;
+    parameters.token_tiles = static_cast<const TokenTiles*>(experts.token_tiles);
+  }
+  const int ctas =
+      make_tiling<S>(&parameters.tiling, tiled_tokens, layout.channel_blocks, layout.k_blocks, clusters_at_once);
   if (ctas == 0) return cudaErrorInvalidValue;
   parameters.is_dependent = given.dependent_launch != 0;
   parameters.dependents_start_early = dependents_start_early<S>(ctas, clusters_at_once);

@@ -25,9 +25,45 @@ struct Parameters {
   int activation_bytes;  // of a stage, where out-of-bounds rows are not copied
   bool is_dependent;
   bool dependents_start_early;
-  uint8_t* workspace;  // stream-K: the partial sums of every work unit
-  uint64_t epoch;      // stream-K: the value of a flag whose sums are complete, unique to this launch
+  uint8_t* workspace;             // stream-K: the partial sums of every work unit
+  uint64_t epoch;                 // stream-K: the value of a flag whose sums are complete, unique to this launch
+  const TokenTiles* token_tiles;  // grouped
+  int64_t expert_bytes;           // grouped: from one expert's packed weight to the next
 };
+
+// What a CTA works on. Grouped products read the list, which an earlier kernel has written.
+template <class S>
+__device__ inline Work work_of(const Parameters& p, int rank) {
+  const auto cta = static_cast<int>(blockIdx.x);
+  const auto ctas = static_cast<int>(gridDim.x);
+  if constexpr (S::Grouped) {
+    wait_for_prerequisites();
+    return S::Scheduler::template work_of<S>(p.tiling, cta, ctas, rank, *p.token_tiles);
+  } else {
+    return work_of<S>(p.tiling, cta, ctas, rank);
+  }
+}
+
+template <class S>
+__device__ inline Tile tile_at(const Parameters& p, const Work& work, int index) {
+  if constexpr (S::Grouped) {
+    return S::Scheduler::template tile_at<S>(p.tiling, work, index, *p.token_tiles);
+  } else {
+    return tile_at<S>(p.tiling, work, index);
+  }
+}
+
+// The bytes from the first expert's weights to those of a tile.
+template <class S>
+__device__ inline int64_t expert_offset(const Parameters& p, const Tile& tile) {
+  return S::Grouped ? tile.expert * p.expert_bytes : 0;
+}
+
+// The first token that a tile must not store.
+template <class S>
+__device__ inline int end_token(const Parameters& p, const Tile& tile) {
+  return S::Grouped ? tile.end_token : p.m;
+}
 
 // compute-sanitizer's racecheck does not understand some of the synchronisation. -DW4A16_RACECHECK replaces it.
 #ifdef W4A16_RACECHECK
@@ -104,7 +140,8 @@ struct WeightRows {
     for (int b = 0; b < S::Blocks; ++b) {
       // Past the last channel the last row is read again and its results are not stored: all stages have one size.
       const int from = min(tile.channel_block + b, p.channel_blocks - 1);
-      block[b] = p.weights + from * row + static_cast<int64_t>(tile.first_block) * p.block_bytes;
+      block[b] =
+          p.weights + expert_offset<S>(p, tile) + from * row + static_cast<int64_t>(tile.first_block) * p.block_bytes;
     }
   }
 };

@@ -27,7 +27,7 @@ template <class S>
 __device__ inline void prologue(const Parameters& p, const Shared<S>& shared, const Work& work, int warp) {
   constexpr int kProducerWarps = kWarpgroup / kWarp;
   if (warp < kProducerWarps && S::PrologueStages > 0) {
-    const Tile tile = tile_at<S>(p.tiling, work, work.first_tile);
+    const Tile tile = tile_at<S>(p, work, work.first_tile);
     const WeightRows<S> rows(p, tile);
     const int stages = min(S::PrologueStages, tile.blocks * S::StagesPerBlock);
     if (elected()) {
@@ -62,7 +62,7 @@ __device__ inline void produce(const Parameters& p, const Shared<S>& shared, con
   Position<S::Stages> at;
 #pragma unroll 1
   for (int index = work.first_tile; index < work.end_tile; index = next_tile<S>(p.tiling, work, index)) {
-    const Tile tile = tile_at<S>(p.tiling, work, index);
+    const Tile tile = tile_at<S>(p, work, index);
     const int stages = tile.blocks * S::StagesPerBlock;
     const auto fetch = fetch_tile(tile);
     int stage = min(skip, stages);
@@ -89,8 +89,8 @@ __device__ inline void produce_weights(const Parameters& p, const Shared<S>& sha
     };
   };
   int filled = S::PrologueStages;
-  if (S::CtasPerSm == 2 && p.is_dependent) {  // the previous launch has priority (FillPause)
-    const Tile tile = tile_at<S>(p.tiling, work, work.first_tile);
+  if (S::CtasPerSm == 2 && !S::Grouped && p.is_dependent) {  // the previous launch has priority (FillPause)
+    const Tile tile = tile_at<S>(p, work, work.first_tile);
     const auto fetch = fetch_tile(tile);
     const int stages = tile.blocks * S::StagesPerBlock;
     filled = min(S::Stages, stages);
@@ -108,10 +108,10 @@ template <class S>
 __device__ inline void produce_activations(const Parameters& p, const Shared<S>& shared, const Work& work) {
   const Multicast multicast = activation_multicast<S>(work.rank);
   int skip = 0;
-  if (S::CtasPerSm == 2 && p.is_dependent) {
+  if (S::CtasPerSm == 2 && !S::Grouped && p.is_dependent) {
     // The weights are there when the previous kernel ends. The barriers already expect all activations of the ring, so
     // that only their copies remain: requesting 16 stages takes 0.5 us instead of 1.8 (4096x4096, one token).
-    const Tile tile = tile_at<S>(p.tiling, work, work.first_tile);
+    const Tile tile = tile_at<S>(p, work, work.first_tile);
     skip = min(S::Stages, tile.blocks * S::StagesPerBlock);
     for (int stage = 0; stage < skip; ++stage) expect_activations<S>(p, shared, stage);
     wait_for_prerequisites();

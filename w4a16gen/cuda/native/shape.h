@@ -56,6 +56,7 @@ struct TileShape {
   static constexpr int Warpgroups = Schedule::Warpgroups;   // of consumers
   static constexpr bool ByWarps = Schedule::ByWarps;        // warps multiply independently, with mma.sync
   static constexpr bool StreamK = Scheduler::kSplitsTiles;  // no CTA is idle in the last wave of tiles
+  static constexpr bool Grouped = Scheduler::kGroups;       // the tokens belong to several experts
   static constexpr int ClusterChannels = Cluster::Channels;
   static constexpr int ClusterTokens = Cluster::Tokens;
   static constexpr int ClusterK = Cluster::K;
@@ -63,6 +64,7 @@ struct TileShape {
   static constexpr bool Multicasts = ClusterChannels * ClusterTokens > 1;
   static_assert(!(Multicasts && ClusterK > 1), "a cluster multicasts operands or splits K, not both");
   static_assert(!(StreamK && ClusterK > 1), "stream-K splits K among clusters, not within them");
+  static_assert(!(Grouped && ClusterTokens > 1), "the token tiles of a cluster would belong to different experts");
 
   static constexpr int Mode = Mode_;
   static constexpr bool Scales = Mode != W4A16_PER_COLUMN_SCALE_ONLY;
@@ -92,7 +94,7 @@ struct TileShape {
   // Whether the last token tile ends where the tokens end and so computes some of them twice, to the same bits. Wider
   // CTAs that split K do so only where every CTA has one tile. Otherwise 4096x4096 takes 23 us with 130 tokens, but
   // 15 us with 256 (H100, 2026-11). Stream-K cannot: its tiles split K differently.
-  static constexpr bool OverlapsLastTile = (SkipsOutOfBoundsRows || ClusterK > 1) && !StreamK;
+  static constexpr bool OverlapsLastTile = (SkipsOutOfBoundsRows || ClusterK > 1) && !StreamK && !Grouped;
 };
 
 // The threads of a CTA and their registers.
@@ -104,7 +106,7 @@ struct ThreadShape {
   static_assert(T::Warpgroups == 2 || T::Warpgroups == 4, "a CTA has two or four consumer warpgroups");
   static_assert(!T::ByWarps || CtasPerSm == 2, "kernels whose warps multiply independently share an SM in pairs");
   // Whether a dependent launch has redundant CTAs, so that every SM gets one (padded_grid in tiles.h).
-  static constexpr bool PadsGrid = CtasPerSm == 2 && !T::StreamK;
+  static constexpr bool PadsGrid = CtasPerSm == 2 && !T::StreamK && !T::Grouped;
 
   static constexpr int Accumulators = T::Fragments * T::Tokens / 2;  // fp32, of one thread
   static_assert(Accumulators <= (T::Warpgroups == 4 ? 32 : 128), "a thread's accumulators must fit into its registers");
@@ -130,6 +132,7 @@ struct StorageShape {
   static constexpr bool StoresThroughShared = StoresThroughShared_;
   static_assert(!StoresThroughShared || T::ClusterK == 1 || T::DividesOutputByTokens,
                 "the copy engine stores all channels of a tile");
+  static_assert(!(StoresThroughShared && T::Grouped), "the copy engine would store tokens of the next expert");
   static constexpr int Stages = Stages_;
   static constexpr int MaxStages = 32;
   static_assert(Stages >= 2 * T::WarpgroupsK, "a warpgroup along K releases a stage while it works on its next one");
@@ -178,10 +181,10 @@ struct StorageShape {
 template <class T, class Storage>
 struct PipelineShape {
   // Stages fetched in the prologue, which hide the memory's latency. With more, all arrive late, also the first:
-  // 4096x4096 with one token takes 9 % longer with 34 KiB.
+  // 4096x4096 with one token takes 9 % longer with 34 KiB. Grouped products do not know yet which weights they need.
   static constexpr int MaxPrologueWeights = 20 * 1024;
   static constexpr int PrologueStages =
-      T::Multicasts ? 0 : min_of(Storage::Stages, max_of(MaxPrologueWeights / Storage::WeightBytes, 1));
+      T::Multicasts || T::Grouped ? 0 : min_of(Storage::Stages, max_of(MaxPrologueWeights / Storage::WeightBytes, 1));
 
   // Stages left to fetch when the next launch may start, where both grids fit at once. The next launch then fetches its
   // weights while this one computes its last stages. An earlier trigger makes the two compete for bandwidth; a later

@@ -26,6 +26,22 @@ struct Tile {
   int token;
   int first_block;
   int blocks;
+  int expert = 0;     // grouped: whose weights it needs
+  int end_token = 0;  // grouped: the first token of the next expert
+};
+
+// An entry of a grouped product's list, which has one for each token tile. All entries of an expert are equal.
+struct alignas(16) TokenTile {
+  int expert;
+  int first_entry;  // of this expert
+  int first_token;  // of this expert
+  int end_token;
+};
+
+// The list of a grouped product. Its memory has room for max_token_tiles entries.
+struct alignas(16) TokenTiles {
+  int count;
+  TokenTile first;
 };
 
 // The tiles of a CTA, from the first to the end, and its rank in its cluster. Under stream-K also its work unit.
@@ -36,6 +52,11 @@ struct Work {
   int rank;
   int unit;
 };
+
+// How many entries the list of a grouped product may have: every expert's last tile may be almost empty.
+W4A16_HOST_DEVICE constexpr int64_t max_token_tiles(int64_t tokens, int64_t experts, int tile_tokens) {
+  return tokens / tile_tokens + (experts < tokens ? experts : tokens);
+}
 
 // The coordinates of a tile of clusters.
 struct Place {
@@ -79,6 +100,7 @@ namespace scheduler {
 // One wave of CTAs, each of which computes several whole tiles.
 struct persistent {
   static constexpr bool kSplitsTiles = false;
+  static constexpr bool kGroups = false;
 
   static int64_t parts(int64_t tiles, int) { return tiles; }
 
@@ -126,6 +148,7 @@ struct persistent {
 // divided.
 struct streamk {
   static constexpr bool kSplitsTiles = true;
+  static constexpr bool kGroups = false;
 
   static int64_t parts(int64_t tiles, int k_blocks) { return tiles * k_blocks; }
 
@@ -178,6 +201,37 @@ struct streamk {
       token_tile = token_tile * S::ClusterTokens + work.rank / S::ClusterChannels;
     }
     return {channel_tile * S::Blocks, token_tile * S::Tokens, first, end - first};
+  }
+};
+
+// One wave of CTAs, each of which computes several whole tiles of several experts' products. A list on the device says
+// which token tiles there are, and how many.
+struct grouped {
+  static constexpr bool kSplitsTiles = false;
+  static constexpr bool kGroups = true;
+
+  static int64_t parts(int64_t tiles, int) { return tiles; }
+
+  static int split_tiles(int, int) { return 0; }
+
+  template <class S>
+  W4A16_HOST_DEVICE static Work work_of(const Tiling& tiling, int cta, int ctas, int rank, const TokenTiles& list) {
+    return {cta / S::ClusterSize, ctas / S::ClusterSize, tiling.channel_tiles * list.count, rank, 0};
+  }
+
+  W4A16_HOST_DEVICE static int next_tile(const Tiling&, const Work& work, int tile) { return tile + work.tile_step; }
+
+  // An expert's tiles follow one another, in sweeps as in an ordinary product: its weights are read once.
+  template <class S>
+  W4A16_HOST_DEVICE static Tile tile_at(const Tiling& tiling, const Work& work, int index, const TokenTiles& list) {
+    const TokenTile entry = (&list.first)[index / tiling.channel_tiles];
+    Tiling of_expert = tiling;
+    of_expert.token_tiles = (entry.end_token - entry.first_token + S::Tokens - 1) / S::Tokens;
+    Tile tile = persistent::tile_at<S>(of_expert, work, index - entry.first_entry * tiling.channel_tiles);
+    tile.token += entry.first_token;
+    tile.expert = entry.expert;
+    tile.end_token = entry.end_token;
+    return tile;
   }
 };
 

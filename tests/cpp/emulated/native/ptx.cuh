@@ -66,6 +66,27 @@ Value __shfl_xor_sync(uint32_t, Value value, int mask) {
 }
 
 template <class Value>
+Value __shfl_up_sync(uint32_t, Value value, int distance) {
+  return shuffle(value, "__shfl_up_sync", [=](int lane) { return lane < distance ? lane : lane - distance; });
+}
+
+inline uint32_t __match_any_sync(uint32_t, int value) {
+  struct Lane {
+    int value;
+    uint32_t same;
+  } mine{value, 0};
+  emulation::meet_as("__match_any_sync", 32, mine, [](Lane* const* all) {
+    for (int i = 0; i < 32; ++i) {
+      for (int j = 0; j < 32; ++j) all[i]->same |= static_cast<uint32_t>(all[i]->value == all[j]->value) << j;
+    }
+  });
+  return mine.same;
+}
+
+inline int __popc(uint32_t word) { return __builtin_popcount(word); }
+inline int __ffs(int word) { return __builtin_ffs(word); }
+
+template <class Value>
 Value __ldcg(const Value* address) {
   return *address;
 }

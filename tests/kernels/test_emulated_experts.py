@@ -1,0 +1,161 @@
+"""Grouped kernels and the kernels between their products, run on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from emulated_experts import EmulatedExperts, Ints, build_experts, entries
+from emulation import Launch
+
+from w4a16gen import KernelConfig, QuantMode
+from w4a16gen.weights.quantized import QuantizedWeight
+from w4a16gen.weights.reference import Expectation, error_over_bound, random_weight
+
+KERNELS = [
+    KernelConfig.parse(f"w4a16_sm90_native_{name}")
+    for name in (
+        "cs_cta128x32x128_cluster1x1x1_warpgroups4_persistent",
+        "fgs_cta64x8x128_cluster1x1x1_warps8_persistent",
+        "fgs_cta64x16x128_cluster1x1x2_warps8_persistent",
+        "fgs_cta64x64x128_cluster1x1x1_warpgroups2_persistent",
+        "fgs_cta128x64x128_cluster2x1x1_warpgroups2_persistent",
+        "fgsz_cta256x128x64_cluster1x1x1_warpgroups2_persistent",
+    )
+]
+EXPERTS = 5
+NOBODY = (-1, EXPERTS, 1 << 30)
+"""Ids that no expert has."""
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> EmulatedExperts:
+    """Return the kernels, compiled for the CPU."""
+    return build_experts(KERNELS, tmp_path_factory.mktemp("experts"))
+
+
+def routed(ids: npt.NDArray[Any], experts: int, expert_map: Ints | None = None) -> list[list[int]]:
+    """Return the routes of each expert, in order."""
+    found: list[list[int]] = [[] for _ in range(experts)]
+    for route, global_id in enumerate(ids.ravel().tolist()):
+        if not 0 <= global_id < (experts if expert_map is None else expert_map.size):
+            continue
+        expert = global_id if expert_map is None else int(expert_map[global_id])
+        if 0 <= expert < experts:
+            found[expert].append(route)
+    return found
+
+
+def tiles_of(rows: list[tuple[int, int]], tile_tokens: int) -> list[list[int]]:
+    """Return the list of token tiles of experts with these first rows and ends."""
+    found: list[list[int]] = []
+    for expert, (first, end) in enumerate(rows):
+        tiles = -(-(end - first) // tile_tokens)
+        found += [[expert, len(found), first, end]] * tiles
+    return found
+
+
+def drawn_ids(rng: np.random.Generator, experts: int, largest: int) -> npt.NDArray[Any]:
+    """Draw ids of a few tokens, of many experts or few, with some of nobody."""
+    tokens, slots = int(rng.integers(1, largest)), int(rng.integers(1, 9))
+    hit = rng.choice(experts, int(rng.integers(1, experts + 1)), replace=False)
+    ids = rng.choice(hit, (tokens, slots)).astype("i4" if rng.random() < 0.5 else "i8")
+    ids[rng.random(ids.shape) < rng.choice([0, 0.2, 1], p=[0.6, 0.3, 0.1])] = rng.choice(NOBODY)
+    return ids
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("experts", [1, 2, 31, 128, 512, 1024])
+def test_routing_sorts_stably(emulated: EmulatedExperts, experts: int) -> None:
+    rng = np.random.default_rng(experts)
+    for seed in range(3):
+        expert_map = None
+        if seed == 2:
+            expert_map = np.full(2 * experts, -1, np.int32)
+            expert_map[rng.choice(2 * experts, experts, replace=False)] = rng.permutation(experts)
+        ids = drawn_ids(rng, experts if expert_map is None else 2 * experts, 300)
+        ids[ids == EXPERTS] = -1
+        tile_tokens = int(rng.choice([8, 24, 64]))
+        routes = emulated.route(ids, experts, tile_tokens, expert_map, seed)
+        wanted = routed(ids, experts, expert_map)
+        assert routes.offsets.tolist() == np.cumsum([0, *map(len, wanted)]).tolist()
+        assert routes.routes_of_rows.tolist() == [route for one in wanted for route in one]
+        back = np.full(ids.size, -1)
+        back[routes.routes_of_rows] = np.arange(routes.routes_of_rows.size)
+        assert routes.rows_of_routes.tolist() == back.tolist()
+        rows = list(zip(routes.offsets[:-1].tolist(), routes.offsets[1:].tolist(), strict=True))
+        assert routes.tiles == tiles_of(rows, tile_tokens)
+
+
+@pytest.mark.compile
+def test_tiles_of_given_rows(emulated: EmulatedExperts) -> None:
+    offsets = np.array([0, 0, 17, 17, 24, 40], np.int32)
+    pairs = list(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True))
+    assert entries(emulated.list_token_tiles(8, 40, offsets=offsets)) == tiles_of(pairs, 8)
+    counts = np.array([0, 3, 16, 9, 99], np.int32)
+    listed = emulated.list_token_tiles(8, 5 * 16, counts=counts, stride=16)
+    assert entries(listed) == tiles_of([(0, 0), (16, 19), (32, 48), (48, 57), (64, 80)], 8)
+
+
+@pytest.mark.compile
+def test_rows_outside_the_activations_are_left_out(emulated: EmulatedExperts) -> None:
+    offsets = np.array([-5, 3, 1, 2000, 9], np.int32)
+    rows = [(0, 3), (3, 3), (1, 40), (40, 40)]
+    assert entries(emulated.list_token_tiles(8, 40, offsets=offsets)) == tiles_of(rows, 8)
+    counts = np.array([-3, 2000], np.int32)
+    assert entries(emulated.list_token_tiles(8, 40, counts=counts, stride=30)) == tiles_of([(0, 0), (30, 40)], 8)
+
+
+def drawn_weights(rng: np.random.Generator, mode: QuantMode, n: int, k: int, group: int) -> list[QuantizedWeight]:
+    """Draw one weight for each expert."""
+    return [random_weight(rng, n, k, group if mode.is_grouped else k, mode) for _ in range(EXPERTS)]
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("config", KERNELS, ids=lambda config: config.short_name)
+def test_each_row_is_multiplied_by_its_expert(emulated: EmulatedExperts, config: KernelConfig) -> None:
+    rng = np.random.default_rng(3)
+    for seed, (n, k, group) in enumerate(((200, 192, 64), (72, 352, 32), (328, 256, 128))):
+        weights = drawn_weights(rng, config.mode, n, k, group)
+        ids = drawn_ids(rng, EXPERTS, 60)
+        routes = emulated.route(ids, EXPERTS, config.cta.tokens)
+        a = rng.standard_normal((ids.size, k)).astype(np.float16)
+        bias = rng.standard_normal((EXPERTS, n)).astype(np.float16) if seed else None
+        got, again = (
+            emulated.grouped_gemm(config, a, weights, routes.token_tiles, Launch(number, 3 + seed, 1.5, bias))
+            for number in range(2)
+        )
+        assert np.array_equal(got.view(np.uint16), again.view(np.uint16)), "the order decides the bits"
+        for expert, weight in enumerate(weights):
+            rows = slice(routes.offsets[expert], routes.offsets[expert + 1])
+            expected = Expectation(a[rows], weight)
+            of_expert = None if bias is None else bias[expert]
+            assert error_over_bound(got[rows], expected, 1.5, of_expert) < 1
+        assert np.isnan(got[routes.offsets[-1] :]).all()
+
+
+@pytest.mark.compile
+def test_a_layer_equals_its_experts_one_by_one(emulated: EmulatedExperts) -> None:
+    config = KERNELS[1]
+    rng = np.random.default_rng(9)
+    size, inner = 64, 192
+    w13 = drawn_weights(rng, config.mode, 2 * inner, size, 64)
+    w2 = drawn_weights(rng, config.mode, size, inner, 64)
+    hidden = rng.standard_normal((13, size)).astype(np.float16)
+    ids = rng.choice([0, 1, 2, 4, -1], (13, 3)).astype(np.int64)
+    ids[5] = -1
+    weights = rng.random((13, 3)).astype(np.float32)
+    got = emulated.moe(config, hidden, w13, w2, ids, weights)
+    wanted = np.zeros((13, size))
+    for (token, slot), expert in np.ndenumerate(ids):
+        if expert < 0:
+            continue
+        gate_up = hidden[token].astype(np.float64) @ w13[expert].dequantize().T
+        gate, up = gate_up[:inner], gate_up[inner:]
+        wanted[token] += weights[token, slot] * (gate / (1 + np.exp(-gate)) * up @ w2[expert].dequantize().T)
+    assert np.abs(got - wanted).max() < 2e-3 * np.abs(wanted).max()
+    assert (got[5] == 0).all()
+    again = emulated.moe(config, hidden, w13, w2, ids, weights, seed=7)
+    assert np.array_equal(got.view(np.uint16), again.view(np.uint16))

@@ -1,0 +1,195 @@
+// From the experts that tokens chose to the rows and token tiles of grouped products.
+//
+// A route is a token's choice of one expert; its number is token * slots + slot. Rows are routes in the order of their
+// experts, and within an expert in the order of their numbers. So bits repeat. Routes to no expert have no row.
+#pragma once
+
+#include "native/ptx.cuh"
+#include "native/tiles.h"
+
+namespace w4a16::native {
+
+constexpr int kRoutingThreads = 1024;
+constexpr int kRoutingWarps = kRoutingThreads / kWarp;
+constexpr int kMaxExperts = kRoutingThreads;  // a thread for each
+constexpr uint32_t kAllLanes = 0xffffffff;
+constexpr int kNoExpert = -1;
+
+struct RoutingParameters {
+  const int32_t* experts32;   // of each route; or
+  const int64_t* experts64;   // the same with 64 bits
+  const int32_t* expert_map;  // [global experts], to the experts here or kNoExpert; may be null
+  int global_experts;
+  int experts;
+  int routes;
+  int tile_tokens;
+  int32_t* offsets;         // [experts + 1], written: the first row of each expert, and their number
+  int32_t* routes_of_rows;  // [routes], written
+  int32_t* rows_of_routes;  // [routes], written; kNoExpert for a route without a row
+  TokenTiles* token_tiles;  // written
+};
+
+// The rows of each expert, given by offsets [experts + 1], or by counts [experts] where expert e begins at row
+// e * stride.
+struct ListingParameters {
+  const int32_t* offsets;
+  const int32_t* counts;
+  int stride;
+  int experts;
+  int rows;  // that the activations have
+  int tile_tokens;
+  TokenTiles* token_tiles;
+};
+
+// Shared memory: the rows of every expert that each warp has seen, then each expert's first row and first tile.
+constexpr int routing_bytes(int experts) {
+  return (kRoutingWarps * experts + 2 * (experts + 1) + 2 * kRoutingWarps) * static_cast<int>(sizeof(int32_t));
+}
+
+struct RoutingMemory {
+  int32_t* counts;       // [warps][experts]
+  int32_t* first_rows;   // [experts + 1]
+  int32_t* first_tiles;  // [experts + 1]
+  int32_t* sums;         // [2][warps]
+
+  __device__ RoutingMemory(uint8_t* memory, int experts)
+      : counts(reinterpret_cast<int32_t*>(memory)),
+        first_rows(counts + kRoutingWarps * experts),
+        first_tiles(first_rows + experts + 1),
+        sums(first_tiles + experts + 1) {}
+};
+
+// The sum of the values of all threads before this one, and of all of them.
+struct PrefixSum {
+  int before;
+  int total;
+};
+
+__device__ inline PrefixSum prefix_sum(int value, int32_t* sums) {
+  const auto lane = static_cast<int>(threadIdx.x % kWarp);
+  const auto warp = static_cast<int>(threadIdx.x / kWarp);
+  int sum = value;
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const int other = __shfl_up_sync(kAllLanes, sum, distance);
+    if (lane >= distance) sum += other;
+  }
+  if (lane == kWarp - 1) sums[warp] = sum;
+  __syncthreads();
+  PrefixSum result{sum - value, 0};
+  for (int i = 0; i < kRoutingWarps; ++i) {
+    if (i < warp) result.before += sums[i];
+    result.total += sums[i];
+  }
+  __syncthreads();  // the next call writes there
+  return result;
+}
+
+// Writes the list of token tiles, of experts whose first tiles are in shared memory.
+template <class RowsOf>
+__device__ inline void write_token_tiles(TokenTiles* list, const int32_t* first_tiles, int experts, int tiles,
+                                         const RowsOf& rows_of) {
+  if (threadIdx.x == 0) list->count = tiles;
+  for (auto tile = static_cast<int>(threadIdx.x); tile < tiles; tile += kRoutingThreads) {
+    int expert = 0;  // the last one whose first tile is not after this one; those without tiles come before it
+    for (int step = kMaxExperts / 2; step > 0; step /= 2) {
+      if (expert + step < experts && first_tiles[expert + step] <= tile) expert += step;
+    }
+    const int2 rows = rows_of(expert);
+    (&list->first)[tile] = {expert, first_tiles[expert], rows.x, rows.y};
+  }
+}
+
+__device__ inline int expert_of(const RoutingParameters& p, int route) {
+  const int64_t global = p.experts64 != nullptr ? p.experts64[route] : p.experts32[route];
+  if (global < 0 || global >= p.global_experts) return kNoExpert;
+  const int expert = p.expert_map != nullptr ? p.expert_map[global] : static_cast<int>(global);
+  return expert >= 0 && expert < p.experts ? expert : kNoExpert;
+}
+
+// Calls visit(route, expert, lanes of the warp with the same expert) for this warp's part of the routes. All lanes call
+// it, with kNoExpert behind the end.
+template <class Visit>
+__device__ inline void for_routes(const RoutingParameters& p, const Visit& visit) {
+  const auto warp = static_cast<int>(threadIdx.x / kWarp);
+  const int rounds = (p.routes + kRoutingThreads - 1) / kRoutingThreads;
+  for (int round = 0; round < rounds; ++round) {
+    const int route = (warp * rounds + round) * kWarp + static_cast<int>(threadIdx.x % kWarp);
+    const int expert = route < p.routes ? expert_of(p, route) : kNoExpert;
+    visit(route, expert, __match_any_sync(kAllLanes, expert));
+  }
+}
+
+// One CTA counts the routes of each expert, and then gives each route its row: a stable counting sort.
+__global__ void __launch_bounds__(kRoutingThreads) route(const __grid_constant__ RoutingParameters p) {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  const RoutingMemory shared(memory, p.experts);
+  const auto thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % kWarp;
+  int32_t* const mine = shared.counts + thread / kWarp * p.experts;
+  for (int i = thread; i < kRoutingWarps * p.experts; i += kRoutingThreads) shared.counts[i] = 0;
+  wait_for_prerequisites();
+  __syncthreads();
+  for_routes(p, [&](int, int expert, uint32_t same) {
+    if (expert != kNoExpert && lane == __ffs(static_cast<int>(same)) - 1) mine[expert] += __popc(same);
+    __syncwarp();
+  });
+  __syncthreads();
+  int rows = 0;
+  for (int warp = 0; warp < kRoutingWarps && thread < p.experts; ++warp) {
+    int32_t& count = shared.counts[warp * p.experts + thread];
+    const int of_warp = count;
+    count = rows;
+    rows += of_warp;
+  }
+  const PrefixSum all_rows = prefix_sum(rows, shared.sums);
+  const PrefixSum all_tiles = prefix_sum((rows + p.tile_tokens - 1) / p.tile_tokens, shared.sums + kRoutingWarps);
+  if (thread < p.experts) {
+    shared.first_rows[thread] = p.offsets[thread] = all_rows.before;
+    shared.first_tiles[thread] = all_tiles.before;
+  }
+  if (thread == 0) shared.first_rows[p.experts] = p.offsets[p.experts] = all_rows.total;
+  __syncthreads();
+  write_token_tiles(p.token_tiles, shared.first_tiles, p.experts, all_tiles.total,
+                    [&](int expert) { return make_int2(shared.first_rows[expert], shared.first_rows[expert + 1]); });
+  for_routes(p, [&](int route, int expert, uint32_t same) {
+    const int earlier = expert != kNoExpert ? mine[expert] : 0;
+    __syncwarp();
+    if (expert != kNoExpert) {
+      const int row = shared.first_rows[expert] + earlier + __popc(same & ((1u << lane) - 1));
+      p.routes_of_rows[row] = route;
+      p.rows_of_routes[route] = row;
+      if (lane == __ffs(static_cast<int>(same)) - 1) mine[expert] = earlier + __popc(same);
+    } else if (route < p.routes) {
+      p.rows_of_routes[route] = kNoExpert;
+    }
+    __syncwarp();
+  });
+  launch_dependents();
+}
+
+// One CTA lists the token tiles of experts whose rows are given. Rows outside the activations are left out.
+__global__ void __launch_bounds__(kRoutingThreads) list_token_tiles(const __grid_constant__ ListingParameters p) {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  const RoutingMemory shared(memory, p.experts);
+  const auto thread = static_cast<int>(threadIdx.x);
+  wait_for_prerequisites();
+  const auto rows_of = [&](int expert) {
+    const int64_t first = p.offsets != nullptr ? p.offsets[expert] : int64_t{expert} * p.stride;
+    const int64_t end = p.offsets != nullptr ? p.offsets[expert + 1] : first + min(p.counts[expert], p.stride);
+    const auto within = [&](int64_t row) { return static_cast<int>(max(int64_t{0}, min(row, int64_t{p.rows}))); };
+    return make_int2(within(first), max(within(first), within(end)));
+  };
+  int tiles = 0;
+  if (thread < p.experts) {
+    const int2 rows = rows_of(thread);
+    tiles = (rows.y - rows.x + p.tile_tokens - 1) / p.tile_tokens;
+  }
+  const PrefixSum all_tiles = prefix_sum(tiles, shared.sums);
+  if (thread < p.experts) shared.first_tiles[thread] = all_tiles.before;
+  __syncthreads();
+  write_token_tiles(p.token_tiles, shared.first_tiles, p.experts, all_tiles.total, rows_of);
+  launch_dependents();
+}
+
+}  // namespace w4a16::native
