@@ -71,6 +71,7 @@ class Launch:
     seed: int = 0
     """Of the order in which threads run and copies complete."""
     sm_count: int = 4
+    """Multiprocessors of the GPU, below 64."""
     alpha: float = 1.0
     bias: Half | None = None
     is_dependent: bool = False

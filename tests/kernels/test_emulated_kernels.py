@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from emulation import Emulation, EmulationError, Launch, build_for_emulation
 
-from w4a16gen import KernelConfig
+from w4a16gen import KernelConfig, Scheduler
 from w4a16gen.build.headers import CUDA_FOLDER
 from w4a16gen.weights.reference import Expectation, error_over_bound, random_weight
 
@@ -72,11 +72,14 @@ def largest_error(emulation: Emulation, config: KernelConfig, problem: tuple[int
     a = rng.standard_normal((m, k)).astype(np.float16)
     bias = rng.standard_normal(n).astype(np.float16)
     first, *others = (
-        emulation.gemm(config, a, weight, Launch(seed=number, alpha=1.25, bias=bias, is_dependent=number == 1))
+        emulation.gemm(config, a, weight, Launch(number, 4, 1.25, bias, is_dependent=number == 1))
         for number in range(3)
     )
     for other in others:
         assert np.array_equal(first.view(np.uint16), other.view(np.uint16)), "the order decides the bits"
+    if config.scheduler is Scheduler.PERSISTENT:
+        other = emulation.gemm(config, a, weight, Launch(3, 7, 1.25, bias))
+        assert np.array_equal(first.view(np.uint16), other.view(np.uint16)), "the multiprocessors decide the bits"
     return error_over_bound(first, Expectation(a, weight), 1.25, bias)
 
 

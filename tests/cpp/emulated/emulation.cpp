@@ -575,16 +575,17 @@ const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorLaunchFailure ? settings().error.c_str() : "an error of the emulation";
 }
 
+// Device N is a GPU of N multiprocessors: the library remembers what it has asked of each device.
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = settings().sm_count;
   return cudaSuccess;
 }
 
-cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
   *properties = {};
   std::strcpy(properties->name, "emulated H100");
   properties->major = 9;
-  properties->multiProcessorCount = settings().sm_count;
+  properties->multiProcessorCount = device;
   return cudaSuccess;
 }
 

@@ -52,7 +52,7 @@ EMULATION_API int emulated_grouped(const char* name, const w4a16_problem* proble
                                    const w4a16_gemm_arguments* arguments, const w4a16::Experts* experts, int sm_count) {
   for (int i = 0; i < w4a16::kKernelCount; ++i) {
     if (std::strcmp(w4a16::kKernels[i]->info.name, name) == 0) {
-      return w4a16::kKernels[i]->launch({*problem, *arguments, 0, sm_count, *experts});
+      return w4a16::kKernels[i]->launch({*problem, *arguments, sm_count, sm_count, *experts});
     }
   }
   return -1;
