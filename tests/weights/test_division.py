@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 import w4a16gen
-from w4a16gen.weights.division import Axis, Share, axis_of, share
+from w4a16gen import InvalidValueError, QuantMode
+from w4a16gen.weights.division import Axis, Share, axis_of, divide, regroup, share
+from w4a16gen.weights.reference import random_weight
 
 
 @pytest.mark.parametrize(
@@ -69,3 +71,54 @@ def test_a_divided_layer_is_the_same_layer(rng: np.random.Generator) -> None:
         weight.q, weight.scales.repeat(rows, axis=0), weight.zeros.repeat(rows, axis=0), 32, weight.mode
     )
     np.testing.assert_array_equal(fine.dequantize(), weight.dequantize())
+
+
+MODES = pytest.mark.parametrize("mode", QuantMode, ids=str)
+
+
+@MODES
+@pytest.mark.parametrize(("k", "gpus", "group_size"), [(768, 4, 64), (1408, 4, 32), (1024, 2, 128), (704, 2, 32)])
+def test_parts_along_k_are_the_columns_of_the_whole(
+    k: int, gpus: int, group_size: int, mode: QuantMode, rng: np.random.Generator
+) -> None:
+    whole = random_weight(rng, 16, k, 128 if k % 128 == 0 else 64, mode)
+    parts = [divide(whole, Axis.REDUCTION, gpus, rank) for rank in range(gpus)]
+    assert {part.k for part in parts} == {k // gpus}
+    assert {part.group_size for part in parts} == {group_size if mode.is_grouped else k // gpus}
+    assert {part.mode for part in parts} == {mode}
+    np.testing.assert_array_equal(np.concatenate([part.dequantize() for part in parts], axis=1), whole.dequantize())
+
+
+@MODES
+def test_parts_along_n_are_the_rows_of_the_whole(mode: QuantMode, rng: np.random.Generator) -> None:
+    whole = random_weight(rng, 64, 128, 32, mode)
+    parts = [divide(whole, Axis.CHANNELS, 4, rank) for rank in range(4)]
+    np.testing.assert_array_equal(np.concatenate([part.dequantize() for part in parts]), whole.dequantize())
+    assert divide(whole, Axis.NONE, 4, 2) is whole
+
+
+def test_a_weight_without_such_a_part_is_refused(rng: np.random.Generator) -> None:
+    whole = random_weight(rng, 16, 768, 128, QuantMode.FINEGRAINED_SCALE_ONLY)
+    with pytest.raises(InvalidValueError, match="among 16 GPUs: k = 768 / 16 = 48 has no group size"):
+        divide(whole, Axis.REDUCTION, 16, 0)
+    with pytest.raises(InvalidValueError, match="rank of 4 must be 0 to 3, one of 4 GPUs"):
+        divide(whole, Axis.REDUCTION, 4, 4)
+
+
+@MODES
+@pytest.mark.parametrize("target", QuantMode, ids=str)
+def test_smaller_groups_and_richer_modes_change_no_value(
+    mode: QuantMode, target: QuantMode, rng: np.random.Generator
+) -> None:
+    weight = random_weight(rng, 16, 256, 128, mode)
+    poorer = (mode.has_zeros and not target.has_zeros) or (mode.is_grouped and not target.is_grouped)
+    if poorer or not target.is_grouped:
+        with pytest.raises(InvalidValueError, match=r"mode \w+ cannot hold|must be 256 \(= k\) in mode"):
+            regroup(weight, 64, target)
+    else:
+        changed = regroup(weight, 64, target)
+        assert (changed.group_size, changed.mode) == (64, target)
+        np.testing.assert_array_equal(changed.dequantize(), weight.dequantize())
+    assert regroup(weight, weight.group_size) is weight
+    with pytest.raises(InvalidValueError, match="group size 96 must divide"):
+        regroup(weight, 96)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from math import gcd
 
+import numpy as np
+
+from w4a16gen.errors import InvalidValueError
+from w4a16gen.kernels.config import QuantMode
+from w4a16gen.kernels.integers import integer
 from w4a16gen.kernels.problem import DIMENSION_MULTIPLE, NATIVE_GROUP_MULTIPLE
+from w4a16gen.weights.quantized import QuantizedWeight
 
 
 class Axis(Enum):
@@ -105,3 +111,77 @@ def share(whole: Share, axis: Axis, gpus: int, *, act_order: bool = False) -> Sh
     if group % NATIVE_GROUP_MULTIPLE != 0:
         return f"k = {whole.k} / {gpus} = {part} has no group size that is a multiple of {NATIVE_GROUP_MULTIPLE}"
     return Share(whole.n, part, group)
+
+
+def divide(weight: QuantizedWeight, axis: Axis, gpus: int, rank: int) -> QuantizedWeight:
+    """Return the part of a weight on one of several GPUs. No value changes.
+
+    Where a group of K straddles two GPUs, groups become smaller: as large as fits both. Their scales and zeros are
+    repeated. A gate and an up projection are divided one by one, before they are joined.
+
+    Args:
+        weight: the whole weight, [n, k].
+        axis: the dimension to divide.
+        gpus: number of GPUs.
+        rank: number of the GPU, from 0.
+
+    Raises:
+        InvalidValueError: if the rank is not one of the GPUs, or the weight has no such part.
+
+    Example:
+        >>> import numpy as np
+        >>> from w4a16gen.weights.quantize import quantize
+        >>> weight = quantize(np.eye(8, 768), group_size=128)
+        >>> part = divide(weight, Axis.REDUCTION, 4, rank=1)
+        >>> part.k, part.group_size, part.scales.shape
+        (192, 64, (3, 8))
+    """
+    gpus, rank = integer("gpus", gpus), integer("rank", rank)
+    if gpus < 1 or not 0 <= rank < gpus:
+        raise InvalidValueError(f"rank of {rank} must be 0 to {gpus - 1}, one of {gpus} GPUs")
+    part = share(Share(weight.n, weight.k, weight.group_size), axis, gpus)
+    if isinstance(part, str):
+        raise InvalidValueError(f"the weight cannot be divided among {gpus} GPUs: {part}")
+    if axis is Axis.NONE:
+        return weight
+    if axis is Axis.CHANNELS:
+        return weight.channels(np.arange(rank * part.n, (rank + 1) * part.n))
+    start = rank * part.k
+    q = weight.q[:, start : start + part.k]
+    if not weight.mode.is_grouped:
+        return replace(weight, q=q, group_size=part.k)
+    rows = (start + np.arange(0, part.k, part.group_size)) // weight.group_size
+    zeros = None if weight.zeros is None else weight.zeros[rows]
+    return replace(weight, q=q, scales=weight.scales[rows], zeros=zeros, group_size=part.group_size)
+
+
+def regroup(weight: QuantizedWeight, group_size: int, mode: QuantMode | None = None) -> QuantizedWeight:
+    """Return the same weight with smaller groups, or in a mode that can say more. No value changes.
+
+    Scales and zeros are repeated; a mode with zeros gets zeros of 0.
+
+    Args:
+        weight: the weight.
+        group_size: a divisor of the weight's group size.
+        mode: a mode with scales and zeros where the weight has them; None keeps the weight's.
+
+    Raises:
+        InvalidValueError: if the group size or the mode would lose anything.
+    """
+    target = weight.mode if mode is None else mode
+    if group_size <= 0 or weight.group_size % group_size != 0:
+        raise InvalidValueError(f"group size {group_size} must divide the weight's {weight.group_size}")
+    if (weight.mode.has_zeros and not target.has_zeros) or (weight.mode.is_grouped and not target.is_grouped):
+        raise InvalidValueError(f"mode {target} cannot hold a weight of mode {weight.mode}")
+    if (group_size, target) == (weight.group_size, weight.mode):
+        return weight
+    if not target.is_grouped:
+        raise InvalidValueError(
+            f"group size {group_size} must be {weight.k} (= k) in mode {target}: name a grouped mode"
+        )
+    times = weight.group_size // group_size
+    scales = np.repeat(np.atleast_2d(weight.scales), times, axis=0)
+    zeros = None if weight.zeros is None else np.repeat(weight.zeros, times, axis=0)
+    if target.has_zeros and zeros is None:
+        zeros = np.zeros_like(scales)
+    return replace(weight, scales=scales, zeros=zeros, group_size=group_size, mode=target)

@@ -106,7 +106,7 @@ class QuantizedWeight:
         """Return the exact weight in float64 [n, k], without rounding to fp16."""
         return dequantize(self.q, self.scales, self.zeros, group_size=self.group_size)
 
-    def channels(self, index: npt.NDArray[np.intp]) -> QuantizedWeight:
+    def channels(self, index: npt.NDArray[np.intp] | slice) -> QuantizedWeight:
         """Return the weight of some output channels."""
         zeros = None if self.zeros is None else self.zeros[..., index]
         return replace(self, q=self.q[index], scales=self.scales[..., index], zeros=zeros)

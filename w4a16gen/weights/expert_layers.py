@@ -1,0 +1,309 @@
+"""Find the experts of each layer of a checkpoint by their names, and read their weights one layer at a time.
+
+Experts have names of their own, such as `model.layers.3.mlp.experts.17.gate_proj`. Formats that store experts together
+name them `NAME.17`, such as `blk.3.ffn_gate_exps.17`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import gcd
+from typing import Any, overload
+
+from w4a16gen.errors import InvalidValueError
+from w4a16gen.kernels.config import QuantMode
+from w4a16gen.weights.division import regroup
+from w4a16gen.weights.importers.mapped import shown_name
+from w4a16gen.weights.packed_checkpoint import PackedLayer
+from w4a16gen.weights.quantized import QuantizedWeight
+
+GATE, UP, DOWN, GATE_UP = "gate", "up", "down", "gate_up"
+ROLES = {
+    **dict.fromkeys(("gate_proj", "w1", "ffn_gate_exps"), GATE),
+    **dict.fromkeys(("up_proj", "w3", "ffn_up_exps"), UP),
+    **dict.fromkeys(("down_proj", "w2", "ffn_down_exps"), DOWN),
+    **dict.fromkeys(("gate_up_proj", "ffn_gate_up_exps"), GATE_UP),
+}
+"""What a projection of an expert is, by the last word of its name; `gate_up` holds the rows of the gate, then of up."""
+_FORMS = ((GATE, UP, DOWN), (GATE_UP, DOWN))
+"""The projections that an expert has."""
+_SHOWN = 4
+"""Experts that a message names."""
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """Names of the experts of one layer.
+
+    Attributes:
+        name: path of the module that holds the experts, such as `model.layers.3.mlp.experts`; of a GGUF file `blk.3`.
+        found: the name of each expert's projection, by role and number.
+        doubled: names of projections that another name stands for already.
+    """
+
+    name: str
+    found: dict[str, dict[int, str]] = field(default_factory=dict)
+    doubled: tuple[str, ...] = ()
+
+    @property
+    def experts(self) -> int:
+        """Number of experts: one more than the largest number that occurs."""
+        return 1 + max(number for of_role in self.found.values() for number in of_role)
+
+    @property
+    def form(self) -> tuple[str, ...]:
+        """The roles that each expert has: gate, up and down, or gate_up and down."""
+        return _FORMS[1] if GATE_UP in self.found else _FORMS[0]
+
+    @property
+    def names(self) -> set[str]:
+        """All names."""
+        return {name for of_role in self.found.values() for name in of_role.values()} | set(self.doubled)
+
+    def why_incomplete(self) -> str | None:
+        """Return why these are not the projections of all experts, once each; or None."""
+        where = f"experts of {shown_name(self.name)}"
+        if self.doubled:
+            return f"{where}: {shown_name(self.doubled[0])} is there twice, under another name: keep one of them"
+        for role in self.found:
+            if role not in self.form:
+                return f"{where} have a {role} projection beside {' and '.join(self.form)}: keep one form"
+        for role in self.form:
+            missing = [number for number in range(self.experts) if number not in self.found.get(role, {})]
+            if missing:
+                listed = ", ".join(str(number) for number in missing[:_SHOWN]) + (", ..." if missing[_SHOWN:] else "")
+                return f"{where}: {len(missing)} of {self.experts} lack a 4-bit {role} projection: number {listed}"
+        return None
+
+    def of_role(self, role: str) -> list[str]:
+        """Return the names of one role in the order of the experts.
+
+        Raises:
+            InvalidValueError: if a projection is missing or doubled.
+        """
+        if reason := self.why_incomplete():
+            raise InvalidValueError(reason)
+        return [self.found[role][number] for number in range(self.experts)]
+
+
+def place_of(name: str) -> tuple[str, str, int] | None:
+    """Return the module of a layer's experts, the role and the number of an expert's projection, by its name.
+
+    Args:
+        name: the name of a layer of a checkpoint.
+
+    Returns:
+        The module, the role and the number; None if the name is not that of an expert.
+
+    Example:
+        >>> place_of("model.layers.3.block_sparse_moe.experts.5.w3")
+        ('model.layers.3.block_sparse_moe.experts', 'up', 5)
+        >>> place_of("blk.3.ffn_down_exps.17")
+        ('blk.3', 'down', 17)
+        >>> place_of("model.layers.3.mlp.shared_expert.up_proj")
+    """
+    words = name.split(".")
+    last, before = words[-1], words[-2] if len(words) > 1 else ""
+    if last in ROLES and _is_number(before) and len(words) > 2 and words[-3].endswith("experts"):  # noqa: PLR2004
+        return ".".join(words[:-2]), ROLES[last], int(before)
+    if before in ROLES and _is_number(last):
+        return ".".join(words[:-2]), ROLES[before], int(last)
+    return None
+
+
+def _is_number(word: str) -> bool:
+    return word.isascii() and word.isdecimal()
+
+
+def find_experts(names: Iterable[str]) -> dict[str, ExpertNames]:
+    """Return the experts of each layer, by the module that holds them, in the order of the names.
+
+    Layers that are not of experts are left out. Nothing is checked: see `ExpertNames.why_incomplete`.
+
+    Args:
+        names: names of a checkpoint's layers, in any order.
+
+    Example:
+        >>> found = find_experts(f"mlp.experts.{i}.{part}" for i in range(2) for part in ("w1", "w2", "w3"))
+        >>> found["mlp.experts"].of_role("up")
+        ['mlp.experts.0.w3', 'mlp.experts.1.w3']
+    """
+    found: dict[str, dict[str, dict[int, str]]] = {}
+    doubled: dict[str, list[str]] = {}
+    for name in names:
+        place = place_of(name)
+        if place is None:
+            continue
+        module, role, number = place
+        of_role = found.setdefault(module, {}).setdefault(role, {})
+        if number in of_role:
+            doubled.setdefault(module, []).append(name)
+        else:
+            of_role[number] = name
+    return {module: ExpertNames(module, roles, tuple(doubled.get(module, ()))) for module, roles in found.items()}
+
+
+class ExpertWeights(Sequence[QuantizedWeight]):
+    """The weights of one projection of all experts, read on demand and never kept.
+
+    All have one mode and one group size: those that can hold each of them. No value changes.
+    """
+
+    def __init__(self, layers: Sequence[Any], like: Sequence[Any], rows: tuple[int, int] | None = None) -> None:
+        """Take the layers of a checkpoint, opened or packed, in the order of the experts.
+
+        Args:
+            layers: the layers.
+            like: layers whose weights shall have the same form, these included.
+            rows: number of the part of the rows to take, and the number of equal parts; None takes all.
+        """
+        self._layers = layers
+        self._like = like
+        self._rows = rows
+        self._common: tuple[int, QuantMode] | None = None
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @overload
+    def __getitem__(self, index: int) -> QuantizedWeight: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[QuantizedWeight]: ...
+
+    def __getitem__(self, index: int | slice) -> QuantizedWeight | Sequence[QuantizedWeight]:
+        """Read the weight of an expert.
+
+        Raises:
+            InvalidValueError: if its product needs more than the weight, such as an order of the activations.
+        """
+        if isinstance(index, slice):
+            part = ExpertWeights(self._layers[index], self._like, self._rows)
+            part._common = self.common
+            return part
+        group_size, mode = self.common
+        layer = self._layers[index]
+        _check_plain(layer)
+        weight: QuantizedWeight = layer.weight.unpack() if isinstance(layer, PackedLayer) else layer.quantized()
+        if self._rows is not None:
+            part_of, parts = self._rows
+            size = weight.n // parts
+            weight = weight.channels(slice(part_of * size, (part_of + 1) * size))
+        return regroup(weight, group_size, mode)
+
+    @property
+    def common(self) -> tuple[int, QuantMode]:
+        """The group size and the mode of all weights. Reads the zero points of asymmetric formats."""
+        if self._common is None:
+            self._common = common_form(self._like)
+        return self._common
+
+
+def common_form(layers: Iterable[Any]) -> tuple[int, QuantMode]:
+    """Return the group size and the mode that can hold each of some layers, exactly.
+
+    Args:
+        layers: layers of a checkpoint, opened or packed.
+    """
+    forms = [layer.weight if isinstance(layer, PackedLayer) else layer for layer in layers]
+    group_size = gcd(*(form.group_size for form in forms))
+    modes = {form.mode for form in forms}
+    if any(mode.has_zeros for mode in modes):
+        return group_size, QuantMode.FINEGRAINED_SCALE_AND_ZEROS
+    per_column = modes == {QuantMode.PER_COLUMN_SCALE_ONLY}
+    return group_size, QuantMode.PER_COLUMN_SCALE_ONLY if per_column else QuantMode.FINEGRAINED_SCALE_ONLY
+
+
+def _check_plain(layer: Any) -> None:
+    """Raise if a layer is more than its weight: leaving the rest out would be a wrong number.
+
+    Raises:
+        InvalidValueError: naming the layer and the part.
+    """
+    parts = {
+        "an order of the activations (act-order)": layer.permutation is not None,
+        "scales of the activations": layer.input_scale is not None,
+        "a bias": layer.bias is not None,
+        "an alpha": layer.alpha != 1,
+    }
+    for part, is_there in parts.items():
+        if is_there:
+            raise InvalidValueError(
+                f"layer {shown_name(layer.name)} has {part} beside its weight: read it as a layer, with MoeLayer.layers"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class MoeLayer:
+    """The experts of one layer of a checkpoint. Nothing is read before it is asked for.
+
+    Attributes:
+        name: path of the module that holds the experts.
+        layers: the checkpoint's layers in the order of the experts, by role: gate, up and down, or gate_up and down.
+    """
+
+    name: str
+    layers: Mapping[str, tuple[Any, ...]]
+
+    @property
+    def experts(self) -> int:
+        """Number of experts."""
+        return len(self.layers[DOWN])
+
+    @property
+    def gate(self) -> ExpertWeights:
+        """The gate projection of each expert, in the form of `up`, so that both can be joined."""
+        return self._half(GATE, 0)
+
+    @property
+    def up(self) -> ExpertWeights:
+        """The up projection of each expert."""
+        return self._half(UP, 1)
+
+    @property
+    def down(self) -> ExpertWeights:
+        """The down projection of each expert."""
+        return ExpertWeights(self.layers[DOWN], self.layers[DOWN])
+
+    def _half(self, role: str, part: int) -> ExpertWeights:
+        if GATE_UP in self.layers:
+            return ExpertWeights(self.layers[GATE_UP], self.layers[GATE_UP], (part, 2))
+        return ExpertWeights(self.layers[role], (*self.layers[GATE], *self.layers[UP]))
+
+
+def moe_layers(checkpoint: Mapping[str, Any]) -> Iterator[MoeLayer]:
+    """Yield the layers of experts of a checkpoint, in its order.
+
+    All names are checked before the first layer is yielded. Weights are read one by one when they are asked for.
+
+    Args:
+        checkpoint: what `open_checkpoint` or `open_packed` returned.
+
+    Raises:
+        InvalidValueError: if a projection of an expert is missing or doubled; the message names it.
+
+    Example:
+        >>> import w4a16gen
+        >>> checkpoint = w4a16gen.open_checkpoint("Qwen3-30B-A3B-GPTQ")  # doctest: +SKIP
+        >>> for layer in moe_layers(checkpoint):  # doctest: +SKIP
+        ...     gate_up, down = pack_experts(layer.gate, layer.up), pack_experts(layer.down)
+    """
+    found = find_experts(checkpoint)
+    for names in found.values():
+        if reason := names.why_incomplete():
+            raise InvalidValueError(reason)
+    return (moe_layer(checkpoint, names) for names in found.values())
+
+
+def moe_layer(checkpoint: Mapping[str, Any], names: ExpertNames) -> MoeLayer:
+    """Return the experts of one layer.
+
+    Args:
+        checkpoint: the checkpoint.
+        names: what `find_experts` found.
+
+    Raises:
+        InvalidValueError: if a projection of an expert is missing or doubled.
+    """
+    return MoeLayer(names.name, {role: tuple(checkpoint[name] for name in names.of_role(role)) for role in names.form})
