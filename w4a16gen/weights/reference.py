@@ -30,13 +30,21 @@ _WEIGHT_ROUNDINGS = {
 class Expectation:
     """The exact product of one problem, in float64, and what rounding may add to it."""
 
-    def __init__(self, a: npt.NDArray[Any], weight: QuantizedWeight) -> None:
-        """Compute the product and the sum of its terms' magnitudes once, for any alpha and bias."""
+    def __init__(self, a: npt.NDArray[Any], weight: QuantizedWeight, error: Double | None = None) -> None:
+        """Compute the product and the sum of its terms' magnitudes once, for any alpha and bias.
+
+        Args:
+            a: activations, [m, k].
+            weight: the weight, [n, k].
+            error: how far the activations that a kernel reads may lie from `a`, [m, k]; None if it reads `a` itself.
+        """
         activations = a.astype(np.float64)
         values = weight.dequantize().T
+        largest = np.abs(activations) if error is None else np.abs(activations) + error
         self._product: Double = activations @ values
-        self._magnitude: Double = np.abs(activations) @ np.abs(values)
-        self._sum: Double = np.abs(activations).sum(axis=1, keepdims=True)
+        self._magnitude: Double = largest @ np.abs(values)
+        self._sum: Double = largest.sum(axis=1, keepdims=True)
+        self._carried: Double | float = 0.0 if error is None else error @ np.abs(values)
         self._k = weight.k
         self._weight_roundings = _WEIGHT_ROUNDINGS[weight.mode]
         self._underflow = weight_underflow(weight)
@@ -51,7 +59,7 @@ class Expectation:
         weights = self._weight_roundings * (HALF_ROUNDING * self._magnitude + self._underflow * self._sum)
         terms = self._magnitude + weights
         sums = (self._k + EPILOGUE_ROUNDINGS) * FLOAT_TRUNCATION * terms
-        before_store: Double = abs(alpha) * (weights + sums)
+        before_store: Double = abs(alpha) * (self._carried + weights + sums)
         result = np.abs(self.result(alpha, bias))
         if bias is not None:
             before_store = before_store + FLOAT_TRUNCATION * np.abs(bias.astype(np.float64))
