@@ -14,6 +14,7 @@ except ImportError:
 del _torch
 
 from w4a16gen.integrations.torch.device_weights import DeviceWeight, load_layer, pack_decoded  # noqa: E402
+from w4a16gen.integrations.torch.experts import W4A16Experts  # noqa: E402
 from w4a16gen.integrations.torch.fuse import fuse  # noqa: E402
 from w4a16gen.integrations.torch.linear import W4A16Linear  # noqa: E402
 from w4a16gen.integrations.torch.ops import gemm  # noqa: E402
@@ -23,6 +24,7 @@ from w4a16gen.integrations.torch.replace import Replacement, replace_linears  # 
 __all__ = [
     "DeviceWeight",
     "Replacement",
+    "W4A16Experts",
     "W4A16Linear",
     "calibrate",
     "check_overflow",

@@ -44,7 +44,7 @@ def fuse(layers: Iterable[W4A16Linear]) -> W4A16Linear:
     first = layers[0]
     _check(layers)
     fused = W4A16Linear(
-        _joined([layer.weight_of() for layer in layers]),
+        joined([layer.weight_of() for layer in layers]),
         _joined_bias(layers),
         permutation=first.permutation,
         input_scale=first.input_scale,
@@ -95,7 +95,7 @@ def _joined_bias(layers: Sequence[W4A16Linear]) -> Tensor | None:
     return torch.cat(parts)
 
 
-def _joined(weights: Sequence[PackedWeight]) -> PackedWeight:
+def joined(weights: Sequence[PackedWeight]) -> PackedWeight:
     """Return the packed weight of the output channels of several."""
     first = weights[0]
     same = all((weight.mode, weight.layout) == (first.mode, first.layout) for weight in weights)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +10,8 @@ from w4a16gen.errors import InvalidValueError
 from w4a16gen.integrations.torch import formats, given, ops
 from w4a16gen.integrations.torch.device_weights import DeviceWeight, dense_weight, load_layer, pack_decoded
 from w4a16gen.integrations.torch.nibbles import Tensor
-from w4a16gen.integrations.torch.state import check_dtypes, moved_only, read_state, set_buffer, write_state
+from w4a16gen.integrations.torch.packed_module import PackedModule, product
+from w4a16gen.integrations.torch.state import check_dtypes, read_state, write_state
 from w4a16gen.integrations.torch.upload import Uploader
 from w4a16gen.kernels.config import QuantMode
 from w4a16gen.runtime.calls import checked_weight
@@ -20,11 +20,9 @@ from w4a16gen.weights.packed import PackedWeight, pack_weight
 from w4a16gen.weights.quantize import quantize
 
 _EXTRA_STATE = "_extra_state"
-_OPTIONAL = ("bias", "permutation", "input_scale", "non_finite")
-OVERFLOW = ("ignore", "check")
 
 
-class W4A16Linear(torch.nn.Module):
+class W4A16Linear(PackedModule):
     """A linear layer with a 4-bit weight: y = alpha * x W + bias.
 
     Where the weight asks for it, x is multiplied by `input_scale`, and permuted. x may be fp16, bf16 or fp32, [..., k].
@@ -52,11 +50,7 @@ class W4A16Linear(torch.nn.Module):
         torch.Size([2, 3, 64])
     """
 
-    packed: Tensor
     bias: Tensor | None
-    permutation: Tensor | None
-    input_scale: Tensor | None
-    non_finite: Tensor | None
 
     def __init__(
         self,
@@ -84,22 +78,12 @@ class W4A16Linear(torch.nn.Module):
         self.n, self.k, self.group_size = weight.n, weight.k, weight.group_size
         self.mode, self.layout = str(weight.mode), weight.layout
         self.alpha = given.finite_alpha(alpha)
-        self.activation_scale = 1.0
-        self.output_scale = 1.0
         given.check_tensor("packed", weight.data, (weight.nbytes,), torch.uint8)
         self.register_buffer("packed", weight.data)
         device = weight.data.device
         self.bias = None if bias is None else given.half("bias", bias, device, self.n)
         self.permutation = None if permutation is None else given.order("permutation", permutation, device, self.k)
         self.input_scale = None if input_scale is None else given.half("input_scale", input_scale, device, self.k)
-        self.non_finite = None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Register optional tensors as buffers, and only those that are there: torch.export counts on it."""
-        if name in _OPTIONAL:
-            set_buffer(self, name, value, persistent=name != "non_finite")
-        else:
-            super().__setattr__(name, value)
 
     @classmethod
     def from_packed(
@@ -244,22 +228,6 @@ class W4A16Linear(torch.nn.Module):
         """The number of output channels, n."""
         return self.n
 
-    @property
-    def overflow(self) -> str:
-        """`check` if outputs that are not finite are counted, on the device and without waiting for it; else `ignore`.
-
-        Raises:
-            InvalidValueError: if it is set to anything else.
-        """
-        return "ignore" if self.non_finite is None else "check"
-
-    @overflow.setter
-    def overflow(self, value: str) -> None:
-        if value not in OVERFLOW:
-            raise InvalidValueError(f"overflow of {value!r} must be one of {', '.join(OVERFLOW)}")
-        counter = torch.zeros((), dtype=torch.int64, device=self.packed.device) if value == "check" else None
-        self.non_finite = counter
-
     def forward(self, x: Tensor) -> Tensor:
         """Return alpha * x' W + bias, [..., n], in the dtype of x.
 
@@ -271,22 +239,7 @@ class W4A16Linear(torch.nn.Module):
         """
         if not isinstance(x, torch.Tensor) or not x.is_floating_point():
             raise InvalidValueError(f"x of {given.kind_of(x)} must be a floating point tensor, [..., {self.k}]")
-        dtype = x.dtype
-        if self.activation_scale != 1:
-            x = x * (1 / self.activation_scale)
-        if self.input_scale is not None:
-            x = x * self.input_scale
-        if self.permutation is not None:
-            x = x.index_select(-1, self.permutation)
-        bias = self.bias if self.bias is None or self.output_scale == 1 else self.bias * (1 / self.output_scale)
-        alpha = self.alpha * self.activation_scale / self.output_scale
-        x = x.to(torch.float16)
-        facts = self.n, self.k, self.group_size, self.mode, self.layout
-        y = ops.operator_for(x)(x, self.packed, bias, *facts, alpha)
-        if self.non_finite is not None:
-            self.non_finite.add_((~torch.isfinite(y)).sum())
-        y = y.to(dtype)
-        return y if self.output_scale == 1 else y * self.output_scale
+        return product(self, x, self.packed, self.alpha, self.permutation, self.input_scale, self.bias)
 
     def weight_of(self) -> PackedWeight:
         """Return the packed weight, which shares the layer's memory."""
@@ -314,10 +267,6 @@ class W4A16Linear(torch.nn.Module):
             parts.append("act_order=True")
         parts += [f"{name}={value:g}" for name, value in self.scales.items() if value != 1]
         return ", ".join(parts)
-
-    def _apply(self, fn: Callable[[Any], Any], *arguments: Any, **keywords: Any) -> Any:
-        """Move the tensors, and leave their dtypes and bits as they are."""
-        return super()._apply(lambda tensor: moved_only(fn, tensor), *arguments, **keywords)
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.integrations.torch.linear import W4A16Linear
 from w4a16gen.integrations.torch.nibbles import Tensor
+from w4a16gen.integrations.torch.packed_module import PackedModule
 from w4a16gen.weights.importers.rounding import LARGEST_HALF
 
 _LARGEST_SCALE = 2.0**40
@@ -35,7 +35,7 @@ class Scales(NamedTuple):
 
 
 def check_overflow(model: torch.nn.Module, *, on: bool = True) -> None:
-    """Count the outputs that are not finite in every W4A16Linear of a model, from 0; or stop.
+    """Count the outputs that are not finite in every 4-bit layer of a model, from 0; or stop.
 
     The counts stay on the device, so that no call waits for them.
 
@@ -68,9 +68,9 @@ def first_overflow(model: torch.nn.Module) -> Overflow | None:
     return None
 
 
-def layers_of(model: torch.nn.Module) -> Iterator[tuple[str, W4A16Linear]]:
-    """Return every W4A16Linear of a model with its name, in the order of its modules."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, W4A16Linear))
+def layers_of(model: torch.nn.Module) -> Iterator[tuple[str, PackedModule]]:
+    """Return every W4A16Linear of a model, and the projections of its experts, by name in the order of its modules."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, PackedModule))
 
 
 def calibrate(model: torch.nn.Module, run: Callable[[], object], *, headroom: float = 4.0) -> dict[str, Scales]:
@@ -94,10 +94,10 @@ def calibrate(model: torch.nn.Module, run: Callable[[], object], *, headroom: fl
         raise InvalidValueError(f"headroom of {headroom!r} must be a finite number of at least 1")
 
     def before(layer: Any, inputs: Any, named: Any) -> None:
-        _before(layer, inputs[0] if inputs else named["x"], headroom)
+        _before(layer, _arguments(inputs, named), headroom)
 
     def after(layer: Any, inputs: Any, named: Any, y: Tensor) -> Tensor:
-        return _after(layer, inputs[0] if inputs else named["x"], y, headroom)
+        return _after(layer, _arguments(inputs, named), y, headroom)
 
     hooks = []
     for _, layer in layers_of(model):
@@ -113,22 +113,29 @@ def calibrate(model: torch.nn.Module, run: Callable[[], object], *, headroom: fl
     return {name: scales for name, scales in found.items() if scales != (1, 1)}
 
 
-def _before(layer: W4A16Linear, x: Tensor, headroom: float) -> None:
+def _arguments(inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
+    """Return the activations of a call, and the number of the expert where there is one."""
+    return (*inputs, *(named[name] for name in ("x", "expert") if name in named))
+
+
+def _before(layer: PackedModule, arguments: tuple[Any, ...], headroom: float) -> None:
     """Let the activations of a call fit fp16."""
-    if x.dtype == torch.float16 and layer.input_scale is None:
+    x, *expert = arguments
+    scale = layer.input_scale_of(*expert)
+    if x.dtype == torch.float16 and scale is None:
         return
-    scaled = x.float() if layer.input_scale is None else x.float() * layer.input_scale
+    scaled = x.float() if scale is None else x.float() * scale
     layer.activation_scale = max(layer.activation_scale, _scale_for(scaled, headroom))
 
 
-def _after(layer: W4A16Linear, x: Tensor, y: Tensor, headroom: float) -> Tensor:
+def _after(layer: PackedModule, arguments: tuple[Any, ...], y: Tensor, headroom: float) -> Tensor:
     """Let the outputs of a call fit fp16, and return them."""
-    if y.dtype == torch.float16 or not bool(torch.isfinite(x).all()):
+    if y.dtype == torch.float16 or not bool(torch.isfinite(arguments[0]).all()):
         return y
     before = layer.output_scale
     while not bool(torch.isfinite(y).all()) and layer.output_scale < _LARGEST_SCALE:
         layer.output_scale *= _STEP
-        y = layer.forward(x)
+        y = layer.forward(*arguments)
     if bool(torch.isfinite(y).all()):
         layer.output_scale = max(before, _scale_for(y.float(), headroom))
     return y

@@ -15,12 +15,46 @@ from w4a16gen.integrations.torch.nibbles import Tensor
 
 STATE_FORMAT = "w4a16gen.linear/1"
 """What state dicts carry; the number changes with their tensors."""
+_DAMAGED = "the state dict does not hold a W4A16Linear: its facts are damaged"
 
 
-def write_state(facts: dict[str, Any], scales: dict[str, float]) -> Tensor:
-    """Return facts and scalars as bytes of JSON, uint8 [bytes]."""
-    text = json.dumps({"format": STATE_FORMAT, **facts, **scales})
+def write_state(facts: dict[str, Any], scales: Mapping[str, Any], form: str = STATE_FORMAT) -> Tensor:
+    """Return facts and scalars as bytes of JSON, uint8 [bytes].
+
+    Args:
+        facts: what a layer must agree with to take the state.
+        scales: what the state brings: numbers, and lists of numbers.
+        form: name and version of the state's form.
+    """
+    text = json.dumps({"format": form, **facts, **scales})
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def read_facts(facts: Mapping[str, Any], state: Any, form: str) -> dict[str, Any]:
+    """Return what a state that `write_state` returned holds.
+
+    Args:
+        facts: what the state must agree with.
+        state: the tensor.
+        form: name and version of the state's form.
+
+    Raises:
+        InvalidValueError: if it is no such tensor, or describes another layer.
+    """
+    try:
+        found: dict[str, Any] = json.loads(bytes(state.cpu().tolist()))
+        version = found["format"]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise InvalidValueError(_DAMAGED) from None
+    if version != form:
+        raise InvalidValueError(f"the state dict is of format {version!r}, but this version reads {form!r}")
+    for name, value in facts.items():
+        if found.get(name) != value:
+            raise InvalidValueError(
+                f"the state dict holds a weight with {name} = {found.get(name)}, but this layer has {value}: make a "
+                "layer of the same kind first"
+            )
+    return found
 
 
 def read_state(facts: dict[str, Any], state: Any) -> dict[str, float]:
@@ -33,24 +67,29 @@ def read_state(facts: dict[str, Any], state: Any) -> dict[str, float]:
     Raises:
         InvalidValueError: if it is no such tensor, or describes another layer.
     """
+    found = read_facts(facts, state, STATE_FORMAT)
+    return {"alpha": number_of(found, "alpha"), **powers_of_two(found)}
+
+
+def number_of(found: Mapping[str, Any], name: str) -> float:
+    """Return a number of a state.
+
+    Raises:
+        InvalidValueError: if there is none of this name.
+    """
     try:
-        found: dict[str, Any] = json.loads(bytes(state.cpu().tolist()))
-        version = found["format"]
-        alpha = float(found["alpha"])
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise InvalidValueError("the state dict does not hold a W4A16Linear: its facts are damaged") from None
-    if version != STATE_FORMAT:
-        raise InvalidValueError(f"the state dict is of format {version!r}, but this version reads {STATE_FORMAT!r}")
-    for name, value in facts.items():
-        if found.get(name) != value:
-            raise InvalidValueError(
-                f"the state dict holds a weight with {name} = {found.get(name)}, but this layer has {value}: make a "
-                "layer of the same kind first"
-            )
-    return {
-        "alpha": alpha,
-        **{name: power_of_two(name, found.get(name)) for name in ("activation_scale", "output_scale")},
-    }
+        return float(found[name])
+    except (KeyError, TypeError, ValueError):
+        raise InvalidValueError(_DAMAGED) from None
+
+
+def powers_of_two(found: Mapping[str, Any]) -> dict[str, float]:
+    """Return the scales of activations and outputs that a state holds.
+
+    Raises:
+        InvalidValueError: if one is no power of two.
+    """
+    return {name: power_of_two(name, found.get(name)) for name in ("activation_scale", "output_scale")}
 
 
 def check_dtypes(module: torch.nn.Module, state_dict: Mapping[str, Any], prefix: str) -> None:

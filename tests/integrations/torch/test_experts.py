@@ -1,0 +1,234 @@
+"""`W4A16Experts`: its results against float64, every routing, and what a torch module is expected to do."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+
+from w4a16gen import InvalidValueError, QuantizedWeight, QuantMode
+from w4a16gen.weights.experts import PackedExperts, pack_experts
+from w4a16gen.weights.moe_reference import MoeExpectation
+from w4a16gen.weights.reference import random_weight
+
+torch = pytest.importorskip("torch")
+from w4a16gen.integrations.torch import W4A16Experts, calibrate, check_overflow, first_overflow  # noqa: E402
+from w4a16gen.integrations.torch.experts import ExpertProjection  # noqa: E402
+
+HIDDEN, INTERMEDIATE, EXPERTS = 96, 64, 5
+
+
+def weights_of(rng: np.random.Generator, size: float = 0.04) -> Any:
+    mode = QuantMode.FINEGRAINED_SCALE_AND_ZEROS
+    shapes = ((INTERMEDIATE, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
+    return tuple([random_weight(rng, n, k, 32, mode, size=size) for _ in range(EXPERTS)] for n, k in shapes)
+
+
+def experts_of(weights: Any, activation: Any = "silu") -> Any:
+    gate, up, down = weights
+    return W4A16Experts.from_packed(pack_experts(gate, up), pack_experts(down), activation)
+
+
+def routing(rng: np.random.Generator, tokens: int = 17, slots: int = 3) -> tuple[Any, Any, Any]:
+    hidden = rng.standard_normal((tokens, HIDDEN)).astype(np.float16)
+    ids = rng.integers(-1, EXPERTS + 1, (tokens, slots))
+    weights = rng.random((tokens, slots)).astype(np.float32)
+    weights[(ids < 0) | (ids >= EXPERTS)] = np.nan
+    return hidden, ids, weights
+
+
+def tensors(*arrays: Any) -> list[Any]:
+    return [torch.from_numpy(array) for array in arrays]
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
+def test_results_lie_within_the_bound(activation: str, rng: np.random.Generator) -> None:
+    weights = weights_of(rng)
+    hidden, ids, factors = routing(rng)
+    got = experts_of(weights, activation)(*tensors(hidden, ids, factors))
+    assert got.dtype == torch.float16
+    expectation = MoeExpectation(hidden, *weights, ids, factors, activation=activation)
+    assert 0 < expectation.error_over_bound(got.numpy()) <= 1
+
+
+@pytest.mark.parametrize("case", ["no tokens", "no experts", "all to one", "one twice", "int32"])
+def test_every_routing_is_served(case: str, rng: np.random.Generator) -> None:
+    weights = weights_of(rng)
+    hidden, ids, factors = routing(rng, 0 if case == "no tokens" else 9)
+    factors = rng.random(factors.shape).astype(np.float32)
+    ids = {
+        "no experts": np.full_like(ids, EXPERTS),
+        "all to one": np.full_like(ids, 3),
+        "one twice": np.stack([ids[:, 0], ids[:, 0], ids[:, 1]], 1),
+        "int32": ids.astype(np.int32),
+    }.get(case, ids)
+    got = experts_of(weights)(*tensors(hidden, ids, factors)).numpy()
+    expectation = MoeExpectation(hidden, *weights, ids, factors)
+    assert got.shape == hidden.shape
+    assert expectation.error_over_bound(got) <= 1
+
+
+def test_bits_repeat_and_a_token_does_not_depend_on_others(rng: np.random.Generator) -> None:
+    experts = experts_of(weights_of(rng))
+    hidden, ids, factors = tensors(*routing(rng))
+    whole = experts(hidden, ids, factors)
+    assert torch.equal(experts(hidden, ids, factors), whole)
+    backwards = torch.arange(len(hidden)).flip(0)
+    assert torch.equal(experts(hidden[backwards], ids[backwards], factors[backwards])[backwards], whole)
+    hidden[3] = torch.nan
+    others = torch.arange(len(hidden)) != 3
+    assert torch.equal(experts(hidden, ids, factors)[others], whole[others])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_other_dtypes_are_cast_outside(dtype: Any, rng: np.random.Generator) -> None:
+    experts = experts_of(weights_of(rng))
+    hidden, ids, factors = tensors(*routing(rng))
+    given = hidden.to(dtype)
+    got = experts(given, ids, factors)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), experts(given.half(), ids, factors).float(), rtol=2.0**-8, atol=2.0**-20)
+
+
+def projection(weights: list[QuantizedWeight], **parts: Any) -> Any:
+    packed = pack_experts(weights)
+    return ExpertProjection(on_torch(packed), **parts)
+
+
+def on_torch(packed: PackedExperts) -> PackedExperts:
+    return PackedExperts(
+        torch.from_numpy(packed.data), packed.layout, packed.n, packed.k, packed.group_size, packed.mode, packed.order
+    )
+
+
+def test_orders_scales_and_alphas_belong_to_their_experts(rng: np.random.Generator) -> None:
+    weights = weights_of(rng)[0]
+    order = np.stack([rng.permutation(HIDDEN) for _ in range(EXPERTS)])
+    scale = rng.uniform(0.5, 2, (EXPERTS, HIDDEN)).astype(np.float16)
+    alphas = [2.0**power for power in range(EXPERTS)]
+    made = projection(weights, permutation=order, input_scale=torch.from_numpy(scale), alphas=alphas)
+    plain = projection(weights)
+    x = torch.from_numpy(rng.standard_normal((3, HIDDEN)).astype(np.float32))
+    dense = made.dequantize(torch.float64)
+    for expert in range(EXPERTS):
+        moved = (x * torch.from_numpy(scale[expert]))[:, order[expert]]
+        got = made(x, expert)
+        assert torch.equal(got, (plain(moved, expert).half() * 1.0).float() * alphas[expert])
+        torch.testing.assert_close(got.double(), x.double() @ dense[expert].T, rtol=4e-3, atol=4e-3 * alphas[expert])
+
+
+def test_a_state_moves_between_equal_experts_and_no_others(rng: np.random.Generator) -> None:
+    one, other = experts_of(weights_of(rng)), experts_of(weights_of(rng))
+    one.down.alphas = (0.5,) * EXPERTS
+    one.gate_up.output_scale = 4.0
+    call = tensors(*routing(rng))
+    assert not torch.equal(other(*call), one(*call))
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(other(*call), one(*call))
+    assert other.down.alphas == one.down.alphas
+    assert torch.equal(copy.deepcopy(one)(*call), one(*call))
+    assert torch.equal(pickle.loads(pickle.dumps(one))(*call), one(*call))  # noqa: S301  (our own bytes)
+    fewer = experts_of([part[:4] for part in weights_of(rng)])
+    with pytest.raises(InvalidValueError, match="weight with experts = 5, but this layer has 4"):
+        fewer.load_state_dict(one.state_dict())
+    third = experts_of(weights_of(rng))
+    before = third.down.packed.clone()
+    state = one.state_dict()
+    state["down._extra_state"] = state["gate_up._extra_state"]
+    with pytest.raises(InvalidValueError, match="this layer has"):
+        third.load_state_dict(state)
+    assert torch.equal(third.down.packed, before), "nothing was copied"
+
+
+def test_casts_change_nothing(rng: np.random.Generator) -> None:
+    experts = experts_of(weights_of(rng))
+    call = tensors(*routing(rng))
+    before = experts(*call)
+    assert torch.equal(experts.bfloat16().half().to(torch.float64)(*call), before)
+    assert experts.gate_up.packed.dtype == torch.uint8
+
+
+def test_compilers_leave_the_experts_as_they_are(rng: np.random.Generator) -> None:
+    experts = experts_of(weights_of(rng))
+    call = tensors(*routing(rng))
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(lambda *given: experts(*given) + 1, backend=backend)
+    assert torch.equal(compiled(*call), experts(*call) + 1)
+    assert len(graphs) == 1, "only what follows the experts"
+
+
+def test_overflow_is_counted_and_scaled_away(rng: np.random.Generator) -> None:
+    experts = torch.nn.Sequential(experts_of(weights_of(rng, size=0.1)))
+    hidden, ids, factors = tensors(*routing(rng))
+    large = hidden.float() * 4096
+    check_overflow(experts)
+    assert not torch.isfinite(experts[0](large, ids, factors)).all()
+    found = first_overflow(experts)
+    assert found is not None
+    assert found.name in {"0.gate_up", "0.down"}
+    scales = calibrate(experts, lambda: experts[0](large, ids, factors))
+    assert set(scales) == {"0.gate_up", "0.down"}
+    check_overflow(experts)
+    got = experts[0](large, ids, factors)
+    assert first_overflow(experts) is None
+    weights = [experts[0].gate_up.dequantize(torch.float64), experts[0].down.dequantize(torch.float64)]
+    wanted = torch.zeros(large.shape, dtype=torch.float64)
+    for token in range(len(large)):
+        for slot in range(ids.shape[1]):
+            if 0 <= (expert := int(ids[token, slot])) < EXPERTS:
+                gate, up = (weights[0][expert] @ large[token].double()).chunk(2)
+                wanted[token] += factors[token, slot] * (weights[1][expert] @ (torch.nn.functional.silu(gate) * up))
+    assert ((got - wanted).abs().amax() / wanted.abs().amax()).item() < 0.01
+
+
+def test_calibration_knows_the_scales_of_each_expert(rng: np.random.Generator) -> None:
+    scale = torch.ones((EXPERTS, HIDDEN), dtype=torch.float16)
+    scale[1] = 4096
+    made = projection(weights_of(rng)[0], input_scale=scale)
+    x = torch.full((1, HIDDEN), 64.0)
+    assert calibrate(made, lambda: made(x, 0)) == {}
+    assert calibrate(made, lambda: made(x, expert=1))[""].activation_scale == 2.0 ** (18 + 2 - 15)
+
+
+def test_wrong_calls_are_refused(rng: np.random.Generator) -> None:
+    experts = experts_of(weights_of(rng))
+    hidden, ids, factors = tensors(*routing(rng, 4, 2))
+    for arguments, message in (
+        ((ids, ids, factors), "hidden_states of dtype int64 must be a floating point tensor"),
+        ((hidden[None], ids, factors), r"hidden_states of shape \[1, 4, 96\] must be \[tokens, 96\]"),
+        ((hidden, factors, factors), "top_k_index of dtype float32 must be a tensor of integers"),
+        ((hidden, ids, ids), "top_k_weights of dtype int64 must be a floating point tensor"),
+        ((hidden, ids[:3], factors), r"top_k_index of shape \[3, 2\] must be \[4, slots\]"),
+        ((hidden, ids, factors[:, :1]), r"top_k_weights of shape \[4, 1\] must be \[4, slots\], both alike"),
+    ):
+        with pytest.raises(InvalidValueError, match=message):
+            experts(*arguments)
+
+
+def test_projections_that_do_not_fit_together_are_refused(rng: np.random.Generator) -> None:
+    gate, up, down = weights_of(rng)
+    joint = pack_experts(gate, up)
+    for arguments, message in (
+        ((joint, pack_experts(down[:2])), "gate_up of 5 experts"),
+        ((pack_experts(down), joint), "must be joined"),
+        ((joint, pack_experts(down), "tanh"), "activation 'tanh' must be a function, or one of silu"),
+        ((joint, down), "experts of type list must be PackedExperts"),
+    ):
+        with pytest.raises(InvalidValueError, match=message):
+            W4A16Experts.from_packed(*arguments)
+    for parts, message in (
+        ({"alphas": [1.0]}, "alphas of 1 experts must be of 5"),
+        ({"permutation": np.arange(HIDDEN)}, r"permutation of int64 \[96\] must be int64 \[5, 96\]"),
+        ({"permutation": np.zeros((EXPERTS, HIDDEN), np.int64)}, "permutation must hold each of 0 to 95 once"),
+        ({"input_scale": torch.ones(HIDDEN)}, r"input_scale of float16 \[96\] must be float16 \[5, 96\]"),
+    ):
+        with pytest.raises(InvalidValueError, match=message):
+            projection(gate, **parts)

@@ -1,0 +1,315 @@
+"""`W4A16Experts`: the experts of a layer of a torch model, whose weights have 4 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from w4a16gen.errors import InvalidValueError
+from w4a16gen.integrations.torch import given
+from w4a16gen.integrations.torch.device_weights import dense_weight
+from w4a16gen.integrations.torch.nibbles import INTEGERS, Tensor
+from w4a16gen.integrations.torch.packed_module import PackedModule, product
+from w4a16gen.integrations.torch.state import check_dtypes, powers_of_two, read_facts, write_state
+from w4a16gen.kernels.config import QuantMode
+from w4a16gen.weights.experts import PackedExperts
+
+STATE_FORMAT = "w4a16gen.experts/1"
+"""What state dicts carry; the number changes with their tensors."""
+_EXTRA_STATE = "_extra_state"
+_MATRIX = 2
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": torch.nn.GELU(approximate="tanh"),
+    "relu": torch.nn.functional.relu,
+}
+"""Activations by name."""
+
+
+class ExpertProjection(PackedModule):
+    """One projection of all experts of a layer: y = alpha[e] * x W[e].
+
+    Attributes:
+        packed: buffer, uint8 [experts, stride]: the packed weights, see `PackedExperts`.
+        permutation: buffer, int64 [experts, k], or None: the columns of x in the order of each weight (act-order).
+        input_scale: buffer, fp16 [experts, k], or None: what x is multiplied by first.
+        alphas: factor of each expert's product.
+    """
+
+    def __init__(
+        self,
+        weights: PackedExperts,
+        *,
+        permutation: Any = None,
+        input_scale: Any = None,
+        alphas: Sequence[float] | None = None,
+    ) -> None:
+        """Take packed experts.
+
+        Args:
+            weights: the packed experts; their data is a torch tensor on any device.
+            permutation: integers [experts, k], or None.
+            input_scale: fp16 [experts, k], or None.
+            alphas: a factor per expert; None for 1.
+
+        Raises:
+            InvalidValueError: if the sizes do not fit together.
+        """
+        super().__init__()
+        if not isinstance(weights, PackedExperts):
+            raise InvalidValueError(f"weights of type {type(weights).__name__} must be PackedExperts: see pack_experts")
+        given.check_tensor("data of the experts", weights.data, (weights.experts, weights.stride), torch.uint8)
+        self.experts, self.order = weights.experts, weights.order
+        self.n, self.k, self.group_size = weights.n, weights.k, weights.group_size
+        self.mode, self.layout = str(weights.mode), weights.layout
+        self.register_buffer("packed", weights.data)
+        device = weights.data.device
+        shape = self.experts, self.k
+        self.permutation = None if permutation is None else _orders(permutation, shape, device)
+        self.input_scale = None if input_scale is None else given.half("input_scale", input_scale, device)
+        if self.input_scale is not None:
+            given.check_tensor("input_scale", self.input_scale, shape, torch.float16)
+        factors = (1.0,) * self.experts if alphas is None else tuple(given.finite_alpha(alpha) for alpha in alphas)
+        if len(factors) != self.experts:
+            raise InvalidValueError(f"alphas of {len(factors)} experts must be of {self.experts}")
+        self.alphas = factors
+        self.nbytes_of_expert = weights.expert(0).nbytes
+
+    def forward(self, x: Tensor, expert: int) -> Tensor:
+        """Return the product of one expert, [m, n], in the dtype of x.
+
+        Args:
+            x: floating point [m, k], on the device of the weights.
+            expert: number of the expert.
+        """
+        order, scale = (None if part is None else part[expert] for part in (self.permutation, self.input_scale))
+        return product(self, x, self.packed[expert, : self.nbytes_of_expert], self.alphas[expert], order, scale)
+
+    def weights_of(self) -> PackedExperts:
+        """Return the packed experts, which share the memory of this module."""
+        mode = QuantMode.parse(self.mode)
+        return PackedExperts(self.packed, self.layout, self.n, self.k, self.group_size, mode, self.order)
+
+    def dequantize(self, dtype: Any = torch.float32) -> Tensor:
+        """Return the weights that multiply activations as they are, [experts, n, k].
+
+        Args:
+            dtype: the dtype of the result.
+        """
+        weights = self.weights_of()
+        result = torch.empty((self.experts, self.n, self.k), dtype=dtype, device=self.packed.device)
+        for expert in range(self.experts):
+            weight = weights.expert(expert).to_host().unpack()
+            order, scale = (None if part is None else part[expert] for part in (self.permutation, self.input_scale))
+            result[expert].copy_(dense_weight(weight, self.alphas[expert], order, scale))
+        return result
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a state dict must agree with."""
+        names = ("experts", "order", "n", "k", "group_size", "mode", "layout")
+        return {name: getattr(self, name) for name in names}
+
+    def get_extra_state(self) -> Tensor:
+        """Return the facts and the scalars as bytes of JSON in a tensor, which files of safetensors can hold."""
+        scalars = {name: getattr(self, name) for name in ("activation_scale", "output_scale")}
+        return write_state(self.facts, {**scalars, "alphas": list(self.alphas)}, STATE_FORMAT)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take the scales out of the facts of a state dict.
+
+        Raises:
+            InvalidValueError: if they describe other experts.
+        """
+        found = self._read(state)
+        self.alphas = tuple(given.finite_alpha(alpha) for alpha in found["alphas"])
+        for name, value in powers_of_two(found).items():
+            setattr(self, name, value)
+
+    def _read(self, state: Any) -> dict[str, Any]:
+        found = read_facts(self.facts, state, STATE_FORMAT)
+        alphas = found.get("alphas")
+        if not isinstance(alphas, list) or len(alphas) != self.experts:
+            raise InvalidValueError(f"the state dict must hold an alpha for each of {self.experts} experts")
+        return found
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        """Refuse the state of other experts, or one that was cast, before any tensor is copied."""
+        if f"{prefix}{_EXTRA_STATE}" in state_dict:
+            self._read(state_dict[f"{prefix}{_EXTRA_STATE}"])
+        check_dtypes(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def extra_repr(self) -> str:
+        """Return what `print` shows of the projection."""
+        parts = f"experts={self.experts}, in_features={self.k}, out_features={self.n}"
+        return f"{parts}, group_size={self.group_size}, mode={self.mode}"
+
+
+def _orders(values: Any, shape: tuple[int, int], device: Any) -> Tensor:
+    """Return an order of columns for each expert, int64 [experts, k]."""
+    orders = given.tensor_of("permutation", values)
+    given.check_tensor("permutation", orders, shape, orders.dtype)
+    return torch.stack([given.order("permutation", row, device, shape[1]) for row in orders])
+
+
+class W4A16Experts(torch.nn.Module):
+    """The experts of a layer: the sum over a token's routes of weight * (act(x Wg) * (x Wu)) Wd.
+
+    It takes the place of the modules of experts that transformers has, and is called like them. x may be fp16, bf16 or
+    fp32. It is cast to fp16 before the products, and the result is cast to the dtype of x. Products are rounded to
+    fp16; the activation is computed in fp32 and rounded to fp16 once; the routes of a token are added in fp32, in the
+    order of the slots. Equal inputs give equal bits.
+
+    **Each call waits for the device:** it asks how many tokens each expert has, and then launches two kernels for each
+    expert that has any. A call cannot be captured in a CUDA graph, and compilers leave it as it is. Where a model has
+    few tokens, most of the time goes into launches.
+
+    `.to(device)`, `state_dict`, `copy.deepcopy` and pickle work as with other modules. `.half()`, `.bfloat16()` and
+    `.to(dtype)` change nothing.
+
+    Attributes:
+        gate_up: the gate and up projections, joined: the rows of the gate first.
+        down: the down projections.
+        activation: the function of the gate.
+        num_experts: number of experts.
+
+    Example:
+        >>> import numpy as np, torch
+        >>> from w4a16gen.weights.experts import pack_experts
+        >>> from w4a16gen.weights.quantize import quantize
+        >>> weights = [quantize(np.eye(64), group_size=32) for _ in range(4)]
+        >>> experts = W4A16Experts.from_packed(pack_experts(weights, weights), pack_experts(weights))
+        >>> x, ids = torch.ones(3, 64), torch.tensor([[0, 2], [2, 3], [1, -1]])
+        >>> experts(x, ids, torch.full((3, 2), 0.5)).shape
+        torch.Size([3, 64])
+    """
+
+    def __init__(
+        self, gate_up: ExpertProjection, down: ExpertProjection, activation: str | Callable[[Any], Any] = "silu"
+    ) -> None:
+        """Take the projections.
+
+        Args:
+            gate_up: the gate and up projections, joined.
+            down: the down projections.
+            activation: one of `ACTIVATIONS`, or a function of tensors.
+
+        Raises:
+            InvalidValueError: if the projections are not of the same experts, or the activation is unknown.
+        """
+        super().__init__()
+        if not callable(activation) and activation not in ACTIVATIONS:
+            raise InvalidValueError(f"activation {activation!r} must be a function, or one of {', '.join(ACTIVATIONS)}")
+        found = (gate_up.experts, gate_up.n, gate_up.k)
+        wanted = (down.experts, 2 * down.k, down.n)
+        if found != wanted or gate_up.order is None:
+            raise InvalidValueError(
+                f"gate_up of {found[0]} experts of {list(found[1:])} must be joined, and beside down be of {wanted[0]} "
+                f"experts of {list(wanted[1:])}"
+            )
+        self.gate_up, self.down = gate_up, down
+        self.activation = activation if callable(activation) else ACTIVATIONS[activation]
+        self.num_experts, self.hidden_dim, self.intermediate_dim = down.experts, down.n, down.k
+
+    @classmethod
+    def from_packed(
+        cls,
+        gate_up: PackedExperts,
+        down: PackedExperts,
+        activation: str | Callable[[Any], Any] = "silu",
+        *,
+        device: Any = None,
+    ) -> W4A16Experts:
+        """Make a layer of packed experts.
+
+        Args:
+            gate_up: what `pack_experts(gate, up)` returned.
+            down: what `pack_experts(down)` returned.
+            activation: one of `ACTIVATIONS`, or a function of tensors.
+            device: where the experts shall be; None leaves them where they are.
+
+        Raises:
+            InvalidValueError: if they are not of the same experts, or the activation is unknown.
+        """
+        return cls(ExpertProjection(_on_torch(gate_up, device)), ExpertProjection(_on_torch(down, device)), activation)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Return the sum of each token's experts, [tokens, hidden], in the dtype of the activations.
+
+        Args:
+            hidden_states: floating point [tokens, hidden].
+            top_k_index: number of the expert of each route, integers [tokens, slots]. Numbers that name no expert are
+                skipped, such as -1 or `num_experts`.
+            top_k_weights: weight of each route, floating point [tokens, slots]. Those of skipped routes do not matter.
+
+        Raises:
+            InvalidValueError: if a tensor has another dtype or shape.
+        """
+        self._check(hidden_states, top_k_index, top_k_weights)
+        tokens, slots = top_k_index.shape
+        ids = top_k_index.to(torch.int64)
+        is_local = (ids >= 0) & (ids < self.num_experts)
+        ids = torch.where(is_local, ids, self.num_experts).reshape(-1)
+        order = torch.argsort(ids, stable=True)
+        counts = torch.bincount(ids, minlength=self.num_experts + 1)[: self.num_experts].tolist()
+        x = hidden_states.float()  # fp32 keeps what fp16 and bf16 hold; products round it to fp16
+        rows = torch.zeros((tokens * slots, self.hidden_dim), dtype=torch.float32, device=x.device)
+        start = 0
+        for expert, count in enumerate(counts):
+            if count:
+                routes = order[start : start + count]
+                rows[routes] = self._expert(x[routes // slots], expert)
+                start += count
+        by_slot = rows.view(tokens, slots, self.hidden_dim).unbind(1)
+        weights = torch.where(is_local, top_k_weights.float(), 0.0).unbind(1)
+        out = torch.zeros((tokens, self.hidden_dim), dtype=torch.float32, device=x.device)
+        for row, weight in zip(by_slot, weights, strict=True):
+            out = out + row * weight[:, None]
+        return out.to(hidden_states.dtype)
+
+    def _expert(self, x: Tensor, expert: int) -> Tensor:
+        """Return one expert's result for some rows, fp32 [m, hidden], without the weights of the routes."""
+        gate, up = self.gate_up(x, expert).chunk(2, dim=-1)
+        result: Tensor = self.down(self.activation(gate) * up, expert)
+        return result
+
+    def _check(self, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> None:
+        """Raise unless the tensors of a call fit together.
+
+        Raises:
+            InvalidValueError: naming the tensor.
+        """
+        if not isinstance(hidden_states, torch.Tensor) or not hidden_states.is_floating_point():
+            raise InvalidValueError(f"hidden_states of {given.kind_of(hidden_states)} must be a floating point tensor")
+        if hidden_states.dim() != _MATRIX or hidden_states.shape[1] != self.hidden_dim:
+            raise InvalidValueError(
+                f"hidden_states of shape {list(hidden_states.shape)} must be [tokens, {self.hidden_dim}]"
+            )
+        if not isinstance(top_k_index, torch.Tensor) or top_k_index.dtype not in INTEGERS:
+            raise InvalidValueError(f"top_k_index of {given.kind_of(top_k_index)} must be a tensor of integers")
+        if not isinstance(top_k_weights, torch.Tensor) or not top_k_weights.is_floating_point():
+            raise InvalidValueError(f"top_k_weights of {given.kind_of(top_k_weights)} must be a floating point tensor")
+        for name, tensor in (("top_k_index", top_k_index), ("top_k_weights", top_k_weights)):
+            if tensor.dim() != _MATRIX or len(tensor) != len(hidden_states) or tensor.shape != top_k_index.shape:
+                raise InvalidValueError(
+                    f"{name} of shape {list(tensor.shape)} must be [{len(hidden_states)}, slots], both alike"
+                )
+
+    def extra_repr(self) -> str:
+        """Return what `print` shows of the experts, beside the projections."""
+        return f"num_experts={self.num_experts}"
+
+
+def _on_torch(weights: PackedExperts, device: Any) -> PackedExperts:
+    """Return packed experts whose data is a torch tensor."""
+    if not isinstance(weights, PackedExperts):
+        raise InvalidValueError(f"experts of type {type(weights).__name__} must be PackedExperts: see pack_experts")
+    data = torch.from_numpy(weights.data) if isinstance(weights.data, np.ndarray) else weights.data
+    moved = data if device is None else data.to(device)
+    return PackedExperts(moved, weights.layout, weights.n, weights.k, weights.group_size, weights.mode, weights.order)

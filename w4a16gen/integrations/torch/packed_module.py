@@ -1,0 +1,125 @@
+"""What modules of packed weights share: how they move, count overflow, and call the product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from w4a16gen.errors import InvalidValueError
+from w4a16gen.integrations.torch import ops
+from w4a16gen.integrations.torch.nibbles import Tensor
+from w4a16gen.integrations.torch.state import moved_only, set_buffer
+
+_OPTIONAL = ("bias", "permutation", "input_scale", "non_finite")
+OVERFLOW = ("ignore", "check")
+
+
+class PackedModule(torch.nn.Module):
+    """A module with packed weights, whose tensors move but are never cast.
+
+    Attributes:
+        packed: buffer of packed weights, uint8.
+        permutation: buffer of the columns of x in the order of the weight, or None.
+        input_scale: buffer of what x is multiplied by first, or None.
+        n: output channels.
+        k: reduction length.
+        group_size: values of K that share a scale.
+        mode: text of the quantisation mode.
+        layout: tag of the layout.
+        activation_scale: a power of two that x is divided by before its cast to fp16, and y multiplied by.
+        output_scale: a power of two that y is divided by while it is fp16, and multiplied by after its cast.
+        non_finite: buffer, int64 scalar that counts outputs that are not finite, or None.
+    """
+
+    packed: Tensor
+    permutation: Tensor | None
+    input_scale: Tensor | None
+    non_finite: Tensor | None
+    n: int
+    k: int
+    group_size: int
+    mode: str
+    layout: str
+
+    def __init__(self) -> None:
+        """Start without scales, and count nothing."""
+        super().__init__()
+        self.activation_scale = 1.0
+        self.output_scale = 1.0
+        self.non_finite = None
+
+    def input_scale_of(self, *expert: int) -> Tensor | None:
+        """Return what activations are multiplied by first, fp16 [k], or None.
+
+        Args:
+            expert: number of the expert, for modules of experts.
+        """
+        scale = self.input_scale
+        return scale if scale is None or not expert else scale[expert[0]]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Register optional tensors as buffers, and only those that are there: torch.export counts on it."""
+        if name in _OPTIONAL:
+            set_buffer(self, name, value, persistent=name != "non_finite")
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def overflow(self) -> str:
+        """`check` if outputs that are not finite are counted, on the device and without waiting for it; else `ignore`.
+
+        Raises:
+            InvalidValueError: if it is set to anything else.
+        """
+        return "ignore" if self.non_finite is None else "check"
+
+    @overflow.setter
+    def overflow(self, value: str) -> None:
+        if value not in OVERFLOW:
+            raise InvalidValueError(f"overflow of {value!r} must be one of {', '.join(OVERFLOW)}")
+        counter = torch.zeros((), dtype=torch.int64, device=self.packed.device) if value == "check" else None
+        self.non_finite = counter
+
+    def _apply(self, fn: Callable[[Any], Any], *arguments: Any, **keywords: Any) -> Any:
+        """Move the tensors, and leave their dtypes and bits as they are."""
+        return super()._apply(lambda tensor: moved_only(fn, tensor), *arguments, **keywords)
+
+
+def product(
+    layer: Any,
+    x: Tensor,
+    packed: Tensor,
+    alpha: float,
+    permutation: Tensor | None,
+    input_scale: Tensor | None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Return alpha * x' W + bias in the dtype of x, with what a layer says of its weights.
+
+    Args:
+        layer: has `n`, `k`, `group_size`, `mode` and `layout`, both scales, and `non_finite`, which counts outputs.
+        x: floating point [..., k].
+        packed: the packed weight, uint8 [bytes].
+        alpha: factor of the product.
+        permutation: the columns of x in the order of the weight, int64 [k], or None.
+        input_scale: what x is multiplied by first, fp16 [k], or None.
+        bias: fp16 [n], or None.
+    """
+    dtype = x.dtype
+    if layer.activation_scale != 1:
+        x = x * (1 / layer.activation_scale)
+    if input_scale is not None:
+        x = x * input_scale
+    if permutation is not None:
+        x = x.index_select(-1, permutation)
+    added = bias if bias is None or layer.output_scale == 1 else bias * (1 / layer.output_scale)
+    factor = alpha * layer.activation_scale / layer.output_scale
+    x = x.to(torch.float16)
+    facts = layer.n, layer.k, layer.group_size, layer.mode, layer.layout
+    y = ops.operator_for(x)(x, packed, added, *facts, factor)
+    if layer.non_finite is not None:
+        layer.non_finite.add_((~torch.isfinite(y)).sum())
+    y = y.to(dtype)
+    return y if layer.output_scale == 1 else y * layer.output_scale
