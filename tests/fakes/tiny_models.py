@@ -36,11 +36,21 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2Config", {"query_pre_attn_scalar": 32}),
     "gemma3": ("Gemma3TextConfig", {"query_pre_attn_scalar": 32}),
 }
+_ROUTED = {"moe_intermediate_size": 64, "num_experts": 5, "num_experts_per_tok": 3}
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {**_ROUTED, "norm_topk_prob": True, "mlp_only_layers": [0], "num_hidden_layers": 3},
+    ),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "qwen2_moe": ("Qwen2MoeConfig", {**_ROUTED, "shared_expert_intermediate_size": 96}),
+}
+"""Mixtures of experts: one with a dense layer, one with names of its own in files, one with a shared expert."""
 
 
 def tiny_model(kind: str, dtype: Any = torch.float16, **changes: Any) -> Any:
     """Return a model of an architecture, whose every parameter is random."""
-    name, options = CONFIGS[kind]
+    name, options = {**CONFIGS, **MIXTURES}[kind]
     config = getattr(transformers, name)(**{**_SIZES, **options, **changes})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     generator = torch.Generator().manual_seed(7)

@@ -21,10 +21,16 @@ from w4a16gen.integrations.torch.experts import ExpertProjection  # noqa: E402
 HIDDEN, INTERMEDIATE, EXPERTS = 96, 64, 5
 
 
-def weights_of(rng: np.random.Generator, size: float = 0.04) -> Any:
+Weights = list[QuantizedWeight]
+
+
+def weights_of(rng: np.random.Generator, size: float = 0.04) -> tuple[Weights, Weights, Weights]:
     mode = QuantMode.FINEGRAINED_SCALE_AND_ZEROS
-    shapes = ((INTERMEDIATE, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
-    return tuple([random_weight(rng, n, k, 32, mode, size=size) for _ in range(EXPERTS)] for n, k in shapes)
+
+    def made(n: int, k: int) -> Weights:
+        return [random_weight(rng, n, k, 32, mode, size=size) for _ in range(EXPERTS)]
+
+    return made(INTERMEDIATE, HIDDEN), made(INTERMEDIATE, HIDDEN), made(HIDDEN, INTERMEDIATE)
 
 
 def experts_of(weights: Any, activation: Any = "silu") -> Any:
@@ -93,7 +99,7 @@ def test_other_dtypes_are_cast_outside(dtype: Any, rng: np.random.Generator) -> 
     torch.testing.assert_close(got.float(), experts(given.half(), ids, factors).float(), rtol=2.0**-8, atol=2.0**-20)
 
 
-def projection(weights: list[QuantizedWeight], **parts: Any) -> Any:
+def projection(weights: Weights, **parts: Any) -> Any:
     packed = pack_experts(weights)
     return ExpertProjection(on_torch(packed), **parts)
 
@@ -216,12 +222,13 @@ def test_wrong_calls_are_refused(rng: np.random.Generator) -> None:
 def test_projections_that_do_not_fit_together_are_refused(rng: np.random.Generator) -> None:
     gate, up, down = weights_of(rng)
     joint = pack_experts(gate, up)
-    for arguments, message in (
+    cases: tuple[tuple[tuple[Any, ...], str], ...] = (
         ((joint, pack_experts(down[:2])), "gate_up of 5 experts"),
         ((pack_experts(down), joint), "must be joined"),
         ((joint, pack_experts(down), "tanh"), "activation 'tanh' must be a function, or one of silu"),
         ((joint, down), "experts of type list must be PackedExperts"),
-    ):
+    )
+    for arguments, message in cases:
         with pytest.raises(InvalidValueError, match=message):
             W4A16Experts.from_packed(*arguments)
     for parts, message in (

@@ -28,7 +28,7 @@ from w4a16gen.weights.packed_checkpoint import PackedLayer
 Layer = CheckpointLayer | PackedLayer
 
 
-def stack_layers(parts: Sequence[Sequence[Any]], uploader: Uploader) -> ExpertProjection:
+def stack_layers(parts: Sequence[Sequence[Any]], uploader: Uploader, *, gate_up: bool) -> ExpertProjection:
     """Return one projection of all experts, out of layers of an opened checkpoint or of a packed one.
 
     Experts are read, packed and placed one after the other.
@@ -37,6 +37,7 @@ def stack_layers(parts: Sequence[Sequence[Any]], uploader: Uploader) -> ExpertPr
         parts: the layers of each expert, in the order of the experts: one, or the gate and the up projection, whose
             rows are joined.
         uploader: copies bytes to the device.
+        gate_up: whether the rows of each expert are those of a gate, and then of an up projection.
 
     Raises:
         InvalidValueError: if a layer is damaged, has a bias, or the layout cannot hold it. If the layers of an expert
@@ -49,9 +50,10 @@ def stack_layers(parts: Sequence[Sequence[Any]], uploader: Uploader) -> ExpertPr
     orders, scales, alphas = [], [], []
     for index, layers in enumerate(parts):
         for layer in layers:
-            _check_no_bias(layer)
-        order, scale = (_common(layers, part) for part in ("permutation", "input_scale"))
-        made = (_of_packed if isinstance(layers[0], PackedLayer) else _of_checkpoint)(layers, form, order, uploader)
+            check_no_bias(layer)
+        permutation, scale = (_common(layers, part) for part in ("permutation", "input_scale"))
+        make = _of_packed if isinstance(layers[0], PackedLayer) else _of_checkpoint
+        made = make(layers, form, permutation, uploader)
         weight = made.packed
         if first is None:
             first = weight
@@ -63,13 +65,13 @@ def stack_layers(parts: Sequence[Sequence[Any]], uploader: Uploader) -> ExpertPr
                 f"{list(first.geometry[:2])}: experts must have equal sizes"
             )
         buffer[index, : weight.nbytes] = weight.data
-        orders.append(order)
+        orders.append(permutation)
         scales.append(scale)
         alphas.append(made.alpha)
     if first is None:
         raise InvalidValueError("there must be one expert or more")
-    joint = GATE_FIRST if len(parts[0]) > 1 else None
-    packed = PackedExperts(buffer, first.layout, first.n, first.k, first.group_size, first.mode, joint)
+    order = GATE_FIRST if gate_up else None
+    packed = PackedExperts(buffer, first.layout, *first.geometry, order)
     return ExpertProjection(
         packed,
         permutation=_stacked(orders, np.arange(first.k)),
@@ -78,8 +80,15 @@ def stack_layers(parts: Sequence[Sequence[Any]], uploader: Uploader) -> ExpertPr
     )
 
 
-def _check_no_bias(layer: Layer) -> None:
-    """Raise if a layer has a bias that is not 0: experts have none. Some writers of GPTQ store zeros."""
+def check_no_bias(layer: Layer) -> None:
+    """Raise if a layer has a bias that is not 0: experts have none. Some writers of GPTQ store zeros.
+
+    Args:
+        layer: a layer of an opened checkpoint or of a packed one.
+
+    Raises:
+        InvalidValueError: naming the layer.
+    """
     bias = layer.bias
     if bias is not None and bias.any():
         raise InvalidValueError(f"layer {shown_name(layer.name)} has a bias: experts with biases are not served")

@@ -58,9 +58,19 @@ def load_dense(model: Any, source: Source, uploader: Uploader) -> set[str]:
 
 def _filled(parameter: Any, stored: Stored, source: Source, uploader: Uploader) -> Any:
     """Return a tensor of the checkpoint in the parameter's dtype, on the device."""
-    info = source.checkpoint.tensors[stored.name]
-    _check_shape(stored.name, parameter, info.shape)
     values = torch.empty(parameter.shape, dtype=parameter.dtype, device=uploader.device)
+    fill(values, stored, source, uploader)
+    return values
+
+
+def fill(values: Any, stored: Stored, source: Source, uploader: Uploader) -> None:
+    """Write a tensor of the checkpoint to a contiguous tensor on the device, in its dtype.
+
+    Raises:
+        InvalidValueError: if the checkpoint's tensor has another shape, or values that the dtype cannot hold.
+    """
+    info = source.checkpoint.tensors[stored.name]
+    _check_shape(stored.name, values, info.shape)
     is_finite = torch.ones((), dtype=torch.bool, device=uploader.device)
     rows = values.view(len(values), -1) if values.dim() > 1 else values.view(1, -1)
     raw = source.checkpoint.tensors.raw(stored.name).reshape(len(rows), -1)
@@ -71,7 +81,7 @@ def _filled(parameter: Any, stored: Stored, source: Source, uploader: Uploader) 
         piece = _decoded(stored.name, info, part, uploader)
         rows[start:end].copy_(piece.float() + stored.shift if stored.shift else piece)
         is_finite &= torch.isfinite(rows[start:end]).all()
-    return _finite(stored.name, values, is_finite)
+    _finite(stored.name, values, is_finite)
 
 
 def _decoded(name: str, info: TensorInfo, raw: npt.NDArray[np.uint8], uploader: Uploader) -> Any:

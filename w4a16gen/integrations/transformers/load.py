@@ -11,6 +11,8 @@ import transformers
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.integrations.torch.upload import Uploader
 from w4a16gen.integrations.transformers.dense import load_dense
+from w4a16gen.integrations.transformers.dense_experts import load_dense_experts
+from w4a16gen.integrations.transformers.experts import put_experts
 from w4a16gen.integrations.transformers.quantizer import METHOD, W4A16Config, mark
 from w4a16gen.integrations.transformers.report import report_of
 from w4a16gen.integrations.transformers.skeleton import config_of, dtype_of, first_line, make_model
@@ -37,8 +39,9 @@ def from_pretrained(
 ) -> Any:
     """Load a 4-bit checkpoint into a model of transformers, for `generate`, `torch.compile` and the like.
 
-    Linear layers become W4A16Linear, one after the other; all else is dense, in the given dtype. No second copy of the
-    model exists at any time. The attribute `w4a16gen_report` says which layers have 4 bits, and why others do not.
+    Linear layers become W4A16Linear, and the experts of a layer W4A16Experts, one after the other; all else is dense,
+    in the given dtype. No second copy of the model exists at any time. The attribute `w4a16gen_report` says which
+    layers have 4 bits, and why others do not.
 
     Args:
         path: what `w4a16gen.open_checkpoint` opens: a folder of GPTQ, AWQ, compressed-tensors and so on, or a GGUF
@@ -51,7 +54,8 @@ def from_pretrained(
         model_class: a class of transformers, such as AutoModel; None takes the one that the configuration names, or
             else AutoModelForCausalLM.
         attn_implementation: what computes attention, in transformers' terms.
-        progress: called with the layers done, the layers in all, and the name of the last one.
+        progress: called with the layers done, the layers in all, and the name of the last one: first for the layers of
+            experts, if the model has any, and then for the linear layers.
 
     Returns:
         The model in eval mode; no parameter records gradients.
@@ -75,22 +79,23 @@ def from_pretrained(
     if source.layer("lm_head") is not None:
         described.tie_word_embeddings = False  # a 4-bit head cannot be the embedding
     model = make_model(described, dtype_of(dtype, described), model_class, attn_implementation)
+    experts = put_experts(model, source, uploader, progress)
     replacement = source.put_layers(model, uploader, progress)
-    if not replacement.replaced and not replacement.dequantized:
+    if not replacement.replaced and not replacement.dequantized and not experts.served:
+        reason = next(iter(experts.dense.values()), "it is of another model than its configuration says")
         raise InvalidValueError(
-            f"{checkpoint.path} has {len(checkpoint)} 4-bit layers, such as {next(iter(checkpoint))}, but none of a "
-            f"linear layer of {type(model).__name__}: mixtures of experts and other models are not served"
+            f"{checkpoint.path} has {len(checkpoint)} 4-bit layers, such as {next(iter(checkpoint))}, but none that "
+            f"{type(model).__name__} can use: {reason}"
         )
-    used = load_dense(model, source, uploader)
+    used = load_dense(model, source, uploader) | load_dense_experts(model, source, uploader) | experts.used
     _load_rope_factors(model, source, used)
     model.tie_weights()
     _check_complete(model, source)
     model.to(uploader.device).requires_grad_(requires_grad=False)
     _load_generation_config(model, checkpoint.path)
     mark(model, W4A16Config(source=getattr(checkpoint, "method", METHOD)))
-    model.w4a16gen_report = report_of(
-        model, replacement, _unused(source, used, (*replacement.replaced, *replacement.dequantized))
-    )
+    unused = _unused(source, used, (*replacement.replaced, *replacement.dequantized))
+    model.w4a16gen_report = report_of(model, replacement, experts, unused)
     return model
 
 

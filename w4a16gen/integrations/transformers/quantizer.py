@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from w4a16gen.errors import InvalidValueError
+from w4a16gen.integrations.torch.experts import W4A16Experts
 from w4a16gen.integrations.torch.linear import W4A16Linear
+from w4a16gen.integrations.torch.upload import Uploader
+from w4a16gen.integrations.transformers.experts import dense_experts, experts_of, placed_experts
+from w4a16gen.weights.expert_layers import ExpertNames, moe_layer
 from w4a16gen.weights.importers.mapped import shown_name
 from w4a16gen.weights.packed import PackedWeight
 from w4a16gen.weights.packed_checkpoint import FORMAT, PackedCheckpoint, PackedLayer, open_packed
@@ -81,6 +86,40 @@ class PackedLinear(torch.nn.Module):
         )
 
 
+class ExpertsPlace(torch.nn.Module):
+    """The place of the experts of a layer, with the names of their tensors in the files, until they have values."""
+
+    def __init__(self, packed: PackedCheckpoint, names: ExpertNames, module: Any) -> None:
+        """Make a place for each packed layer, under the words of its name that follow the module's."""
+        super().__init__()
+        self.names = names
+        self.__dict__["module"] = module
+        for name in sorted(names.names):
+            expert, part = name.removeprefix(f"{names.name}.").split(".")
+            if expert not in self._modules:
+                self.add_module(expert, torch.nn.Module())
+            self._modules[expert].add_module(part, PackedLinear(packed[name]))  # type: ignore[union-attr, unused-ignore]
+
+    def finished(self) -> W4A16Experts:
+        """Return the experts on the device of their values.
+
+        Raises:
+            InvalidValueError: if a tensor was not read, or was cast; or the projections of an expert cannot be joined.
+        """
+        layers = {name: self._layer(name) for name in self.names.names}
+        device = next(iter(layers.values())).weight.data.device
+        return experts_of(moe_layer(layers, self.names), self.module, Uploader(device))
+
+    def _layer(self, name: str) -> PackedLayer:
+        place: Any = self.get_submodule(name.removeprefix(f"{self.names.name}."))
+        linear = place.finished(name)
+        parts = {
+            part: None if (tensor := getattr(linear, part)) is None else tensor.cpu().numpy()
+            for part in ("bias", "permutation", "input_scale")
+        }
+        return PackedLayer(name, linear.weight_of(), linear.alpha, **parts)
+
+
 class W4A16Quantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
     """Puts layers of 4 bits into a model while transformers loads it.
 
@@ -88,18 +127,27 @@ class W4A16Quantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
     """
 
     requires_calibration = False
+    has_experts = False
+    """Whether the model has layers of experts, whose calls wait for the device."""
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_more: Any) -> Any:
         folder = Path(checkpoint_files[0]).parent if checkpoint_files else Path(model.config.name_or_path)
         packed = open_packed(folder, verify=False)
-        for name in placed(model, packed):
+        experts = placed_experts(model, packed)
+        for name in placed(model, packed, experts.values()):
             model.set_submodule(name, PackedLinear(packed[name]))
+        for name, names in experts.items():
+            model.set_submodule(name, ExpertsPlace(packed, names, model.get_submodule(name)))
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_more: Any) -> Any:
+        places = {name: module for name, module in model.named_modules() if isinstance(module, ExpertsPlace)}
+        for name, place in places.items():
+            model.set_submodule(name, place.finished().train(model.training))
         for name, module in list(model.named_modules()):
             if isinstance(module, PackedLinear):
                 model.set_submodule(name, module.finished(name).train(model.training))
+        self.has_experts = bool(places)
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
@@ -116,21 +164,25 @@ class W4A16Quantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
 
     @property
     def is_compileable(self) -> bool:
-        """Whether `generate` may compile the model: yes."""
-        return True
+        """Whether `generate` may compile the model as a whole: not with experts, whose calls wait for the device."""
+        return not self.has_experts
 
 
-def placed(model: Any, packed: PackedCheckpoint) -> list[str]:
+def placed(model: Any, packed: PackedCheckpoint, experts: Iterable[ExpertNames] = ()) -> list[str]:
     """Return the names of a folder's layers, each of which is a linear layer of the model.
 
     Args:
         model: the model, whose head is parted from its embedding if the folder holds it in 4 bits.
         packed: the folder.
+        experts: the folder's experts, whose layers are left out.
 
     Raises:
         InvalidValueError: if the model has no such linear layer, or one of other sizes.
     """
-    for name, layer in packed.items():
+    of_experts = {name for names in experts for name in names.names}
+    linears = [name for name in packed if name not in of_experts]
+    for name in linears:
+        layer = packed[name]
         try:
             module = model.get_submodule(name)
         except AttributeError:
@@ -152,7 +204,7 @@ def placed(model: Any, packed: PackedCheckpoint) -> list[str]:
     if tied is not None and "lm_head" in packed:
         tied.pop("lm_head.weight", None)
         model.config.get_text_config().tie_word_embeddings = False
-    return list(packed)
+    return linears
 
 
 def dequantized(model: Any, dtype: Any) -> Any:
@@ -163,7 +215,9 @@ def dequantized(model: Any, dtype: Any) -> Any:
         dtype: dtype of the weights.
     """
     for name, module in list(model.named_modules()):
-        if isinstance(module, W4A16Linear):
+        if isinstance(module, W4A16Experts):
+            model.set_submodule(name, dense_experts(module, dtype))
+        elif isinstance(module, W4A16Linear):
             with torch.device("meta"):
                 linear = torch.nn.Linear(module.k, module.n, bias=module.bias is not None)
             linear.weight = torch.nn.Parameter(module.dequantize(dtype), requires_grad=False)
@@ -176,6 +230,7 @@ def dequantized(model: Any, dtype: Any) -> Any:
 def mark(model: Any, config: W4A16Config) -> None:
     """Tell transformers that a model is quantized, as its own loader does."""
     model.hf_quantizer = W4A16Quantizer(config)
+    model.hf_quantizer.has_experts = any(isinstance(module, W4A16Experts) for module in model.modules())
     model.is_quantized = True
     model.quantization_method = METHOD
     model.config.quantization_config = config

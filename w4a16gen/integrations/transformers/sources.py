@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from w4a16gen.errors import InvalidValueError
 from w4a16gen.integrations.torch.linear import W4A16Linear
 from w4a16gen.integrations.torch.replace import Replacement, replace_linears
 from w4a16gen.integrations.torch.upload import Uploader
+from w4a16gen.integrations.transformers.experts import alternatives, is_experts
 from w4a16gen.integrations.transformers.packages import need_gguf
 from w4a16gen.integrations.transformers.quantizer import placed
 from w4a16gen.progress import Progress, no_progress
+from w4a16gen.weights.expert_layers import ExpertNames, find_experts
 from w4a16gen.weights.importers.checkpoint import Checkpoint
 from w4a16gen.weights.importers.gguf import ROTATED, GgufLayer, rotated_rows
 from w4a16gen.weights.importers.layer import CheckpointLayer
@@ -33,6 +36,7 @@ _PREFIXES = (
     ("model.", ""),
 )
 """How names of a model begin, and those of its checkpoints: of a part of it, or of a model of text and images."""
+_WEIGHT = ".weight"
 SHIFTED = ("gemma", "gemma2", "gemma3")
 """Architectures of GGUF whose files hold 1 + w for the weight w of each norm."""
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3", *SHIFTED)
@@ -68,6 +72,25 @@ class Source:
         """Take a checkpoint and what its names are."""
         self.checkpoint = checkpoint
         self._names = names
+
+    @cached_property
+    def _experts(self) -> dict[str, ExpertNames]:
+        return find_experts(self.checkpoint)
+
+    @cached_property
+    def _experts_of_any_kind(self) -> dict[str, ExpertNames]:
+        weights = (name for name in self.checkpoint.dense if name.endswith(_WEIGHT))
+        return find_experts([*self.checkpoint, *(name.removesuffix(_WEIGHT) for name in weights)])
+
+    def experts(self, module: str, *, dense: bool = False) -> ExpertNames | None:
+        """Return the names of the experts of a module, or None.
+
+        Args:
+            module: the module that holds all experts.
+            dense: whether experts that are not of 4 bits count too.
+        """
+        found = self._experts_of_any_kind if dense else self._experts
+        return next((found[name] for name in self._names(module) if name in found), None)
 
     def put_layers(self, model: Any, uploader: Uploader, progress: Progress | None) -> Replacement:
         """Replace the linear layers of a model by those of the checkpoint, one after the other.
@@ -181,7 +204,9 @@ class PackedSource(Source):
             InvalidValueError: if a packed layer is no linear layer of the model, or of other sizes.
         """
         linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-        names = placed(model, self.checkpoint)
+        of_experts = (name for name, module in model.named_modules() if is_experts(module))
+        experts = [found for name in of_experts if (found := self.experts(name)) is not None]
+        names = placed(model, self.checkpoint, experts)
         for done, name in enumerate(names, 1):
             layer = self.checkpoint[name]
             weight = replace(layer.weight, data=uploader.bytes(layer.weight.host_data()))
@@ -210,6 +235,7 @@ def source_of(checkpoint: Checkpoint | PackedCheckpoint, config: Any) -> Source:
     beginnings = [*_PREFIXES, ("", f"{config.model_type}.")]
 
     def names(module: str) -> list[str]:
-        return [of_file + module.removeprefix(own) for own, of_file in beginnings if module.startswith(own)]
+        found = [of_file + module.removeprefix(own) for own, of_file in beginnings if module.startswith(own)]
+        return [alternative for name in found for alternative in alternatives(name)]
 
     return (PackedSource if isinstance(checkpoint, PackedCheckpoint) else Source)(checkpoint, names)

@@ -43,6 +43,7 @@ FORMATS = (COMPRESSED, PACKED)
 """What `quantize_model` writes."""
 ALWAYS_DENSE = (
     *("lm_head", "*.lm_head", "*embed*", "*norm*", "wte", "*.wte", "wpe", "*.wpe", "shared", "*.gate", "*router*"),
+    "*expert_gate",
     *("*score", "*classifier*", "*pooler*"),
 )
 """Patterns of modules that are no linear layers, are small, or lose too much with 4 bits."""
