@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from fakes.checkpoints.files import write_safetensors
+from fakes.checkpoints.files import write_folder, write_safetensors
 from fakes.checkpoints.word_formats import gptq
 
 from w4a16gen.weights.writers.convert import convert
 from w4a16gen.weights.writers.quantize import Settings, quantize_model
 
 N, K, GROUP_SIZE = 64, 256, 64
-MODELS = ("llama-folder", "gguf-file", "packed-llama")
+MODELS = ("llama-folder", "gguf-file", "packed-llama", "mixtral-folder")
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The channel that each four bits of a word hold, lowest first."""
 
@@ -51,6 +52,11 @@ def _new_folder(name: str) -> Path:
 def _write_model(name: str) -> None:
     """Write a tiny model of transformers as a page needs it."""
     tiny = importlib.import_module("fakes.tiny_models")  # which needs torch and transformers
+    if name == "mixtral-folder":
+        folders = importlib.import_module("fakes.tiny_folders")
+        model = tiny.tiny_model("mixtral")
+        folders.folder_with(Path("mixtral-int4"), model, folders.plain_gptq_tensors, folders.PLAIN_GPTQ)
+        return
     model = tiny.tiny_model("llama")
     if name == "gguf-file":
         tiny.write_gguf("llama", model, Path("llama.gguf"), {"ffn_down": "Q5_0", "token_embd": "Q8_0"})
@@ -61,23 +67,49 @@ def _write_model(name: str) -> None:
         convert(folder, "llama-packed")
 
 
+def _write_mixture(folder: Path) -> None:
+    """Write a layer of four experts in the form of GPTQ."""
+    rng = np.random.default_rng(7)
+    found: dict[str, Any] = {}
+    for expert in range(4):
+        for part, (n, k) in {"gate_proj": (64, 256), "up_proj": (64, 256), "down_proj": (256, 64)}.items():
+            module = f"model.layers.0.mlp.experts.{expert}.{part}"
+            found[f"{module}.qweight"] = _words(rng.integers(0, 16, (n, k))).T.copy()
+            found[f"{module}.qzeros"] = _words(np.full((k // GROUP_SIZE, n), 8))
+            found[f"{module}.scales"] = rng.uniform(0.01, 0.02, (k // GROUP_SIZE, n)).astype(np.float16)
+    config = {"quant_method": "gptq", "bits": 4, "group_size": GROUP_SIZE, "checkpoint_format": "gptq_v2"}
+    write_folder(folder, found, config)
+
+
+def _write_fp16() -> None:
+    """Write a layer and a head in FP16."""
+    weight = np.random.default_rng(6).standard_normal((64, 256)).astype(np.float16)
+    folder = _new_folder("model-fp16")
+    found = {"model.layers.0.mlp.up_proj.weight": weight, "lm_head.weight": weight}
+    write_safetensors(folder / "model.safetensors", found)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+
+
+def _write_gptq(folder: str, **options: bool) -> Path:
+    """Write a layer of GPTQ, and return its folder."""
+    written = gptq(version=1, symmetric=False, **options)(_new_folder(folder), np.random.default_rng(5))
+    return Path(written.path)
+
+
+FOLDERS: dict[str, Callable[[], object]] = {
+    "gptq-folder": lambda: _write_gptq("model-gptq", act_order=True),
+    "gptq-model": lambda: _write_gptq("model-gptq"),
+    "packed-folder": lambda: convert(_write_gptq("source"), "model-packed"),
+    "fp16-model": _write_fp16,
+    "mixture": lambda: _write_mixture(_new_folder("model-moe")),
+}
+"""What writes each folder that pages read, where they run."""
+
+
 def tensors(name: str) -> dict[str, Any]:
     """Return a layer's tensors as a format stores them, and its sizes; or write a folder where the page runs."""
-    if name == "gptq-folder":
-        gptq(version=1, symmetric=False, act_order=True)(_new_folder("model-gptq"), np.random.default_rng(5))
-        return {}
-    if name == "gptq-model":
-        gptq(version=1, symmetric=False)(_new_folder("model-gptq"), np.random.default_rng(5))
-        return {}
-    if name == "packed-folder":
-        convert(gptq(version=1, symmetric=False)(_new_folder("source"), np.random.default_rng(5)).path, "model-packed")
-        return {}
-    if name == "fp16-model":
-        weight = np.random.default_rng(6).standard_normal((64, 256)).astype(np.float16)
-        tensors = {"model.layers.0.mlp.up_proj.weight": weight, "lm_head.weight": weight}
-        folder = _new_folder("model-fp16")
-        write_safetensors(folder / "model.safetensors", tensors)
-        (folder / "config.json").write_text('{"model_type": "llama"}')
+    if name in FOLDERS:
+        FOLDERS[name]()
         return {}
     if name in MODELS:
         _write_model(name)

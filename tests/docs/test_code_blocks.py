@@ -19,7 +19,7 @@ from fakes.library import FakeLibrary
 from fakes.runner import Runner
 from paths import EXAMPLES, ROOT
 
-from docs.checkpoints import MODELS, tensors
+from docs.checkpoints import FOLDERS, MODELS, tensors
 from docs.pages import PAGES, Block, blocks_of, name_of, with_outputs
 from w4a16gen.build import toolchain, versions
 from w4a16gen.cli.services import Services
@@ -34,7 +34,7 @@ RUN_BY_CI = ("main command", "test command")
 SYNOPSES = ("docs/reference/cli.md", "docs/reference/json.md")
 """Pages whose blocks of text show how commands are written; the first is generated."""
 NEEDS = ("gpu", "network", "nvcc", "cluster")
-GIVEN = ("gptq", "awq", "compressed-tensors", "gptq-folder", "gptq-model", "packed-folder", "fp16-model", *MODELS)
+GIVEN = ("gptq", "awq", "compressed-tensors", *FOLDERS, *MODELS)
 CPP_EXAMPLE = Path(__file__).with_name("example.cpp.jinja")
 """A function around a C++ block, and the variables that the README takes for declared."""
 NETWORK_COMMANDS = (

@@ -14,6 +14,8 @@ from fakes.checkpoints.files import BFloat16, write_safetensors
 from w4a16gen.weights.quantize import quantize
 
 torch = pytest.importorskip("torch")
+PLAIN_GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "checkpoint_format": "gptq_v2"}
+"""The configuration that goes with `plain_gptq_tensors`."""
 
 
 def folder_with(

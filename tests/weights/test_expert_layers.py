@@ -59,8 +59,8 @@ def test_what_is_missing_doubled_or_of_two_forms_is_named() -> None:
     assert reason(gap) == "experts of 'e.experts': 1 of 12 lack a 4-bit up projection: number 7"
     gone = [name for name in whole if "down" not in name]
     assert str(reason(gone)).endswith("12 of 12 lack a 4-bit down projection: number 0, 1, 2, 3, ...")
-    assert "'e.experts.3.w3' is there twice" in str(reason([*whole, "e.experts.3.w3"]))
-    assert "'e.experts.03.w3' is there twice" in str(reason([*whole, "e.experts.03.w3"]))
+    assert "'e.experts.3.w3' is doubled" in str(reason([*whole, "e.experts.3.w3"]))
+    assert "'e.experts.03.w3' is doubled" in str(reason([*whole, "e.experts.03.w3"]))
     assert "have a gate projection beside gate_up and down" in str(reason([*whole, "e.experts.3.gate_up_proj"]))
     (found,) = find_experts(gap).values()
     with pytest.raises(InvalidValueError, match="number 7"):

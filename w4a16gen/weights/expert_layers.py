@@ -65,7 +65,7 @@ class ExpertNames:
         """Return why these are not the projections of all experts, once each; or None."""
         where = f"experts of {shown_name(self.name)}"
         if self.doubled:
-            return f"{where}: {shown_name(self.doubled[0])} is there twice, under another name: keep one of them"
+            return f"{where}: {shown_name(self.doubled[0])} is doubled under another name: keep one of them"
         for role in self.found:
             if role not in self.form:
                 return f"{where} have a {role} projection beside {' and '.join(self.form)}: keep one form"

@@ -21,7 +21,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", exc_type=ImportError)
 safetensors = pytest.importorskip("safetensors.torch")
 from fakes import tiny_models as tiny  # noqa: E402
-from fakes.tiny_folders import awq_tensors, folder_with, gptq_tensors, plain_gptq_tensors  # noqa: E402
+from fakes.checkpoints import packers  # noqa: E402
+from fakes.tiny_folders import PLAIN_GPTQ, awq_tensors, folder_with, gptq_tensors, plain_gptq_tensors  # noqa: E402
 
 from w4a16gen.integrations.torch import W4A16Experts, W4A16Linear  # noqa: E402
 from w4a16gen.integrations.transformers import from_pretrained  # noqa: E402
@@ -34,7 +35,6 @@ pytestmark = [
         not modules_of_experts(tiny.tiny_model("mixtral")), reason="this transformers has a module for each expert"
     ),
 ]
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "checkpoint_format": "gptq_v2"}
 ACT_ORDER = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": True}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 KINDS = pytest.mark.parametrize("kind", tiny.MIXTURES)
@@ -43,7 +43,8 @@ LINEARS = {"qwen3_moe": (15, 16), "mixtral": (8, 9), "qwen2_moe": (14, 17)}
 
 
 def gptq_folder(model: Any, tmp_path: Path, **options: Any) -> Path:
-    return folder_with(tmp_path / "int4", model, plain_gptq_tensors, GPTQ, **options)
+    tmp_path.mkdir(exist_ok=True)
+    return folder_with(tmp_path / "int4", model, plain_gptq_tensors, PLAIN_GPTQ, **options)
 
 
 def rounded(values: Any) -> Any:
@@ -132,6 +133,34 @@ def test_formats_dtypes_and_loaders_agree(kind: str, route: str, dtype: Any, tmp
     wanted = dense(tiny.tokens()).logits
     close = (logits - wanted).abs().amax(-1) < (0.02 if dtype == torch.float16 else 0.05) * wanted.abs().max()
     assert close.all() if dtype == torch.float16 else close.sum() > close.numel() // 2, "bf16 moves a few routes"
+
+
+def mlx_tensors(_module: str, values: Any) -> dict[str, Any]:
+    """Return MLX's tensors of a weight, with zero points of 8."""
+    weight = quantize(values, group_size=32)
+    scales = np.ascontiguousarray(weight.scales.T)
+    words = packers.along_columns(weight.q).view(np.uint32)
+    return {"weight": words, "scales": scales, "biases": scales * np.float16(-8)}
+
+
+def test_experts_that_a_file_stores_together_are_served(tmp_path: Path) -> None:
+    original = tiny.tiny_model("qwen2_moe")
+    folder = folder_with(tmp_path / "int4", original, mlx_tensors, {})
+    tensors = safetensors.load_file(folder / "model.safetensors")
+    stacked = {name for name in tensors if ".experts.0." in name}
+    for name in stacked:
+        of_all = [tensors.pop(name.replace("experts.0", f"experts.{expert}")) for expert in range(5)]
+        tensors[name.replace("experts.0", "switch_mlp")] = torch.stack(of_all)
+    assert len(stacked) == 2 * 3 * 3
+    safetensors.save_file(tensors, folder / "model.safetensors")
+    config = {**json.loads((folder / "config.json").read_text()), "quantization": {"bits": 4, "group_size": 32}}
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    model = from_pretrained(folder, device="cpu")
+    assert len(model.w4a16gen_report.experts) == 2
+    assert model.w4a16gen_report.unused == ()
+    gptq = from_pretrained(gptq_folder(original, tmp_path / "other"), device="cpu")
+    assert torch.equal(model(tiny.tokens()).logits, gptq(tiny.tokens()).logits)
 
 
 def test_a_model_generates_and_is_not_compiled_as_a_whole(tmp_path: Path) -> None:
