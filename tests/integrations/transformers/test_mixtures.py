@@ -143,7 +143,8 @@ def mlx_tensors(_module: str, values: Any) -> dict[str, Any]:
     return {"weight": words, "scales": scales, "biases": scales * np.float16(-8)}
 
 
-def test_experts_that_a_file_stores_together_are_served(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_joined", [False, True])
+def test_experts_that_a_file_stores_together_are_served(tmp_path: Path, *, is_joined: bool) -> None:
     original = tiny.tiny_model("qwen2_moe")
     folder = folder_with(tmp_path / "int4", original, mlx_tensors, {})
     tensors = safetensors.load_file(folder / "model.safetensors")
@@ -152,6 +153,11 @@ def test_experts_that_a_file_stores_together_are_served(tmp_path: Path) -> None:
         of_all = [tensors.pop(name.replace("experts.0", f"experts.{expert}")) for expert in range(5)]
         tensors[name.replace("experts.0", "switch_mlp")] = torch.stack(of_all)
     assert len(stacked) == 2 * 3 * 3
+    for name in [name for name in tensors if "switch_mlp.gate_proj" in name] if is_joined else []:
+        parts = [tensors.pop(one) for one in (name, name.replace("gate_proj", "up_proj"))]
+        tensors[name.replace("switch_mlp.gate_proj", "experts.gate_up_proj")] = torch.cat(parts, dim=1)
+        down = name.replace("gate_proj", "down_proj")
+        tensors[down.replace("switch_mlp", "experts")] = tensors.pop(down)
     safetensors.save_file(tensors, folder / "model.safetensors")
     config = {**json.loads((folder / "config.json").read_text()), "quantization": {"bits": 4, "group_size": 32}}
     del config["quantization_config"]
@@ -311,6 +317,32 @@ def test_gate_and_up_of_different_modes_are_joined(tmp_path: Path) -> None:
     assert torch.equal(packed.model.layers[0].mlp.experts.gate_up.packed, experts.gate_up.packed)
     wanted = w4a16gen.open_checkpoint(folder)[name.removesuffix(".qzeros")].quantized().dequantize()
     np.testing.assert_array_equal(experts.gate_up.dequantize(torch.float64)[1, 256:].numpy(), wanted)
+
+
+def test_scales_beyond_fp16_belong_to_their_expert(tmp_path: Path) -> None:
+    original = tiny.tiny_model("mixtral", torch.bfloat16)
+    plain = folder_with(tmp_path / "dense", original, None, {}, dense=("",))
+    (plain / "config.json").write_text(json.dumps(original.config.to_dict()))
+    quantize_model(plain, tmp_path / "int4", Settings(group_size=32))
+    (file,) = (tmp_path / "int4").glob("*.safetensors")
+    tensors = safetensors.load_file(file)
+    name = "model.layers.0.block_sparse_moe.experts.1.w2"
+    tensors[f"{name}.weight_scale"] *= 2.0**-24
+    safetensors.save_file(tensors, file, {"format": "pt"})
+    convert(tmp_path / "int4", tmp_path / "packed")
+    layer = w4a16gen.open_checkpoint(tmp_path / "int4")[name]
+    wanted = layer.quantized().dequantize() * layer.alpha
+    models = (
+        from_pretrained(tmp_path / "int4", device="cpu"),
+        from_pretrained(tmp_path / "packed", device="cpu"),
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed"),
+    )
+    for model in models:
+        down = model.model.layers[0].mlp.experts.down
+        assert [alpha == 1 for alpha in down.alphas] == [True, False, True, True]
+        assert np.abs(wanted).max() > 0
+        np.testing.assert_array_equal(down.dequantize(torch.float64)[1].numpy(), wanted)
+        assert torch.equal(model(tiny.tokens()).logits, models[0](tiny.tokens()).logits)
 
 
 def test_progress_counts_the_experts_first(tmp_path: Path) -> None:

@@ -141,9 +141,9 @@ class W4A16Quantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_more: Any) -> Any:
-        places = {name: module for name, module in model.named_modules() if isinstance(module, ExpertsPlace)}
-        for name, place in places.items():
-            model.set_submodule(name, place.finished().train(model.training))
+        places = [name for name, module in model.named_modules() if isinstance(module, ExpertsPlace)]
+        for name in places:  # each place is freed before the next is finished
+            model.set_submodule(name, model.get_submodule(name).finished().train(model.training))
         for name, module in list(model.named_modules()):
             if isinstance(module, PackedLinear):
                 model.set_submodule(name, module.finished(name).train(model.training))
