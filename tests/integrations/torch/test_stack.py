@@ -1,0 +1,104 @@
+"""Stacks of experts that are made by torch hold the bytes that the packer of the weights makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes.checkpoints import packers
+from fakes.checkpoints.files import write_folder
+
+import w4a16gen
+from w4a16gen import InvalidValueError
+from w4a16gen.weights.expert_layers import MoeLayer, moe_layers
+from w4a16gen.weights.experts import pack_experts
+from w4a16gen.weights.writers.convert import convert
+
+pytest.importorskip("torch")
+from w4a16gen.integrations.torch.stack import stack_layers
+from w4a16gen.integrations.torch.upload import Uploader
+
+EXPERTS = 3
+CONFIG = {"quant_method": "gptq", "bits": 4, "sym": False, "checkpoint_format": "gptq_v2"}
+
+
+def folder_of(folder: Path, rng: np.random.Generator, n: int = 64, k: int = 192, **changes: Any) -> Path:
+    """Write experts of GPTQ, the last of which alone has zero points other than 8.
+
+    Args:
+        folder: the folder.
+        rng: source of the numbers.
+        n: rows of gate and up.
+        k: their columns.
+        changes: tensors of the first expert's up projection that are other than random.
+    """
+    folder.mkdir()
+    tensors: dict[str, Any] = {}
+    for expert in range(EXPERTS):
+        for part, (rows, columns, group) in {
+            "gate_proj": (n, k, 32),
+            "up_proj": (n, k, 32),
+            "down_proj": (k, n, 64 if n % 64 == 0 else 32),
+        }.items():
+            name, groups = f"mlp.experts.{expert}.{part}", columns // group
+            points = np.full((groups, rows), 8) if expert < 2 else rng.integers(0, 16, (groups, rows))
+            tensors[f"{name}.qweight"] = packers.along_rows(rng.integers(0, 16, (columns, rows)).astype(np.uint8))
+            tensors[f"{name}.qzeros"] = packers.along_columns(points.astype(np.uint8))
+            tensors[f"{name}.scales"] = rng.uniform(0.001, 0.01, (groups, rows)).astype(np.float16)
+    for part, value in changes.items():
+        tensors[f"mlp.experts.0.up_proj.{part}"] = value
+    return write_folder(folder, tensors, CONFIG)
+
+
+def stacks(layer: MoeLayer) -> tuple[Any, Any]:
+    """Return gate and up joined, and down."""
+    joint = list(zip(layer.layers["gate"], layer.layers["up"], strict=True))
+    cpu = Uploader("cpu")
+    return stack_layers(joint, cpu, gate_up=True), stack_layers(
+        [(one,) for one in layer.layers["down"]], cpu, gate_up=False
+    )
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize(("n", "k"), [(64, 192), (704, 96), (352, 320)])
+def test_the_bytes_are_those_of_pack_experts(
+    n: int, k: int, tmp_path: Path, rng: np.random.Generator, *, is_packed: bool
+) -> None:
+    folder = folder_of(tmp_path / "gptq", rng, n, k)
+    (plain,) = moe_layers(w4a16gen.open_checkpoint(folder))
+    if is_packed:
+        convert(folder, tmp_path / "packed")
+        folder = tmp_path / "packed"
+    (layer,) = moe_layers(w4a16gen.open_packed(folder) if is_packed else w4a16gen.open_checkpoint(folder))
+    for made, packed in zip(stacks(layer), (pack_experts(plain.gate, plain.up), pack_experts(plain.down)), strict=True):
+        assert made.facts == {
+            "experts": EXPERTS,
+            "order": packed.order,
+            "n": packed.n,
+            "k": packed.k,
+            "group_size": packed.group_size,
+            "mode": "fgsz",
+            "layout": packed.layout,
+        }
+        np.testing.assert_array_equal(made.packed.numpy(), packed.data)
+        assert made.permutation is None
+        assert made.alphas == (1.0,) * EXPERTS
+
+
+def test_layers_that_cannot_be_joined_or_stacked_are_named(tmp_path: Path, rng: np.random.Generator) -> None:
+    shuffled = rng.permutation(np.repeat(np.arange(6), 32)).astype(np.int32)
+    (layer,) = moe_layers(w4a16gen.open_checkpoint(folder_of(tmp_path / "order", rng, g_idx=shuffled)))
+    with pytest.raises(InvalidValueError, match=r"gate_proj' and 'mlp.experts.0.up_proj' have different permutation"):
+        stacks(layer)
+    bias = np.ones(64, np.float16)
+    (layer,) = moe_layers(w4a16gen.open_checkpoint(folder_of(tmp_path / "bias", rng, bias=bias)))
+    with pytest.raises(InvalidValueError, match=r"experts.0.up_proj' has a bias: experts with biases are not served"):
+        stacks(layer)
+    (layer,) = moe_layers(w4a16gen.open_checkpoint(folder_of(tmp_path / "sizes", rng)))
+    mixed = [(layer.layers["gate"][0],), (layer.layers["down"][1],)]
+    with pytest.raises(InvalidValueError, match=r"1.down_proj' is \[192, 64\], but that of expert 0 is \[64, 192\]"):
+        stack_layers(mixed, Uploader("cpu"), gate_up=False)
+    with pytest.raises(InvalidValueError, match="one expert or more"):
+        stack_layers([], Uploader("cpu"), gate_up=False)
