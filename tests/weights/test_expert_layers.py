@@ -12,7 +12,8 @@ from fakes.checkpoints.files import write_folder
 
 import w4a16gen
 from w4a16gen import InvalidValueError, QuantMode
-from w4a16gen.weights.expert_layers import find_experts, moe_layers, place_of
+from w4a16gen.weights.expert_layers import moe_layers
+from w4a16gen.weights.expert_names import find_experts, place_of
 from w4a16gen.weights.experts import pack_experts
 from w4a16gen.weights.importers.checkpoint import Checkpoint
 from w4a16gen.weights.importers.layer import CheckpointLayer

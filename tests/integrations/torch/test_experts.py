@@ -16,7 +16,7 @@ from w4a16gen.weights.reference import random_weight
 
 torch = pytest.importorskip("torch")
 from w4a16gen.integrations.torch import W4A16Experts, calibrate, check_overflow, first_overflow  # noqa: E402
-from w4a16gen.integrations.torch.experts import ExpertProjection  # noqa: E402
+from w4a16gen.integrations.torch.expert_projection import ExpertProjection  # noqa: E402
 
 HIDDEN, INTERMEDIATE, EXPERTS = 96, 64, 5
 

@@ -12,7 +12,7 @@ import torch
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.integrations.torch import formats
 from w4a16gen.integrations.torch.device_weights import DeviceWeight, pack_decoded
-from w4a16gen.integrations.torch.experts import ExpertProjection
+from w4a16gen.integrations.torch.expert_projection import ExpertProjection
 from w4a16gen.integrations.torch.fuse import joined
 from w4a16gen.integrations.torch.nibbles import Decoded, Tensor
 from w4a16gen.integrations.torch.upload import Uploader

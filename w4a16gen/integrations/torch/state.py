@@ -15,7 +15,7 @@ from w4a16gen.integrations.torch.nibbles import Tensor
 
 STATE_FORMAT = "w4a16gen.linear/1"
 """What state dicts carry; the number changes with their tensors."""
-_DAMAGED = "the state dict does not hold a W4A16Linear: its facts are damaged"
+_DAMAGED = "the state dict does not hold a layer of 4 bits: its facts are damaged"
 
 
 def write_state(facts: dict[str, Any], scales: Mapping[str, Any], form: str = STATE_FORMAT) -> Tensor:

@@ -13,7 +13,7 @@ from w4a16gen.integrations.torch.upload import Uploader
 from w4a16gen.integrations.transformers.dense import fill
 from w4a16gen.integrations.transformers.experts import PARAMETERS, modules_of_experts
 from w4a16gen.integrations.transformers.sources import Source, Stored
-from w4a16gen.weights.expert_layers import DOWN, ExpertNames
+from w4a16gen.weights.expert_names import DOWN, ExpertNames
 from w4a16gen.weights.importers.mapped import shown_name
 from w4a16gen.weights.packed_checkpoint import PackedLayer
 

@@ -21,7 +21,8 @@ from w4a16gen.integrations.torch.experts import W4A16Experts
 from w4a16gen.integrations.torch.stack import stack_layers
 from w4a16gen.integrations.torch.upload import Uploader
 from w4a16gen.progress import Progress, no_progress
-from w4a16gen.weights.expert_layers import DOWN, GATE_UP, ExpertNames, MoeLayer, find_experts, moe_layer
+from w4a16gen.weights.expert_layers import MoeLayer, moe_layer
+from w4a16gen.weights.expert_names import DOWN, GATE_UP, ExpertNames, find_experts
 from w4a16gen.weights.importers.mapped import shown_name
 from w4a16gen.weights.packed_checkpoint import PackedCheckpoint
 

@@ -16,7 +16,8 @@ from w4a16gen.integrations.torch.experts import W4A16Experts
 from w4a16gen.integrations.torch.linear import W4A16Linear
 from w4a16gen.integrations.torch.upload import Uploader
 from w4a16gen.integrations.transformers.experts import dense_experts, experts_of, placed_experts
-from w4a16gen.weights.expert_layers import ExpertNames, moe_layer
+from w4a16gen.weights.expert_layers import moe_layer
+from w4a16gen.weights.expert_names import ExpertNames
 from w4a16gen.weights.importers.mapped import shown_name
 from w4a16gen.weights.packed import PackedWeight
 from w4a16gen.weights.packed_checkpoint import FORMAT, PackedCheckpoint, PackedLayer, open_packed

@@ -17,7 +17,7 @@ from w4a16gen.integrations.transformers.experts import alternatives, is_experts
 from w4a16gen.integrations.transformers.packages import need_gguf
 from w4a16gen.integrations.transformers.quantizer import placed
 from w4a16gen.progress import Progress, no_progress
-from w4a16gen.weights.expert_layers import ExpertNames, find_experts
+from w4a16gen.weights.expert_names import ExpertNames, find_experts
 from w4a16gen.weights.importers.checkpoint import Checkpoint
 from w4a16gen.weights.importers.gguf import ROTATED, GgufLayer, rotated_rows
 from w4a16gen.weights.importers.layer import CheckpointLayer
