@@ -159,7 +159,8 @@ def unpack(data: npt.NDArray[np.uint8], geometry: WeightGeometry) -> QuantizedWe
         with np.errstate(over="ignore", invalid="ignore"):
             scales = np.ldexp(factors, units).astype(np.float16)
         return QuantizedWeight(np.ascontiguousarray(q), scales, None, group, geometry.mode)
-    mantissas, exponents = np.frexp(factors)
+    with np.errstate(invalid="ignore"):  # damaged data may hold signalling NaN
+        mantissas, exponents = np.frexp(factors)
     if (mantissas != 0.5).any() or (exponents < 1).any():  # noqa: PLR2004  (powers of two from 1 on)
         raise InvalidValueError(f"packed data {_NOT_THIS_WEIGHT}")
     exponents = exponents.astype(np.int32) - 1
