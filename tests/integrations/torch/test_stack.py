@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from fakes.checkpoints import packers
 from fakes.checkpoints.files import write_folder
+from fakes.checkpoints.gptq_layers import write_checkpoint
 
 import w4a16gen
 from w4a16gen import InvalidValueError
@@ -16,9 +17,10 @@ from w4a16gen.weights.expert_layers import MoeLayer, moe_layers
 from w4a16gen.weights.experts import pack_experts
 from w4a16gen.weights.writers.convert import convert
 
-pytest.importorskip("torch")
-from w4a16gen.integrations.torch.stack import stack_layers
-from w4a16gen.integrations.torch.upload import Uploader
+torch = pytest.importorskip("torch")
+from w4a16gen.integrations.torch.linear import W4A16Linear  # noqa: E402
+from w4a16gen.integrations.torch.stack import stack_layers  # noqa: E402
+from w4a16gen.integrations.torch.upload import Uploader  # noqa: E402
 
 EXPERTS = 3
 CONFIG = {"quant_method": "gptq", "bits": 4, "sym": False, "checkpoint_format": "gptq_v2"}
@@ -85,6 +87,24 @@ def test_the_bytes_are_those_of_pack_experts(
         np.testing.assert_array_equal(made.packed.numpy(), packed.data)
         assert made.permutation is None
         assert made.alphas == (1.0,) * EXPERTS
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_each_expert_keeps_its_own_order_of_k(tmp_path: Path, rng: np.random.Generator, *, is_packed: bool) -> None:
+    names = [f"mlp.experts.{expert}.down_proj" for expert in range(EXPERTS)]
+    (tmp_path / "gptq").mkdir()
+    opened: Any = write_checkpoint(tmp_path / "gptq", rng, *((name, 64, 128, 4) for name in names))
+    x = torch.from_numpy(rng.standard_normal((3, 128)).astype(np.float16))
+    wanted = [W4A16Linear.from_checkpoint(opened[name])(x) for name in names]
+    if is_packed:
+        convert(tmp_path / "gptq", tmp_path / "packed")
+        opened = w4a16gen.open_packed(tmp_path / "packed")
+    layers = [opened[name] for name in names]
+    plain = stack_layers([(layer,) for layer in layers], Uploader("cpu"), gate_up=False)
+    joint = stack_layers([(layer, layer) for layer in layers], Uploader("cpu"), gate_up=True)
+    for expert in range(EXPERTS):
+        assert torch.equal(plain(x, expert), wanted[expert])
+        assert torch.equal(joint(x, expert), torch.cat([wanted[expert]] * 2, dim=1))
 
 
 def test_layers_that_cannot_be_joined_or_stacked_are_named(tmp_path: Path, rng: np.random.Generator) -> None:

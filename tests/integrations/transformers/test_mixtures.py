@@ -294,6 +294,16 @@ def test_what_transformers_says_of_experts_is_heeded(trait: str, value: Any, rea
     assert "their kind is unknown" in str(why_not_served(module))
 
 
+def test_experts_that_are_called_in_another_way_are_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tiny.tiny_model("mixtral").model.layers[0].mlp.experts
+
+    def forward(_self: Any, hidden_states: Any, _router_logits: Any) -> Any:
+        return hidden_states
+
+    monkeypatch.setattr(type(module), "forward", forward)
+    assert "they are called in another way" in str(why_not_served(module))
+
+
 def test_a_bias_of_an_expert_is_dropped_only_if_it_is_zero(tmp_path: Path) -> None:
     folder = gptq_folder(tiny.tiny_model("mixtral"), tmp_path)
     logits = from_pretrained(folder, device="cpu")(tiny.tokens()).logits
