@@ -27,6 +27,7 @@ def compile_for_host(name: str, folder: Path, configs: Iterable[KernelConfig] = 
     tools = toolchain.find_toolchain()
     program = folder / name
     command = [str(tools.host_compiler), "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror"]
+    command += ["-Wno-unknown-pragmas", "-pthread"]  # the kernels ask nvcc to unroll loops
     if kernels := sorted(configs):
         emit(kernels, folder)
         (folder / "unit.cu").write_text(render_unit([source_name(config) for config in kernels]))

@@ -38,7 +38,17 @@ if TYPE_CHECKING:
         UnsupportedProblemError,
         W4A16Error,
     )
-    from w4a16gen.kernels.config import ClusterShape, CtaShape, KernelConfig, QuantMode, Schedule, Scheduler, Target
+    from w4a16gen.kernels.config import (
+        ClusterShape,
+        CtaShape,
+        Epilogue,
+        KernelConfig,
+        QuantMode,
+        Schedule,
+        Scheduler,
+        Target,
+    )
+    from w4a16gen.kernels.epilogue import Activation
     from w4a16gen.kernels.problem import Problem
     from w4a16gen.runtime.default import configs, gemm, load, pack, to_device
     from w4a16gen.runtime.library import Library
@@ -51,12 +61,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Activation",
     "BuildError",
     "BuildLockedError",
     "ClusterError",
     "ClusterShape",
     "CtaShape",
     "CudaError",
+    "Epilogue",
     "InvalidValueError",
     "KernelConfig",
     "Library",
@@ -91,7 +103,10 @@ _MODULES = {
         *("BuildError", "BuildLockedError", "ClusterError", "CudaError", "InvalidValueError", "MissingToolError"),
         *("NoHopperGpuError", "NotBuiltError", "UnsupportedProblemError", "W4A16Error"),
     ),
-    "kernels.config": ("ClusterShape", "CtaShape", "KernelConfig", "QuantMode", "Schedule", "Scheduler", "Target"),
+    "kernels.config": (
+        *("ClusterShape", "CtaShape", "Epilogue", "KernelConfig", "QuantMode", "Schedule", "Scheduler", "Target"),
+    ),
+    "kernels.epilogue": ("Activation",),
     "kernels.problem": ("Problem",),
     "runtime.default": ("configs", "gemm", "load", "pack", "to_device"),
     "runtime.library": ("Library",),

@@ -133,22 +133,34 @@ bool run(int m, int n, int k, int group_size) {
   int failed = 0;
   const std::vector<w4a16::GemmConfig> configs = runner.getConfigs();
   for (const w4a16::GemmConfig& config : configs) {
-    const auto launch = [&](bool dependent) {
+    const auto launch = [&](bool dependent, const w4a16::Epilogue& epilogue = {}) {
       runner.gemm(device_a, packed, device_scales, device_zeros, device_bias, 0.5f, device_c, m, n, k, group_size,
-                  config, workspace, workspace_bytes, nullptr, dependent);
+                  config, workspace, workspace_bytes, nullptr, dependent, epilogue);
+    };
+    const auto has_right_output = [&](bool with_silu) {
+      check(cudaMemcpy(c.data(), device_c, c.size() * 2, cudaMemcpyDeviceToHost));
+      for (size_t row = 0; row < rows.size(); ++row) {
+        for (int channel = 0; channel < n; ++channel) {
+          const double got = from_half(c[static_cast<size_t>(rows[row]) * n + channel]);
+          const double x = expected[row * n + channel];
+          const double wanted = with_silu ? x / (1 + std::exp(-x)) + 1 : x;  // and the residual of 1
+          const double allowed =
+              with_silu ? 1.2 * bound[row * n + channel] + std::ldexp(1, -11) : bound[row * n + channel];
+          if (!(std::fabs(got - wanted) <= allowed)) return false;
+        }
+      }
+      return true;
     };
     bool is_right = true;
     for (const bool dependent : {false, true}) {
       check(cudaMemset(device_c, 0xff, c.size() * 2));
       launch(dependent);
-      check(cudaMemcpy(c.data(), device_c, c.size() * 2, cudaMemcpyDeviceToHost));
-      for (size_t row = 0; row < rows.size(); ++row) {
-        for (int channel = 0; channel < n; ++channel) {
-          const double got = from_half(c[static_cast<size_t>(rows[row]) * n + channel]);
-          is_right = is_right && std::fabs(got - expected[row * n + channel]) <= bound[row * n + channel];
-        }
-      }
+      is_right = has_right_output(false) && is_right;
     }
+    const std::vector<uint16_t> ones(c.size(), to_half(1));
+    check(cudaMemcpy(device_c, ones.data(), ones.size() * 2, cudaMemcpyHostToDevice));
+    launch(false, {W4A16_SILU, device_c});
+    is_right = has_right_output(true) && is_right;
     failed += !is_right;
     if (!is_right) std::printf("%s is wrong\n", config.name().c_str());
     constexpr int kLaunches = 10;
@@ -203,7 +215,17 @@ bool refuses_what_is_wrong() {
   ok &= is_refused("B was packed for n = 64, k = 128, group size 128, not for n = 64, k = 256", [&] {
     runner.gemm(foreign, foreign, nullptr, nullptr, nullptr, foreign, 1, 64, 256, 128, config, nullptr, 0, nullptr);
   });
+  const auto launch_gated = [&] {
+    runner.gemm(foreign, foreign, nullptr, nullptr, nullptr, foreign, 1, 64, 128, 128, config, nullptr, 0, nullptr,
+                false, {W4A16_SWIGLU, nullptr});
+  };
+  ok &= is_refused("a gated activation needs B packed with gated = true", launch_gated);
+  runner.adopt(foreign, runner.getPackedSize(64, 128, 128), runner.gatedLayout(), 64, 128, 128);
+  ok &= is_refused("B was packed with gated = true: pass a gated activation", [&] {
+    runner.gemm(foreign, foreign, nullptr, nullptr, nullptr, foreign, 1, 64, 128, 128, config, nullptr, 0, nullptr);
+  });
   w4a16::PerColumnRunner other;
+  runner.adopt(foreign, runner.getPackedSize(64, 128, 128), runner.layout(), 64, 128, 128);
   ok &= is_refused("is not of mode fgs", [&] {
     runner.gemm(foreign, foreign, nullptr, nullptr, nullptr, foreign, 1, 64, 128, 128, other.getConfigs().front(),
                 nullptr, 0, nullptr);

@@ -60,6 +60,7 @@ EDITS = {
     "native/tiles.h": {"native"},
     "cutlass/gemm.cuh": {"cutlass"},
     "library/kernel.h": {"native", "cutlass", "link"},
+    "library/epilogue.h": {"native", "link"},
     "library/problem.h": {"link"},
     "library/registry.h": {"link"},
     "library/library.cpp": {"link"},

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cutlass/layout.h"
+#include "library/epilogue.h"
 #include "library/kernel.h"
 #include "library/problem.h"
 #include "native/shape.h"
@@ -30,6 +31,7 @@ void print_constants() {
   print("DIMENSION_MULTIPLE", w4a16::kDimensionMultiple);
   print("ALIGNMENT", w4a16::kPackedAlignment);
   print("MAX_DIMENSION", w4a16::kMaxDimension);
+  print("GATED_MULTIPLE", w4a16::kGatedMultiple);
   print("NATIVE_GROUP_MULTIPLE", native::kGroupMultiple);
   print("WARPGROUP_THREADS", native::kWarpgroup);
   print("WARPGROUP_CHANNELS", native::kBlockChannels);
@@ -39,10 +41,14 @@ void print_constants() {
   print("SHARED_BYTES_PER_SM", native::kSharedBytesPerSm);
   print("RESERVED_SHARED_BYTES", native::kReservedSharedBytes);
   std::printf("layout native %s\nlayout cutlass %s\n", native::kLayout, cutlass_target::kLayout);
+  std::printf("layout gated %s\ngated order", native::kGatedLayout);
+  for (int channel = 0; channel < 48; ++channel)
+    std::printf("%c%d", channel == 0 ? ' ' : ',', native::gated_source(channel, 48));
+  std::printf("\n");
 }
 
 size_t packed_bytes(const std::string& layout, int mode, const w4a16_problem& problem) {
-  if (layout == native::kLayout) return native::PackedLayout(problem, mode).bytes;
+  if (layout == native::kLayout || layout == native::kGatedLayout) return native::PackedLayout(problem, mode).bytes;
   return cutlass_target::PackedLayout(problem, mode == W4A16_FINEGRAINED_SCALE_AND_ZEROS).bytes;
 }
 

@@ -18,9 +18,10 @@ namespace native = w4a16::native;
 // units are in order, all CTAs sum equally many k blocks but for one, and where there are more tiles than clusters, two
 // of these at most share a tile. A dependent launch may have redundant CTAs, each of which computes one tile again.
 template <class S>
-const char* fault_of(int64_t m, int channel_blocks, int k_blocks, int clusters_at_once, bool is_dependent) {
+const char* fault_of(int64_t m, int channel_blocks, int k_blocks, int clusters_at_once, bool is_dependent,
+                     bool may_overlap) {
   native::Tiling tiling{};
-  const int ctas = native::make_tiling<S>(&tiling, m, channel_blocks, k_blocks, clusters_at_once);
+  const int ctas = native::make_tiling<S>(&tiling, m, channel_blocks, k_blocks, clusters_at_once, may_overlap);
   if (ctas < 1 || ctas > clusters_at_once * S::ClusterSize || ctas % S::ClusterSize != 0) return "wrong number of CTAs";
   const int grid = is_dependent ? native::padded_grid<S>(ctas, clusters_at_once) : ctas;
   if (grid < ctas || grid % S::ClusterSize != 0) return "wrong number of CTAs in the grid";
@@ -72,11 +73,12 @@ const char* fault_of(int64_t m, int channel_blocks, int k_blocks, int clusters_a
   }
   if (S::StreamK && most > fewest + 1) return "CTAs work differently long";
   // Tiles start where the previous tile ends. The last one may start earlier, so that it ends where the tokens end. A
-  // cluster that multicasts weights may have one token tile too many: it computes the last tile again, or lies beyond
-  // the tokens.
+  // cluster that multicasts weights may have one token tile too many: it computes the last tile again, or, also where
+  // tiles may not overlap, lies beyond the tokens.
   const int64_t tokens = (m + S::Tokens - 1) / S::Tokens;
   const int channel_tiles = (channel_blocks + S::Blocks - 1) / S::Blocks;
-  const bool overlaps = S::OverlapsLastTile && (S::Channels == 64 || tokens * channel_tiles <= clusters_at_once);
+  const bool overlaps =
+      may_overlap && S::OverlapsLastTile && (S::Channels == 64 || tokens * channel_tiles <= clusters_at_once);
   for (int channel = 0; channel < channel_blocks; channel += S::Blocks) {
     for (int64_t tile = 0; tile < tokens; ++tile) {
       const bool last = tile == tokens - 1;
@@ -114,9 +116,12 @@ void check(const char* name) {
       for (int k_blocks : {1, 2, 7, 16}) {
         for (int clusters_at_once : {1, 5, 132 * S::CtasPerSm / S::ClusterSize}) {
           for (bool is_dependent : {false, true}) {
-            std::printf("%s m %d, %d channel blocks, %d k blocks, %d clusters%s: %s\n", name, static_cast<int>(m),
-                        channel_blocks, k_blocks, clusters_at_once, is_dependent ? ", dependent" : "",
-                        fault_of<S>(m, channel_blocks, k_blocks, clusters_at_once, is_dependent));
+            for (bool may_overlap : {true, false}) {
+              std::printf("%s m %d, %d channel blocks, %d k blocks, %d clusters%s%s: %s\n", name, static_cast<int>(m),
+                          channel_blocks, k_blocks, clusters_at_once, is_dependent ? ", dependent" : "",
+                          may_overlap ? "" : ", in place",
+                          fault_of<S>(m, channel_blocks, k_blocks, clusters_at_once, is_dependent, may_overlap));
+            }
           }
         }
       }

@@ -16,8 +16,9 @@ import numpy.typing as npt
 
 from w4a16gen import KernelConfig, PackedWeight, Problem
 from w4a16gen.kernels.device import Device
+from w4a16gen.kernels.epilogue import Activation, CallEpilogue
 from w4a16gen.kernels.problem import why_cannot_run
-from w4a16gen.weights.packed import TARGET_LAYOUTS, pack_weight
+from w4a16gen.weights.packed import TARGET_LAYOUTS, layout_for, pack_weight
 from w4a16gen.weights.quantized import MAX_Q, QuantizedWeight
 from w4a16gen.weights.reference import gemm_reference
 
@@ -110,6 +111,8 @@ class Launched:
     bias: int
     output: int
     alpha: float
+    activation_number: int
+    residual: int
     workspace: int
     workspace_bytes: int
     stream: int
@@ -118,14 +121,24 @@ class Launched:
 
     @property
     def out(self) -> npt.NDArray[Any]:
-        """The output [m, n], in place."""
-        return memory_at(self.output, (self.problem.m, self.problem.n), "<f2")
+        """The output [m, n], or [m, n / 2], in place."""
+        return memory_at(self.output, self.shape, "<f2")
+
+    @property
+    def activation(self) -> Activation:
+        """The activation."""
+        return list(Activation)[self.activation_number]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the output."""
+        return self.problem.m, CallEpilogue(self.activation).outputs(self.problem.n)
 
     def weight(self) -> QuantizedWeight:
         """Return the weight that was packed."""
         data = memory_at(self.packed, (self.packed_bytes,), "|u1")
         _, n, k, group_size = vars(self.problem).values()
-        layout = TARGET_LAYOUTS[self.config.target]
+        layout = layout_for(self.config.target, gated=self.activation.is_gated)
         key = (zlib.crc32(data.tobytes()), layout, n, k, group_size, self.config.mode)
         known = self.kernels.unpacked
         if key not in known:
@@ -136,7 +149,11 @@ class Launched:
         """Return what the launch must compute."""
         a = memory_at(self.activations, (self.problem.m, self.problem.k), "<f2")
         bias = memory_at(self.bias, (self.problem.n,), "<f2") if self.bias else None
-        return gemm_reference(a, self.weight(), alpha=self.alpha, bias=bias).astype(np.float16)
+        residual = memory_at(self.residual, self.shape, "<f2") if self.residual else None
+        exact = gemm_reference(
+            a, self.weight(), alpha=self.alpha, bias=bias, activation=self.activation, residual=residual
+        )
+        return exact.astype(np.float16)
 
     def run(self) -> None:
         """Compute as the library's kernels do."""
@@ -199,7 +216,7 @@ class Kernels:
         return OK
 
     def pack(self, kernel: int, n: int, k: int, group_size: int, *arguments: Any) -> Outcome:
-        q, scales, zeros, target, size, faults, _stream, _device = arguments
+        q, scales, zeros, target, size, faults, _stream, gated, _device = arguments
         mode = self.configs[kernel].mode
         shape = (k // group_size, n) if mode.is_grouped else (n,)
         added = memory_at(zeros, shape, "<f2") if zeros else None
@@ -208,7 +225,7 @@ class Kernels:
             memory_at(faults, (1,), "<u4")[:] |= FakeModule.FAULT_VALUE
             return OK
         weight = QuantizedWeight(values, memory_at(scales, shape, "<f2"), added, group_size, mode)
-        memory_at(target, (size,), "|u1")[:] = pack_weight(weight).data
+        memory_at(target, (size,), "|u1")[:] = pack_weight(weight, gated=gated).data
         return OK
 
     def probe_read(self, *_: Any) -> Outcome:
@@ -223,13 +240,15 @@ class CallCache:
 
     def __init__(self, module: FakeModule, *_: Any) -> None:
         self._module = module
-        self._known: set[int] = set()
+        self._known: set[tuple[int, int]] = set()
 
-    def add(self, m: int, _kernel: int) -> None:
-        self._known.add(m)
+    def add(self, m: int, _kernel: int, epilogue: int) -> None:
+        self._known.add((m, epilogue))
 
     def try_launch(self, *arguments: Any) -> str | None:
-        if arguments[0].shape[0] not in self._known:
+        *_, activation, residual = arguments
+        call = CallEpilogue(Activation.of(activation), has_residual=residual is not None)
+        if (arguments[0].shape[0], call.kernels.number) not in self._known:
             return None
         self._module.repeated.append(arguments)
         return "repeated"

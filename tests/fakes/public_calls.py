@@ -13,6 +13,7 @@ from fakes.arrays import GpuArray
 from fakes.checkpoints.word_formats import awq_gemm
 from fakes.odd_values import NAME
 from w4a16gen import (
+    Activation,
     ClusterShape,
     CtaShape,
     InvalidValueError,
@@ -24,6 +25,8 @@ from w4a16gen import (
     Target,
     W4A16Error,
 )
+from w4a16gen.weights.epilogues import activated
+from w4a16gen.weights.packed import TARGET_LAYOUTS
 from w4a16gen.weights.writers.convert import convert
 
 Arguments = dict[str, Any]
@@ -126,6 +129,10 @@ def check_gemm(arguments: Arguments, result: Any) -> None:
         exact = np.float64(np.float32(float(arguments.get("alpha", 1)))) * product
     bias = arguments.get("bias")
     exact = exact if bias is None else exact + np.asarray(bias).astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        exact = activated(Activation.of(arguments.get("activation")), exact)
+    residual = arguments.get("residual")
+    exact = exact if residual is None else exact + np.asarray(residual).astype(np.float64)
     assert is_close(np.asarray(result), exact)
     if arguments.get("out") is not None:
         assert result is arguments["out"]
@@ -212,7 +219,9 @@ def public_calls(library: Library, gpu: Library) -> dict[str, Call]:
         m = int(source.rng.integers(0, 5))
         result: Arguments = {"a": source.half(m, w.k), "w": w}
         optional = {"alpha": 0.5, "bias": source.half(w.n), "out": source.half(m, w.n), "config": None}
-        optional |= {"workspace": None, "stream": None, "dependent_launch": False}
+        optional |= {"workspace": None, "stream": None, "dependent_launch": False, "activation": None}
+        if w.layout == TARGET_LAYOUTS[Target.NATIVE]:
+            optional |= {"activation": "silu", "residual": source.half(m, w.n)}
         return result | {name: value for name, value in optional.items() if source.rng.integers(3) == 0}
 
     def pack_arguments(source: Source) -> Arguments:
@@ -321,5 +330,11 @@ def public_calls(library: Library, gpu: Library) -> dict[str, Call]:
             lambda source: {"config": library.configs()[0], "problem": source.problem(), "sm_count": 132, "device": 0},
         ),
     }
-    members = {"QuantMode": "fgs", "Schedule": "warps8", "Scheduler": "streamk", "Target": "native"}
+    members = {
+        "Activation": "silu",
+        "QuantMode": "fgs",
+        "Schedule": "warps8",
+        "Scheduler": "streamk",
+        "Target": "native",
+    }
     return calls | {kind: parse_member(kind, text) for kind, text in members.items()}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from w4a16gen import ClusterShape, CtaShape, KernelConfig, QuantMode, Schedule, Scheduler, Target
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.kernels.config import PREFIX
+from w4a16gen.kernels.config import PREFIX, Epilogue
 from w4a16gen.kernels.spaces import SPACES, enumerate_space
 
 counts = st.integers(1, 1024)
@@ -22,6 +22,7 @@ configs = st.builds(
     st.builds(ClusterShape, counts, counts, counts),
     st.sampled_from(Schedule),
     st.sampled_from(Scheduler),
+    st.sampled_from(Epilogue),
 )
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 from host_programs import compile_for_host, output_of
 
@@ -14,10 +15,12 @@ from w4a16gen.build import toolchain
 from w4a16gen.build.headers import CUDA_FOLDER
 from w4a16gen.kernels import arrangement
 from w4a16gen.kernels.arrangement import native_arrangement
+from w4a16gen.kernels.epilogue import GATED_MULTIPLE
 from w4a16gen.kernels.problem import DIMENSION_MULTIPLE, MAX_DIMENSION, NATIVE_GROUP_MULTIPLE
 from w4a16gen.kernels.spaces import enumerate_space
+from w4a16gen.weights.layouts.fragments import interleaved
 from w4a16gen.weights.layouts.geometry import ALIGNMENT, WeightGeometry
-from w4a16gen.weights.packed import LAYOUTS, TARGET_LAYOUTS
+from w4a16gen.weights.packed import GATED_LAYOUT, LAYOUTS, TARGET_LAYOUTS
 
 TILINGS = (
     "fgs_cta64x64x128_cluster1x1x1_warpgroups2_persistent",
@@ -64,7 +67,7 @@ def tilings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.compile
 def test_the_ctas_of_every_kind_of_kernel_sum_everything_once(tilings: Path) -> None:
     lines = output_of(tilings)
-    assert len(lines) == len(TILINGS) * (1 + 192 * 2)
+    assert len(lines) == len(TILINGS) * (1 + 192 * 2 * 2)
     assert [line for line in lines if not line.endswith(": ok")] == []
 
 
@@ -105,6 +108,7 @@ def test_constants_are_the_same_in_the_headers_and_in_python(rules: Path) -> Non
         "DIMENSION_MULTIPLE": DIMENSION_MULTIPLE,
         "ALIGNMENT": ALIGNMENT,
         "MAX_DIMENSION": MAX_DIMENSION,
+        "GATED_MULTIPLE": GATED_MULTIPLE,
         "NATIVE_GROUP_MULTIPLE": NATIVE_GROUP_MULTIPLE,
         **{
             name: getattr(arrangement, name)
@@ -119,6 +123,8 @@ def test_constants_are_the_same_in_the_headers_and_in_python(rules: Path) -> Non
             )
         },
         **{f"layout {target}": layout for target, layout in TARGET_LAYOUTS.items()},
+        "layout gated": GATED_LAYOUT,
+        "gated order": ",".join(map(str, interleaved(np.arange(48)))),
     }
     assert found == {name: str(value) for name, value in expected.items()}
 

@@ -19,6 +19,7 @@ KERNEL = KernelConfig.parse("w4a16_sm90_cutlass_fgsz_cta128x64x64_cluster2x1x1_c
 NATIVE = KernelConfig.parse("w4a16_sm90_native_fgs_cta64x16x128_cluster1x1x2_warpgroups4_persistent")
 STREAM_K = KernelConfig.parse("w4a16_sm90_native_fgsz_cta256x64x128_cluster1x1x1_warpgroups2_streamk")
 BY_WARPS = KernelConfig.parse("w4a16_sm90_native_cs_cta64x8x128_cluster1x1x2_warps8_persistent")
+GATED = KernelConfig.parse("w4a16_sm90_native_fgs_cta64x16x128_cluster1x1x2_warps8_persistent_gated")
 OTHER = KernelConfig.parse("w4a16_sm90_cutlass_cs_cta64x16x64_cluster1x1x1_pingpong_persistent")
 
 
@@ -29,6 +30,7 @@ OTHER = KernelConfig.parse("w4a16_sm90_cutlass_cs_cta64x16x64_cluster1x1x1_pingp
         ("native_kernel.cu", render_kernel(NATIVE)),
         ("native_stream_k_kernel.cu", render_kernel(STREAM_K)),
         ("native_by_warps_kernel.cu", render_kernel(BY_WARPS)),
+        ("native_gated_kernel.cu", render_kernel(GATED)),
         ("registry.cpp", render_registry([KERNEL, OTHER])),
         ("unit.cu", render_unit([source_name(KERNEL), source_name(OTHER)])),
     ],

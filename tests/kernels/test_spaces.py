@@ -11,6 +11,7 @@ import pytest
 from w4a16gen import ClusterShape, CtaShape, KernelConfig, QuantMode, Schedule, Scheduler, Target
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.arrangement import native_arrangement
+from w4a16gen.kernels.config import Epilogue
 from w4a16gen.kernels.spaces import (
     SPACES,
     Filter,
@@ -174,6 +175,10 @@ CTA, CLUSTER = CtaShape.parse, ClusterShape.parse
         (Filter([CTA("64x8x128")], [CLUSTER("1x2x1")]), "native", 18),
         (Filter([CTA("64x8x128"), CTA("128x128x64")]), "default", 18),
         (Filter([CTA("256x64x64")], [CLUSTER("4x1x1")]), "all", 9),
+        (Filter(epilogues=[Epilogue.NONE]), "default", 150),
+        (Filter(epilogues=[Epilogue.GATED]), "default", 150),
+        (Filter(epilogues=[Epilogue.GATED, Epilogue.NONE, Epilogue.GATED]), "default", 300),
+        (Filter([CTA("128x128x64")], [CLUSTER("2x1x1")], epilogues=list(Epilogue)), "trtllm-native", 9),
     ],
     ids=str,
 )
@@ -183,6 +188,22 @@ def test_without_a_space_the_first_decides_that_has_a_kernel_for_every_value(
     selection = select_kernels(wanted)
     assert (list(selection.spaces), len(selection.configs)) == ([space], count)
     assert list(selection.configs) == select(space, wanted)
+
+
+def test_spaces_contain_kernels_without_an_epilogue_only() -> None:
+    assert {config.epilogue for config in enumerate_space("all")} == {Epilogue.NONE}
+    gated = replace(enumerate_space("default")[0], epilogue=Epilogue.GATED)
+    assert str(why_not(gated)) == ("left out: spaces contain kernels without an epilogue: --epilogue adds one to them")
+    assert select("default", Filter()) == enumerate_space("default")
+
+
+@pytest.mark.parametrize("epilogue", [Epilogue.ELEMENTWISE, Epilogue.GATED], ids=str)
+def test_each_kernel_of_a_union_gets_the_epilogue_if_it_is_native(epilogue: Epilogue) -> None:
+    selection = select_kernels(Filter(epilogues=[epilogue]), ["trtllm", "default"])
+    assert list(selection.configs) == [replace(config, epilogue=epilogue) for config in enumerate_space("default")]
+    with_plain = select_kernels(Filter(epilogues=[Epilogue.NONE, epilogue]), ["trtllm", "default"])
+    plain = [*enumerate_space("default"), *enumerate_space("trtllm")]
+    assert list(with_plain.configs) == sorted([*plain, *selection.configs])
 
 
 def test_several_spaces_are_their_union() -> None:
@@ -209,6 +230,16 @@ def test_several_spaces_are_their_union() -> None:
             Filter([CTA("128x8x64")], targets=[Target.CUTLASS]),
             ["all"],
             "no legal kernel matches --cta 128x8x64 --target cutlass: CTA tokens of 8: .* does not compile below 16",
+        ),
+        (
+            Filter(targets=[Target.CUTLASS], epilogues=[Epilogue.GATED]),
+            [],
+            "--target cutlass --epilogue gated: epilogue gated: only native kernels have epilogues",
+        ),
+        (
+            Filter(epilogues=[Epilogue.ELEMENTWISE]),
+            ["trtllm"],
+            "--epilogue elementwise is legal, but not in space trtllm: use --space default",
         ),
         (Filter([CTA("64x16x64"), CTA("96x16x64")]), [], "no legal kernel matches --cta 96x16x64: CTA channels of 96"),
         (

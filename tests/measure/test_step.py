@@ -28,6 +28,7 @@ from w4a16gen.measure.rivals import CUBLAS, Rival
 from w4a16gen.measure.step import (
     OWN,
     OWN_DEPENDENT,
+    OWN_FUSED,
     OWN_PDL,
     Machine,
     StepBench,
@@ -66,16 +67,19 @@ class HostLibrary:
     def hopper_device(self) -> Any:
         return H100
 
-    def pack(self, q: Any, scales: Any, zeros: Any, *, group_size: int) -> Any:
+    def pack(self, q: Any, scales: Any, zeros: Any, *, group_size: int, gated: bool) -> Any:
         assert zeros is None  # in mode fgs
-        packed = pack_weight(QuantizedWeight(q.numpy(), scales.numpy(), None, group_size, MODE))
+        packed = pack_weight(QuantizedWeight(q.numpy(), scales.numpy(), None, group_size, MODE), gated=gated)
         return replace(packed, data=torch.from_numpy(packed.data))
 
-    def gemm(self, a: Any, w: Any, *, out: Any, dependent_launch: bool) -> None:
+    def gemm(
+        self, a: Any, w: Any, *, out: Any, dependent_launch: bool, activation: str = "none", residual: Any = None
+    ) -> None:
         self.launches.append(dependent_launch)
         if dependent_launch and self.fails_if_dependent:
             raise RuntimeError("no such launch")
-        out.copy_(torch.ops.w4a16gen.gemm(a, w.data, None, *facts_of(w), 1.0) * self.factor)
+        facts = *facts_of(w), 1.0, str(activation), residual
+        out.copy_(torch.ops.w4a16gen.gemm(a, w.data, None, *facts) * self.factor)
 
 
 def host_machine(shares: Shares | None = None) -> Machine:
@@ -177,9 +181,8 @@ def test_decoding_a_token_continues_the_prefill_of_those_before() -> None:
 def test_all_entrants_compute_the_same_and_are_timed() -> None:
     library = HostLibrary()
     found = measured(library)
-    assert [timing.name for timing in found.timings] == [
-        CUBLAS, OWN, OWN_DEPENDENT, "w4a16gen_pdl", "w4a16gen_dependent_pdl",
-    ]  # fmt: skip
+    own = ("w4a16gen" + rest for rest in ("", "_dependent", "_pdl", "_dependent_pdl", "_fused", "_fused_dependent_pdl"))
+    assert [timing.name for timing in found.timings] == [CUBLAS, *own]
     assert all(len(timing.microseconds.isolated) == 3 for timing in found.timings)
     assert all(timing.difference < 0.01 for timing in found.timings)
     assert set(library.launches) == {False, True}
@@ -204,7 +207,7 @@ def test_a_wrong_result_of_ours_is_an_error_and_a_rivals_is_left_out() -> None:
     found = measured(library, rivals=[Rival("bad", "bad-package", "float16", 0.01, wrong)])
     assert [timing.name for timing in found.timings] == [CUBLAS]
     assert "what rounding explains" in found.left_out["bad"]
-    assert set(found.wrong) == {OWN, OWN_DEPENDENT}
+    assert set(found.wrong) == {OWN, OWN_DEPENDENT, OWN_FUSED}
 
 
 def test_what_is_not_installed_or_fails_is_left_out_with_its_reason() -> None:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 from typing import Any
 
 import pytest
 from c_structures import CGemmArguments, CProblem
+from conftest import install_fake_nvcc
 
-from w4a16gen import Library
+from w4a16gen import KernelConfig, Library
+from w4a16gen.build import versions
+from w4a16gen.build.pipeline import build
+from w4a16gen.kernels.epilogue import why_no_epilogue, why_not_gated
 
 FGS = "w4a16_sm90_cutlass_fgs_cta128x64x64_cluster1x1x1_cooperative_streamk"
 ALIGNED = 1 << 20
+NATIVE = "w4a16_sm90_native_fgs_cta64x8x128_cluster1x1x1_warps8_persistent"
 C_CALLS: list[tuple[str, dict[str, Any], int, str]] = [
     ("kernel index", {"kernel": 63}, 1, "kernel index 63 must be at least 0 and below 63"),
     ("negative index", {"kernel": -1}, 1, "kernel index -1 must be"),
@@ -33,6 +39,10 @@ C_CALLS: list[tuple[str, dict[str, Any], int, str]] = [
     ),
     ("output at the bias", {"bias": 2 * ALIGNED + 4 * 16 * 2 - 2}, 1, "output overlaps the bias: pass another array"),
     ("short weight", {"packed_bytes": 639}, 1, "packed weight of 639 bytes must be exactly 640 bytes"),
+    ("an activation that is none", {"activation": 8}, 1, "activation of 8 must be a w4a16_activation, 0 to 7"),
+    ("a negative activation", {"activation": -1}, 1, "activation of -1 must be a w4a16_activation"),
+    ("an activation of cutlass", {"activation": 1}, 1, why_no_epilogue("cutlass")),
+    ("a residual of cutlass", {"residual": 4 * ALIGNED}, 1, why_no_epilogue("cutlass")),
     ("group", {"group_size": 48}, 2, "group size 48 must be 64 (= k)"),
     ("n", {"n": 12}, 2, "n of 12 must be a positive multiple of 8"),
 ]
@@ -41,12 +51,13 @@ C_CALLS: list[tuple[str, dict[str, Any], int, str]] = [
 def c_gemm(library: Library, change: dict[str, Any]) -> tuple[int, str]:
     """Call the C interface with one thing wrong."""
     problem = CProblem(4, 16, 64, 64)
-    arguments = CGemmArguments(ALIGNED, 3 * ALIGNED, 640, None, 2 * ALIGNED, None, 0, None, 1.0, 0)
+    arguments = CGemmArguments(ALIGNED, 3 * ALIGNED, 640, None, 2 * ALIGNED, None, 0, None, 1.0, 0, 0, None)
     for name, value in change.items():
         for struct in (problem, arguments):
             if hasattr(struct, name):
                 setattr(struct, name, value)
-    kernel = change.get("kernel", [kernel.config.name for kernel in library.kernels].index(FGS))
+    names = [kernel.config.name for kernel in library.kernels]
+    kernel = change.get("kernel", names.index(FGS if FGS in names else NATIVE))
     message = ctypes.create_string_buffer(300)
     status = ctypes.CDLL(str(library.build.library)).w4a16_gemm(
         kernel,
@@ -63,6 +74,56 @@ def test_a_wrong_call_in_c_is_refused(fake_library: Library, change: dict[str, A
     got, message = c_gemm(fake_library, change)
     assert got == status
     assert text in message
+
+
+@pytest.fixture(scope="module")
+def native_library(tmp_path_factory: pytest.TempPathFactory, fake_cache: Path) -> Library:
+    """Return a build of one native kernel that can be described but not launched."""
+    folder = tmp_path_factory.mktemp("native")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        install_fake_nvcc(folder, fake_cache, monkeypatch)
+        made = build([KernelConfig.parse(NATIVE)], generated=folder / "generated", folder=folder / "build").build
+    versions.program_version.cache_clear()
+    return Library(made)
+
+
+OUTPUT = 2 * ALIGNED
+EPILOGUES: list[tuple[str, dict[str, Any], int, str]] = [
+    ("odd halves", {"activation": 5, "n": 24, "packed_bytes": 896}, 1, str(why_not_gated(24))),
+    ("a misaligned residual", {"residual": 4 * ALIGNED + 8}, 1, "residual at 0x400008 must be aligned to 16 bytes"),
+    ("a residual one row on", {"residual": OUTPUT + 32}, 1, "output overlaps the residual: pass another array"),
+    ("a residual one row before", {"residual": OUTPUT - 32}, 1, "output overlaps the residual: pass another array"),
+    ("a gated output over its bias", {"activation": 5, "bias": OUTPUT + 32}, 1, "output overlaps the bias"),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "text"), [row[1:] for row in EPILOGUES], ids=[row[0] for row in EPILOGUES]
+)
+def test_a_wrong_epilogue_in_c_is_refused(
+    native_library: Library, change: dict[str, Any], status: int, text: str
+) -> None:
+    got, message = c_gemm(native_library, change)
+    assert (got, text in message) == (status, True), message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *[{"activation": number} for number in range(8)],
+        {"residual": OUTPUT},
+        {"residual": OUTPUT + 4 * 16 * 2},
+        {"residual": OUTPUT - 4 * 16 * 2},
+        {"activation": 5, "residual": OUTPUT + 4 * 8 * 2},
+        {"activation": 5, "residual": OUTPUT - 4 * 8 * 2},
+        {"activation": 5, "bias": OUTPUT + 4 * 8 * 2},
+    ],
+    ids=str,
+)
+def test_a_right_epilogue_in_c_reaches_the_gpu(native_library: Library, change: dict[str, Any]) -> None:
+    got, message = c_gemm(native_library, change)
+    assert got in (3, 4), message
+    assert "overlap" not in message
 
 
 @pytest.mark.parametrize("output", [ALIGNED + 4 * 64 * 2, ALIGNED - 4 * 16 * 2])

@@ -14,9 +14,13 @@ from paths import CPP
 
 from w4a16gen import Library
 from w4a16gen.build.headers import CUDA_FOLDER
+from w4a16gen.kernels.epilogue import Activation, activation_numbers
 
 N, K, GROUP, BYTES, DEVICE, STREAM = 512, 1024, 128, 4096, 3, 77
 HALF, BYTE = (2, 16), (1, 8)
+NUMBERS = activation_numbers(gated_weight=False)
+NO_MORE = (None, None)
+"""No activation and no residual."""
 
 
 class DlTensor(ctypes.Structure):
@@ -150,6 +154,8 @@ class Recorded(ctypes.Structure):
         *[(name, ctypes.c_uint64) for name in ("workspace", "workspace_bytes", "stream")],
         ("alpha", ctypes.c_float),
         ("dependent_launch", ctypes.c_int32),
+        ("activation", ctypes.c_int32),
+        ("residual", ctypes.c_uint64),
     ]
 
 
@@ -171,7 +177,7 @@ def recorded(stub: Path) -> Recorded:
 def calls(fake_library: Library, stub: Path) -> Any:
     """Return calls that are known for 16 tokens, by kernel 1."""
     module = fake_library.module
-    calls = module.CallCache(module.KernelLibrary(str(stub)), N, K, GROUP, BYTES, DEVICE, 0)
+    calls = module.CallCache(module.KernelLibrary(str(stub)), N, K, GROUP, BYTES, DEVICE, 0, N, NUMBERS)
     calls.add(16, 1)
     return calls
 
@@ -184,7 +190,7 @@ def test_a_known_call_is_launched_with_what_the_tensors_say(kind: type[Tensor], 
     before = recorded.launches
     a = kind((16, K), offset=256)
     bias = kind((N,), address=1 << 23)
-    out = calls.try_launch(a, WEIGHT, bias, None, 0.5, True)
+    out = calls.try_launch(a, WEIGHT, bias, None, 0.5, True, *NO_MORE)
     assert (type(out), out.shape, out.address) == (kind, (16, N), 1 << 22)
     assert (recorded.launches, recorded.kernel) == (before + 1, 1)
     problem = recorded.problem
@@ -194,7 +200,7 @@ def test_a_known_call_is_launched_with_what_the_tensors_say(kind: type[Tensor], 
     assert (recorded.workspace, recorded.workspace_bytes) == (0, 0)
     assert (recorded.alpha, recorded.dependent_launch) == (0.5, 1)
     mine = kind((16, N), address=1 << 24)
-    assert calls.try_launch(a, WEIGHT, None, mine, 1.0, False) is mine
+    assert calls.try_launch(a, WEIGHT, None, mine, 1.0, False, *NO_MORE) is mine
     assert (recorded.bias, recorded.output, recorded.dependent_launch) == (0, 1 << 24, 0)
 
 
@@ -202,13 +208,21 @@ def test_a_weight_that_cannot_move_is_not_asked_for_its_address(
     fake_library: Library, stub: Path, recorded: Recorded
 ) -> None:
     module = fake_library.module
-    calls = module.CallCache(module.KernelLibrary(str(stub)), N, K, GROUP, BYTES, DEVICE, 1 << 25)
+    calls = module.CallCache(module.KernelLibrary(str(stub)), N, K, GROUP, BYTES, DEVICE, 1 << 25, N, NUMBERS)
     calls.add(16, 1)
-    assert calls.try_launch(Offering((16, K)), object(), None, None, 1.0, False).shape == (16, N)
+    assert calls.try_launch(Offering((16, K)), object(), None, None, 1.0, False, *NO_MORE).shape == (16, N)
     assert (recorded.packed, recorded.packed_bytes) == (1 << 25, BYTES)
 
 
-RIGHT: dict[str, Any] = {"a": Offering((16, K)), "w": WEIGHT, "bias": None, "out": None, "alpha": 1.0}
+RIGHT: dict[str, Any] = {
+    "a": Offering((16, K)),
+    "w": WEIGHT,
+    "bias": None,
+    "out": None,
+    "alpha": 1.0,
+    "activation": None,
+    "residual": None,
+}
 
 
 @pytest.mark.parametrize(
@@ -239,13 +253,24 @@ RIGHT: dict[str, Any] = {"a": Offering((16, K)), "w": WEIGHT, "bias": None, "out
         {"out": Offering((16, N), given_strides=(1, 16))},
         {"out": Offering((16, N), requires_grad=True)},
         {"out": "out"},
+        {"activation": "gelu"},
+        {"activation": "swiglu"},
+        {"activation": 1},
+        {"activation": ["silu"]},
+        {"residual": Offering((16, N + 8))},
+        {"residual": Offering((17, N))},
+        {"residual": Offering((16, N), (2, 32))},
+        {"residual": Offering((16, N), given_strides=(2 * N, 1))},
+        {"residual": Offering((16, N), requires_grad=True)},
+        {"residual": "residual"},
     ],
     ids=str,
 )
 def test_a_call_that_is_not_as_known_is_left_alone(wrong: dict[str, Any], calls: Any, recorded: Recorded) -> None:
     before = recorded.launches
     given = RIGHT | wrong
-    assert calls.try_launch(given["a"], given["w"], given["bias"], given["out"], given["alpha"], False) is None
+    more = given["activation"], given["residual"]
+    assert calls.try_launch(given["a"], given["w"], given["bias"], given["out"], given["alpha"], False, *more) is None
     assert recorded.launches == before
 
 
@@ -254,28 +279,56 @@ def test_a_call_that_is_not_as_known_is_left_alone(wrong: dict[str, Any], calls:
 )
 def test_an_alpha_that_is_no_plain_number_is_left_to_the_slow_path(alpha: Any, calls: Any, recorded: Recorded) -> None:
     before = recorded.launches
-    assert calls.try_launch(RIGHT["a"], WEIGHT, None, None, alpha, False) is None
+    assert calls.try_launch(RIGHT["a"], WEIGHT, None, None, alpha, False, *NO_MORE) is None
     assert recorded.launches == before
 
 
 @pytest.mark.parametrize("alpha", [2, 0.1, -0.0, float("inf"), -float("inf"), np.float64(0.5), 1e-300])
 def test_finite_and_infinite_numbers_are_alpha(alpha: Any, calls: Any, recorded: Recorded) -> None:
-    assert calls.try_launch(RIGHT["a"], WEIGHT, None, None, alpha, False) is not None
+    assert calls.try_launch(RIGHT["a"], WEIGHT, None, None, alpha, False, *NO_MORE) is not None
     assert recorded.alpha == np.float32(alpha)
 
 
 @pytest.mark.parametrize("dependent", [None, 1, 0, "no", np.bool_(1)])
 def test_a_dependent_launch_is_true_or_false(dependent: Any, calls: Any, recorded: Recorded) -> None:
     before = recorded.launches
-    assert calls.try_launch(RIGHT["a"], WEIGHT, None, None, 1.0, dependent) is None
+    assert calls.try_launch(RIGHT["a"], WEIGHT, None, None, 1.0, dependent, *NO_MORE) is None
     assert recorded.launches == before
 
 
 def test_a_launch_that_fails_gives_no_output(calls: Any) -> None:
-    assert calls.try_launch(RIGHT["a"], WEIGHT, None, None, 13.0, False) is None
+    assert calls.try_launch(RIGHT["a"], WEIGHT, None, None, 13.0, False, *NO_MORE) is None
 
 
 def test_a_strange_stride_of_a_single_row_does_not_matter(calls: Any, recorded: Recorded) -> None:
     calls.add(1, 0)
-    assert calls.try_launch(Offering((1, K), given_strides=(7, 1)), WEIGHT, None, None, 1.0, False).shape == (1, N)
+    assert calls.try_launch(Offering((1, K), given_strides=(7, 1)), WEIGHT, None, None, 1.0, False, *NO_MORE).shape == (
+        1,
+        N,
+    )
     assert (recorded.kernel, recorded.problem.m) == (0, 1)
+
+
+@pytest.mark.parametrize(("activation", "number"), [(None, 0), ("silu", 1), ("relu2", 4), (Activation.GELU_ERF, 3)])
+def test_an_activation_and_a_residual_are_passed_on(
+    activation: Any, number: int, calls: Any, recorded: Recorded
+) -> None:
+    residual = Offering((16, N), address=1 << 26, offset=512)
+    assert calls.try_launch(RIGHT["a"], WEIGHT, None, None, 1.0, False, activation, residual).shape == (16, N)
+    assert (recorded.activation, recorded.residual) == (number, (1 << 26) + 512)
+    calls.try_launch(RIGHT["a"], WEIGHT, None, None, 1.0, False, *NO_MORE)
+    assert (recorded.activation, recorded.residual) == (0, 0)
+
+
+def test_gated_calls_have_half_as_many_columns(fake_library: Library, stub: Path, recorded: Recorded) -> None:
+    module = fake_library.module
+    numbers = activation_numbers(gated_weight=True)
+    calls = module.CallCache(module.KernelLibrary(str(stub)), N, K, GROUP, BYTES, DEVICE, 0, N // 2, numbers)
+    calls.add(16, 1)
+    residual, bias = Offering((16, N // 2), address=1 << 26), Offering((N,), address=1 << 23)
+    out = calls.try_launch(RIGHT["a"], WEIGHT, bias, None, 1.0, False, "swiglu", residual)
+    assert out.shape == (16, N // 2)
+    assert (recorded.problem.n, recorded.activation, recorded.residual) == (N, 5, 1 << 26)
+    for activation, added in ((None, None), ("silu", None), ("swiglu", Offering((16, N)))):
+        assert calls.try_launch(RIGHT["a"], WEIGHT, None, None, 1.0, False, activation, added) is None
+    assert calls.try_launch(RIGHT["a"], WEIGHT, None, Offering((16, N)), 1.0, False, "swiglu", None) is None

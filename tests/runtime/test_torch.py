@@ -134,7 +134,7 @@ def test_a_usual_call_is_repeated_by_the_module_as_long_as_the_weight_lives(
     assert library.calls.has(weight)
     long_way = len(library.module.launches)
     assert library.gemm(a, weight, out=out, alpha=0.5, dependent_launch=True) == "repeated"
-    assert library.module.repeated == [(a, weight.data, None, out, 0.5, True)]
+    assert library.module.repeated == [(a, weight.data, None, out, 0.5, True, None, None)]
     assert len(library.module.launches) == long_way
     for arguments in unusual:
         assert library.gemm(a, weight, out=out, **arguments) is out
@@ -161,7 +161,7 @@ def test_calls_may_be_remembered_by_a_weight_without_data_for_all_weights_like_i
     assert not library.calls.has(weight)
     repeated = library.calls.try_fast_path(a, shape, None, None, 0.5, dependent_launch=False, data=other.data)
     assert repeated == "repeated"
-    assert library.module.repeated == [(a, other.data, None, None, 0.5, False)]
+    assert library.module.repeated == [(a, other.data, None, None, 0.5, False, None, None)]
 
 
 @pytest.mark.usefixtures("torch")

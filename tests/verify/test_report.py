@@ -11,8 +11,8 @@ from fakes.library import FakeLibrary
 
 from w4a16gen import KernelConfig
 from w4a16gen.kernels.spaces import enumerate_space
+from w4a16gen.verify import epilogues, numeric, report, static
 from w4a16gen.verify import launch_chains as chained
-from w4a16gen.verify import numeric, report, static
 from w4a16gen.verify.numeric import NumericProof, sample
 from w4a16gen.verify.report import Report
 from w4a16gen.verify.static import StaticProof
@@ -40,9 +40,11 @@ def test_verify_runs_chains_of_the_kernels_that_it_proves(
     monkeypatch.setattr(static, "prove", lambda _library, _folder: StaticProof([], []))
     monkeypatch.setattr(numeric, "prove", lambda _library, **_given: [proof])
     monkeypatch.setattr(chained, "prove_chains", prove_chains)
+    monkeypatch.setattr(epilogues, "prove_epilogues", lambda *_, **_given: proof.record("epilogue", "one", None))
     library = FakeLibrary([KernelConfig.parse(proof.name)], devices=numbered(A100, A100, A100, H100_PCIE))
     found = report.verify(library, Path("nowhere"), sampled=sampled)
     assert [(given["sm_count"], given["device"], given["k"]) for given in asked] == [(114, 3, k)]
+    assert proof.passed == {"epilogue": 1}
     assert not found.ok
     assert found.violations() == [f"{proof.name}: a chain: wrong"]
 

@@ -44,6 +44,20 @@ def test_the_walk_rebuilds_the_weight(
         assert not walked[:, k:].any(), "nor does padding along k"
 
 
+@pytest.mark.parametrize("mode", QuantMode, ids=str)
+def test_a_gated_weight_has_a_gate_and_its_factor_in_each_thread(
+    walker: Path, rng: np.random.Generator, mode: QuantMode
+) -> None:
+    weight = random_weight(rng, 176, 256, 64 if mode.is_grouped else 256, mode)
+    packed = pack_weight(weight, gated=True)
+    arguments = [str(list(QuantMode).index(mode)), "176", "256", str(weight.group_size)]
+    done = subprocess.run([walker, *arguments], input=packed.data.tobytes(), capture_output=True, check=True)  # noqa: S603
+    walked = np.frombuffer(done.stdout, np.float16).reshape(192, 256)[:176].reshape(11, 2, 8, 256)
+    gates, factors = np.split(dequantized_half(weight), 2)
+    assert np.array_equal(walked[:, 0].reshape(88, 256), gates)
+    assert np.array_equal(walked[:, 1].reshape(88, 256), factors)
+
+
 def test_the_kernels_and_packing_agree_on_units_and_ranges(walker: Path) -> None:
     lines = subprocess.run([walker], capture_output=True, check=True, text=True).stdout.splitlines()  # noqa: S603
     for line, mode in zip(lines, list(QuantMode)[1:], strict=True):

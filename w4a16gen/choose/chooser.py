@@ -12,8 +12,9 @@ from w4a16gen.choose.cost_model import default_cost_model
 from w4a16gen.choose.overrides import kernels_in_use
 from w4a16gen.choose.timing_table import TuningTable, table_for
 from w4a16gen.errors import NotBuiltError, UnsupportedProblemError
-from w4a16gen.kernels.config import KernelConfig, QuantMode, Scheduler, Target
+from w4a16gen.kernels.config import Epilogue, KernelConfig, QuantMode, Scheduler, Target
 from w4a16gen.kernels.device import Device
+from w4a16gen.kernels.epilogue import build_command
 from w4a16gen.kernels.problem import Problem, runnable, why_cannot_run
 
 
@@ -62,6 +63,7 @@ class Chooser:
             table: path of the build's tuning table; it need not exist.
         """
         self._hashes = dict(content_hashes)
+        self._epilogues = {(config.mode, config.epilogue) for config in self._hashes}
         self._path = table
         self._tables: dict[Device | None, TuningTable | None] = {}
 
@@ -73,6 +75,7 @@ class Chooser:
         device: Device | None,
         target: Target | None = None,
         overrides: Sequence[KernelConfig] | None = None,
+        epilogue: Epilogue = Epilogue.NONE,
     ) -> Choice:
         """Return the kernel of a call without `config=`: always the same for the same arguments and files.
 
@@ -85,28 +88,41 @@ class Chooser:
             device: the GPU; None, on a machine without one, accepts every tuning table and estimates for an H100.
             target: the kernel family that reads the weight's layout; None allows all.
             overrides: kernels that take precedence; None takes those of `use_kernels` or W4A16GEN_KERNELS.
+            epilogue: that of the kernels to choose among. They are estimated as the plain ones.
 
         Raises:
-            NotBuiltError: if an override applies and is not in the build.
+            NotBuiltError: if an override applies and is not in the build, or the build has no kernel with the epilogue.
             UnsupportedProblemError: if neither the override nor any built kernel can run the problem.
 
         Example:
             >>> library.chooser.choose(Problem(16, 4096, 4096, 128), QuantMode.FINEGRAINED_SCALE_ONLY, device=None)
         """
         for kernel in kernels_in_use() if overrides is None else overrides:
-            if kernel.mode is mode and target in (None, kernel.target):
+            if kernel.mode is mode and kernel.epilogue is epilogue and target in (None, kernel.target):
                 return self._override(kernel, problem)
-        able = runnable(self._of_target(target), mode, problem)
+        if epilogue is not Epilogue.NONE and not self.has(mode, epilogue):
+            raise NotBuiltError(
+                f"the build holds no kernel of mode {mode} with epilogue {epilogue}: run `{build_command(epilogue)}`"
+            )
+        able = runnable(self._of_target(target), mode, problem, epilogue)
         if not able:
-            raise UnsupportedProblemError(self._why_none(target, mode, problem))
+            raise UnsupportedProblemError(self._why_none(target, mode, problem, epilogue))
         if tuned := self._tuned(able, mode, problem, device):
             return tuned
-        if estimated := default_cost_model().estimate(able, mode, problem, card_of(device)):
+        if estimated := default_cost_model().estimate(able, mode, problem, card_of(device), epilogue):
             return Choice(*estimated[0], ChoiceSource.ESTIMATE)
         return Choice(_choose_cutlass(able, problem), None, ChoiceSource.RULE_OF_THUMB)
 
+    def has(self, mode: QuantMode, epilogue: Epilogue) -> bool:
+        """Return whether the build has a kernel of a mode with an epilogue."""
+        return (mode, epilogue) in self._epilogues
+
     def estimates(
-        self, problem: Problem, mode: QuantMode, device: Device | None = None
+        self,
+        problem: Problem,
+        mode: QuantMode,
+        device: Device | None = None,
+        epilogue: Epilogue = Epilogue.NONE,
     ) -> list[tuple[KernelConfig, float]]:
         """Return the native kernels that can run a problem with their estimated microseconds, the best first.
 
@@ -114,8 +130,9 @@ class Chooser:
             problem: the problem.
             mode: the quantisation mode.
             device: the GPU to estimate for; None stands for an H100.
+            epilogue: that of the kernels.
         """
-        return default_cost_model().estimate(self._hashes, mode, problem, card_of(device))
+        return default_cost_model().estimate(self._hashes, mode, problem, card_of(device), epilogue)
 
     def _of_target(self, target: Target | None) -> Iterable[KernelConfig]:
         return [config for config in self._hashes if target in (None, config.target)]
@@ -149,8 +166,9 @@ class Chooser:
             found = table.fastest_at_more_tokens(mode, problem, hashes)  # nothing estimates CUTLASS kernels
         return None if found is None else Choice(*found, ChoiceSource.TUNING_TABLE, table.dependent)
 
-    def _why_none(self, target: Target | None, mode: QuantMode, problem: Problem) -> str:
-        of_mode = sorted(config for config in self._of_target(target) if config.mode is mode)
+    def _why_none(self, target: Target | None, mode: QuantMode, problem: Problem, epilogue: Epilogue) -> str:
+        of_target = self._of_target(target)
+        of_mode = sorted(config for config in of_target if config.mode is mode and config.epilogue is epilogue)
         if not of_mode:
             return (
                 f"the build holds no kernel of mode {mode} that reads this weight's layout: `w4a16gen list --built` "

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from w4a16gen.choose.cards import H100, Card
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.arrangement import native_arrangement
-from w4a16gen.kernels.config import KernelConfig, QuantMode, Scheduler, Target
+from w4a16gen.kernels.config import Epilogue, KernelConfig, QuantMode, Scheduler, Target
 from w4a16gen.kernels.legality import CTA_TOKENS
 from w4a16gen.kernels.problem import Problem, runnable
 
@@ -124,7 +124,7 @@ class CostModel:
 
     constants: Constants
     rates: Mapping[str, Rates]
-    """By `KernelConfig.shape_name`: all modes of a kernel share them."""
+    """By `KernelConfig.shape_name`: all modes and epilogues of a kernel share them."""
 
     @classmethod
     def read(cls, path: Path) -> CostModel:
@@ -170,10 +170,19 @@ class CostModel:
             raise InvalidValueError(f"{config.name} has no rates: run tools/fit_cost_model.py") from None
 
     def estimate(
-        self, configs: Iterable[KernelConfig], mode: QuantMode, problem: Problem, card: Card = H100
+        self,
+        configs: Iterable[KernelConfig],
+        mode: QuantMode,
+        problem: Problem,
+        card: Card = H100,
+        epilogue: Epilogue = Epilogue.NONE,
     ) -> list[tuple[KernelConfig, float]]:
-        """Return the native kernels that can run a problem with their estimated microseconds; see `in_preference`."""
-        native = [config for config in runnable(configs, mode, problem) if config.target is Target.NATIVE]
+        """Return the native kernels that can run a problem with their estimated microseconds; see `in_preference`.
+
+        Kernels that differ in the epilogue have the same estimate: that of the plain product.
+        """
+        able = runnable(configs, mode, problem, epilogue)
+        native = [config for config in able if config.target is Target.NATIVE]
         return in_preference([(config, self.microseconds(config, problem, card)) for config in native], problem)
 
     def microseconds(self, config: KernelConfig, problem: Problem, card: Card = H100) -> float:

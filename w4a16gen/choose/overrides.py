@@ -20,8 +20,9 @@ _used: ContextVar[tuple[KernelConfig, ...] | None] = ContextVar("kernels of use_
 def use_kernels(*kernels: KernelConfig | str) -> Iterator[None]:
     """Set the default kernels for calls of `gemm` without `config=`.
 
-    Each kernel applies to weights of its mode and target; of several for one mode and target, the first counts. Other
-    weights get a chosen kernel. A problem that the kernel cannot run is an error.
+    Each kernel applies to weights of its mode and target, and to calls that need its epilogue; of several for one mode,
+    target and epilogue, the first counts. Other calls get a chosen kernel. A problem that the kernel cannot run is an
+    error.
 
     The block applies to the thread, or the asynchronous task, that enters it. It takes precedence over the environment
     variable W4A16GEN_KERNELS, which does the same for a whole process and is read once, at the first call. A block

@@ -18,7 +18,7 @@ from w4a16gen.errors import BuildError
 
 if TYPE_CHECKING:
     from w4a16gen.build.pipeline import BuildReport
-    from w4a16gen.kernels.config import ClusterShape, CtaShape, QuantMode, Target
+    from w4a16gen.kernels.config import ClusterShape, CtaShape, Epilogue, QuantMode, Target
     from w4a16gen.kernels.spaces import Filter
 
 
@@ -91,6 +91,7 @@ def failed_status(report: BuildReport) -> int:
         ("w4a16gen build --cta 128x128x64 --cluster 2x1x1", "one shape in all three modes"),
         ("w4a16gen build --user", "for every program of yours, whatever its current folder"),
         ("w4a16gen build --space default --space trtllm -j 4", "also TensorRT-LLM's set, to compare by bench"),
+        ("w4a16gen build --epilogue none --epilogue gated", "also SwiGLU and GeGLU in the kernels"),
         ("w4a16gen build --space all --ray auto", "compile on the nodes of a Ray cluster"),
     ),
 )
@@ -106,6 +107,7 @@ def command(
     clusters: Sequence[ClusterShape],
     modes: Sequence[QuantMode],
     targets: Sequence[Target],
+    epilogues: Sequence[Epilogue],
     spaces: Sequence[str],
     generated: Path,
     folder: Path | None,
@@ -124,7 +126,7 @@ def command(
     if user:
         folder = user_build_folder()
         generated = folder.parent / "generated"
-    wanted = Filter(ctas, clusters, modes, targets)
+    wanted = Filter(ctas, clusters, modes, targets, epilogues)
     report = build_kernels(wanted, spaces, generated, folder, jobs, ClusterChoice(ray, ray_env))
     if as_json:
         print_result("build", build_as_json(report))

@@ -15,6 +15,7 @@ from w4a16gen.cli.options import (
     Parsed,
     cluster_option,
     cta_option,
+    epilogues_option,
     json_option,
     modes_option,
     parse_target,
@@ -24,7 +25,7 @@ from w4a16gen.cli.output import note, print_result
 from w4a16gen.errors import InvalidValueError
 
 if TYPE_CHECKING:
-    from w4a16gen.kernels.config import ClusterShape, CtaShape, KernelConfig, QuantMode, Target
+    from w4a16gen.kernels.config import ClusterShape, CtaShape, Epilogue, KernelConfig, QuantMode, Target
 
 TRTLLM = "trtllm"
 """The target that stands for TensorRT-LLM's own source tree."""
@@ -70,6 +71,7 @@ def parse_emitted_target(text: str) -> Target | str:
     section=WHICH_KERNELS,
     help="Kernel family: native or cutlass, repeatable; or trtllm: TensorRT-LLM's own instantiations.",
 )
+@epilogues_option
 @space_option
 @option(
     "--output",
@@ -111,6 +113,7 @@ def command(
     clusters: Sequence[ClusterShape],
     modes: Sequence[QuantMode],
     targets: Sequence[Target | str],
+    epilogues: Sequence[Epilogue],
     spaces: Sequence[str],
     output: Path,
     remove_stale: bool,
@@ -137,7 +140,7 @@ def command(
                 "--trtllm-namespace": namespace,
             }
         )
-    wanted = Filter(ctas, clusters, modes, families)
+    wanted = Filter(ctas, clusters, modes, families, epilogues)
     selection = select_kernels(wanted, spaces or ((TRTLLM,) if for_trtllm else ()))
     where = f"space {' + '.join(selection.spaces)}"
     if for_trtllm:

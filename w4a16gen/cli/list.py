@@ -6,6 +6,7 @@ import itertools
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from w4a16gen.cli.tables import Column, print_table
 from w4a16gen.errors import InvalidValueError
 
 if TYPE_CHECKING:
-    from w4a16gen.kernels.config import ClusterShape, CtaShape, KernelConfig, QuantMode, Target
+    from w4a16gen.kernels.config import ClusterShape, CtaShape, Epilogue, KernelConfig, QuantMode, Target
     from w4a16gen.kernels.spaces import Filter, Reason
 
 NAMED_KERNELS = 60
@@ -34,6 +35,7 @@ NAMED_SHAPES = 60
     examples=(
         ("w4a16gen list", "the kernels that `w4a16gen build` builds"),
         ("w4a16gen list --space native --cta 64x16x128 --mode fgs", "one CTA shape of all native kernels"),
+        ("w4a16gen list --epilogue gated", "the same kernels with SwiGLU and GeGLU"),
         ("w4a16gen list --built --json", "the kernels of the build, for programs"),
         ("w4a16gen list --explain --space trtllm --cta 256x64x64", "why TensorRT-LLM's set lacks a shape"),
     ),
@@ -60,6 +62,7 @@ def command(
     clusters: Sequence[ClusterShape],
     modes: Sequence[QuantMode],
     targets: Sequence[Target],
+    epilogues: Sequence[Epilogue],
     spaces: Sequence[str],
     built: bool,
     explain: bool,
@@ -71,7 +74,7 @@ def command(
     """List kernels: one name per line in a pipe; names or a summary on a terminal."""
     from w4a16gen.kernels.spaces import Filter, select_kernels
 
-    wanted = Filter(ctas, clusters, modes, targets)
+    wanted = Filter(ctas, clusters, modes, targets, epilogues)
     if built and (spaces or explain):
         raise click.UsageError("--built lists the build's kernels: --space and --explain are for spaces")
     if forbidden and not explain:
@@ -124,7 +127,7 @@ def by_shape(configs: Iterable[KernelConfig]) -> list[list[KernelConfig]]:
     """Group kernels that differ in mode only."""
 
     def shape(config: KernelConfig) -> tuple[Any, ...]:
-        return config.target, config.cta, config.cluster, config.schedule, config.scheduler
+        return config.target, config.cta, config.cluster, config.schedule, config.scheduler, config.epilogue
 
     return [list(group) for _, group in itertools.groupby(sorted(configs, key=shape), shape)]
 
@@ -134,8 +137,9 @@ def _show(configs: Sequence[KernelConfig], *, wide: bool) -> None:
     title = f"{len(configs)} kernels"
     shapes = by_shape(configs)
     if wide:
-        columns = [Column(heading) for heading in ("name", "target", "mode", "CTA", "cluster", "schedule", "scheduler")]
-        rows = ((c.name, c.target, c.mode, c.cta, c.cluster, c.schedule, c.scheduler) for c in configs)
+        headings = ("name", "target", "mode", "CTA", "cluster", "schedule", "scheduler", "epilogue")
+        columns = [Column(heading) for heading in headings]
+        rows = ((c.name, c.target, c.mode, c.cta, c.cluster, c.schedule, c.scheduler, c.epilogue) for c in configs)
         print_table(title, columns, (tuple(map(str, row)) for row in rows), wide=True)
     elif len(configs) <= NAMED_KERNELS:
         for config in configs:
@@ -156,7 +160,7 @@ def _show(configs: Sequence[KernelConfig], *, wide: bool) -> None:
         ordered = sorted(configs, key=lambda config: (config.target, config.cta))
         groups = itertools.groupby(ordered, lambda config: (config.target, config.cta))
         print_table(title, columns, (_summary(list(group)) for _, group in groups))
-        note("--cta, --cluster, --mode and --target narrow the list; --wide lists every kernel.")
+        note("--cta, --cluster, --mode, --target and --epilogue narrow the list; --wide lists every kernel.")
 
 
 def _summary(group: Sequence[KernelConfig]) -> tuple[str, ...]:
@@ -185,14 +189,18 @@ def _explain(wanted: Filter, spaces: Sequence[str], *, as_json: bool, forbidden:
 
 
 def _left_out(wanted: Filter, spaces: Sequence[str], *, forbidden: bool) -> Iterable[tuple[KernelConfig, Reason]]:
-    from w4a16gen.kernels.spaces import Reason, ReasonKind, candidates, enumerate_space, why_not
+    from w4a16gen.kernels.config import Epilogue
+    from w4a16gen.kernels.legality import why_forbidden
+    from w4a16gen.kernels.spaces import Reason, ReasonKind, candidates, enumerate_space, why_not, with_epilogues
 
     if forbidden:
-        for config in wanted.select(candidates()):
-            if why := why_not(config):
-                yield config, why
+        for plain, epilogue in itertools.product(candidates(), wanted.epilogues or [Epilogue.NONE]):
+            config = replace(plain, epilogue=epilogue)
+            if wanted.matches(config) and (why := why_forbidden(config)):
+                yield config, Reason(ReasonKind.FORBIDDEN, why)
         return
-    for config in wanted.select(enumerate_space("all")):
-        reasons = [why_not(config, space) for space in spaces]
+    for config in wanted.select(with_epilogues(enumerate_space("all"), wanted.epilogues)):
+        plain = replace(config, epilogue=Epilogue.NONE)  # all that spaces contain
+        reasons = [why_not(plain, space) for space in spaces]
         if None not in reasons:
             yield config, Reason(ReasonKind.LEFT_OUT, "; ".join(reason.sentence for reason in reasons if reason))

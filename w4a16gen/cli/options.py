@@ -12,7 +12,7 @@ from click.shell_completion import CompletionItem
 
 from w4a16gen.cli.help import FILES, METHOD, OUTPUT, WHICH_KERNELS, option
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.kernels.config import ClusterShape, CtaShape, KernelConfig, QuantMode, Target
+from w4a16gen.kernels.config import ClusterShape, CtaShape, Epilogue, KernelConfig, QuantMode, Target
 from w4a16gen.kernels.named_spaces import SPACES
 from w4a16gen.kernels.problem import MAX_DIMENSION, Problem
 
@@ -153,6 +153,19 @@ cluster_option = option(
 modes_option = option(
     "--mode", "modes", multiple=True, type=MODE, section=WHICH_KERNELS, help=f"{MODE_HELP} Repeatable."
 )
+EPILOGUE = Parsed("EPILOGUE", Epilogue.parse, lambda _: [epilogue.value for epilogue in Epilogue])
+EPILOGUE_HELP = (
+    "none: the plain product; elementwise: an activation, a residual or both, chosen by each call; gated: SwiGLU or "
+    "GeGLU. Native kernels only."
+)
+epilogues_option = option(
+    "--epilogue",
+    "epilogues",
+    multiple=True,
+    type=EPILOGUE,
+    section=WHICH_KERNELS,
+    help=f"{EPILOGUE_HELP} Repeatable.  [default: none; with --built all]",
+)
 target_option = option(
     "--target",
     "targets",
@@ -174,8 +187,8 @@ space_option = option(
 
 
 def filter_options(command: _Command) -> _Command:
-    """Add the options that select kernels; the command gets ctas, clusters, modes, targets and spaces."""
-    for add in (space_option, target_option, modes_option, cluster_option, cta_option):
+    """Add the options that select kernels; the command gets ctas, clusters, modes, targets, epilogues and spaces."""
+    for add in (space_option, epilogues_option, target_option, modes_option, cluster_option, cta_option):
         command = add(command)
     return command
 

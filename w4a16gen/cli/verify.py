@@ -30,7 +30,7 @@ from w4a16gen.errors import BuildError, InvalidValueError, NoHopperGpuError
 from w4a16gen.kernels.config import QuantMode
 
 if TYPE_CHECKING:
-    from w4a16gen.kernels.config import ClusterShape, CtaShape, Target
+    from w4a16gen.kernels.config import ClusterShape, CtaShape, Epilogue, Target
     from w4a16gen.runtime.library import Library
     from w4a16gen.verify.report import Report
 
@@ -218,6 +218,7 @@ def build_and_verify(
     clusters: Sequence[ClusterShape],
     modes: Sequence[QuantMode],
     targets: Sequence[Target],
+    epilogues: Sequence[Epilogue],
     spaces: Sequence[str],
     generated: Path,
     folder: Path | None,
@@ -232,7 +233,7 @@ def build_and_verify(
     """Build kernels as `build` does, then prove them as `verify` does."""
     from w4a16gen.kernels.spaces import Filter
 
-    wanted = Filter(ctas, clusters, modes, targets)
+    wanted = Filter(ctas, clusters, modes, targets, epilogues)
     built = build_kernels(wanted, spaces, generated, folder, jobs, ClusterChoice(ray, ray_env))
     proven = _prove(services().load(built.build.folder), generated)
     _tell(proven, report, wide=wide, as_json=as_json)

@@ -1,6 +1,7 @@
 /* The C interface of a built kernel library: its kernels, the problems that each can run, and the launch.
  *
- * C[m, n] = alpha * A[m, k] x W[k, n] + bias[n], with A, C and bias in fp16, W in 4 bits, accumulation in fp32.
+ * C[m, n] = activation(alpha * A[m, k] x W[k, n] + bias[n]) + residual[m, n], with W in 4 bits, all other arrays in
+ * fp16, and fp32 up to the one rounding of the result. Activation and residual are optional.
  * The axes of every triple are channels (n), tokens (m), k.
  *
  * No call allocates, synchronises or copies. Every call may be made from several threads at once. Functions that can
@@ -21,7 +22,7 @@
 extern "C" {
 #endif
 
-#define W4A16_ABI_VERSION 3
+#define W4A16_ABI_VERSION 4
 
 typedef enum {
   W4A16_OK = 0,
@@ -36,6 +37,27 @@ typedef enum {
   W4A16_FINEGRAINED_SCALE_ONLY = 1,     /* (q - 8) * scale[g, n] */
   W4A16_FINEGRAINED_SCALE_AND_ZEROS = 2 /* (q - 8) * scale[g, n] + zero[g, n] */
 } w4a16_mode;
+
+/* What is done with x = alpha * A x W + bias, in fp32. The gated ones take the first n / 2 channels as gates of the
+ * others: C and the residual have n / 2 channels, and n is a multiple of 16. The weight must be packed for them
+ * (w4a16_pack_arguments.gated); its bytes do not show it. */
+typedef enum {
+  W4A16_NO_ACTIVATION = 0,
+  W4A16_SILU = 1,       /* x / (1 + e^-x) */
+  W4A16_GELU_TANH = 2,  /* GELU, approximated by tanh */
+  W4A16_GELU_ERF = 3,   /* GELU: x * Phi(x) */
+  W4A16_RELU2 = 4,      /* max(x, 0)^2 */
+  W4A16_SWIGLU = 5,     /* silu(gate) * factor */
+  W4A16_GEGLU_TANH = 6, /* gelu_tanh(gate) * factor */
+  W4A16_GEGLU_ERF = 7   /* gelu_erf(gate) * factor */
+} w4a16_activation;
+
+/* What a kernel can do behind a plain product. Each kernel has one of these epilogues. */
+typedef enum {
+  W4A16_NO_EPILOGUE = 0, /* nothing */
+  W4A16_ELEMENTWISE = 1, /* an activation up to W4A16_RELU2, a residual, both or none */
+  W4A16_GATED = 2        /* an activation from W4A16_SWIGLU on, and perhaps a residual */
+} w4a16_epilogue;
 
 typedef struct {
   int64_t m;          /* tokens */
@@ -55,6 +77,7 @@ typedef struct {
   int32_t threads;        /* per CTA */
   int32_t group_multiple; /* group sizes are multiples of this, or k */
   int64_t shared_memory_bytes;
+  int32_t epilogue; /* w4a16_epilogue */
 } w4a16_kernel_info;
 
 typedef struct {
@@ -62,13 +85,16 @@ typedef struct {
   const void* packed;      /* packed weight, 128-byte aligned */
   size_t packed_bytes;     /* must equal w4a16_packed_bytes */
   const void* bias;        /* fp16 [n], or null */
-  void* output;            /* fp16 [m, n], row-major, 16-byte aligned */
+  void* output;            /* fp16 [m, n], of gated activations [m, n / 2], row-major, 16-byte aligned */
   void* workspace; /* 128-byte aligned, of any content, not used by a concurrent launch; null if none is needed */
   size_t workspace_bytes;
   void* stream; /* cudaStream_t of the current device */
   float alpha;
   int32_t dependent_launch; /* 1: may start and fetch weights while earlier kernels of the stream still run. These, from
                                the last ordinary launch on, must not write this launch's weights */
+  int32_t activation;       /* w4a16_activation, of those that the kernel's epilogue computes */
+  const void* residual; /* fp16, of the output's shape, 16-byte aligned, or null. It may be the output itself, but must
+                           not overlap it otherwise. Only with kernels that have an epilogue */
 } w4a16_gemm_arguments;
 
 /* Faults that packing reports, as bits. */
@@ -84,6 +110,7 @@ typedef struct {
   size_t packed_bytes; /* must equal w4a16_packed_bytes */
   void* faults;        /* uint32 on the device in which W4A16_FAULT_ bits are set, or null */
   void* stream;        /* cudaStream_t of the current device */
+  int32_t gated;       /* 1: for gated activations; channels 8 i to 8 i + 7 of each half are packed side by side */
 } w4a16_pack_arguments;
 
 W4A16_API int w4a16_abi_version(void);

@@ -10,7 +10,7 @@ from w4a16gen.kernels.arrangement import (
     Arrangement,
     native_arrangement,
 )
-from w4a16gen.kernels.config import KernelConfig, Schedule, Scheduler, Target
+from w4a16gen.kernels.config import Epilogue, KernelConfig, Schedule, Scheduler, Target
 
 CTA_CHANNELS = (64, 128, 256)
 CTA_TOKENS = (8, 16, 32, 64, 128, 256)
@@ -70,7 +70,11 @@ def why_forbidden(config: KernelConfig) -> str | None:
     ):
         if value not in allowed:
             return f"{shape} {name} of {value} must be one of {', '.join(map(str, allowed))}"
-    return _forbidden_cutlass(config) if config.target is Target.CUTLASS else _forbidden_native(config)
+    if config.target is Target.NATIVE:
+        return _forbidden_native(config)
+    if config.epilogue is not Epilogue.NONE:
+        return f"epilogue {config.epilogue}: only native kernels have epilogues, CUTLASS's compute the plain product"
+    return _forbidden_cutlass(config)
 
 
 def _forbidden_cutlass(config: KernelConfig) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.kernels.config import KernelConfig, QuantMode, Target
+from w4a16gen.kernels.config import Epilogue, KernelConfig, QuantMode, Target
 from w4a16gen.kernels.integers import integer
 
 DIMENSION_MULTIPLE = 8
@@ -103,6 +103,12 @@ def why_cannot_run(config: KernelConfig, problem: Problem) -> str | None:
     return None
 
 
-def runnable(configs: Iterable[KernelConfig], mode: QuantMode, problem: Problem) -> list[KernelConfig]:
-    """Return the kernels of a mode that can run a problem, sorted."""
-    return sorted(config for config in configs if config.mode is mode and why_cannot_run(config, problem) is None)
+def runnable(
+    configs: Iterable[KernelConfig], mode: QuantMode, problem: Problem, epilogue: Epilogue = Epilogue.NONE
+) -> list[KernelConfig]:
+    """Return the kernels of a mode and an epilogue that can run a problem, sorted."""
+    return sorted(
+        config
+        for config in configs
+        if config.mode is mode and config.epilogue is epilogue and why_cannot_run(config, problem) is None
+    )

@@ -59,6 +59,7 @@ def render_kernel(config: KernelConfig) -> str:
     if config.target is Target.NATIVE:
         arrangement = native_arrangement(config)
         values |= {
+            "epilogue": config.epilogue.value,
             "stages": arrangement.stages,
             "ctas_per_sm": arrangement.ctas_per_sm,
             "stores_through_shared": str(arrangement.stores_through_shared).lower(),

@@ -12,7 +12,16 @@ from typing import Any, NamedTuple
 
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.arrangement import NATIVE_WARPGROUPS
-from w4a16gen.kernels.config import ClusterShape, CtaShape, KernelConfig, QuantMode, Schedule, Scheduler, Target
+from w4a16gen.kernels.config import (
+    ClusterShape,
+    CtaShape,
+    Epilogue,
+    KernelConfig,
+    QuantMode,
+    Schedule,
+    Scheduler,
+    Target,
+)
 from w4a16gen.kernels.legality import (
     CLUSTER_CHANNELS,
     CLUSTER_K,
@@ -77,6 +86,8 @@ def why_not(config: KernelConfig, space: str = "all") -> Reason | None:
     sentence = why_forbidden(config)
     if sentence is not None:
         return Reason(ReasonKind.FORBIDDEN, sentence)
+    if config.epilogue is not Epilogue.NONE:
+        return Reason(ReasonKind.LEFT_OUT, "spaces contain kernels without an epilogue: --epilogue adds one to them")
     sentence = why_left_out(config)
     return None if sentence is None else Reason(ReasonKind.LEFT_OUT, sentence)
 
@@ -140,14 +151,28 @@ def enumerate_space(space: str) -> list[KernelConfig]:
     return list(_enumerate(space))
 
 
+def with_epilogues(configs: Iterable[KernelConfig], epilogues: Sequence[Epilogue]) -> list[KernelConfig]:
+    """Return kernels of a space with each of some epilogues, sorted, as far as these are legal.
+
+    Args:
+        configs: kernels without an epilogue.
+        epilogues: the epilogues; an empty sequence returns the kernels as they are.
+    """
+    if not set(epilogues) - {Epilogue.NONE}:
+        return sorted(configs)
+    every = (replace(config, epilogue=epilogue) for config in configs for epilogue in set(epilogues))
+    return sorted(config for config in every if why_forbidden(config) is None)
+
+
 @dataclass(frozen=True)
 class Filter:
-    """The axis values that a command names; an empty axis means all of it."""
+    """The axis values that a command names; an empty axis means all of it. Of `epilogues`, it means none."""
 
     ctas: Sequence[CtaShape] = ()
     clusters: Sequence[ClusterShape] = ()
     modes: Sequence[QuantMode] = ()
     targets: Sequence[Target] = ()
+    epilogues: Sequence[Epilogue] = ()
 
     @property
     def values(self) -> list[tuple[str, Any]]:
@@ -161,6 +186,7 @@ class Filter:
             and (not self.clusters or config.cluster in self.clusters)
             and (not self.modes or config.mode in self.modes)
             and (not self.targets or config.target in self.targets)
+            and (not self.epilogues or config.epilogue in self.epilogues)
         )
 
     def select(self, configs: Iterable[KernelConfig]) -> list[KernelConfig]:
@@ -192,6 +218,9 @@ class Selection:
 def select_kernels(wanted: Filter, spaces: Sequence[str] = ()) -> Selection:
     """Select kernels: the one rule that `list`, `emit`, `build` and `build-and-verify` share.
 
+    Spaces contain kernels without an epilogue. The filter's epilogues replace it: each kernel of the spaces is selected
+    with each of them.
+
     Args:
         wanted: the filter. Every value that it names must have a matching kernel.
         spaces: the spaces to select from, as a union. If empty, `default` without a filter; with one, the first space
@@ -201,10 +230,15 @@ def select_kernels(wanted: Filter, spaces: Sequence[str] = ()) -> Selection:
         InvalidValueError: if a named value has no matching kernel; the text says why and which space has one.
     """
     for tried in [tuple(spaces)] if spaces else [(name,) for name in SPACES]:
-        union = sorted(set().union(*map(enumerate_space, tried)))
+        union = _union(tried, wanted)
         if not wanted.unmatched(union):
             return Selection(wanted.select(union), tried)
     raise InvalidValueError(_explain_nothing(wanted, spaces))
+
+
+def _union(spaces: Iterable[str], wanted: Filter) -> list[KernelConfig]:
+    """Return the kernels of spaces with the epilogues of a filter."""
+    return with_epilogues(set().union(*map(enumerate_space, spaces)), wanted.epilogues)
 
 
 def select(space: str, wanted: Filter) -> list[KernelConfig]:
@@ -218,14 +252,14 @@ def select(space: str, wanted: Filter) -> list[KernelConfig]:
 
 def _explain_nothing(wanted: Filter, spaces: Sequence[str]) -> str:
     """Say which named values have no kernel, why, and which space has one."""
-    illegal = wanted.unmatched(_enumerate("all"))
+    illegal = wanted.unmatched(_union(["all"], wanted))
     if illegal:
         combinations = {
             str(narrowed): narrowed for axis, value in illegal if (narrowed := _narrow(wanted, axis, value))
         }
         return "; ".join(map(_why_illegal, combinations.values()))
-    found = next(name for name in SPACES if not wanted.unmatched(_enumerate(name)))
-    missing = wanted.unmatched(sorted(set().union(*map(_enumerate, spaces))))
+    found = next(name for name in SPACES if not wanted.unmatched(_union([name], wanted)))
+    missing = wanted.unmatched(_union(spaces, wanted))
     values = ", ".join(_option(axis, value) for axis, value in missing)
     axes = {axis for axis, _ in missing}
     others = " ".join(_option(axis, value) for axis, value in wanted.values if axis not in axes)
@@ -251,6 +285,7 @@ def _why_illegal(wanted: Filter) -> str:
             wanted.clusters or [ClusterShape(1, 1, 1)],
             axes.schedules,
             Scheduler,
+            wanted.epilogues or [Epilogue.NONE],
         )
         counts = Counter(reason for rest in grid if (reason := why_forbidden(KernelConfig(target, *rest))))
         reasons.setdefault(counts.most_common(1)[0][0], []).append(str(target))

@@ -106,9 +106,14 @@ class Parts:
         """
         self._torch, self._step = torch, step
         self._heads, self._shared_heads = step.model.heads(step.gpus)
+        self.norm = compiled(self._norm)
         self.add_and_norm = compiled(self._add_and_norm)
         self.attend = compiled(self._attend)
         self.swiglu = compiled(self._swiglu)
+
+    def _norm(self, residual: Any, weight: Any, out: Any) -> None:
+        """Write the norm of the residual, [tokens, hidden], times a weight."""
+        out.copy_(self._torch.nn.functional.rms_norm(residual, (residual.shape[-1],), weight, EPSILON))
 
     def _add_and_norm(self, residual: Any, added: Any, weight: Any, out: Any) -> None:
         """Add to the residual, [tokens, hidden], and write its norm times a weight."""
@@ -175,7 +180,7 @@ class Decoder:
         self.hidden = normal(step.tokens, model.hidden_size)
         self.residual = torch.empty_like(self.hidden)
         self._nothing = torch.zeros_like(self.hidden)
-        self._norm = torch.ones((model.hidden_size,), **options)
+        self._norms = torch.ones((model.hidden_size,), **options)
         places = step.context + step.new_tokens
         _, shared_heads = model.heads(step.gpus)
         shape = (step.sequences, shared_heads, places, model.head_dim)
@@ -194,9 +199,26 @@ class Decoder:
         inputs, added = self.inputs, self._nothing
         self.residual.copy_(self.hidden)
         for layer, (keys, values) in enumerate(self.caches):
-            parts.add_and_norm(self.residual, added, self._norm, inputs["qkv"])
+            parts.add_and_norm(self.residual, added, self._norms, inputs["qkv"])
             parts.attend(products["qkv"][layer](), self._angles, keys, values, inputs["o"])
-            parts.add_and_norm(self.residual, products["o"][layer](), self._norm, inputs["gate_up"])
+            parts.add_and_norm(self.residual, products["o"][layer](), self._norms, inputs["gate_up"])
             parts.swiglu(products["gate_up"][layer](), inputs["down"])
             added = products["down"][layer]()
         self.residual.add_(added)
+
+    def run_fused(self, parts: Parts, products: Mapping[str, Sequence[Product]]) -> None:
+        """Run the same step with products that compute more: o and down add to `residual`, and gate_up is gated.
+
+        Args:
+            parts: the parts between products.
+            products: as for `run`; those of o and down write `residual`, and those of gate_up the input of down.
+        """
+        inputs = self.inputs
+        self.residual.copy_(self.hidden)
+        for layer, (keys, values) in enumerate(self.caches):
+            parts.norm(self.residual, self._norms, inputs["qkv"])
+            parts.attend(products["qkv"][layer](), self._angles, keys, values, inputs["o"])
+            products["o"][layer]()
+            parts.norm(self.residual, self._norms, inputs["gate_up"])
+            products["gate_up"][layer]()
+            products["down"][layer]()

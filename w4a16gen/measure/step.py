@@ -14,6 +14,7 @@ from typing import Any
 from w4a16gen.errors import MissingToolError
 from w4a16gen.kernels.config import QuantMode
 from w4a16gen.kernels.device import Device
+from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.measure.compare import attempt
 from w4a16gen.measure.decoder import Decoder, Parts, Step
 from w4a16gen.measure.kernel_kinds import Shares, shares_of
@@ -32,6 +33,8 @@ OWN, OWN_DEPENDENT = "w4a16gen", "w4a16gen_dependent"
 """This package's products with ordinary and with dependent launches."""
 OWN_PDL, OWN_DEPENDENT_PDL = "w4a16gen_pdl", "w4a16gen_dependent_pdl"
 """The same between parts that take part in dependent launches (Inductor's `triton.enable_pdl`)."""
+OWN_FUSED, OWN_FUSED_DEPENDENT_PDL = "w4a16gen_fused", "w4a16gen_fused_dependent_pdl"
+"""Products that compute SwiGLU and add to the residual themselves."""
 LARGEST_DIFFERENCE = 0.1
 """Of the last hidden state from that of the dense FP16 model, as Euclidean norms. Each product rounds, and every layer
 adds to it; a wrong layer differs by 1."""
@@ -41,8 +44,8 @@ layers leaves fp16."""
 LONG_STEP = 20e3
 """Microseconds. A longer step is at the power limit, and is timed in blocks."""
 READS = 20
-Prepare = Callable[[Any, TorchWeight, int], Sequence[Product]]
-"""Takes activations [m, k], a weight and a number of copies."""
+Prepare = Callable[..., Sequence[Product]]
+"""Takes activations [m, k], a weight and a number of copies; of fused entrants also `out` and an epilogue."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,20 @@ class Entrant:
     """What to install for it."""
     parts_take_part: bool = False
     """Whether the parts between products are compiled to take part in dependent launches."""
+    is_fused: bool = False
+    """Whether products compute SwiGLU and residual sums."""
+
+    def products(self, decoder: Decoder, weights: Mapping[str, TorchWeight]) -> dict[str, Sequence[Product]]:
+        """Return the products of all layers by name."""
+        into: Mapping[str, Any] = {}
+        if self.is_fused:
+            residual = {"out": decoder.residual, "residual": decoder.residual}
+            gated = {"out": decoder.inputs["down"], "activation": Activation.SWIGLU}
+            into = {"o": residual, "down": residual, "gate_up": gated}
+        return {
+            name: self.prepare(decoder.inputs[name], weight, decoder.step.depth, **into.get(name, {}))
+            for name, weight in weights.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -92,7 +109,7 @@ class StepBench:
     @property
     def wrong(self) -> Mapping[str, str]:
         """This package's entrants that were left out for a wrong result or a failure, with the reason."""
-        return {name: self.left_out[name] for name in (OWN, OWN_DEPENDENT) if name in self.left_out}
+        return {name: self.left_out[name] for name in (OWN, OWN_DEPENDENT, OWN_FUSED) if name in self.left_out}
 
     def timing(self, name: str) -> StepTiming | None:
         """Return the timing of an entrant, or None."""
@@ -140,6 +157,7 @@ class Machine:
 
 def gpu_machine(torch: Any, index: int) -> Machine:
     """Return a GPU, on which steps are CUDA graphs."""
+    torch.compiler.reset()  # torch refuses to compile one function for more than a few shapes
     return Machine(
         torch,
         torch.device("cuda", index),
@@ -221,6 +239,8 @@ def entrants_of(library: Library, rivals: Sequence[Rival]) -> list[Entrant]:
         Entrant(OWN_DEPENDENT, dependent),
         Entrant(OWN_PDL, own.prepare, parts_take_part=True),
         Entrant(OWN_DEPENDENT_PDL, dependent, parts_take_part=True),
+        Entrant(OWN_FUSED, own.prepare, is_fused=True),
+        Entrant(OWN_FUSED_DEPENDENT_PDL, dependent, parts_take_part=True, is_fused=True),
         *(Entrant(rival.name, rival.prepare, rival.dtype, rival.package) for rival in rivals),
     ]
 
@@ -231,23 +251,47 @@ class OwnProducts:
     def __init__(self, library: Library) -> None:
         """Multiply with the kernels of a build."""
         self._library = library
-        self._copies: dict[int, list[PackedWeight]] = {}
+        self._copies: dict[tuple[int, bool], list[PackedWeight]] = {}
 
-    def prepare(self, a: Any, weight: TorchWeight, copies: int, *, dependent: bool = False) -> Sequence[Product]:
-        """Multiply by copies of the packed weight; `a` is fp16 [m, k] on the weight's device."""
-        if id(weight) not in self._copies:
-            packed = weight.packed(self._library)
-            self._copies[id(weight)] = [packed, *(replace(packed, data=packed.data.clone()) for _ in range(1, copies))]
-        out = weight.torch.empty((a.shape[0], weight.n), dtype=a.dtype, device=a.device)
+    def prepare(
+        self,
+        a: Any,
+        weight: TorchWeight,
+        copies: int,
+        *,
+        dependent: bool = False,
+        out: Any = None,
+        activation: Activation = Activation.NONE,
+        residual: Any = None,
+    ) -> Sequence[Product]:
+        """Multiply by copies of the packed weight.
+
+        Args:
+            a: activations, fp16 [m, k] on the weight's device.
+            weight: the weight.
+            copies: how many products.
+            dependent: whether launches are dependent ones.
+            out: where they write; None allocates one tensor for all.
+            activation: the activation.
+            residual: what they add, possibly `out` itself.
+        """
+        key = id(weight), activation.is_gated
+        if key not in self._copies:
+            packed = weight.packed(self._library, gated=activation.is_gated)
+            self._copies[key] = [packed, *(replace(packed, data=packed.data.clone()) for _ in range(1, copies))]
+        if out is None:
+            out = weight.torch.empty((a.shape[0], weight.n), dtype=a.dtype, device=a.device)
 
         def product(copy: PackedWeight) -> Product:
             def multiply() -> Any:
-                self._library.gemm(a, copy, out=out, dependent_launch=dependent)
+                self._library.gemm(
+                    a, copy, out=out, dependent_launch=dependent, activation=activation, residual=residual
+                )
                 return out
 
             return multiply
 
-        return [product(copy) for copy in self._copies[id(weight)]]
+        return [product(copy) for copy in self._copies[key]]
 
 
 class _Stage:
@@ -256,6 +300,7 @@ class _Stage:
     def __init__(self, machine: Machine, step: Step, weights: Mapping[str, TorchWeight]) -> None:
         self._machine, self._step, self._weights = machine, step, weights
         self._decoders: dict[str, Decoder] = {}
+        self._parts: dict[tuple[str, bool], Parts] = {}
         self._expected: Any = None
         self.differences: dict[str, float] = {}
 
@@ -266,9 +311,14 @@ class _Stage:
             dtype = getattr(machine.torch, entrant.dtype)
             self._decoders[entrant.dtype] = Decoder(machine.torch, step, dtype, machine.device)
         decoder = self._decoders[entrant.dtype]
-        parts = Parts(machine.torch, step, partial(machine.compiled, takes_part=entrant.parts_take_part))
-        products = {name: entrant.prepare(decoder.inputs[name], weights[name], step.depth) for name in weights}
-        contender = machine.record(partial(decoder.run, parts, products))
+        key = entrant.dtype, entrant.parts_take_part
+        if key not in self._parts:
+            compiled = partial(machine.compiled, takes_part=entrant.parts_take_part)
+            self._parts[key] = Parts(machine.torch, step, compiled)
+        parts = self._parts[key]
+        products = entrant.products(decoder, weights)
+        run = decoder.run_fused if entrant.is_fused else decoder.run
+        contender = machine.record(partial(run, parts, products))
         contender.kept = (parts, products, contender.kept)
         decoder.residual.zero_()
         contender.timed_replay()  # which waits

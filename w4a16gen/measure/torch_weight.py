@@ -84,10 +84,10 @@ class TorchWeight:
         """Values of K that share a scale."""
         return self.k // int(self.scales.shape[0])
 
-    def packed(self, library: Library) -> PackedWeight:
-        """Return the weight packed for the native kernels, on its GPU."""
+    def packed(self, library: Library, *, gated: bool = False) -> PackedWeight:
+        """Return the weight packed for the native kernels, on its GPU, and perhaps for gated activations."""
         scales = self.scales if self.mode.is_grouped else self.scales[0]
-        return library.pack(self.q, scales, self.zeros, group_size=self.group_size)
+        return library.pack(self.q, scales, self.zeros, group_size=self.group_size, gated=gated)
 
     def channels(self, index: npt.NDArray[np.intp]) -> QuantizedWeight:
         """Return the weight of some output channels, on the host."""

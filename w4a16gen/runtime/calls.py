@@ -12,15 +12,14 @@ import numpy as np
 
 from w4a16gen.choose.overrides import is_in_block
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.kernels.config import KernelConfig, Target
+from w4a16gen.kernels.config import Epilogue, KernelConfig
+from w4a16gen.kernels.epilogue import Activation, CallEpilogue, activation_numbers, check_epilogue, why_not_by
 from w4a16gen.kernels.problem import Problem
 from w4a16gen.runtime.arrays import DeviceArray
 from w4a16gen.runtime.bindings import Bindings
-from w4a16gen.weights.packed import TARGET_LAYOUTS, PackedWeight
+from w4a16gen.weights.packed import LAYOUT_TARGETS, TARGET_LAYOUTS, PackedWeight, checked_flag
 from w4a16gen.weights.quantized import QuantizedWeight
 
-LAYOUT_TARGETS: dict[str, Target] = {layout: target for target, layout in TARGET_LAYOUTS.items()}
-"""The kernel family that reads each layout."""
 _FLOAT_MAX = float(np.finfo(np.float32).max)
 
 
@@ -35,6 +34,8 @@ class GemmOptions:
     workspace: Any = None
     stream: Any = None
     dependent_launch: bool = False
+    activation: Activation | str | None = None
+    residual: Any = None
     remembered: PackedWeight | None = None
     """The weight by which later calls find this one; None is the call's own. One without data serves many weights."""
 
@@ -50,11 +51,17 @@ class GemmOptions:
             InvalidValueError: if one of them is not what it must be.
         """
         kernel = None if self.config is None else KernelConfig.of(self.config)
-        if not isinstance(self.dependent_launch, (bool, np.bool_)):
-            raise InvalidValueError(
-                f"dependent_launch of type {type(self.dependent_launch).__name__} must be True or False"
-            )
-        return checked_alpha(self.alpha), kernel, bool(self.dependent_launch)
+        return checked_alpha(self.alpha), kernel, checked_flag("dependent_launch", self.dependent_launch)
+
+    def epilogue(self, w: PackedWeight) -> CallEpilogue:
+        """Return the epilogue of the call, checked against the weight.
+
+        Raises:
+            InvalidValueError: if it is no epilogue, or not one for this weight.
+        """
+        call = CallEpilogue(Activation.of(self.activation), has_residual=self.residual is not None)
+        check_epilogue(call, LAYOUT_TARGETS[w.layout], gated_weight=w.gated)
+        return call
 
 
 def checked_alpha(alpha: Any) -> float:
@@ -115,8 +122,15 @@ class CallCache:
         """Return whether some call with this weight can be repeated."""
         return id(w) in self._calls
 
-    def add(self, w: PackedWeight, launch: Launch, device: int) -> None:
-        """Allow calls with this weight and as many tokens to be repeated, if the launch is of a kind that can be."""
+    def add(self, w: PackedWeight, launch: Launch, device: int, epilogue: Epilogue = Epilogue.NONE) -> None:
+        """Allow calls with a weight, as many tokens and the same need to be repeated, if the launch can be.
+
+        Args:
+            w: the weight.
+            launch: the launch that was validated.
+            device: its GPU.
+            epilogue: what such calls need.
+        """
         problem = launch.problem
         if problem.m == 0 or launch.workspace_bytes > 0 or is_in_block():
             return
@@ -127,12 +141,23 @@ class CallCache:
                 *(problem.n, problem.k, problem.group_size),
                 *(launch.packed_bytes, device),
                 w.data.buffer.pointer if isinstance(w.data, DeviceArray) else 0,  # a tensor's memory may be replaced
+                *(w.outputs, activation_numbers(gated_weight=w.gated)),
             )
             self._calls[key] = weakref.ref(w, lambda _: self._calls.pop(key, None)), calls
-        self._calls[key][1].add(problem.m, launch.kernel_index)
+        self._calls[key][1].add(problem.m, launch.kernel_index, epilogue.number)
 
     def try_fast_path(
-        self, a: Any, w: PackedWeight, bias: Any, out: Any, alpha: Any, dependent_launch: bool, *, data: Any = None
+        self,
+        a: Any,
+        w: PackedWeight,
+        bias: Any,
+        out: Any,
+        alpha: Any,
+        dependent_launch: bool,
+        activation: Any = None,
+        residual: Any = None,
+        *,
+        data: Any = None,
     ) -> Any:
         """Repeat a call that has been validated.
 
@@ -143,6 +168,8 @@ class CallCache:
             out: where to write, or None.
             alpha: factor of the product.
             dependent_launch: whether the launch is dependent.
+            activation: the name of an activation, or None.
+            residual: what to add, or None.
             data: the packed bytes if the weight has none of its own.
 
         Returns:
@@ -152,7 +179,20 @@ class CallCache:
         known = self._calls.get(id(w))
         if known is None or is_in_block():
             return None
-        return known[1].try_launch(a, w.data if data is None else data, bias, out, alpha, dependent_launch)
+        packed = w.data if data is None else data
+        return known[1].try_launch(a, packed, bias, out, alpha, dependent_launch, activation, residual)
+
+
+def check_kernel(kernel: KernelConfig, w: PackedWeight, call: CallEpilogue) -> None:
+    """Raise unless a kernel reads weights of this mode and layout, and computes the call.
+
+    Raises:
+        InvalidValueError: naming both.
+    """
+    check_weight(kernel, w)
+    reason = why_not_by(kernel.epilogue, call)
+    if reason is not None:
+        raise InvalidValueError(f"{kernel.name}: {reason}")
 
 
 def check_weight(kernel: KernelConfig, w: PackedWeight) -> None:
@@ -163,7 +203,7 @@ def check_weight(kernel: KernelConfig, w: PackedWeight) -> None:
     """
     if kernel.mode is not w.mode:
         raise InvalidValueError(f"the weight is of mode {w.mode}, but {kernel.name} is of mode {kernel.mode}")
-    if w.layout != TARGET_LAYOUTS[kernel.target]:
+    if LAYOUT_TARGETS[w.layout] is not kernel.target:
         raise InvalidValueError(
             f"the weight is packed as {w.layout}, but {kernel.name} reads {TARGET_LAYOUTS[kernel.target]}: "
             f'pack it with target="{kernel.target}"'

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.config import KernelConfig, Target
+from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.runtime.arrays import DeviceArray, is_on_gpu
 from w4a16gen.runtime.artifact import Build, load_build
 from w4a16gen.runtime.calls import GemmOptions, checked_weight
@@ -133,6 +134,7 @@ def pack(
     zero_points: Any = None,
     group_size: int | None = None,
     target: Target | str = Target.NATIVE,
+    gated: bool = False,
 ) -> PackedWeight:
     """Pack a weight that is quantised already, for the kernels of a target, on the host or on a GPU.
 
@@ -146,6 +148,8 @@ def pack(
         zero_points: integers of 0 to 15, [k / group_size, n], in place of the zeros; or None.
         group_size: values of K per scale; None takes k / rows of the scales.
         target: the kernel family that will read it, `native` or `cutlass`; on a GPU only `native`.
+        gated: whether it is for gated activations (swiglu, geglu_tanh, geglu_erf): the first half of its channels gates
+            the second, and n is a multiple of 16. Only for target `native`.
 
     Returns:
         The packed weight in the memory that q is in; `to_device` moves it from the host to a GPU.
@@ -165,10 +169,12 @@ def pack(
     """
     family = Target.parse(target)
     if not is_on_gpu(q):
-        return packing.pack(q, scales, zeros, zero_points=zero_points, group_size=group_size, target=family)
+        return packing.pack(
+            q, scales, zeros, zero_points=zero_points, group_size=group_size, target=family, gated=gated
+        )
     if family is not Target.NATIVE:
         raise InvalidValueError(f"weights for target {family} are packed on the host only: copy q there")
-    return library_in_use().pack(q, scales, zeros, zero_points=zero_points, group_size=group_size)
+    return library_in_use().pack(q, scales, zeros, zero_points=zero_points, group_size=group_size, gated=gated)
 
 
 @overload
@@ -183,6 +189,8 @@ def gemm(
     workspace: None = None,
     stream: None = None,
     dependent_launch: bool = False,
+    activation: Activation | str | None = None,
+    residual: npt.NDArray[np.float16] | None = None,
 ) -> npt.NDArray[np.float16]: ...
 
 
@@ -198,6 +206,8 @@ def gemm(
     workspace: Any = None,
     stream: Any = None,
     dependent_launch: bool = False,
+    activation: Activation | str | None = None,
+    residual: TensorT | None = None,
 ) -> TensorT: ...
 
 
@@ -213,6 +223,8 @@ def gemm(
     workspace: Any = None,
     stream: Any = None,
     dependent_launch: bool = False,
+    activation: Activation | str | None = None,
+    residual: Any = None,
 ) -> DeviceArray: ...
 
 
@@ -228,10 +240,12 @@ def gemm(
     workspace: Any = None,
     stream: Any = None,
     dependent_launch: bool = False,
+    activation: Activation | str | None = None,
+    residual: Any = None,
 ) -> OutT: ...
 
 
-def gemm(
+def gemm(  # noqa: PLR0913  (the options of one call)
     a: Any,
     w: PackedWeight,
     *,
@@ -242,8 +256,10 @@ def gemm(
     workspace: Any = None,
     stream: Any = None,
     dependent_launch: bool = False,
+    activation: Activation | str | None = None,
+    residual: Any = None,
 ) -> Any:
-    """Compute C[m, n] = alpha * A[m, k] x W[k, n] + bias.
+    """Compute C[m, n] = activation(alpha * A[m, k] x W[k, n] + bias) + residual, in fp32 up to one rounding to fp16.
 
     On arrays in GPU memory this launches a kernel of the default build and returns without waiting for it. On arrays
     in host memory, numpy's or torch's, it runs the numpy reference (float64, rounded once to fp16) behind the same
@@ -255,10 +271,15 @@ def gemm(
         bias: fp16 [n], contiguous, in the same memory, or None.
         alpha: factor of the product, one finite or infinite number that fp32 holds.
         config: the kernel, or its name; None chooses one.
-        out: fp16 [m, n] to write into, contiguous, apart from the other arrays; None allocates.
+        out: fp16 [m, n] to write into, contiguous, apart from the other arrays; None allocates. Gated activations have
+            n / 2 columns.
         workspace: uint8 array of at least `Library.workspace_bytes`; None allocates it for the call, in stream order.
         stream: a CUDA stream object or address; None is the current stream of torch or CuPy, else the default.
         dependent_launch: let the kernel start while those before it on the stream still run; see `Library.gemm`.
+        activation: silu, gelu_tanh, gelu_erf or relu2; for weights that were packed with gated=True swiglu, geglu_tanh
+            or geglu_erf; None for none. Only for weights of target native.
+        residual: fp16 of the output's shape, contiguous, in the same memory, or None. It may be `out` itself. Only for
+            weights of target native.
 
     Returns:
         `out` if it was passed. Otherwise a new array: a torch tensor for a torch tensor, a numpy array for a numpy
@@ -277,13 +298,19 @@ def gemm(
         >>> packed = w4a16gen.pack_weight(w4a16gen.quantize(np.eye(64, 256), group_size=128))
         >>> w4a16gen.gemm(np.ones((4, 256), np.float16), packed, alpha=2.0)[0, :3]
         array([2., 2., 2.], dtype=float16)
+
+        Gates and their factors in one weight, and the product of both:
+
+        >>> both = w4a16gen.pack_weight(w4a16gen.quantize(np.eye(64, 256), group_size=128), gated=True)
+        >>> w4a16gen.gemm(np.ones((4, 256), np.float16), both, activation="swiglu").shape
+        (4, 32)
     """
     library = _InUse.library
     if library is not None and config is None and workspace is None and stream is None:
-        repeated = library.calls.try_fast_path(a, w, bias, out, alpha, dependent_launch)
+        repeated = library.calls.try_fast_path(a, w, bias, out, alpha, dependent_launch, activation, residual)
         if repeated is not None:
             return repeated
-    options = GemmOptions(bias, alpha, config, out, workspace, stream, dependent_launch)
+    options = GemmOptions(bias, alpha, config, out, workspace, stream, dependent_launch, activation, residual)
     if is_on_gpu(a) or is_on_gpu(checked_weight(w).data):
         return (library or load()).launcher.run(a, w, options)
     return gemm_on_host(a, checked_weight(w), options)

@@ -17,7 +17,7 @@ from w4a16gen.runtime.arrays import (
     why_not_contiguous,
     why_overlaps,
 )
-from w4a16gen.runtime.calls import GemmOptions, check_weight
+from w4a16gen.runtime.calls import GemmOptions, check_kernel
 from w4a16gen.weights.host import host_array, is_tensor
 from w4a16gen.weights.packed import PackedWeight
 from w4a16gen.weights.reference import gemm_reference
@@ -31,28 +31,38 @@ def gemm_on_host(a: Any, w: PackedWeight, options: GemmOptions) -> Any:
         UnsupportedProblemError: if the kernel that is named cannot run the problem.
     """
     alpha, kernel, _ = options.scalars()
+    epilogue = options.epilogue(w)
     activations = _operand("activations", a)
     check_activations_shape(activations.shape, w.k)
-    shape = activations.shape[0], w.n
+    shape = activations.shape[0], epilogue.outputs(w.n)
     bias = None if options.bias is None else _operand("bias", options.bias)
+    residual = None if options.residual is None else _operand("residual", options.residual)
     out = None if options.out is None else _operand("output", options.out, written=True)
-    for name, array, wanted in (("bias", bias, (w.n,)), ("output", out, shape)):
+    for name, array, wanted in (("bias", bias, (w.n,)), ("residual", residual, shape), ("output", out, shape)):
         if array is not None and array.shape != wanted:
             raise InvalidValueError(f"{name} of shape {list(array.shape)} must be {list(wanted)}")
-    for name, array in (("activations", activations), ("bias", bias), ("output", out)):
+    for name, array in (("activations", activations), ("bias", bias), ("residual", residual), ("output", out)):
         if array is not None and not array.flags.c_contiguous:
             raise InvalidValueError(why_not_contiguous(name))
-    for name, read in (("activations", activations), ("packed weight", w.host_data()), ("bias", bias)):
+    in_place = out is not None and residual is not None and out.ctypes.data == residual.ctypes.data
+    apart = None if in_place else residual
+    for name, read in (
+        *(("activations", activations), ("packed weight", w.host_data())),
+        *(("bias", bias), ("residual", apart)),
+    ):
         if out is not None and read is not None and np.may_share_memory(out, read):
             raise InvalidValueError(why_overlaps(name))
-    problem = Problem(*shape, w.k, w.group_size)
+    problem = Problem(shape[0], w.n, w.k, w.group_size)
     if kernel is not None:
-        check_weight(kernel, w)
+        check_kernel(kernel, w, epilogue)
     reason = why_never_runs(problem) if kernel is None else why_cannot_run(kernel, problem)
     if reason is not None:
         raise UnsupportedProblemError(reason)
     with np.errstate(over="ignore", invalid="ignore"):  # beyond 65504 is infinity, as on the GPU
-        result = gemm_reference(activations, w.unpack(), alpha=alpha, bias=bias).astype(np.float16)
+        exact = gemm_reference(
+            activations, w.unpack(), alpha=alpha, bias=bias, activation=epilogue.activation, residual=residual
+        )
+        result = exact.astype(np.float16)
     if out is None:
         return _like(result, a)
     out[...] = result

@@ -11,18 +11,19 @@ from w4a16gen.choose.chooser import Choice, Chooser
 from w4a16gen.choose.overrides import kernels_in_use
 from w4a16gen.choose.timing_table import TABLE
 from w4a16gen.errors import InvalidValueError, NoHopperGpuError, NotBuiltError
-from w4a16gen.kernels.config import KernelConfig, QuantMode, Target
+from w4a16gen.kernels.config import Epilogue, KernelConfig, QuantMode, Target
 from w4a16gen.kernels.device import Device
+from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.kernels.integers import integer
 from w4a16gen.kernels.problem import Problem
 from w4a16gen.runtime.arrays import DeviceArray, is_on_gpu, upload
 from w4a16gen.runtime.artifact import Build
 from w4a16gen.runtime.bindings import Bindings, KernelInfo, numbers_of
-from w4a16gen.runtime.calls import LAYOUT_TARGETS, CallCache, GemmOptions, Launch, check_weight, checked_weight
+from w4a16gen.runtime.calls import CallCache, GemmOptions, Launch, check_weight, checked_weight
 from w4a16gen.runtime.devices import first_hopper, why_no_device
 from w4a16gen.runtime.launcher import Launcher
 from w4a16gen.runtime.packing import GpuPacker
-from w4a16gen.weights.packed import PackedWeight
+from w4a16gen.weights.packed import LAYOUT_TARGETS, PackedWeight
 from w4a16gen.weights.quantized import QuantizedWeight
 
 _MAX_SM_COUNT = 1 << 16
@@ -158,6 +159,7 @@ class Library:
         *,
         target: Target | str | None = None,
         device: int | None = None,
+        epilogue: Epilogue | str = Epilogue.NONE,
     ) -> Choice:
         """Return the kernel that a call of `gemm` gets if it names none, and why.
 
@@ -166,15 +168,31 @@ class Library:
             mode: the weight's quantisation mode.
             target: the kernel family that reads the weight; None allows all that are built.
             device: the CUDA device number; None takes the first Hopper GPU, or none on a machine without one.
+            epilogue: what the call needs: none, elementwise (an activation or a residual) or gated.
 
         Raises:
             InvalidValueError: if an argument is of another type.
-            NotBuiltError: if a kernel that `use_kernels` or W4A16GEN_KERNELS names is not built.
+            NotBuiltError: if a kernel that `use_kernels` or W4A16GEN_KERNELS names is not built, or none with the
+                epilogue.
             UnsupportedProblemError: if none can run the problem.
         """
         numbers_of(problem)
         family = None if target is None else Target.parse(target)
-        return self.chooser.choose(problem, QuantMode.parse(mode), target=family, device=self._device(device))
+        return self.chooser.choose(
+            problem,
+            QuantMode.parse(mode),
+            target=family,
+            device=self._device(device),
+            epilogue=Epilogue.parse(epilogue),
+        )
+
+    def has_epilogue(self, mode: QuantMode | str, epilogue: Epilogue | str) -> bool:
+        """Return whether the build has kernels of a mode with an epilogue.
+
+        Raises:
+            InvalidValueError: if it is no mode, or no epilogue.
+        """
+        return self.chooser.has(QuantMode.parse(mode), Epilogue.parse(epilogue))
 
     def _device(self, index: int | None) -> Device | None:
         devices = self.devices()
@@ -216,6 +234,7 @@ class Library:
         zero_points: Any = None,
         group_size: int | None = None,
         stream: Any = None,
+        gated: bool = False,
     ) -> PackedWeight:
         """Pack a canonical weight that is on a GPU for the native kernels, there; return when it is done.
 
@@ -226,6 +245,7 @@ class Library:
             zero_points: integers of 0 to 15, [k / group_size, n], in place of the zeros; or None.
             group_size: values of K per scale; None takes k / rows of the scales.
             stream: a CUDA stream object or address; None is the current stream of torch or CuPy, else the default.
+            gated: whether it is for gated activations; see `w4a16gen.pack`.
 
         Returns:
             The packed weight, on the same GPU.
@@ -236,9 +256,9 @@ class Library:
             UnsupportedProblemError: if n, k or the group size are none that a kernel can run.
             NotBuiltError: if the build holds no native kernel of the mode.
         """
-        return self.packer.pack(q, scales, zeros, zero_points, group_size, stream)
+        return self.packer.pack(q, scales, zeros, zero_points, group_size, stream, gated=gated)
 
-    def gemm(
+    def gemm(  # noqa: PLR0913  (the options of one call)
         self,
         a: Any,
         w: PackedWeight,
@@ -250,8 +270,10 @@ class Library:
         workspace: Any = None,
         stream: Any = None,
         dependent_launch: bool = False,
+        activation: Activation | str | None = None,
+        residual: Any = None,
     ) -> Any:
-        """Launch C[m, n] = alpha * A[m, k] x W[k, n] + bias on a GPU; return without waiting for it.
+        """Launch C[m, n] = activation(alpha * A[m, k] x W[k, n] + bias) + residual on a GPU; do not wait for it.
 
         Args:
             a: fp16 [m, k], contiguous, on a Hopper GPU: any array with `__cuda_array_interface__` or `__dlpack__`.
@@ -260,12 +282,17 @@ class Library:
             alpha: factor of the product, fp32.
             config: the kernel, or its name; None chooses one.
             out: fp16 [m, n] to write into; None allocates (a torch tensor for a torch tensor, else a DeviceArray).
+                Gated activations have n / 2 columns.
             workspace: uint8 array of at least `workspace_bytes`; None allocates it for the call, in stream order.
             stream: a CUDA stream object or address; None is the current stream of torch or CuPy, else the default.
             dependent_launch: let the kernel start and fetch weights while those before it on the stream still run
                 (programmatic dependent launch). It waits for them before it reads anything else. Of dependent launches
                 that follow one another, each may begin before the kernel that came before all of them has ended: what
                 writes the weights must come before that one. Target `cutlass` does not use it.
+            activation: the name of an Activation, or None. It needs a kernel with an epilogue, as
+                `w4a16gen build --epilogue none --epilogue elementwise --epilogue gated` builds.
+            residual: fp16 of the output's shape on the same GPU, possibly `out` itself, or None. It needs a kernel with
+                an epilogue too.
 
         Returns:
             `out`.
@@ -273,14 +300,16 @@ class Library:
         Raises:
             InvalidValueError: if an array's dtype, shape, layout, alignment or device is off, or the workspace short.
             UnsupportedProblemError: if the kernel, or every kernel, cannot run the problem.
+            NotBuiltError: if no kernel that is built has the epilogue of the call.
             NoHopperGpuError: if the arrays are on another kind of GPU.
             CudaError: if the launch fails.
         """
         if config is None and workspace is None and stream is None:
-            repeated = self.calls.try_fast_path(a, w, bias, out, alpha, dependent_launch)
+            repeated = self.calls.try_fast_path(a, w, bias, out, alpha, dependent_launch, activation, residual)
             if repeated is not None:
                 return repeated
-        return self.launcher.run(a, w, GemmOptions(bias, alpha, config, out, workspace, stream, dependent_launch))
+        options = GemmOptions(bias, alpha, config, out, workspace, stream, dependent_launch, activation, residual)
+        return self.launcher.run(a, w, options)
 
     def _plan_launch(
         self,
@@ -289,15 +318,22 @@ class Library:
         config: KernelConfig | None,
         overrides: tuple[KernelConfig, ...],
         device: int,
+        epilogue: Epilogue,
     ) -> Launch:
         problem = Problem(m, w.n, w.k, w.group_size)
-        kernel = self._kernel_for(w, problem, config, overrides, device)
+        kernel = self._kernel_for(w, problem, config, overrides, device, epilogue)
         why = self.why_cannot_run(kernel, problem)
         workspace = 0 if why is not None else self.workspace_bytes(kernel, problem, device=device)
         return Launch(kernel, self.index_of(kernel), problem, w.nbytes, workspace)
 
     def kernel_for(
-        self, w: PackedWeight, problem: Problem, config: KernelConfig | str | None = None, *, device: int = 0
+        self,
+        w: PackedWeight,
+        problem: Problem,
+        config: KernelConfig | str | None = None,
+        *,
+        device: int = 0,
+        epilogue: Epilogue | str | None = None,
     ) -> KernelConfig:
         """Return the kernel that `gemm` launches: the one named, or the one that `choose` returns.
 
@@ -306,6 +342,7 @@ class Library:
             problem: the problem.
             config: the kernel, or its name; None chooses one.
             device: the CUDA device number.
+            epilogue: what the call needs; None is gated for a weight that was packed with gated=True, else none.
 
         Raises:
             InvalidValueError: if the kernel that is named reads other weights, or the name is no kernel's.
@@ -314,7 +351,9 @@ class Library:
         """
         numbers_of(problem)
         named = None if config is None else KernelConfig.of(config)
-        return self._kernel_for(checked_weight(w), problem, named, kernels_in_use() if named is None else (), device)
+        of_weight = Epilogue.GATED if checked_weight(w).gated else Epilogue.NONE
+        needed = of_weight if epilogue is None else Epilogue.parse(epilogue)
+        return self._kernel_for(w, problem, named, kernels_in_use() if named is None else (), device, needed)
 
     def _kernel_for(
         self,
@@ -323,12 +362,14 @@ class Library:
         config: KernelConfig | None,
         overrides: tuple[KernelConfig, ...],
         device: int,
+        epilogue: Epilogue,
     ) -> KernelConfig:
         if config is None:
-            target = LAYOUT_TARGETS[w.layout]
-            return self.chooser.choose(
-                problem, w.mode, target=target, device=self._device(device), overrides=overrides
-            ).kernel
+            target, gpu = LAYOUT_TARGETS[w.layout], self._device(device)
+            choice = self.chooser.choose(
+                problem, w.mode, target=target, device=gpu, overrides=overrides, epilogue=epilogue
+            )
+            return choice.kernel
         self.index_of(config)
         check_weight(config, w)
         return config

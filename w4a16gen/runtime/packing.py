@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from w4a16gen.runtime.arrays import ArrayView, DeviceArray, check, view
 from w4a16gen.runtime.bindings import Bindings, numbers_of
 from w4a16gen.runtime.streams import empty_like_library, stream_pointer
 from w4a16gen.weights.layouts.fragments import TOO_WIDE_RANGE
-from w4a16gen.weights.packed import TARGET_LAYOUTS, PackedWeight, given_zeros
+from w4a16gen.weights.packed import PackedWeight, checked_flag, given_zeros, layout_for
 from w4a16gen.weights.quantized import MAX_Q, check_factors, mode_and_group_size, why_not_half
 
 
@@ -32,7 +33,15 @@ class GpuPacker:
         return self._bindings.module
 
     def pack(
-        self, q: Any, scales: Any, zeros: Any, zero_points: Any, group_size: int | None, stream: Any
+        self,
+        q: Any,
+        scales: Any,
+        zeros: Any,
+        zero_points: Any,
+        group_size: int | None,
+        stream: Any,
+        *,
+        gated: bool = False,
     ) -> PackedWeight:
         """Pack for the native kernels; return when it is done. See `Library.pack`.
 
@@ -60,13 +69,15 @@ class GpuPacker:
         )
         mode, size = mode_and_group_size(n, k, factors.shape, group_size, zeros=host_zeros is not None)
         check_factors(host_scales, host_zeros, n=n, groups=k // size, mode=mode)
+        weight = PackedWeight(None, layout_for(Target.NATIVE, gated=checked_flag("gated", gated)), n, k, size, mode)
         if points is not None:
             owner = DeviceArray.from_host(self._module, host_zeros, device)
             added = view("zeros", owner, self._module)
-        data = self._launch(values, factors, added, Problem(0, n, k, size), mode, q, address)
-        return PackedWeight(data, TARGET_LAYOUTS[Target.NATIVE], n, k, size, mode)
+        return self._launch(values, factors, added, weight, q, address)
 
-    def pack_checked(self, q: Any, scales: Any, zeros: Any, group_size: int, mode: QuantMode) -> PackedWeight:
+    def pack_checked(
+        self, q: Any, scales: Any, zeros: Any, group_size: int, mode: QuantMode, *, gated: bool = False
+    ) -> PackedWeight:
         """Pack for the native kernels, on the current stream, without reading scales and zeros back to the host.
 
         The caller has made sure that the factors are finite. The kernel checks q and the range of the factors.
@@ -77,6 +88,7 @@ class GpuPacker:
             zeros: fp16 [k / group_size, n], or None.
             group_size: values of K per scale.
             mode: the quantisation mode.
+            gated: whether it is for gated activations.
 
         Raises:
             InvalidValueError: if an array does not fit, a value of q is above 15, or a channel's factors span too wide
@@ -94,8 +106,8 @@ class GpuPacker:
             if part is not None:
                 check(name, part, dtype="<f2", shape=shape, device=values.device)
         address = stream_pointer(None, q)
-        data = self._launch(values, factors, added, Problem(0, n, k, group_size), mode, q, address)
-        return PackedWeight(data, TARGET_LAYOUTS[Target.NATIVE], n, k, group_size, mode)
+        weight = PackedWeight(None, layout_for(Target.NATIVE, gated=gated), n, k, group_size, mode)
+        return self._launch(values, factors, added, weight, q, address)
 
     def _download(self, name: str, array: ArrayView, device: int, stream: int) -> npt.NDArray[Any]:
         """Copy an array to the host, after the work of a stream."""
@@ -114,17 +126,17 @@ class GpuPacker:
         q: ArrayView,
         scales: ArrayView,
         zeros: ArrayView | None,
-        problem: Problem,
-        mode: QuantMode,
+        weight: PackedWeight,
         like: Any,
         stream: int,
-    ) -> Any:
-        """Launch the packing kernel, wait for it, and return the packed bytes.
+    ) -> PackedWeight:
+        """Launch the packing kernel, wait for it, and return the weight with its packed bytes.
 
         Raises:
             InvalidValueError: if the kernel found values that cannot be packed.
         """
-        index = self._native_kernel(mode)
+        index = self._native_kernel(weight.mode)
+        problem = Problem(0, weight.n, weight.k, weight.group_size)
         device = q.device or 0
         count = self._bindings.packed_bytes(index, problem)
         data = empty_like_library(like, self._module, (count,), "|u1", device, stream=stream)
@@ -134,7 +146,7 @@ class GpuPacker:
             index,
             *numbers_of(problem)[1:],
             *(q.pointer, scales.pointer, 0 if zeros is None else zeros.pointer),
-            *(target.pointer, target.nbytes, faults.buffer.pointer, stream, device),
+            *(target.pointer, target.nbytes, faults.buffer.pointer, stream, weight.gated, device),
         )
         self._bindings.result_of(outcome)
         found = int(faults.to_host()[0])
@@ -144,7 +156,7 @@ class GpuPacker:
             raise InvalidValueError(f"q holds values above {MAX_Q}; it must hold 0 to {MAX_Q}")
         if found & self._module.FAULT_RANGE:
             raise InvalidValueError(f"scales or zeros {TOO_WIDE_RANGE}")
-        return data
+        return replace(weight, data=data)
 
     def _native_kernel(self, mode: QuantMode) -> int:
         """Return the number of a native kernel of a mode: all read the same layout."""

@@ -10,11 +10,13 @@ import numpy.typing as npt
 
 from w4a16gen.errors import W4A16Error
 from w4a16gen.kernels.config import KernelConfig
+from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.kernels.problem import Problem
 from w4a16gen.runtime.arrays import DeviceArray
 from w4a16gen.runtime.library import Library
 from w4a16gen.weights.packed import PackedWeight
 from w4a16gen.weights.quantized import Half
+from w4a16gen.weights.reference import PLAIN, Extra
 
 CANARY = 0xA5
 GUARD_BYTES = 4096
@@ -30,11 +32,18 @@ class Launch:
     bias: Half | None
     in_graph: bool
     dependent: bool
+    extra: Extra = PLAIN
+    """The activation, and a residual of at least m rows."""
+    in_place: bool = False
+    """Whether the output holds the residual. A graph is then replayed once, since a second time would add to the first
+    result."""
 
     def __str__(self) -> str:
+        residual = "" if self.extra.residual is None else " residual in place" if self.in_place else " residual"
+        epilogue = "" if self.extra.activation is Activation.NONE else f" {self.extra.activation}"
         return (
             f"m={self.m} alpha={self.alpha} bias={self.bias is not None} graph={self.in_graph} "
-            f"dependent launch={self.dependent}"
+            f"dependent launch={self.dependent}{epilogue}{residual}"
         )
 
 
@@ -66,8 +75,11 @@ class GuardedGpu:
         """
         m = asked.m
         problem = Problem(m, weight.n, weight.k, weight.group_size)
-        poison = np.full(m * weight.n, POISON, np.float16).view(np.uint8)
-        output = self.guarded(poison.nbytes, poison)
+        residual = None if asked.extra.residual is None else asked.extra.residual[:m]
+        held = residual if asked.in_place and residual is not None else np.full((m, weight.outputs), POISON, np.float16)
+        output = self.guarded(held.nbytes, np.ascontiguousarray(held).reshape(-1).view(np.uint8))
+        out = _Window(output, (m, weight.outputs), "<f2", GUARD_BYTES)
+        added = out if asked.in_place else None if residual is None else self.upload(residual)
         needed = self.library.workspace_bytes(config, problem, device=self.device)
         workspace = self.guarded(needed)
         bias = None if asked.bias is None else self.upload(asked.bias)
@@ -79,10 +91,12 @@ class GuardedGpu:
                 bias=bias,
                 alpha=asked.alpha,
                 config=config,
-                out=_Window(output, (m, weight.n), "<f2", GUARD_BYTES),
+                out=out,
                 workspace=_Window(workspace, (needed,), "|u1", GUARD_BYTES),
                 stream=self.stream,
                 dependent_launch=asked.dependent,
+                activation=asked.extra.activation,
+                residual=added,
             )
 
         if asked.in_graph:
@@ -91,8 +105,8 @@ class GuardedGpu:
                 launch()
             finally:
                 self.stream.end_capture()  # also after a refusal: a stream left in capture fails every later launch
-            self.stream.replay()
-            self.stream.replay()
+            for _ in range(1 if asked.in_place else 2):
+                self.stream.replay()
         else:
             launch()
         self.stream.synchronize()
@@ -100,7 +114,7 @@ class GuardedGpu:
             host = buffer.to_host()
             if (host[:GUARD_BYTES] != CANARY).any() or (host[-GUARD_BYTES:] != CANARY).any():
                 raise W4A16Error(f"wrote beyond the {what}")
-        result: Half = output.to_host()[GUARD_BYTES:-GUARD_BYTES].view(np.float16).reshape(m, weight.n)
+        result: Half = output.to_host()[GUARD_BYTES:-GUARD_BYTES].view(np.float16).reshape(m, weight.outputs)
         return result
 
 

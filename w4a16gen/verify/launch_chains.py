@@ -18,7 +18,7 @@ from w4a16gen.kernels.problem import Problem, why_cannot_run
 from w4a16gen.progress import Progress, no_progress
 from w4a16gen.runtime.library import Library
 from w4a16gen.verify.guards import POISON, GuardedGpu
-from w4a16gen.verify.numeric import NumericProof, library_weight
+from w4a16gen.verify.numeric import NumericProof, computes_products, library_weight
 from w4a16gen.weights.packed import PackedWeight
 from w4a16gen.weights.quantized import QuantizedWeight, canonical
 
@@ -114,7 +114,7 @@ def prove_chains(
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> None:
-    """Run chains of every kernel on a Hopper GPU and add the outcomes to the kernels' proofs.
+    """Run chains of every kernel that computes plain products, and add the outcomes to the kernels' proofs.
 
     Args:
         library: the loaded build.
@@ -127,7 +127,7 @@ def prove_chains(
     """
     gpu = GuardedGpu(library, device)
     sharing: dict[tuple[QuantMode, int], list[KernelConfig]] = {}
-    for config in proofs:
+    for config in filter(computes_products, proofs):
         sharing.setdefault((config.mode, channels_for(config, sm_count)), []).append(config)
     for done, ((mode, n), configs) in enumerate(sorted(sharing.items()), 1):
         chain = draw_chain(np.random.default_rng((seed, done)), n, k, mode)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from w4a16gen.errors import W4A16Error
-from w4a16gen.kernels.config import KernelConfig, QuantMode
+from w4a16gen.kernels.config import Epilogue, KernelConfig, QuantMode
 from w4a16gen.kernels.problem import Problem, why_cannot_run
 from w4a16gen.progress import Progress, no_progress
 from w4a16gen.runtime.arrays import DeviceArray
@@ -108,13 +108,14 @@ _SAMPLE_KINDS = ("smallest", "ragged_k", "scales")
 
 
 def sample(configs: Iterable[KernelConfig]) -> list[KernelConfig]:
-    """Return one kernel per target, mode, CTA shape, schedule and scheduler: the one with the largest cluster.
+    """Return one kernel per target, mode, CTA shape, schedule, scheduler and epilogue: that of the largest cluster.
 
     The schedule decides how many CTAs share an SM and which warps divide K, so each schedule needs its own sample.
     """
     chosen: dict[tuple[object, ...], KernelConfig] = {}
     for config in sorted(configs, key=lambda config: config.cluster):
-        chosen[config.target, config.mode, config.cta, config.schedule, config.scheduler] = config
+        kind = config.target, config.mode, config.cta, config.schedule, config.scheduler, config.epilogue
+        chosen[kind] = config
     return sorted(chosen.values())
 
 
@@ -127,6 +128,8 @@ def prove(
     progress: Progress = no_progress,
 ) -> list[NumericProof]:
     """Run every built kernel through every case of its mode on a Hopper GPU.
+
+    All cases are plain products, which gated kernels do not compute: these get an empty proof, see `epilogues`.
 
     Args:
         library: the loaded build.
@@ -141,7 +144,8 @@ def prove(
     gpu = GuardedGpu(library, device)
     chosen = sample(library.configs()) if sampled else library.configs()
     proofs = {config: NumericProof(config.name) for config in chosen}
-    modes = sorted({config.mode for config in proofs})
+    plain = {config: proof for config, proof in proofs.items() if computes_products(config)}
+    modes = sorted({config.mode for config in plain})
     todo = [
         (mode, case)
         for mode in modes
@@ -149,10 +153,15 @@ def prove(
         if not sampled or case.kind in _SAMPLE_KINDS
     ]
     for done, (mode, case) in enumerate(todo, 1):
-        of_mode = [(config, proof) for config, proof in proofs.items() if config.mode is mode]
+        of_mode = [(config, proof) for config, proof in plain.items() if config.mode is mode]
         _prove_case(gpu, case, of_mode, np.random.default_rng((seed, done)))
         progress(done, len(todo), f"{mode} {case}")
     return list(proofs.values())
+
+
+def computes_products(config: KernelConfig) -> bool:
+    """Return whether a kernel computes plain products."""
+    return config.epilogue is not Epilogue.GATED
 
 
 def _prove_case(
@@ -207,14 +216,16 @@ def launched(
 
 def judge(proof: NumericProof, kind: str, label: str, got: Half, expected: Expectation, launch: Launch) -> None:
     """Compare a result with float64 and record the outcome."""
-    ratio = error_over_bound(got, expected, launch.alpha, launch.bias)
+    ratio = error_over_bound(got, expected, launch.alpha, launch.bias, launch.extra)
     proof.worst_error_over_bound = max(proof.worst_error_over_bound, ratio)
     proof.record(kind, label, f"error is {ratio:.3g} times the bound" if ratio > 1 else None)
 
 
-def library_weight(gpu: GuardedGpu, weight: QuantizedWeight, config: KernelConfig) -> PackedWeight:
-    """Pack a weight for a kernel's target and move it to the GPU."""
-    moved: PackedWeight = gpu.library.to_device(pack_weight(weight, target=config.target), gpu.device)
+def library_weight(
+    gpu: GuardedGpu, weight: QuantizedWeight, config: KernelConfig, *, gated: bool = False
+) -> PackedWeight:
+    """Pack a weight for a kernel's target, and perhaps for gated activations, and move it to the GPU."""
+    moved: PackedWeight = gpu.library.to_device(pack_weight(weight, target=config.target, gated=gated), gpu.device)
     return moved
 
 

@@ -6,15 +6,16 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from w4a16gen.kernels.config import KernelConfig, QuantMode
+from w4a16gen.kernels.config import Epilogue, KernelConfig, QuantMode
+from w4a16gen.kernels.epilogue import Activation, CallEpilogue, why_not_by, why_not_gated
 from w4a16gen.kernels.problem import Problem, why_cannot_run
 from w4a16gen.progress import Progress, no_progress
 from w4a16gen.runtime.library import Library
 from w4a16gen.verify.guards import GuardedGpu, Launch
 from w4a16gen.verify.numeric import NumericProof, judge, launched, library_weight
 from w4a16gen.weights.packed import PackedWeight
-from w4a16gen.weights.quantized import QuantizedWeight
-from w4a16gen.weights.reference import Expectation, random_weight
+from w4a16gen.weights.quantized import Half, QuantizedWeight
+from w4a16gen.weights.reference import Expectation, Extra, random_weight
 
 KIND = "random problem"
 LAUNCHES_PER_WEIGHT = 24
@@ -54,7 +55,8 @@ class _Deck:
             if not self._left:
                 self._left = [self._configs[index] for index in self._rng.permutation(len(self._configs))]
             config = self._left.pop()
-            if why_cannot_run(config, Problem(1, weight.n, weight.k, weight.group_size)) is None:
+            fits = config.epilogue is not Epilogue.GATED or why_not_gated(weight.n) is None
+            if fits and why_cannot_run(config, Problem(1, weight.n, weight.k, weight.group_size)) is None:
                 return config
         return None
 
@@ -70,8 +72,9 @@ def prove_random(
 ) -> None:
     """Run random problems on a Hopper GPU and add the outcomes to the kernels' proofs.
 
-    Shape, group size, m, alpha, bias, scales, kernel, graph and dependent launch are random. Results are judged like
-    those of the fixed cases: against float64, on poisoned outputs between guards.
+    Shape, group size, m, alpha, bias, scales, kernel, graph and dependent launch are random, and of kernels with an
+    epilogue the activation and whether there is a residual. Results are judged like those of the fixed cases: against
+    float64, on poisoned outputs between guards.
 
     Args:
         library: the loaded build.
@@ -108,14 +111,16 @@ def _run_weight(
     bias = rng.standard_normal(weight.n).astype(np.float16)
     on_gpu = gpu.upload(a)
     expected = Expectation(a, weight)
+    added = rng.standard_normal((most, weight.n)).astype(np.float16)
     packed: dict[object, PackedWeight] = {}
     what = f"{KIND} n={weight.n} k={weight.k} group={weight.group_size}"
     for turn in range(launches):
         config = deck.deal(weight)
         if config is None:
             return turn
-        if config.target not in packed:
-            packed[config.target] = library_weight(gpu, weight, config)
+        layout = config.target, config.epilogue is Epilogue.GATED
+        if layout not in packed:
+            packed[layout] = library_weight(gpu, weight, config, gated=layout[1])
         with_bias, in_graph, dependent = (bool(flag) for flag in rng.integers(0, 2, 3))
         launch = Launch(
             m=int(rng.integers(1, most + 1)),
@@ -123,8 +128,22 @@ def _run_weight(
             bias=bias if with_bias else None,
             in_graph=in_graph,
             dependent=dependent,
+            extra=_draw_extra(rng, config, added),
         )
-        got = launched(gpu, proofs[config], config, on_gpu, packed[config.target], launch, what)
+        got = launched(gpu, proofs[config], config, on_gpu, packed[layout], launch, what)
         if got is not None:
             judge(proofs[config], KIND, f"{what} {launch}", got, expected, launch)
     return launches
+
+
+def _draw_extra(rng: np.random.Generator, config: KernelConfig, added: Half) -> Extra:
+    """Draw an activation that a kernel computes, and whether it adds a residual; of plain kernels neither."""
+    able = [
+        (activation, has_residual)
+        for activation in Activation
+        for has_residual in (False, True)
+        if why_not_by(config.epilogue, CallEpilogue(activation, has_residual=has_residual)) is None
+    ]
+    activation, has_residual = able[int(rng.integers(len(able)))]
+    columns = CallEpilogue(activation).outputs(added.shape[1])
+    return Extra(activation, np.ascontiguousarray(added[:, :columns]) if has_residual else None)

@@ -11,7 +11,7 @@ from typing import Any
 from w4a16gen.kernels.config import KernelConfig
 from w4a16gen.progress import Progress, no_progress
 from w4a16gen.runtime.library import Library
-from w4a16gen.verify import launch_chains, numeric, random_problems, static
+from w4a16gen.verify import epilogues, launch_chains, numeric, random_problems, static
 
 NOT_RUN = "not run"
 CHAIN_K = 512
@@ -154,6 +154,8 @@ def _numerics(library: Library, *, sampled: bool, drawn_problems: int, progress:
     gpu = hopper[0]
     kernels = numeric.prove(library, device=gpu.index, sampled=sampled, progress=progress)
     proofs = {KernelConfig.parse(kernel.name): kernel for kernel in kernels}
+    shapes = epilogues.SHAPES[:1] if sampled else epilogues.SHAPES
+    epilogues.prove_epilogues(library, proofs, device=gpu.index, shapes=shapes, progress=progress)
     k = SAMPLED_CHAIN_K if sampled else CHAIN_K
     launch_chains.prove_chains(library, proofs, sm_count=gpu.sm_count, device=gpu.index, k=k, progress=progress)
     if drawn_problems:

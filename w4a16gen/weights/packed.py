@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.config import QuantMode, Target, shown
+from w4a16gen.kernels.epilogue import why_no_epilogue, why_not_gated
 from w4a16gen.kernels.integers import integer
 from w4a16gen.kernels.problem import NATIVE_GROUP_MULTIPLE
 from w4a16gen.weights import storage
@@ -31,7 +32,7 @@ class PackedWeight:
     Attributes:
         data: uint8 [nbytes], a numpy array or any array on a GPU.
         layout: tag of the layout of `data`; kernels of another layout refuse it.
-        n: output channels.
+        n: output channels. Gated weights have gates and factors, both counted.
         k: reduction length.
         group_size: values of K that share a scale; k itself in per-column mode.
         mode: the quantisation mode.
@@ -68,6 +69,18 @@ class PackedWeight:
                 raise InvalidValueError(f"{name} of {value} must be positive")
             object.__setattr__(self, name, value)
         check_layout_group_size(self.layout, self.k, self.group_size, self.mode)
+        if self.gated and (reason := why_not_gated(self.n)) is not None:
+            raise InvalidValueError(reason)
+
+    @property
+    def gated(self) -> bool:
+        """Whether it is packed for gated activations; see `pack`. Only calls with one of those take it then."""
+        return self.layout == GATED_LAYOUT
+
+    @property
+    def outputs(self) -> int:
+        """Columns of an output: n, or half as many of a gated weight."""
+        return self.n // 2 if self.gated else self.n
 
     @property
     def geometry(self) -> WeightGeometry:
@@ -197,10 +210,33 @@ class Layout(NamedTuple):
 LAYOUTS: dict[str, Layout] = {
     "kmajor_s4_v1": Layout(kmajor.pack, kmajor.unpack, kmajor.packed_bytes, 1),
     "fragment_blocks_v2": Layout(fragments.pack, fragments.unpack, fragments.packed_bytes, NATIVE_GROUP_MULTIPLE),
+    "fragment_blocks_v2_gated": Layout(
+        fragments.pack_gated, fragments.unpack_gated, fragments.packed_bytes, NATIVE_GROUP_MULTIPLE
+    ),
 }
 """Every layout by its tag; the tag ends in a version that changes with the bytes."""
 TARGET_LAYOUTS: dict[Target, str] = {Target.CUTLASS: "kmajor_s4_v1", Target.NATIVE: "fragment_blocks_v2"}
 """The layout that each target's kernels read."""
+GATED_LAYOUT = "fragment_blocks_v2_gated"
+"""The layout that kernels of target native read for gated activations: the same, of interleaved gates and factors."""
+LAYOUT_TARGETS: dict[str, Target] = {
+    **{layout: target for target, layout in TARGET_LAYOUTS.items()},
+    GATED_LAYOUT: Target.NATIVE,
+}
+"""The kernel family that reads each layout."""
+
+
+def layout_for(target: Target, *, gated: bool) -> str:
+    """Return the layout of weights for a target.
+
+    Raises:
+        InvalidValueError: if the target has no gated activations.
+    """
+    if not gated:
+        return TARGET_LAYOUTS[target]
+    if LAYOUT_TARGETS[GATED_LAYOUT] is not target:
+        raise InvalidValueError(why_no_epilogue(target))
+    return GATED_LAYOUT
 
 
 def check_layout_group_size(layout: str, k: int, group_size: int, mode: QuantMode) -> None:
@@ -216,9 +252,8 @@ def check_layout_group_size(layout: str, k: int, group_size: int, mode: QuantMod
         raise InvalidValueError(f"group size {group_size} must be {k} (= k) in per-column mode")
     multiple = LAYOUTS[layout].group_multiple
     if group_size % multiple != 0:
-        target = next(target for target, tag in TARGET_LAYOUTS.items() if tag == layout)
         raise InvalidValueError(
-            f"group size {group_size} must be {k} (= k) or a multiple of {multiple} for target {target}"
+            f"group size {group_size} must be {k} (= k) or a multiple of {multiple} for target {LAYOUT_TARGETS[layout]}"
         )
 
 
@@ -230,10 +265,22 @@ def pack(
     zero_points: Any = None,
     group_size: int | None = None,
     target: Target | str = Target.NATIVE,
+    gated: bool = False,
 ) -> PackedWeight:
     """Pack a weight in host memory; see `w4a16gen.pack`."""
     zeros = given_zeros(zeros, zero_points, scales)
-    return pack_weight(canonical(q, scales, zeros, group_size=group_size), target=target)
+    return pack_weight(canonical(q, scales, zeros, group_size=group_size), target=target, gated=gated)
+
+
+def checked_flag(name: str, value: Any) -> bool:
+    """Return a truth value.
+
+    Raises:
+        InvalidValueError: if it is anything else.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise InvalidValueError(f"{name} of type {type(value).__name__} must be True or False")
+    return bool(value)
 
 
 def given_zeros(zeros: Any, zero_points: Any, scales: Any) -> Any:
@@ -249,19 +296,22 @@ def given_zeros(zeros: Any, zero_points: Any, scales: Any) -> Any:
     return zeros_of(zero_points, scales)
 
 
-def pack_weight(weight: QuantizedWeight, *, target: Target | str = Target.NATIVE) -> PackedWeight:
+def pack_weight(weight: QuantizedWeight, *, target: Target | str = Target.NATIVE, gated: bool = False) -> PackedWeight:
     """Pack a weight that `quantize` returned, for the kernels of a target.
 
     Args:
         weight: the weight in canonical form.
         target: the kernel family that will read it, `native` or `cutlass`.
+        gated: whether it is for gated activations: the first half of its channels gates the second. Only for target
+            native.
 
     Returns:
         The packed weight in host memory; `to_device` moves it to a GPU.
 
     Raises:
-        InvalidValueError: if the weight is no QuantizedWeight, the group size is none of the target's, or, for target
-            native, a channel's scales or zeros span too wide a range.
+        InvalidValueError: if the weight is no QuantizedWeight, the group size is none of the target's, the channels of
+            a gated weight are no multiple of 16, or, for target native, a channel's scales or zeros span too wide a
+            range.
 
     Example:
         >>> import numpy as np
@@ -274,7 +324,7 @@ def pack_weight(weight: QuantizedWeight, *, target: Target | str = Target.NATIVE
         raise InvalidValueError(
             f"weight of type {type(weight).__name__} must be what quantize returns: w4a16gen.pack takes arrays"
         )
-    layout = TARGET_LAYOUTS[Target.parse(target)]
+    layout = layout_for(Target.parse(target), gated=checked_flag("gated", gated))
     weight.check()
     check_layout_group_size(layout, weight.k, weight.group_size, weight.mode)
     data = LAYOUTS[layout].pack(weight)

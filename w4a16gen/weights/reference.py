@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from w4a16gen.kernels.config import QuantMode
+from w4a16gen.kernels.epilogue import Activation
+from w4a16gen.weights.epilogues import activated, activation_error
 from w4a16gen.weights.layouts.fragments import scale_exponents
 from w4a16gen.weights.quantized import Double, Half, QuantizedWeight, canonical
 
@@ -25,6 +29,19 @@ _WEIGHT_ROUNDINGS = {
     QuantMode.FINEGRAINED_SCALE_ONLY: 1,  # (q - 8) * scale
     QuantMode.FINEGRAINED_SCALE_AND_ZEROS: 1,  # one fused multiply-add
 }
+
+
+@dataclass(frozen=True, eq=False)
+class Extra:
+    """What an epilogue does beside alpha and the bias."""
+
+    activation: Activation = Activation.NONE
+    residual: Half | None = None
+    """fp16 of the output's shape, or with more rows."""
+
+
+PLAIN = Extra()
+"""Nothing."""
 
 
 class Expectation:
@@ -49,21 +66,34 @@ class Expectation:
         self._weight_roundings = _WEIGHT_ROUNDINGS[weight.mode]
         self._underflow = weight_underflow(weight)
 
-    def result(self, alpha: float, bias: Half | None) -> Double:
-        """Return alpha * A x W + bias, exact up to float64."""
-        product: Double = float(np.float32(alpha)) * self._product
-        return product if bias is None else product + bias.astype(np.float64)
+    def of_tokens(self, m: int) -> Expectation:
+        """Return what is expected of the first m tokens."""
+        result = copy.copy(self)
+        vars(result).update(_product=self._product[:m], _magnitude=self._magnitude[:m], _sum=self._sum[:m])
+        return result
 
-    def bound(self, alpha: float, bias: Half | None) -> Double:
-        """Return the largest error that rounding explains, [m, n]."""
+    def result(self, alpha: float, bias: Half | None, extra: Extra = PLAIN) -> Double:
+        """Return activation(alpha * A x W + bias) + residual, exact up to float64."""
+        return _with_residual(activated(extra.activation, self._argument(alpha, bias)), extra.residual)
+
+    def bound(self, alpha: float, bias: Half | None, extra: Extra = PLAIN) -> Double:
+        """Return the largest error that rounding explains, of the shape of the result."""
         weights = self._weight_roundings * (HALF_ROUNDING * self._magnitude + self._underflow * self._sum)
         terms = self._magnitude + weights
         sums = (self._k + EPILOGUE_ROUNDINGS) * FLOAT_TRUNCATION * terms
         before_store: Double = abs(alpha) * (self._carried + weights + sums)
-        result = np.abs(self.result(alpha, bias))
+        argument = self._argument(alpha, bias)
         if bias is not None:
             before_store = before_store + FLOAT_TRUNCATION * np.abs(bias.astype(np.float64))
+        before_store = activation_error(extra.activation, argument, before_store)
+        result = np.abs(_with_residual(activated(extra.activation, argument), extra.residual))
+        if extra.residual is not None:
+            before_store = before_store + FLOAT_TRUNCATION * (result + before_store)
         return before_store + HALF_ROUNDING * (result + before_store) + HALF_UNDERFLOW
+
+    def _argument(self, alpha: float, bias: Half | None) -> Double:
+        product: Double = float(np.float32(alpha)) * self._product
+        return product if bias is None else product + bias.astype(np.float64)
 
 
 def weight_underflow(weight: QuantizedWeight) -> Double:
@@ -84,14 +114,37 @@ def dequantized_half(weight: QuantizedWeight) -> Half:
 
 
 def gemm_reference(
-    a: npt.NDArray[Any], weight: QuantizedWeight, *, alpha: float = 1.0, bias: Half | None = None
+    a: npt.NDArray[Any],
+    weight: QuantizedWeight,
+    *,
+    alpha: float = 1.0,
+    bias: Half | None = None,
+    activation: Activation = Activation.NONE,
+    residual: Half | None = None,
 ) -> Double:
-    """Return alpha * A x W + bias in float64 [m, n], from fp16 [m, k] activations and the exact weight.
+    """Return activation(alpha * A x W + bias) + residual in float64, from fp16 activations and the exact weight.
 
     Alpha is rounded to fp32 first, as kernels take it.
+
+    Args:
+        a: fp16 [m, k].
+        weight: the weight in canonical form; for gated activations its gates are the first half of the channels.
+        alpha: factor of the product.
+        bias: fp16 [n], or None.
+        activation: the activation.
+        residual: fp16 of the result's shape, or None.
+
+    Returns:
+        [m, n], or for gated activations [m, n / 2].
     """
     result = float(np.float32(alpha)) * (a.astype(np.float64) @ weight.dequantize().T)
-    return result if bias is None else result + bias.astype(np.float64)
+    if bias is not None:
+        result = result + bias.astype(np.float64)
+    return _with_residual(activated(activation, result), residual)
+
+
+def _with_residual(result: Double, residual: Half | None) -> Double:
+    return result if residual is None else result + residual[: len(result)].astype(np.float64)
 
 
 def random_weight(
@@ -127,9 +180,9 @@ def random_weight(
     return canonical(q, scales, zeros if mode.has_zeros else None, group_size=group_size)
 
 
-def error_over_bound(got: Half, expected: Expectation, alpha: float, bias: Half | None) -> float:
+def error_over_bound(got: Half, expected: Expectation, alpha: float, bias: Half | None, extra: Extra = PLAIN) -> float:
     """Return the largest error as a multiple of its bound; infinity where a value was not written or is not finite."""
-    m = got.shape[0]
-    error = np.abs(got.astype(np.float64) - expected.result(alpha, bias)[:m])
-    ratio = error / expected.bound(alpha, bias)[:m]
+    asked = expected.of_tokens(got.shape[0])
+    error = np.abs(got.astype(np.float64) - asked.result(alpha, bias, extra))
+    ratio = error / asked.bound(alpha, bias, extra)
     return float("inf") if np.isnan(ratio).any() else float(ratio.max(initial=0.0))

@@ -79,7 +79,7 @@ def test_layers_of_one_shape_share_the_fast_path(library: FakeLibrary, rng: np.r
     assert launch(x, weights[1], alpha=0.25) == "repeated"
     a, data, *rest = library.module.repeated[-1]
     assert (a.data_ptr(), data.data_ptr()) == (x.data_ptr(), weights[1].data.data_ptr())
-    assert rest == [None, None, 0.25, False]
+    assert rest == [None, None, 0.25, False, "none", None]
     shifted = on_gpu(torch.zeros(5 * K + 1, dtype=torch.float16))[1:].view(5, K)
     launch(shifted, weights[0])
     assert library.module.repeated[-1][0].data_ptr() % 16 == 0

@@ -7,6 +7,7 @@
 #include <mutex>
 #include <string>
 
+#include "library/epilogue.h"
 #include "library/problem.h"
 #include "library/registry.h"
 
@@ -111,7 +112,40 @@ std::string why_not_arguments(const w4a16_gemm_arguments& arguments, size_t pack
   return sentence;
 }
 
-// Tiles of the output are written while others still read the operands.
+std::string why_not_gated(const w4a16_problem& problem) {
+  if (problem.n % kGatedMultiple == 0) return {};
+  return "n of " + std::to_string(problem.n) + " must be a multiple of " + std::to_string(kGatedMultiple) +
+         " for gated activations: pad both halves with zeros";
+}
+
+std::string why_not_epilogue(const Kernel& kernel, const w4a16_problem& problem,
+                             const w4a16_gemm_arguments& arguments) {
+  const int32_t activation = arguments.activation;
+  if (activation < W4A16_NO_ACTIVATION || activation > W4A16_GEGLU_ERF) {
+    return "activation of " + std::to_string(activation) + " must be a w4a16_activation, 0 to " +
+           std::to_string(W4A16_GEGLU_ERF);
+  }
+  const bool has_residual = arguments.residual != nullptr;
+  const int32_t needed = needed_epilogue(activation, has_residual);
+  if (needed != W4A16_NO_EPILOGUE && std::string(kernel.info.target) != "native") {
+    return std::string("kernels of target ") + kernel.info.target +
+           " compute no activations and add no residual: pack the weight for target native";
+  }
+  if (needed != kernel.info.epilogue && !(needed == W4A16_NO_EPILOGUE && kernel.info.epilogue == W4A16_ELEMENTWISE)) {
+    return std::string("kernels with epilogue ") + epilogue_name(kernel.info.epilogue) +
+           " cannot: the call needs `w4a16gen build" +
+           (needed == W4A16_NO_EPILOGUE ? "`"
+                                        : std::string(" --epilogue none --epilogue ") + epilogue_name(needed) + "`");
+  }
+  std::string sentence = is_gated(activation) ? why_not_gated(problem) : std::string();
+  if (sentence.empty() && has_residual) {
+    sentence = why_not_pointer("residual", arguments.residual, kTensorAlignment);
+  }
+  return sentence;
+}
+
+// Tiles of the output are written while others still read the operands. A residual may be the output itself: each
+// element is then read before it is written.
 std::string why_not_in_place(const w4a16_problem& problem, const w4a16_gemm_arguments& arguments) {
   struct Operand {
     const char* name;
@@ -119,17 +153,21 @@ std::string why_not_in_place(const w4a16_problem& problem, const w4a16_gemm_argu
     uint64_t bytes;
   };
   const uint64_t half_bytes = 2;
-  const uint64_t row_bytes = static_cast<uint64_t>(problem.n) * half_bytes;
+  const uint64_t bias_bytes = static_cast<uint64_t>(problem.n) * half_bytes;
   const uint64_t rows = static_cast<uint64_t>(problem.m);
+  const auto columns = static_cast<uint64_t>(output_channels(problem.n, arguments.activation));
+  const uint64_t output_bytes = rows * columns * half_bytes;
+  const bool reads_residual = arguments.residual != nullptr && arguments.residual != arguments.output;
   const Operand operands[] = {
       {"activations", arguments.activations, rows * static_cast<uint64_t>(problem.k) * half_bytes},
       {"packed weight", arguments.packed, arguments.packed_bytes},
-      {"bias", arguments.bias, arguments.bias != nullptr ? row_bytes : 0},
+      {"bias", arguments.bias, arguments.bias != nullptr ? bias_bytes : 0},
+      {"residual", arguments.residual, reads_residual ? output_bytes : 0},
   };
   const auto output = reinterpret_cast<uintptr_t>(arguments.output);
   for (const Operand& operand : operands) {
     const auto begin = reinterpret_cast<uintptr_t>(operand.pointer);
-    if (output < begin + operand.bytes && begin < output + rows * row_bytes) {
+    if (operand.bytes > 0 && output < begin + operand.bytes && begin < output + output_bytes) {
       return std::string("output overlaps the ") + operand.name + ": pass another array";
     }
   }
@@ -143,8 +181,10 @@ std::string why_not_workspace(const w4a16_gemm_arguments& arguments, size_t need
   return needed > 0 ? why_not_pointer("workspace", arguments.workspace, kPackedAlignment) : std::string();
 }
 
-std::string why_not_pack(const Kernel& kernel, const w4a16_pack_arguments& arguments, size_t packed_bytes) {
+std::string why_not_pack(const Kernel& kernel, const w4a16_problem& problem, const w4a16_pack_arguments& arguments,
+                         size_t packed_bytes) {
   std::string sentence = why_not_pointer("q", arguments.q, kNibbleRowAlignment);
+  if (sentence.empty() && arguments.gated != 0) sentence = why_not_gated(problem);
   if (sentence.empty()) sentence = why_not_pointer("scales", arguments.scales, kHalfAlignment);
   if (sentence.empty() && kernel.info.mode == W4A16_FINEGRAINED_SCALE_AND_ZEROS) {
     sentence = why_not_pointer("zeros", arguments.zeros, kHalfAlignment);
@@ -259,6 +299,7 @@ w4a16_status w4a16_gemm(int kernel, const w4a16_problem* problem, const w4a16_ge
   if (problem->m == 0) return report(W4A16_OK, {}, message, message_bytes);
   // Checks without a GPU come first, so that a wrong call gets the same message on every machine.
   sentence = w4a16::why_not_arguments(*arguments, found->packed_bytes(*problem));
+  if (sentence.empty()) sentence = w4a16::why_not_epilogue(*found, *problem, *arguments);
   if (sentence.empty()) sentence = w4a16::why_not_in_place(*problem, *arguments);
   if (!sentence.empty()) return report(W4A16_INVALID_ARGUMENT, sentence, message, message_bytes);
   const Device& device = w4a16::current_device();
@@ -283,7 +324,7 @@ w4a16_status w4a16_pack(int kernel, const w4a16_problem* problem, const w4a16_pa
     return report(W4A16_UNSUPPORTED, sentence, message, message_bytes);
   }
   if (arguments == nullptr) return report(W4A16_INVALID_ARGUMENT, "arguments must not be null", message, message_bytes);
-  sentence = w4a16::why_not_pack(*found, *arguments, found->packed_bytes(*problem));
+  sentence = w4a16::why_not_pack(*found, *problem, *arguments, found->packed_bytes(*problem));
   if (!sentence.empty()) return report(W4A16_INVALID_ARGUMENT, sentence, message, message_bytes);
   sentence = w4a16::why_not_device(w4a16::current_device());
   if (!sentence.empty()) return report(W4A16_NO_HOPPER_GPU, sentence, message, message_bytes);

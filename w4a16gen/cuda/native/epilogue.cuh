@@ -1,67 +1,9 @@
 // From accumulators to the output: directly from registers, or through shared memory.
 #pragma once
 
-#include "native/dequantize.cuh"
-#include "native/pipeline.cuh"
-#include "native/roles.cuh"
+#include "native/finish.cuh"
 
 namespace w4a16::native {
-
-// The first of a consumer's 64 channels in one of its fragments.
-template <class S>
-__device__ inline int first_channel(const Tile& tile, const Consumer& me, int fragment) {
-  return (tile.channel_block + me.warpgroup_m * S::Fragments + fragment) * kBlockChannels;
-}
-
-// The factors of the channels of a tile's weight.
-template <class S>
-__device__ inline const float* channel_factors(const Parameters& p, const Tile& tile) {
-  return p.channel_factors + expert_offset<S>(p, tile) / static_cast<int>(sizeof(float));
-}
-
-// Factors of a consumer thread's channels: alpha times the weight's own. A thread has two channels of every fragment,
-// 16 * warp + lane / 4 and the one 8 above (PTX ISA, "Register Fragments for wgmma.mma_async"). They are loaded before
-// the main loop, which hides the latency, unless registers are short.
-template <class S>
-struct ChannelFactors {
-  float value[S::Fragments][2];
-
-  __device__ void load(const Parameters& p, const Tile& tile, const Consumer& me) {
-#pragma unroll
-    for (int f = 0; f < S::Fragments; ++f) {
-#pragma unroll
-      for (int upper = 0; upper < 2; ++upper) {
-        const int channel = first_channel<S>(tile, me, f) + me.warp * 16 + upper * 8 + me.lane / 4;
-        value[f][upper] = channel < p.n ? load_constant(channel_factors<S>(p, tile) + channel) : 0.f;
-      }
-    }
-  }
-};
-
-template <class S>
-__device__ inline float channel_bias(const Parameters& p, const Tile& tile, int channel) {
-  const int64_t first = S::Grouped ? int64_t{tile.expert} * p.n : 0;
-  return p.bias != nullptr && channel < p.n ? __half2float(p.bias[first + channel]) : 0.f;
-}
-
-// The two channels, 8 apart, of a thread's accumulators in one fragment.
-template <class S>
-struct PairOfChannels {
-  float factor[2];
-  float bias[2];
-
-  __device__ PairOfChannels(const Parameters& p, const Tile& tile, int lower, const float* factors)
-      : factor{p.alpha * factors[0], p.alpha * factors[1]},
-        bias{channel_bias<S>(p, tile, lower), channel_bias<S>(p, tile, lower + 8)} {}
-
-  // The outputs of two tokens: accumulator 4 * j + 2 * upper + i belongs to token 8 * j + 2 * (lane % 4) + i.
-  template <int Count>
-  __device__ uint32_t outputs(const float (&sum)[Count], int j, int upper) const {
-    const float* two = &sum[4 * j + 2 * upper];
-    return as_bits(
-        __floats2half2_rn(fmaf(factor[upper], two[0], bias[upper]), fmaf(factor[upper], two[1], bias[upper])));
-  }
-};
 
 // Stores directly from registers. 8x8 transpositions turn a thread's tokens into channels, and neighbouring lanes swap
 // two of them. A warp then writes 16 channels of a token at once: whole sectors of 32 bytes, which L2 need not read
@@ -139,10 +81,14 @@ __device__ inline void store_through_shared(const Parameters& p, const Shared<S>
   }
 }
 
+// Stores a tile. A kernel has the code of one epilogue. With a branch between two, plain products of few tokens took
+// longer by 1 %, because their instructions lay far from the main loop's.
 template <class S>
 __device__ inline void store(const Parameters& p, const Shared<S>& shared, const Tile& tile, int rank,
                              const Consumer& me, const ChannelFactors<S>& factors, const Accumulators<S>& sum) {
-  if constexpr (S::StoresThroughShared) {
+  if constexpr (S::HasEpilogue) {
+    finish<S>(p, shared, tile, rank, me, factors, sum);
+  } else if constexpr (S::StoresThroughShared) {
     store_through_shared<S>(p, shared, tile, rank, me, factors, sum);
   } else {
     store_from_registers<S>(p, tile, rank, me, factors, sum);

@@ -53,15 +53,21 @@ __device__ inline void consume(const Parameters& p, const Shared<S>& shared, con
     } else {
       consume_stages<S, Rows>(shared, mine, me, at, sum, [&] {
         if constexpr (kLoadsFactorsLate) factors.load(p, tile, me);
+        if constexpr (S::HasEpilogue && S::StoresThroughShared) request_residual<S>(p, shared, tile, work.rank, me);
       });
     }
     wait_for_prerequisites();  // the previous kernel may read this output or write the bias
     // Without spare registers the thread's role is computed again, since values derived from it would occupy registers
-    // during the main loop. With two warpgroups that pays only if two reductions follow (ptxas otherwise spills).
+    // during the main loop. With two warpgroups that pays only if two reductions follow (ptxas otherwise spills), or
+    // an epilogue follows stream-K's with scales and stages of 128 k.
     constexpr bool kReducesTwice = S::WarpgroupsK > 1 && S::ClusterK > 1;
-    constexpr bool kIsTight = S::Warpgroups == 4 || (S::Accumulators == 128 && kReducesTwice);
+    constexpr bool kFinishesMuch = S::HasEpilogue && S::StreamK && S::Scales && S::K == kBlockK;
+    constexpr bool kIsTight = S::Warpgroups == 4 || (S::Accumulators == 128 && (kReducesTwice || kFinishesMuch));
     constexpr bool kRecomputesRole = S::Reduces && !S::SpareRegisters && kIsTight;
     const Consumer here = kRecomputesRole ? consumer_at<S>(thread_index()) : me;
+    // Also where another CTA stores the tile. After the reduction this wait would make ptxas take the ring's position
+    // for different in each thread.
+    if constexpr (S::HasEpilogue && S::StoresThroughShared) await_residual<S>(p, shared, turn);
     if constexpr (S::Reduces) {
       const Work then = renewed<S>(p.tiling, work);
       if (!reduce<S>(p, shared, tile, index, then, here, turn, sum)) continue;

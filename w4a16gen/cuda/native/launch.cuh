@@ -20,17 +20,19 @@ FunctionType driver_function(const char* name) {
   return error == cudaSuccess ? reinterpret_cast<FunctionType>(found) : nullptr;
 }
 
-// Encodes the tensor map of a row-major fp16 matrix with swizzled boxes of 64 columns. Out-of-bounds elements read as 0
-// and are not written.
-inline bool encode_tensor_map(CUtensorMap* map, const void* matrix, int64_t rows, int64_t columns, int box_rows) {
+// Encodes the tensor map of a row-major fp16 matrix with boxes of 64 or 32 columns, whose rows are swizzled. Elements
+// that are out of bounds read as 0 and are not written.
+inline bool encode_tensor_map(CUtensorMap* map, const void* matrix, int64_t rows, int64_t columns, int box_rows,
+                              int box_columns = kBlockChannels) {
   static const auto encode = driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
   if (encode == nullptr) return false;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(columns) * 2};
-  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[2] = {1, 1};
+  const auto swizzle = box_columns == kBlockChannels ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
   return encode(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<void*>(matrix), sizes, strides, box, steps,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
@@ -171,8 +173,19 @@ cudaError_t launch(const Launch& launch) {
   const int fetched_tokens = S::SkipsOutOfBoundsRows && m < S::Tokens ? static_cast<int>(m) : S::Tokens;
   if (!encode_tensor_map(&parameters.activations, given.activations, m, k, fetched_tokens))
     return cudaErrorInvalidValue;
-  if (S::StoresThroughShared && !encode_tensor_map(&parameters.output, given.output, m, n, S::StoredTokens)) {
-    return cudaErrorInvalidValue;
+  const auto encode_output = [m = m, n = n](CUtensorMap* map, const void* matrix) {
+    return encode_tensor_map(map, matrix, m, n / S::ChannelsPerOutput, S::StoredTokens,
+                             kBlockChannels / S::ChannelsPerOutput);
+  };
+  if (S::StoresThroughShared && !encode_output(&parameters.output, given.output)) return cudaErrorInvalidValue;
+  bool in_place = false;
+  if constexpr (S::HasEpilogue) {
+    parameters.activation = activation_of(given.activation);
+    parameters.residual_pointer = static_cast<const half*>(given.residual);
+    in_place = given.residual != nullptr && given.residual == given.output;
+    if (S::StoresThroughShared && given.residual != nullptr && !encode_output(&parameters.residual, given.residual)) {
+      return cudaErrorInvalidValue;
+    }
   }
   parameters.weights = packed;
   parameters.channel_factors = reinterpret_cast<const float*>(packed + layout.channel_factors_offset);
@@ -191,8 +204,8 @@ cudaError_t launch(const Launch& launch) {
     parameters.expert_bytes = experts.packed_bytes;
     parameters.token_tiles = static_cast<const TokenTiles*>(experts.token_tiles);
   }
-  const int ctas =
-      make_tiling<S>(&parameters.tiling, tiled_tokens, layout.channel_blocks, layout.k_blocks, clusters_at_once);
+  const int ctas = make_tiling<S>(&parameters.tiling, tiled_tokens, layout.channel_blocks, layout.k_blocks,
+                                  clusters_at_once, !in_place);
   if (ctas == 0) return cudaErrorInvalidValue;
   parameters.is_dependent = given.dependent_launch != 0;
   parameters.dependents_start_early = dependents_start_early<S>(ctas, clusters_at_once);
@@ -225,7 +238,10 @@ constexpr Kernel make_kernel(const char* name) {
            S::Stages,
            S::Threads,
            kGroupMultiple,
-           S::SharedBytes},
+           S::SharedBytes,
+           S::Gates         ? W4A16_GATED
+           : S::HasEpilogue ? W4A16_ELEMENTWISE
+                            : W4A16_NO_EPILOGUE},
           [](const Problem& problem) { return PackedLayout(problem, S::Mode).bytes; },
           &workspace_bytes<S>,
           &launch<S>,

@@ -21,6 +21,7 @@
 namespace w4a16::native {
 
 constexpr char kLayout[] = "fragment_blocks_v2";
+constexpr char kGatedLayout[] = "fragment_blocks_v2_gated";  // the same, of gates and their factors, interleaved
 constexpr int kBlockChannels = 64;
 constexpr int kBlockK = 128;
 constexpr int kNibbleBytes = kBlockChannels * kBlockK / 2;
@@ -71,6 +72,12 @@ W4A16_HOST_DEVICE constexpr int scale_index(int channel) {
 
 // The scale row of a k16 step. A row stands for 32, 64 or 128 values of k.
 W4A16_HOST_DEVICE constexpr int scale_row(int half, int word, int rows) { return (2 * half + word / 2) * rows / 4; }
+
+// The channel of a canonical weight with n channels that is packed as `channel` for gated activations: 8 gates, then
+// their 8 factors, which a thread has as its lower and its upper channel. Gates come first in a canonical weight.
+W4A16_HOST_DEVICE constexpr int gated_source(int channel, int n) {
+  return channel / 8 % 2 * (n / 2) + channel / 16 * 8 + channel % 8;
+}
 
 struct PackedLayout {
   int channel_blocks;

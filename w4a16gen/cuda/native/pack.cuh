@@ -23,6 +23,10 @@ struct PackParameters {
   int k_blocks;
   int block_bytes;
   int scale_rows;
+  bool gated;
+
+  // The channel of the canonical weight that is packed as `channel`.
+  __device__ int source(int channel) const { return gated ? gated_source(channel, n) : channel; }
 };
 
 __device__ inline void report_fault(const PackParameters& p, uint32_t fault) {
@@ -39,13 +43,13 @@ __global__ void pack_factors(const PackParameters p, int channels) {
   bool finite = true;
   if (channel < p.n) {
     if constexpr (Mode == W4A16_PER_COLUMN_SCALE_ONLY) {
-      const float scale = __half2float(p.scales[channel]);
+      const float scale = __half2float(p.scales[p.source(channel)]);
       finite = isfinite(scale);
       factor = ldexpf(scale, -unit_exponent(channel, false));
     } else {
       float largest = 0.f;
       for (int group = 0; group < p.groups; ++group) {
-        const int64_t at = static_cast<int64_t>(group) * p.n + channel;
+        const int64_t at = static_cast<int64_t>(group) * p.n + p.source(channel);
         const float scale = __half2float(p.scales[at]);
         finite = finite && isfinite(scale);
         if constexpr (kZeros) finite = finite && isfinite(__half2float(p.zeros[at]));
@@ -72,8 +76,8 @@ __device__ inline void load_tile(const PackParameters& p, uint8_t (*tile)[kTileP
     const int column = i % kPieces * 8;
     uint2 values = make_uint2(0x08080808, 0x08080808);
     if (first_channel + row < p.n && first_k + column < p.k) {
-      values =
-          *reinterpret_cast<const uint2*>(p.q + static_cast<int64_t>(first_channel + row) * p.k + first_k + column);
+      const int64_t source = p.source(first_channel + row);
+      values = *reinterpret_cast<const uint2*>(p.q + source * p.k + first_k + column);
       if (((values.x | values.y) & 0xf0f0f0f0) != 0) report_fault(p, W4A16_FAULT_VALUE);
     }
     *reinterpret_cast<uint2*>(&tile[row][column]) = values;
@@ -92,7 +96,8 @@ __device__ inline void pack_rows(const PackParameters& p, const half* values, bo
     if (channel < p.n) {
       const int group = min((k_block * kBlockK + row * (kBlockK / p.scale_rows)) / p.group_size, p.groups - 1);
       const int exponent = -ilogbf(p.factors[channel]) - (are_scales ? unit_exponent(channel, Zeros) : 0);
-      const float wanted = ldexpf(__half2float(values[static_cast<int64_t>(group) * p.n + channel]), exponent);
+      const float wanted =
+          ldexpf(__half2float(values[static_cast<int64_t>(group) * p.n + p.source(channel)]), exponent);
       packed = __float2half(wanted);
       if (__half2float(packed) != wanted) report_fault(p, W4A16_FAULT_RANGE);
     }
@@ -150,6 +155,7 @@ cudaError_t pack(const Problem& problem, const w4a16_pack_arguments& given) {
   p.k_blocks = layout.k_blocks;
   p.block_bytes = layout.block_bytes;
   p.scale_rows = layout.scale_rows;
+  p.gated = given.gated != 0;
   const auto stream = static_cast<cudaStream_t>(given.stream);
   const int channels = layout.channel_blocks * kBlockChannels;
   cudaGetLastError();  // forget the failure of an earlier call, which is not this launch's

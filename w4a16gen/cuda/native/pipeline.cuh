@@ -4,6 +4,7 @@
 #include <cuda.h>
 #include <cuda_fp16.h>
 
+#include "native/activation.h"
 #include "native/ptx.cuh"
 #include "native/tiles.h"
 
@@ -29,6 +30,10 @@ struct Parameters {
   uint64_t epoch;                 // stream-K: the value of a flag whose sums are complete, unique to this launch
   const TokenTiles* token_tiles;  // grouped
   int64_t expert_bytes;           // grouped: from one expert's packed weight to the next
+  // Of kernels with an epilogue. They come last, so that the others find theirs where they were.
+  CUtensorMap residual;          // of the output's boxes
+  const half* residual_pointer;  // of the output's shape, possibly the output itself; or null
+  Activation activation;
 };
 
 // What a CTA works on. Grouped products read the list, which an earlier kernel has written.
@@ -117,6 +122,8 @@ struct Shared {
   __device__ uint32_t empty(int slot) const { return base + kBarriers + (S::Stages + slot) * 8; }
   // The barrier of partial sums from the cluster.
   __device__ uint32_t arrived(int buffer) const { return base + kBarriers + (2 * S::Stages + buffer) * 8; }
+  // The barrier of a tile's residual, where the output goes through shared memory.
+  __device__ uint32_t residual() const { return base + kBarriers + (2 * S::Stages + 2) * 8; }
 };
 
 // How the CTAs of a cluster share one operand. A copy of this CTA fills the shared memory of all CTAs in `mask`. The

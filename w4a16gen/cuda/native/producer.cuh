@@ -46,6 +46,9 @@ __device__ inline void prologue(const Parameters& p, const Shared<S>& shared, co
         constexpr int kWarps = 4 * S::WarpgroupsM * (S::Multicasts ? S::ClusterSize : 1);
         barrier_init(shared.empty(slot), kWarps * kReleasingLanes);
         if (S::ClusterK > 1 && slot < 2) barrier_init(shared.arrived(slot), 1);
+        if constexpr (S::HasEpilogue && S::StoresThroughShared) {
+          if (slot == 0) barrier_init(shared.residual(), S::WarpgroupsM);
+        }
       }
     }
   }

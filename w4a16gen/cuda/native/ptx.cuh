@@ -53,6 +53,8 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
+__device__ inline void exit_thread() { asm volatile("exit;"); }
+
 __device__ inline void pause(uint32_t cycles) {
   const uint32_t begin = clock();
   while (static_cast<uint32_t>(clock()) - begin < cycles) {
@@ -230,6 +232,28 @@ __device__ inline uint32_t load_shared_word(uint32_t address) {
   return value;
 }
 
+// Loads from global memory that this kernel may write afterwards.
+__device__ inline void load_global(const void* address, uint32_t& word) {
+  asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(word) : "l"(address) : "memory");
+}
+
+__device__ inline void load_global(const void* address, uint32_t& first, uint32_t& second) {
+  asm volatile("ld.global.cg.v2.u32 {%0, %1}, [%2];" : "=r"(first), "=r"(second) : "l"(address) : "memory");
+}
+
+// 2^x and 1 / x to about 2^-22 of themselves.
+__device__ inline float exp2_approximate(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+
+__device__ inline float reciprocal_approximate(float x) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+  return inverse;
+}
+
 // Sets a flag after making the warp's earlier writes visible to the thread that waits for it.
 __device__ inline void publish(uint64_t* flag, uint64_t value) {
   asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
@@ -253,6 +277,29 @@ __device__ inline void store_transposed(uint32_t row, const uint32_t (&matrix)[2
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(row), "r"(matrix[0]),
                "r"(matrix[1])
                : "memory");
+}
+
+__device__ inline void store_transposed(uint32_t row, const uint32_t (&matrix)[1]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(row), "r"(matrix[0]) : "memory");
+}
+
+// Loads what store_transposed stored, as the same lanes had it.
+__device__ inline void load_transposed(uint32_t row, uint32_t (&matrix)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
+               : "r"(row)
+               : "memory");
+}
+
+__device__ inline void load_transposed(uint32_t row, uint32_t (&matrix)[2]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(matrix[0]), "=r"(matrix[1])
+               : "r"(row)
+               : "memory");
+}
+
+__device__ inline void load_transposed(uint32_t row, uint32_t (&matrix)[1]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(matrix[0]) : "r"(row) : "memory");
 }
 
 // Transposes an 8x8 matrix of 16-bit values spread over a warp.

@@ -47,6 +47,22 @@ struct warps8 {
 };
 }  // namespace schedule
 
+// What a kernel does with alpha * A x W + bias. Each call chooses the activation and whether there is a residual.
+namespace epilogue {
+struct none {
+  static constexpr bool Exists = false;
+  static constexpr bool Gates = false;
+};
+struct elementwise {
+  static constexpr bool Exists = true;
+  static constexpr bool Gates = false;
+};
+struct gated {
+  static constexpr bool Exists = true;
+  static constexpr bool Gates = true;  // one half of the channels gates the other
+};
+}  // namespace epilogue
+
 // The tile of a CTA, and how its consumer warpgroups and its cluster divide the work.
 template <class Cta, class Cluster, class Schedule, class Scheduler, int Mode_>
 struct TileShape {
@@ -203,12 +219,17 @@ struct PipelineShape {
 };
 
 // A whole kernel.
-template <class Cta, class Cluster, class Schedule, class Scheduler_, int Mode, int Stages, int CtasPerSm,
-          bool StoresThroughShared, class Tile = TileShape<Cta, Cluster, Schedule, Scheduler_, Mode>,
+template <class Cta, class Cluster, class Schedule, class Scheduler_, class Epilogue, int Mode, int Stages,
+          int CtasPerSm, bool StoresThroughShared, class Tile = TileShape<Cta, Cluster, Schedule, Scheduler_, Mode>,
           class Thread = ThreadShape<Tile, CtasPerSm>,
           class Storage = StorageShape<Tile, Thread, Stages, StoresThroughShared>>
 struct Shape : Tile, Thread, Storage, PipelineShape<Tile, Storage> {
   using Scheduler = Scheduler_;
+  static constexpr bool HasEpilogue = Epilogue::Exists;
+  static constexpr bool Gates = Epilogue::Gates;
+  static constexpr int ChannelsPerOutput = Gates ? 2 : 1;
+  static_assert(!(HasEpilogue && StoresThroughShared) || Stages < Storage::MaxStages,
+                "the barrier of a residual follows those of the stages");
 };
 
 }  // namespace w4a16::native

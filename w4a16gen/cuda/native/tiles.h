@@ -13,7 +13,7 @@ struct Tiling {
   int k_blocks;
   int channel_tiles;  // of a whole cluster
   int token_tiles;
-  int last_token;    // first token of the last tile, which may overlap the previous tile
+  int last_token;    // no tile begins later: the last one may overlap the previous one
   int split_tiles;   // stream-K: how many tiles, from the first on, are divided among all clusters
   int unit_blocks;   // stream-K: k blocks of a work unit
   int longer_units;  // stream-K: how many units, from the first on, have one more
@@ -255,16 +255,19 @@ W4A16_HOST_DEVICE inline Tile tile_at(const Tiling& tiling, const Work& work, in
 }
 
 // Divides a problem among the CTAs that run at once. Returns how many CTAs have work, or 0 if the problem is too large.
+// Tiles may neither overlap nor be computed twice where a CTA reads what it overwrites: another would read the result.
 template <class S>
-int make_tiling(Tiling* tiling, int64_t m, int channel_blocks, int k_blocks, int clusters_at_once) {
+int make_tiling(Tiling* tiling, int64_t m, int channel_blocks, int k_blocks, int clusters_at_once,
+                bool may_overlap = true) {
   const auto tiles_of = [](int64_t size, int64_t tile) { return static_cast<int>((size + tile - 1) / tile); };
   tiling->k_blocks = k_blocks;
   tiling->channel_tiles = tiles_of(channel_blocks, S::Blocks * S::ClusterChannels);
   tiling->token_tiles = tiles_of(m, int64_t{S::Tokens} * S::ClusterTokens);
   const int64_t parts = S::Scheduler::parts(int64_t{tiling->channel_tiles} * tiling->token_tiles, k_blocks);
   if (parts > INT32_MAX) return 0;
-  const bool overlaps = m > S::Tokens && (S::SkipsOutOfBoundsRows || parts <= clusters_at_once);
-  tiling->last_token = overlaps ? static_cast<int>(m - S::Tokens) : (tiling->token_tiles - 1) * S::Tokens;
+  const bool overlaps = may_overlap && m > S::Tokens && (S::SkipsOutOfBoundsRows || parts <= clusters_at_once);
+  const int last_token = may_overlap ? (tiling->token_tiles - 1) * S::Tokens : INT32_MAX;  // no tile twice
+  tiling->last_token = overlaps ? static_cast<int>(m - S::Tokens) : last_token;
   const int clusters = parts < clusters_at_once ? static_cast<int>(parts) : clusters_at_once;
   tiling->split_tiles = S::Scheduler::split_tiles(tiling->channel_tiles * tiling->token_tiles, clusters);
   tiling->clusters = clusters;

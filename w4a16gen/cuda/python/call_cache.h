@@ -9,6 +9,7 @@
 #include <unordered_map>
 #include <utility>
 
+#include "library/epilogue.h"
 #include "python/dlpack.h"
 #include "python/kernel_library.h"
 
@@ -46,12 +47,13 @@ inline const TensorType& tensor_type(py::handle object) {
 }
 
 // Validated calls with weights of one shape, group size, mode and layout on one GPU: the chosen kernel for each number
-// of tokens. None of the kernels needs a workspace.
+// of tokens and each epilogue that calls need. None of the kernels needs a workspace.
 class CallCache {
  public:
-  // packed is the address of a weight that cannot move; 0 reads it from the tensor at each call.
+  // packed is the address of a weight that cannot move; 0 reads it from the tensor at each call. columns are those of
+  // the output. activations has the numbers of all activations that calls with the weights may name, by their names.
   CallCache(const KernelLibrary& library, int64_t n, int64_t k, int64_t group_size, size_t packed_bytes, int device,
-            uintptr_t packed)
+            uintptr_t packed, int64_t columns, py::dict activations)
       : library_(library),
         n_(n),
         k_(k),
@@ -59,21 +61,27 @@ class CallCache {
         packed_bytes_(packed_bytes),
         device_(device),
         packed_(packed),
-        columns_(n) {}
+        columns_(columns),
+        output_columns_(columns),
+        activations_(std::move(activations)) {}
 
-  // Adds a validated call: with m tokens and this kernel, only the tensors remain to be checked.
-  void add(int64_t m, int kernel) { kernels_[m] = {kernel, py::int_(m)}; }
+  // Adds a validated call: with m tokens, a w4a16_epilogue that it needs, and this kernel, only the tensors remain to
+  // be checked.
+  void add(int64_t m, int kernel, int epilogue) { kernels_[epilogue][m] = {kernel, py::int_(m)}; }
 
   // Launches on the current stream of the tensors' library and returns the output. Returns None, without a launch, if
   // anything differs from a cached call; the caller then takes the slow path, which reports the error.
   py::object try_launch(const py::object& activations, const py::object& packed, const py::object& bias,
-                        py::object output, const py::object& alpha, const py::object& dependent_launch) const {
+                        py::object output, const py::object& alpha, const py::object& dependent_launch,
+                        const py::object& activation, const py::object& residual) const {
     const TensorType& type = tensor_type(activations);
     dlpack::Tensor a{};
     if (!describe(activations, type, dlpack::kFloat, 16, 2, &a) || a.shape[1] != k_) return py::none();
-    const auto found = kernels_.find(a.shape[0]);
-    if (found == kernels_.end()) return py::none();
     w4a16_gemm_arguments arguments{};
+    if (!find_activation(activation, &arguments.activation)) return py::none();
+    const auto& kernels = kernels_[needed_epilogue(arguments.activation, !residual.is_none())];
+    const auto found = kernels.find(a.shape[0]);
+    if (found == kernels.end()) return py::none();
     if (!find_packed(packed, &arguments)) return py::none();
     if (!read_alpha(alpha, &arguments.alpha)) return py::none();
     arguments.dependent_launch = dependent_launch.ptr() == Py_True ? 1 : 0;
@@ -84,17 +92,25 @@ class CallCache {
       if (!describe(bias, tensor_type(bias), dlpack::kFloat, 16, 1, &added) || added.shape[0] != n_) return py::none();
       arguments.bias = added.begin();
     }
+    if (!residual.is_none()) {
+      dlpack::Tensor added{};
+      if (!describe(residual, tensor_type(residual), dlpack::kFloat, 16, 2, &added) || added.shape[0] != a.shape[0] ||
+          added.shape[1] != columns_) {
+        return py::none();
+      }
+      arguments.residual = added.begin();
+    }
     const auto& [kernel, rows] = found->second;
     if (output.is_none()) {
       static PyObject* const name = PyUnicode_InternFromString("new_empty");
       PyObject* const operands[] = {activations.ptr(), rows.ptr(),
-                                    columns_.ptr()};  // a call with a tuple takes 1 us longer
+                                    output_columns_.ptr()};  // a call with a tuple takes 1 us longer
       output = py::reinterpret_steal<py::object>(PyObject_VectorcallMethod(name, operands, 3, nullptr));
       if (!output && !forget_error()) return py::none();
     }
     dlpack::Tensor out{};
     if (!describe(output, tensor_type(output), dlpack::kFloat, 16, 2, &out) || out.shape[0] != a.shape[0] ||
-        out.shape[1] != n_) {
+        out.shape[1] != columns_) {
       return py::none();
     }
     arguments.output = out.begin();
@@ -114,6 +130,13 @@ class CallCache {
   static bool forget_error() {
     PyErr_Clear();
     return false;
+  }
+
+  bool find_activation(const py::object& name, int32_t* number) const {
+    PyObject* const found = PyDict_GetItemWithError(activations_.ptr(), name.ptr());
+    if (found == nullptr) return forget_error();
+    *number = static_cast<int32_t>(PyLong_AsLong(found));
+    return true;
   }
 
   bool find_packed(const py::object& packed, w4a16_gemm_arguments* arguments) const {
@@ -159,8 +182,10 @@ class CallCache {
   size_t packed_bytes_;
   int device_;
   uintptr_t packed_;
-  py::int_ columns_;
-  std::unordered_map<int64_t, std::pair<int, py::int_>> kernels_;
+  int64_t columns_;
+  py::int_ output_columns_;
+  py::dict activations_;
+  std::unordered_map<int64_t, std::pair<int, py::int_>> kernels_[W4A16_GATED + 1];  // by epilogue
 };
 
 }  // namespace w4a16

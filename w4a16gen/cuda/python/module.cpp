@@ -74,8 +74,8 @@ void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
 Outcome gemm(const KernelLibrary& library, int kernel, int64_t m, int64_t n, int64_t k, int64_t group_size,
              uintptr_t activations, uintptr_t packed, size_t packed_bytes, uintptr_t bias, uintptr_t output,
-             float alpha, uintptr_t workspace, size_t workspace_bytes, uintptr_t stream, bool dependent_launch,
-             int device) {
+             float alpha, int activation, uintptr_t residual, uintptr_t workspace, size_t workspace_bytes,
+             uintptr_t stream, bool dependent_launch, int device) {
   const w4a16_problem problem{m, n, k, group_size};
   w4a16_gemm_arguments arguments{};
   arguments.activations = pointer(activations);
@@ -87,6 +87,8 @@ Outcome gemm(const KernelLibrary& library, int kernel, int64_t m, int64_t n, int
   arguments.workspace_bytes = workspace_bytes;
   arguments.stream = pointer(stream);
   arguments.alpha = alpha;
+  arguments.activation = activation;
+  arguments.residual = pointer(residual);
   arguments.dependent_launch = dependent_launch ? 1 : 0;
   Message message;
   w4a16_status status = W4A16_OK;
@@ -112,10 +114,10 @@ Outcome gemm(const KernelLibrary& library, int kernel, int64_t m, int64_t n, int
 
 Outcome pack(const KernelLibrary& library, int kernel, int64_t n, int64_t k, int64_t group_size, uintptr_t q,
              uintptr_t scales, uintptr_t zeros, uintptr_t packed, size_t packed_bytes, uintptr_t faults,
-             uintptr_t stream, int device) {
+             uintptr_t stream, bool gated, int device) {
   const w4a16_problem problem{0, n, k, group_size};
-  const w4a16_pack_arguments arguments{pointer(q),   pointer(scales), pointer(zeros), pointer(packed),
-                                       packed_bytes, pointer(faults), pointer(stream)};
+  const w4a16_pack_arguments arguments{pointer(q),   pointer(scales), pointer(zeros),  pointer(packed),
+                                       packed_bytes, pointer(faults), pointer(stream), gated ? 1 : 0};
   Message message;
   w4a16_status status;
   cudaError_t error = cudaSuccess;
@@ -253,7 +255,8 @@ PYBIND11_MODULE(_w4a16, module) {
       .def("probe_read", &probe_read)
       .def("probe_multiply", &probe_multiply);
   py::class_<CallCache>(module, "CallCache")
-      .def(py::init<const KernelLibrary&, int64_t, int64_t, int64_t, size_t, int, uintptr_t>(), py::keep_alive<1, 2>())
+      .def(py::init<const KernelLibrary&, int64_t, int64_t, int64_t, size_t, int, uintptr_t, int64_t, py::dict>(),
+           py::keep_alive<1, 2>())
       .def("add", &CallCache::add)
       .def("try_launch", &CallCache::try_launch);
   py::class_<DeviceBuffer>(module, "DeviceBuffer")

@@ -1,4 +1,4 @@
-// Chooses a kernel for a problem, exactly as w4a16gen.choose does in Python. Standard C++17 only: no CUDA, no library.
+// Chooses a kernel for a problem, exactly as `Library.choose` does in Python. Standard C++17 only: no CUDA, no library.
 //
 //   const w4a16::Chooser chooser = w4a16::Chooser::load("share/w4a16/choice.txt");
 //   const w4a16::Gpu gpu{"NVIDIA H100 80GB HBM3", 132};
@@ -67,10 +67,10 @@ class Chooser {
   // Returns the kernel for a problem that native kernels of the mode can run.
   //
   // `mode` is cs, fgs or fgsz; group_size is k in mode cs. A null gpu accepts every tuning table and estimates for an
-  // H100. The first override of this mode counts; it must be in the build. Throws ChoiceError for sizes of no problem,
-  // and if the build has no kernel.
+  // H100. The first override of this mode and epilogue counts; it must be in the build. `epilogue` is none, elementwise
+  // or gated. Throws ChoiceError for sizes of no problem, and if the build has no kernel.
   Choice choose(const std::string& mode, int64_t m, int64_t n, int64_t k, int64_t group_size, const Gpu* gpu,
-                const std::vector<std::string>& overrides = {}) const {
+                const std::vector<std::string>& overrides = {}, const std::string& epilogue = "none") const {
     const choosing::Problem problem{m, n, k, group_size};
     if (m < 0 || n < 1 || k < 1 || group_size < 1) {
       throw ChoiceError("m of " + std::to_string(m) + " must be 0 or more, and n of " + std::to_string(n) + ", k of " +
@@ -79,13 +79,17 @@ class Chooser {
     for (const std::string& name : overrides) choosing::parse_kernel(name);
     for (const std::string& name : overrides) {
       const choosing::Kernel kernel = choosing::parse_kernel(name);
-      if (kernel.mode != mode || kernel.target != "native") continue;
+      if (kernel.mode != mode || kernel.epilogue != epilogue || kernel.target != "native") continue;
       if (file_.find(name) < 0) throw ChoiceError(name + ", which W4A16GEN_KERNELS names, is not in the build");
       return {name, 0.0, "override"};
     }
     Choice best{"", 0.0, ""};
-    if (tuned(mode, problem, gpu, &best)) return best;
-    estimated(mode, problem, card_of(gpu), &best);
+    if (tuned(mode, epilogue, problem, gpu, &best)) return best;
+    estimated(mode, epilogue, problem, card_of(gpu), &best);
+    if (best.kernel.empty() && epilogue != "none") {
+      throw ChoiceError("the build holds no kernel of mode " + mode + " with epilogue " + epilogue +
+                        ": run `w4a16gen build --epilogue none --epilogue " + epilogue + "`");
+    }
     if (best.kernel.empty()) throw ChoiceError("the build holds no native kernel of mode " + mode);
     return best;
   }
@@ -120,12 +124,14 @@ class Chooser {
     }
   };
 
-  bool tuned(const std::string& mode, const choosing::Problem& problem, const Gpu* gpu, Choice* best) const {
+  bool tuned(const std::string& mode, const std::string& epilogue, const choosing::Problem& problem, const Gpu* gpu,
+             Choice* best) const {
     if (gpu != nullptr && (gpu->name != file_.tuned_on.name || gpu->sm_count != file_.tuned_on.sm_count)) return false;
     Nearest nearest{problem.m};
     for (const choosing::Tuned& row : file_.tuned) {
       const choosing::Problem& at = row.problem;
-      if (file_.kernels[row.kernel].mode == mode && at.n == problem.n && at.k == problem.k &&
+      const choosing::Kernel& kernel = file_.kernels[row.kernel];
+      if (kernel.mode == mode && kernel.epilogue == epilogue && at.n == problem.n && at.k == problem.k &&
           at.group_size == problem.group_size && steps(at.m) == steps(problem.m)) {
         nearest.add(at.m, row.microseconds, row.kernel);
       }
@@ -135,12 +141,12 @@ class Chooser {
     return true;
   }
 
-  void estimated(const std::string& mode, const choosing::Problem& problem, const choosing::Card& card,
-                 Choice* best) const {
+  void estimated(const std::string& mode, const std::string& epilogue, const choosing::Problem& problem,
+                 const choosing::Card& card, Choice* best) const {
     const double oversized = 2 * std::max(static_cast<double>(problem.m), file_.constants.smallest_tile_tokens);
     bool best_is_oversized = true;
     for (const choosing::Kernel& kernel : file_.kernels) {
-      if (kernel.mode != mode) continue;
+      if (kernel.mode != mode || kernel.epilogue != epilogue) continue;
       const double microseconds = choosing::estimate(file_.constants, file_.h100, kernel, problem, card);
       const bool is_oversized = kernel.cta[1] >= oversized;
       const bool is_better = is_oversized == best_is_oversized ? microseconds < best->microseconds : best_is_oversized;

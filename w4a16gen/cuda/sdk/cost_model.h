@@ -26,8 +26,9 @@ struct Kernel {
   std::string name;
   std::string target;
   std::string mode;
-  std::string shape;  // the name behind the mode
-  int cta[3];         // channels, tokens, k
+  std::string shape;     // the name from the CTA shape to the scheduler
+  std::string epilogue;  // none, elementwise or gated: the end of the name
+  int cta[3];            // channels, tokens, k
   int cluster[3];
   bool is_stream_k;
   int ctas_per_sm = 1;  // CTAs that share an SM
@@ -38,14 +39,22 @@ struct Kernel {
 // Throws ChoiceError unless the text is a kernel's name.
 inline Kernel parse_kernel(const std::string& name) {
   Kernel kernel{};
+  kernel.epilogue = "none";
+  std::string plain = name;  // the name without the epilogue
+  for (const std::string epilogue : {"elementwise", "gated"}) {
+    const std::string suffix = "_" + epilogue;
+    if (name.size() <= suffix.size() || name.substr(name.size() - suffix.size()) != suffix) continue;
+    kernel.epilogue = epilogue;
+    plain.resize(name.size() - suffix.size());
+  }
   char target[8], mode[5], schedule[16], scheduler[16];
   int read = 0;
   const int fields =
-      std::sscanf(name.c_str(), "w4a16_sm90_%7[a-z]_%4[a-z]_cta%9dx%9dx%9d_cluster%9dx%9dx%9d_%15[a-z0-9]_%15[a-z]%n",
+      std::sscanf(plain.c_str(), "w4a16_sm90_%7[a-z]_%4[a-z]_cta%9dx%9dx%9d_cluster%9dx%9dx%9d_%15[a-z0-9]_%15[a-z]%n",
                   target, mode, &kernel.cta[0], &kernel.cta[1], &kernel.cta[2], &kernel.cluster[0], &kernel.cluster[1],
                   &kernel.cluster[2], schedule, scheduler, &read);
   std::string shape;
-  bool is_name = fields == 10 && read == static_cast<int>(name.size());
+  bool is_name = fields == 10 && read == static_cast<int>(plain.size());
   if (is_name) {
     const auto triple = [](const int* at) {
       return std::to_string(at[0]) + "x" + std::to_string(at[1]) + "x" + std::to_string(at[2]);
@@ -55,7 +64,7 @@ inline Kernel parse_kernel(const std::string& name) {
     const auto is_one_of = [](const std::string& word, std::initializer_list<const char*> words) {
       return std::find(words.begin(), words.end(), word) != words.end();
     };
-    is_name = name == std::string("w4a16_sm90_") + target + "_" + mode + "_" + shape &&
+    is_name = plain == std::string("w4a16_sm90_") + target + "_" + mode + "_" + shape &&
               *std::min_element(kernel.cta, kernel.cta + 3) > 0 &&
               *std::min_element(kernel.cluster, kernel.cluster + 3) > 0 && is_one_of(target, {"cutlass", "native"}) &&
               is_one_of(mode, {"cs", "fgs", "fgsz"}) &&

@@ -1,6 +1,6 @@
-// A C++ runner for C[m, n] = alpha * A[m, k] x W[k, n] + bias[n] with fp16 activations and 4-bit weights. It has the
-// calls of TensorRT-LLM's CutlassFpAIntBGemmRunner. It needs the headers of the CUDA runtime, but neither Python nor
-// CUTLASS.
+// A C++ runner for C[m, n] = activation(alpha * A[m, k] x W[k, n] + bias[n]) + residual[m, n] with fp16 activations and
+// 4-bit weights. It has the calls of TensorRT-LLM's CutlassFpAIntBGemmRunner. It needs the headers of the CUDA runtime,
+// but neither Python nor CUTLASS.
 //
 //     w4a16::FinegrainedRunner runner;
 //     const w4a16::GemmConfig config = runner.chooseConfig(m, n, k, group_size);
@@ -58,6 +58,22 @@ struct GemmConfig {
   w4a16_kernel_info info{};
 
   std::string name() const { return info.name == nullptr ? std::string() : info.name; }
+};
+
+// What follows the product and the bias, before the one rounding. The residual is fp16, of the shape of C, aligned to
+// 16 bytes, and may be C itself. Gated activations (W4A16_SWIGLU and after) need a weight that was packed with gated =
+// true; C then has n / 2 columns.
+struct Epilogue {
+  w4a16_activation activation = W4A16_NO_ACTIVATION;
+  const void* residual = nullptr;
+
+  bool is_gated() const { return activation >= W4A16_SWIGLU; }
+
+  // The epilogue of the kernels that compute it, as `chooseConfig` takes it.
+  w4a16_epilogue kernels() const {
+    if (is_gated()) return W4A16_GATED;
+    return activation == W4A16_NO_ACTIVATION && residual == nullptr ? W4A16_NO_EPILOGUE : W4A16_ELEMENTWISE;
+  }
 };
 
 namespace detail {
@@ -159,10 +175,11 @@ class Runner {
   //
   // scales is fp16 [k / group_size, n], or [n] in per-column mode, where group_size is k. zeros has the same shape, or
   // is null in modes without zeros. Both are on the device. A weight is (q - 8) * scale + zero with q from 0 to 15; a
-  // zero point zp is zero = (8 - zp) * scale.
+  // zero point zp is zero = (8 - zp) * scale. With gated, the weight is for gated activations: its first n / 2 channels
+  // are gates of the others, and n is a multiple of 16.
   void preprocess(void* packed, const void* weights, const void* scales, const void* zeros, int n, int k,
                   int group_size, WeightOrder order = WeightOrder::KByN, WeightBits bits = WeightBits::Signed,
-                  cudaStream_t stream = nullptr) {
+                  cudaStream_t stream = nullptr, bool gated = false) {
     getPackedSize(n, k, group_size);  // checks the sizes
     if (weights == nullptr) throw Error(W4A16_INVALID_ARGUMENT, "weights must not be null");
     std::vector<uint8_t> nibbles(static_cast<size_t>(n) * static_cast<size_t>(k) / 2);
@@ -173,39 +190,40 @@ class Runner {
     const detail::Scratch q(values.size());
     detail::check_cuda(cudaMemcpyAsync(q.get(), values.data(), values.size(), cudaMemcpyHostToDevice, stream),
                        "copying the weights");
-    pack(packed, q.get(), scales, zeros, n, k, group_size, stream);
+    pack(packed, q.get(), scales, zeros, n, k, group_size, stream, gated);
   }
 
   // Packs weights that are on the device: q is uint8 [n, k], one value from 0 to 15 per byte, aligned to 8 bytes.
-  // scales and zeros are as for `preprocess`.
+  // The rest is as for `preprocess`.
   void pack(void* packed, const void* q, const void* scales, const void* zeros, int n, int k, int group_size,
-            cudaStream_t stream = nullptr) {
+            cudaStream_t stream = nullptr, bool gated = false) {
     const size_t bytes = getPackedSize(n, k, group_size);
     const detail::Scratch faults(sizeof(uint32_t));
     detail::check_cuda(cudaMemsetAsync(faults.get(), 0, sizeof(uint32_t), stream), "clearing");
     const w4a16_problem problem{0, n, k, group_size};
-    const w4a16_pack_arguments arguments{q, scales, zeros, packed, bytes, faults.get(), stream};
+    const w4a16_pack_arguments arguments{q, scales, zeros, packed, bytes, faults.get(), stream, gated ? 1 : 0};
     detail::Message message;
     message.check(w4a16_pack(any().kernel, &problem, &arguments, message.buffer, sizeof(message.buffer)));
     uint32_t found = 0;
     detail::check_cuda(cudaMemcpyAsync(&found, faults.get(), sizeof(found), cudaMemcpyDeviceToHost, stream), "copying");
     detail::check_cuda(cudaStreamSynchronize(stream), "packing");
     check_faults(found);
-    remember(packed, {n, k, group_size, scales, zeros});
+    remember(packed, {n, k, group_size, scales, zeros, gated});
   }
 
   // Accepts a weight that was packed elsewhere, for example by w4a16gen.pack. Its layout cannot be recognised from its
   // bytes, so the caller passes the layout's name.
   void adopt(const void* packed, size_t packed_bytes, const std::string& packed_layout, int n, int k, int group_size) {
-    if (packed_layout != layout()) {
+    const bool gated = packed_layout == gatedLayout();
+    if (packed_layout != layout() && !gated) {
       throw Error(W4A16_UNSUPPORTED, "the weight is packed as " + packed_layout + ", but these kernels read " +
-                                         layout() + ": pack it again");
+                                         layout() + " and " + gatedLayout() + ": pack it again");
     }
     if (packed_bytes != getPackedSize(n, k, group_size)) {
       throw Error(W4A16_INVALID_ARGUMENT, "packed weight of " + std::to_string(packed_bytes) + " bytes must be " +
                                               std::to_string(getPackedSize(n, k, group_size)) + " bytes");
     }
-    remember(packed, {n, k, group_size, nullptr, nullptr});
+    remember(packed, {n, k, group_size, nullptr, nullptr, gated});
   }
 
   // Forgets a packed weight.
@@ -217,6 +235,9 @@ class Runner {
   // Returns the name of the packed layout that these kernels read.
   std::string layout() const { return any().info.layout; }
 
+  // Returns the name of the layout of weights for gated activations.
+  std::string gatedLayout() const { return layout() + "_gated"; }
+
   // Per-column mode without a bias: C = alpha * A x B, with scales [n].
   void gemm(const void* A, const void* B, const void* scales, float alpha, void* C, int m, int n, int k,
             const GemmConfig& config, void* workspace, size_t workspace_bytes, cudaStream_t stream) const {
@@ -227,14 +248,16 @@ class Runner {
     gemm(A, B, scales, 1.0f, C, m, n, k, config, workspace, workspace_bytes, stream);
   }
 
-  // Every mode: C = alpha * A x B + biases, with biases [n] or null. In per-column mode group_size is k.
+  // Every mode: C = activation(alpha * A x B + biases) + residual, with biases [n] or null. In per-column mode
+  // group_size is k.
   //
   // A dependent launch may start, and fetch weights, while earlier kernels of the stream still run. These must not
   // write the packed weight; they may write A and read or write C.
   void gemm(const void* A, const void* B, const void* scales, const void* zeros, const void* biases, float alpha,
             void* C, int m, int n, int k, int group_size, const GemmConfig& config, void* workspace,
-            size_t workspace_bytes, cudaStream_t stream, bool dependent_launch = false) const {
-    check_weight(B, {n, k, group_size, scales, zeros});
+            size_t workspace_bytes, cudaStream_t stream, bool dependent_launch = false,
+            const Epilogue& epilogue = {}) const {
+    check_weight(B, {n, k, group_size, scales, zeros, epilogue.is_gated()});
     if (config.info.mode != static_cast<int>(Op)) {
       throw Error(W4A16_INVALID_ARGUMENT,
                   "kernel '" + config.name() + "' is not of mode " + mode() + ": take one of getConfigs()");
@@ -251,33 +274,42 @@ class Runner {
     arguments.stream = stream;
     arguments.alpha = alpha;
     arguments.dependent_launch = dependent_launch ? 1 : 0;
+    arguments.activation = epilogue.activation;
+    arguments.residual = epilogue.residual;
     detail::Message message;
     message.check(w4a16_gemm(config.kernel, &problem, &arguments, message.buffer, sizeof(message.buffer)));
   }
   void gemm(const void* A, const void* B, const void* scales, const void* zeros, const void* biases, void* C, int m,
             int n, int k, int group_size, const GemmConfig& config, void* workspace, size_t workspace_bytes,
-            cudaStream_t stream, bool dependent_launch = false) const {
+            cudaStream_t stream, bool dependent_launch = false, const Epilogue& epilogue = {}) const {
     gemm(A, B, scales, zeros, biases, 1.0f, C, m, n, k, group_size, config, workspace, workspace_bytes, stream,
-         dependent_launch);
+         dependent_launch, epilogue);
   }
 
   // Returns the kernel for a problem on the current device. It is the one that w4a16gen.gemm takes in Python: by
   // W4A16GEN_KERNELS, the build's tuning table, measured times, or an estimate. Call it once per shape: it takes some
   // microseconds. The default chooser needs share/w4a16/choice.txt beside the library's folder.
-  GemmConfig chooseConfig(int m, int n, int k, int group_size) const {
+  //
+  // Calls with an activation or a residual need a kernel with their epilogue: pass Epilogue::kernels(). Throws if the
+  // library was built without such kernels.
+  GemmConfig chooseConfig(int m, int n, int k, int group_size, w4a16_epilogue epilogue = W4A16_NO_EPILOGUE) const {
     try {
-      return chooseConfig(m, n, k, group_size, default_chooser());
+      return chooseConfig(m, n, k, group_size, default_chooser(), epilogue);
     } catch (const ChoiceError& error) {
       throw Error(W4A16_INVALID_ARGUMENT, error.what());
     }
   }
-  GemmConfig chooseConfig(int m, int n, int k, int group_size, const Chooser& chooser) const {
+  GemmConfig chooseConfig(int m, int n, int k, int group_size, const Chooser& chooser,
+                          w4a16_epilogue epilogue = W4A16_NO_EPILOGUE) const {
     const w4a16_problem problem{m, n, k, group_size};
     char message[512] = "";
     const w4a16_status status = w4a16_can_implement(any().kernel, &problem, message, sizeof(message));
     if (status != W4A16_OK) throw Error(status, message);
     try {
-      return getConfig(chooser.choose(mode(), m, n, k, group_size, current_gpu(), overrides_of_environment()).kernel);
+      const char* const names[] = {"none", "elementwise", "gated"};
+      const Choice choice =
+          chooser.choose(mode(), m, n, k, group_size, current_gpu(), overrides_of_environment(), names[epilogue]);
+      return getConfig(choice.kernel);
     } catch (const ChoiceError& error) {
       throw Error(W4A16_INVALID_ARGUMENT, error.what());
     }
@@ -290,6 +322,7 @@ class Runner {
     int group_size;
     const void* scales;
     const void* zeros;
+    bool gated;
   };
 
   const GemmConfig& any() const { return configs_.front(); }  // all read the same layout
@@ -324,6 +357,10 @@ class Runner {
     };
     if (known.n != asked.n || known.k != asked.k || known.group_size != asked.group_size) {
       throw Error(W4A16_INVALID_ARGUMENT, "B was packed for " + text(known) + ", not for " + text(asked));
+    }
+    if (known.gated != asked.gated) {
+      throw Error(W4A16_INVALID_ARGUMENT, known.gated ? "B was packed with gated = true: pass a gated activation"
+                                                      : "a gated activation needs B packed with gated = true");
     }
     const bool same_scales = asked.scales == nullptr || known.scales == nullptr || asked.scales == known.scales;
     const bool same_zeros = asked.zeros == nullptr || known.zeros == nullptr || asked.zeros == known.zeros;

@@ -15,14 +15,17 @@ del _torch
 
 from w4a16gen.integrations.torch.device_weights import DeviceWeight, load_layer, pack_decoded  # noqa: E402
 from w4a16gen.integrations.torch.experts import W4A16Experts  # noqa: E402
-from w4a16gen.integrations.torch.fuse import fuse  # noqa: E402
+from w4a16gen.integrations.torch.fuse import fuse, fuse_gated  # noqa: E402
 from w4a16gen.integrations.torch.linear import W4A16Linear  # noqa: E402
+from w4a16gen.integrations.torch.mlp import W4A16MLP, FusedMlps, fuse_mlps  # noqa: E402
 from w4a16gen.integrations.torch.ops import gemm  # noqa: E402
 from w4a16gen.integrations.torch.overflow import calibrate, check_overflow, first_overflow  # noqa: E402
 from w4a16gen.integrations.torch.replace import Replacement, replace_linears  # noqa: E402
 
 __all__ = [
+    "W4A16MLP",
     "DeviceWeight",
+    "FusedMlps",
     "Replacement",
     "W4A16Experts",
     "W4A16Linear",
@@ -30,6 +33,8 @@ __all__ = [
     "check_overflow",
     "first_overflow",
     "fuse",
+    "fuse_gated",
+    "fuse_mlps",
     "gemm",
     "load_layer",
     "pack_decoded",

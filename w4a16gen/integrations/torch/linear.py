@@ -10,20 +10,22 @@ from w4a16gen.errors import InvalidValueError
 from w4a16gen.integrations.torch import formats, given, ops
 from w4a16gen.integrations.torch.device_weights import DeviceWeight, dense_weight, load_layer, pack_decoded
 from w4a16gen.integrations.torch.nibbles import Tensor
-from w4a16gen.integrations.torch.packed_module import PackedModule, product
+from w4a16gen.integrations.torch.packed_module import Finish, PackedModule, product
 from w4a16gen.integrations.torch.state import check_dtypes, read_state, write_state
 from w4a16gen.integrations.torch.upload import Uploader
 from w4a16gen.kernels.config import QuantMode
-from w4a16gen.runtime.calls import checked_weight
+from w4a16gen.kernels.epilogue import Activation
+from w4a16gen.runtime.calls import GemmOptions, checked_weight
 from w4a16gen.weights.importers.layer import CheckpointLayer
-from w4a16gen.weights.packed import PackedWeight, pack_weight
+from w4a16gen.weights.packed import GATED_LAYOUT, PackedWeight, pack_weight
 from w4a16gen.weights.quantize import quantize
 
 _EXTRA_STATE = "_extra_state"
+_NONE = str(Activation.NONE)
 
 
 class W4A16Linear(PackedModule):
-    """A linear layer with a 4-bit weight: y = alpha * x W + bias.
+    """A linear layer with a 4-bit weight: y = activation(alpha * x W + bias).
 
     Where the weight asks for it, x is multiplied by `input_scale`, and permuted. x may be fp16, bf16 or fp32, [..., k].
     It is cast to fp16 before the kernel, and y is cast to the dtype of x. Both casts lie outside the operator, so that
@@ -38,6 +40,8 @@ class W4A16Linear(PackedModule):
         permutation: buffer, int64 [k], or None: the columns of x in the order of the weight (act-order).
         input_scale: buffer, fp16 [k], or None: what x is multiplied by first.
         alpha: factor of the product.
+        activation: the name of the activation, `none` without one. Weights that were packed with gated=True have a
+            gated one, and half as many outputs as n.
         activation_scale: a power of two that x is divided by before its cast to fp16, and y multiplied by; see
             `calibrate`.
         output_scale: a power of two that y is divided by while it is fp16, and multiplied by after its cast.
@@ -60,6 +64,7 @@ class W4A16Linear(PackedModule):
         permutation: Any = None,
         input_scale: Any = None,
         alpha: float = 1.0,
+        activation: Activation | str | None = None,
     ) -> None:
         """Take a packed weight; `from_packed` converts arrays to tensors first.
 
@@ -69,12 +74,14 @@ class W4A16Linear(PackedModule):
             permutation: integers [k], or None.
             input_scale: fp16 [k], or None.
             alpha: factor of the product.
+            activation: the activation, or None.
 
         Raises:
-            InvalidValueError: if the sizes do not fit together.
+            InvalidValueError: if the sizes do not fit together, or the activation does not fit the weight.
         """
         super().__init__()
         checked_weight(weight)
+        self.activation = str(GemmOptions(activation=activation).epilogue(weight).activation)
         self.n, self.k, self.group_size = weight.n, weight.k, weight.group_size
         self.mode, self.layout = str(weight.mode), weight.layout
         self.alpha = given.finite_alpha(alpha)
@@ -94,6 +101,7 @@ class W4A16Linear(PackedModule):
         permutation: Any = None,
         input_scale: Any = None,
         alpha: float = 1.0,
+        activation: Activation | str | None = None,
         device: Any = None,
     ) -> W4A16Linear:
         """Make a layer of a packed weight.
@@ -104,6 +112,7 @@ class W4A16Linear(PackedModule):
             permutation: the columns of x in the order of the weight, integers [k], or None.
             input_scale: what x is multiplied by, [k], or None.
             alpha: factor of the product.
+            activation: the activation, or None.
             device: where the layer shall be; None leaves it where the weight is.
 
         Raises:
@@ -111,7 +120,8 @@ class W4A16Linear(PackedModule):
         """
         moved = ops.on_torch(weight, device)
         arrays = {"bias": bias, "permutation": permutation, "input_scale": input_scale}
-        return cls(moved, **{name: given.tensor_of(name, value) for name, value in arrays.items()}, alpha=alpha)
+        tensors = {name: given.tensor_of(name, value) for name, value in arrays.items()}
+        return cls(moved, **tensors, alpha=alpha, activation=activation)
 
     @classmethod
     def from_weight(cls, weight: DeviceWeight, bias: Any = None, *, input_scale: Any = None) -> W4A16Linear:
@@ -225,21 +235,32 @@ class W4A16Linear(PackedModule):
 
     @property
     def out_features(self) -> int:
-        """The number of output channels, n."""
-        return self.n
+        """The number of outputs: n, or n / 2 where one half of the channels gates the other."""
+        return self.n // 2 if self.layout == GATED_LAYOUT else self.n
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return alpha * x' W + bias, [..., n], in the dtype of x.
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, dtype: Any = None, apart: bool = False) -> Tensor:
+        """Return activation(alpha * x' W + bias) + residual, [..., out_features], in the dtype of x.
 
         Args:
             x: floating point [..., k], on the device of the layer.
+            residual: what is added, of the shape and dtype of the result, or None. In fp16 the kernel adds it.
+            dtype: another dtype for the result; fp16 saves casts between two layers.
+            apart: whether an activation or a residual that no kernel of the build computes follows the product, as
+                operations of torch. The product is then rounded to fp16 before them. Otherwise this is an error.
 
         Raises:
-            InvalidValueError: if x is no tensor, or of another dtype, shape or device.
+            InvalidValueError: if x is no tensor, or of another dtype, shape or device, or output_scale divides what
+                goes into an activation.
+            NotBuiltError: on a GPU, if no kernel of the build has the epilogue that the call needs, without `apart`.
         """
         if not isinstance(x, torch.Tensor) or not x.is_floating_point():
             raise InvalidValueError(f"x of {given.kind_of(x)} must be a floating point tensor, [..., {self.k}]")
-        return product(self, x, self.packed, self.alpha, self.permutation, self.input_scale, self.bias)
+        if self.output_scale != 1 and self.activation != _NONE:
+            raise InvalidValueError(
+                f"output_scale of {self.output_scale} divides what goes into {self.activation}: it must be 1"
+            )
+        finish = Finish(self.activation, residual, dtype, apart=apart)
+        return product(self, x, self.packed, self.alpha, self.permutation, self.input_scale, self.bias, finish)
 
     def weight_of(self) -> PackedWeight:
         """Return the packed weight, which shares the layer's memory."""
@@ -261,8 +282,10 @@ class W4A16Linear(PackedModule):
 
     def extra_repr(self) -> str:
         """Return what `print` shows of the layer."""
-        parts = [f"in_features={self.k}, out_features={self.n}, bias={self.bias is not None}"]
+        parts = [f"in_features={self.k}, out_features={self.out_features}, bias={self.bias is not None}"]
         parts.append(f"group_size={self.group_size}, mode={self.mode}")
+        if self.activation != _NONE:
+            parts.append(f"activation={self.activation}")
         if self.permutation is not None:
             parts.append("act_order=True")
         parts += [f"{name}={value:g}" for name, value in self.scales.items() if value != 1]
@@ -270,8 +293,8 @@ class W4A16Linear(PackedModule):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a state dict must agree with: n, k, the group size, the mode and the layout."""
-        return {name: getattr(self, name) for name in ("n", "k", "group_size", "mode", "layout")}
+        """What a state dict must agree with: n, k, the group size, the mode, the layout and the activation."""
+        return {name: getattr(self, name) for name in ("n", "k", "group_size", "mode", "layout", "activation")}
 
     @property
     def scales(self) -> dict[str, float]:

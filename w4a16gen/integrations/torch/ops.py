@@ -10,33 +10,47 @@ Python object. The operator is functional: it returns a new tensor, and writes t
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 
 from w4a16gen.errors import InvalidValueError
+from w4a16gen.integrations.torch.apart import apart_from
 from w4a16gen.integrations.torch.upload import device_of
-from w4a16gen.kernels.config import QuantMode
+from w4a16gen.kernels.config import QuantMode, Target
+from w4a16gen.kernels.epilogue import Activation, CallEpilogue, check_epilogue
 from w4a16gen.runtime.calls import GemmOptions, checked_alpha, checked_weight
 from w4a16gen.runtime.default import library_in_use
 from w4a16gen.runtime.host import gemm_on_host
-from w4a16gen.weights.packed import PackedWeight
+from w4a16gen.weights.packed import GATED_LAYOUT, LAYOUT_TARGETS, PackedWeight
 
 NAMESPACE = "w4a16gen"
 _ARGUMENTS = (
-    "(Tensor x, Tensor weight, Tensor? bias, int n, int k, int group_size, str mode, str layout, float alpha) -> Tensor"
+    "(Tensor x, Tensor weight, Tensor? bias, int n, int k, int group_size, str mode, str layout, float alpha, "
+    'str activation="none", Tensor? residual=None, bool apart=False) -> Tensor'
 )
+_FIXED_ARGUMENTS = 11
+"""Arguments beside x, of which no gradient is asked."""
 _NO_GRADIENT = "no_gradient(Tensor gradient, int k) -> Tensor"
 _NO_GRADIENTS = (
     "the kernels compute no gradients: train the model before it is quantized, or run this part within torch.no_grad()"
 )
+_NONE = str(Activation.NONE)
 _ALIGNMENT = 16
 """Bytes. The kernels read rows of activations with TMA."""
 _SHAPES_KEPT = 1 << 12
 
 
-def gemm(x: Any, weight: PackedWeight, bias: Any = None, *, alpha: float = 1.0) -> Any:
+def gemm(
+    x: Any,
+    weight: PackedWeight,
+    bias: Any = None,
+    *,
+    alpha: float = 1.0,
+    activation: Activation | str | None = None,
+    residual: Any = None,
+) -> Any:
     """Multiply activations by a packed weight with the operator `torch.ops.w4a16gen.gemm`.
 
     This is `w4a16gen.gemm` for programs that are compiled, exported, or have more than two dimensions. On a GPU it
@@ -47,9 +61,11 @@ def gemm(x: Any, weight: PackedWeight, bias: Any = None, *, alpha: float = 1.0) 
         weight: the packed weight; its data is a torch tensor, uint8 [bytes], on the same device.
         bias: fp16 [n] on the same device, or None.
         alpha: factor of the product.
+        activation: the activation, as for `w4a16gen.gemm`, or None.
+        residual: fp16 of the result's shape on the same device, added to it before its one rounding; or None.
 
     Returns:
-        A new tensor, fp16 [..., n].
+        A new tensor, fp16 [..., n]; for gated activations [..., n / 2].
 
     Raises:
         InvalidValueError: if the tensors do not fit together. A backward pass raises it too.
@@ -61,10 +77,14 @@ def gemm(x: Any, weight: PackedWeight, bias: Any = None, *, alpha: float = 1.0) 
         torch.Size([2, 3, 64])
     """
     data = checked_weight(weight).data
-    for name, given in (("x", x), ("data of the weight", data), ("bias", x if bias is None else bias)):
+    for name, given in (
+        *(("x", x), ("data of the weight", data)),
+        *((name, tensor) for name, tensor in (("bias", bias), ("residual", residual)) if tensor is not None),
+    ):
         if not isinstance(given, torch.Tensor):
             raise InvalidValueError(f"{name} of type {type(given).__name__} must be a torch tensor: see from_packed")
-    return operator_for(x)(x, data, bias, *facts_of(weight), checked_alpha(alpha))
+    name = str(Activation.of(activation))
+    return operator_for(x)(x, data, bias, *facts_of(weight), checked_alpha(alpha), name, residual)
 
 
 def operator_for(x: Any) -> Any:
@@ -131,12 +151,34 @@ def _without_gradient(tensor: Any) -> Any:
 def _rows_of(x: Any, k: int) -> Any:
     """Return activations [..., k] as [m, k], contiguous and aligned as kernels read them."""
     _check(x, k)
-    rows = _without_gradient(x)
+    return _aligned_rows(_without_gradient(x), k)
+
+
+def _residual_rows(x: Any, residual: Any, columns: int) -> Any:
+    """Return a residual [..., columns] as the kernels read it, or None.
+
+    Raises:
+        InvalidValueError: if it has not the shape of the result for these activations.
+    """
+    if residual is None:
+        return None
+    _check_residual(x, residual, columns)
+    return _aligned_rows(_without_gradient(residual), columns)
+
+
+def _check_residual(x: Any, residual: Any, columns: int) -> None:
+    """Raise unless a residual has the shape of the result."""
+    if residual.dim() != x.dim() or residual.shape[-1] != columns or residual.shape[:-1] != x.shape[:-1]:
+        shape = [*x.shape[:-1], columns]
+        raise InvalidValueError(f"residual of shape {list(residual.shape)} must be {shape}, like the result")
+
+
+def _aligned_rows(rows: Any, k: int) -> Any:
     rows = (rows if rows.dim() == 2 else rows.reshape(-1, k)).contiguous()  # noqa: PLR2004
     return rows.clone() if rows.data_ptr() % _ALIGNMENT else rows
 
 
-def _on_gpu(
+def _on_gpu(  # noqa: PLR0913  (the operator's)
     x: Any,
     weight: Any,
     bias: Any,
@@ -146,19 +188,32 @@ def _on_gpu(
     mode: str,
     layout: str,
     alpha: float,
+    activation: str = _NONE,
+    residual: Any = None,
+    apart: bool = False,
 ) -> Any:
-    """Launch a kernel of the default build on the current stream."""
+    """Launch a kernel of the default build on the current stream.
+
+    With `apart`, an activation and a residual that no built kernel computes follow the plain product as operations of
+    torch, which round more often.
+    """
     rows, added = _rows_of(x, k), _without_gradient(bias)
     library = library_in_use()
+    if apart:
+        call = CallEpilogue(Activation.of(activation), has_residual=residual is not None)
+        if not library.has_epilogue(mode, call.kernels):
+            plain = partial(_on_gpu, n=n, k=k, group_size=group_size, mode=mode, alpha=alpha)
+            return apart_from(partial(plain, x, weight), bias, n, layout, call, residual)
     shape = _shape_of(n, k, group_size, mode, layout, x.get_device())
-    out = library.calls.try_fast_path(rows, shape, added, None, alpha, dependent_launch=False, data=weight)
+    more = activation, _residual_rows(x, residual, shape.outputs)
+    out = library.calls.try_fast_path(rows, shape, added, None, alpha, False, *more, data=weight)
     if out is None:
-        options = GemmOptions(added, alpha, remembered=shape)
+        options = GemmOptions(added, alpha, activation=more[0], residual=more[1], remembered=shape)
         out = library.launcher.run(rows, replace(shape, data=weight), options)
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], n)  # noqa: PLR2004
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], shape.outputs)  # noqa: PLR2004
 
 
-def _on_host(
+def _on_host(  # noqa: PLR0913  (the operator's)
     x: Any,
     weight: Any,
     bias: Any,
@@ -168,14 +223,19 @@ def _on_host(
     mode: str,
     layout: str,
     alpha: float,
+    activation: str = _NONE,
+    residual: Any = None,
+    apart: bool = False,
 ) -> Any:
-    """Compute the reference."""
+    """Compute the reference, which has every epilogue."""
+    del apart
     packed = PackedWeight(weight, layout, n, k, group_size, QuantMode.parse(mode))
-    out = gemm_on_host(_rows_of(x, k), packed, GemmOptions(_without_gradient(bias), alpha))
-    return out.view(*x.shape[:-1], n)
+    added = _residual_rows(x, residual, packed.outputs)
+    options = GemmOptions(_without_gradient(bias), alpha, activation=activation, residual=added)
+    return gemm_on_host(_rows_of(x, k), packed, options).view(*x.shape[:-1], packed.outputs)
 
 
-def _fake(
+def _fake(  # noqa: PLR0913  (the operator's)
     x: Any,
     weight: Any,
     bias: Any,
@@ -185,14 +245,25 @@ def _fake(
     mode: str,
     layout: str,
     alpha: float,
+    activation: str = _NONE,
+    residual: Any = None,
+    apart: bool = False,
 ) -> Any:
     """Return a tensor of the result's shape, for tracing."""
-    del group_size, mode, layout, alpha
+    del group_size, mode, alpha, apart
     _check(x, k)
-    for name, tensor in (("weight", weight), ("bias", bias)):
+    columns = CallEpilogue(Activation.of(activation)).outputs(n)
+    check_epilogue(
+        CallEpilogue(Activation.of(activation), has_residual=residual is not None),
+        LAYOUT_TARGETS.get(layout, Target.NATIVE),
+        gated_weight=layout == GATED_LAYOUT,
+    )
+    if residual is not None:
+        _check_residual(x, residual, columns)
+    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
         if tensor is not None and tensor.device != x.device:  # dispatched here if one of them is on the meta device
             raise InvalidValueError(f"x is on {x.device}, but the {name} on {tensor.device}: move them to one device")
-    return x.new_empty((*x.shape[:-1], n))
+    return x.new_empty((*x.shape[:-1], columns))
 
 
 def _refuse_gradient(_gradient: Any, _k: int) -> Any:
@@ -206,7 +277,7 @@ def _keep_k(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _backward(ctx: Any, gradient: Any) -> Any:
     """Return a gradient whose computation refuses, so that forward passes can be traced together with backward ones."""
-    return torch.ops.w4a16gen.no_gradient(gradient, ctx.k), *[None] * 8
+    return torch.ops.w4a16gen.no_gradient(gradient, ctx.k), *[None] * _FIXED_ARGUMENTS
 
 
 def _register() -> Any:

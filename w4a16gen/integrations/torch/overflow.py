@@ -12,10 +12,12 @@ import torch
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.integrations.torch.nibbles import Tensor
 from w4a16gen.integrations.torch.packed_module import PackedModule
+from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.weights.importers.rounding import LARGEST_HALF
 
 _LARGEST_SCALE = 2.0**40
 _STEP = 16.0
+_NONE = str(Activation.NONE)
 
 
 class Overflow(NamedTuple):
@@ -97,7 +99,7 @@ def calibrate(model: torch.nn.Module, run: Callable[[], object], *, headroom: fl
         _before(layer, _arguments(inputs, named), headroom)
 
     def after(layer: Any, inputs: Any, named: Any, y: Tensor) -> Tensor:
-        return _after(layer, _arguments(inputs, named), y, headroom)
+        return _after(layer, lambda: layer.forward(*inputs, **named), _arguments(inputs, named)[0], y, headroom)
 
     hooks = []
     for _, layer in layers_of(model):
@@ -128,14 +130,15 @@ def _before(layer: PackedModule, arguments: tuple[Any, ...], headroom: float) ->
     layer.activation_scale = max(layer.activation_scale, _scale_for(scaled, headroom))
 
 
-def _after(layer: PackedModule, arguments: tuple[Any, ...], y: Tensor, headroom: float) -> Tensor:
-    """Let the outputs of a call fit fp16, and return them."""
-    if y.dtype == torch.float16 or not bool(torch.isfinite(arguments[0]).all()):
+def _after(layer: PackedModule, again: Callable[[], Tensor], x: Tensor, y: Tensor, headroom: float) -> Tensor:
+    """Let the outputs of a call fit fp16, and return them. What goes into an activation cannot be divided."""
+    has_activation = getattr(layer, "activation", _NONE) != _NONE
+    if has_activation or y.dtype == torch.float16 or not bool(torch.isfinite(x).all()):
         return y
     before = layer.output_scale
     while not bool(torch.isfinite(y).all()) and layer.output_scale < _LARGEST_SCALE:
         layer.output_scale *= _STEP
-        y = layer.forward(*arguments)
+        y = again()
     if bool(torch.isfinite(y).all()):
         layer.output_scale = max(before, _scale_for(y.float(), headroom))
     return y

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,6 +11,7 @@ from w4a16gen.errors import InvalidValueError
 from w4a16gen.integrations.torch import ops
 from w4a16gen.integrations.torch.nibbles import Tensor
 from w4a16gen.integrations.torch.state import moved_only, set_buffer
+from w4a16gen.kernels.epilogue import Activation
 
 _OPTIONAL = ("bias", "permutation", "input_scale", "non_finite")
 OVERFLOW = ("ignore", "check")
@@ -87,6 +88,18 @@ class PackedModule(torch.nn.Module):
         return super()._apply(lambda tensor: moved_only(fn, tensor), *arguments, **keywords)
 
 
+class Finish(NamedTuple):
+    """What follows the product and the bias."""
+
+    activation: str = str(Activation.NONE)
+    residual: Tensor | None = None
+    """What is added, of the shape and dtype of the result. The kernel adds it if both are fp16."""
+    dtype: Any = None
+    """The dtype of the result; None is that of the activations."""
+    apart: bool = False
+    """Whether what no kernel of the build computes follows the product as operations of torch."""
+
+
 def product(
     layer: Any,
     x: Tensor,
@@ -95,8 +108,9 @@ def product(
     permutation: Tensor | None,
     input_scale: Tensor | None,
     bias: Tensor | None = None,
+    finish: Finish = Finish(),
 ) -> Tensor:
-    """Return alpha * x' W + bias in the dtype of x, with what a layer says of its weights.
+    """Return activation(alpha * x' W + bias) + residual in the dtype of x, with what a layer says of its weights.
 
     Args:
         layer: has `n`, `k`, `group_size`, `mode` and `layout`, both scales, and `non_finite`, which counts outputs.
@@ -106,8 +120,11 @@ def product(
         permutation: the columns of x in the order of the weight, int64 [k], or None.
         input_scale: what x is multiplied by first, fp16 [k], or None.
         bias: fp16 [n], or None.
+        finish: what follows the product.
     """
-    dtype = x.dtype
+    dtype = x.dtype if finish.dtype is None else finish.dtype
+    residual = finish.residual
+    adds = residual is not None and residual.dtype == dtype == torch.float16 and layer.output_scale == 1
     if layer.activation_scale != 1:
         x = x * (1 / layer.activation_scale)
     if input_scale is not None:
@@ -118,8 +135,10 @@ def product(
     factor = alpha * layer.activation_scale / layer.output_scale
     x = x.to(torch.float16)
     facts = layer.n, layer.k, layer.group_size, layer.mode, layer.layout
-    y = ops.operator_for(x)(x, packed, added, *facts, factor)
+    more = finish.activation, residual if adds else None, finish.apart
+    y = ops.operator_for(x)(x, packed, added, *facts, factor, *more)
     if layer.non_finite is not None:
         layer.non_finite.add_((~torch.isfinite(y)).sum())
     y = y.to(dtype)
-    return y if layer.output_scale == 1 else y * layer.output_scale
+    y = y if layer.output_scale == 1 else y * layer.output_scale
+    return y if adds or residual is None else y + residual

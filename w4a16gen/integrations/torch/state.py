@@ -16,6 +16,8 @@ from w4a16gen.integrations.torch.nibbles import Tensor
 STATE_FORMAT = "w4a16gen.linear/1"
 """What state dicts carry; the number changes with their tensors."""
 _DAMAGED = "the state dict does not hold a layer of 4 bits: its facts are damaged"
+_WRITTEN_LATER = {"activation": "none"}
+"""Facts that older state dicts do not hold, and what they are there."""
 
 
 def write_state(facts: dict[str, Any], scales: Mapping[str, Any], form: str = STATE_FORMAT) -> Tensor:
@@ -49,10 +51,11 @@ def read_facts(facts: Mapping[str, Any], state: Any, form: str) -> dict[str, Any
     if version != form:
         raise InvalidValueError(f"the state dict is of format {version!r}, but this version reads {form!r}")
     for name, value in facts.items():
-        if found.get(name) != value:
+        held = found.get(name, _WRITTEN_LATER.get(name))
+        if held != value:
             raise InvalidValueError(
-                f"the state dict holds a weight with {name} = {found.get(name)}, but this layer has {value}: make a "
-                "layer of the same kind first"
+                f"the state dict holds a weight with {name} = {held}, but this layer has {value}: make a layer of the "
+                "same kind first"
             )
     return found
 

@@ -1,14 +1,20 @@
-"""Layout `fragment_blocks_v2`: blocks of 64 channels x 128 k in the order of WGMMA's register fragments."""
+"""Layout `fragment_blocks_v2`: blocks of 64 channels x 128 k in the order of WGMMA's register fragments.
+
+Layout `fragment_blocks_v2_gated` is the same of a weight whose gates and factors are interleaved, 8 by 8.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.config import QuantMode
+from w4a16gen.kernels.epilogue import why_not_gated
 from w4a16gen.weights.layouts.geometry import WeightGeometry
 from w4a16gen.weights.quantized import Half, Nibbles, QuantizedWeight
 
@@ -176,6 +182,51 @@ def unpack(data: npt.NDArray[np.uint8], geometry: WeightGeometry) -> QuantizedWe
 
     zeros = read(sizes.scale_rows, exponents) if geometry.mode.has_zeros else None
     return QuantizedWeight(np.ascontiguousarray(q), read(0, exponents + units), zeros, group, geometry.mode)
+
+
+def interleaved(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return channels, the last axis, as layout `fragment_blocks_v2_gated` orders them.
+
+    Args:
+        values: [..., n], the gates first, then their factors; n is a multiple of 16.
+
+    Returns:
+        8 gates, their 8 factors, the next 8 gates, and so on.
+    """
+    *rest, n = values.shape
+    return np.ascontiguousarray(values.reshape(*rest, 2, n // 16, 8).swapaxes(-3, -2)).reshape(values.shape)
+
+
+def apart(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the gates first, then their factors; the exact inverse of `interleaved`."""
+    *rest, n = values.shape
+    return np.ascontiguousarray(values.reshape(*rest, n // 16, 2, 8).swapaxes(-3, -2)).reshape(values.shape)
+
+
+def _reordered(weight: QuantizedWeight, order: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> QuantizedWeight:
+    """Return a weight with its channels in another order."""
+    return replace(
+        weight,
+        q=np.ascontiguousarray(order(weight.q.T).T),
+        scales=order(weight.scales),
+        zeros=None if weight.zeros is None else order(weight.zeros),
+    )
+
+
+def pack_gated(weight: QuantizedWeight) -> npt.NDArray[np.uint8]:
+    """Return the packed bytes of a weight whose gates are the first half of its channels, uint8 [bytes].
+
+    Raises:
+        InvalidValueError: if the channels are no multiple of 16.
+    """
+    if (reason := why_not_gated(weight.n)) is not None:
+        raise InvalidValueError(reason)
+    return pack(_reordered(weight, interleaved))
+
+
+def unpack_gated(data: npt.NDArray[np.uint8], geometry: WeightGeometry) -> QuantizedWeight:
+    """Return the canonical weight; the exact inverse of `pack_gated`."""
+    return _reordered(unpack(data, geometry), apart)
 
 
 def packed_bytes(geometry: WeightGeometry) -> int:

@@ -1,0 +1,44 @@
+"""Epilogues behind a plain product, as operations of torch: for builds whose kernels do not compute them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from w4a16gen.kernels.config import Target
+from w4a16gen.kernels.epilogue import Activation, CallEpilogue
+from w4a16gen.weights.packed import TARGET_LAYOUTS
+
+_SIDE_BY_SIDE = 8
+"""Gates, and then their factors, that lie side by side in a packed weight."""
+FUNCTIONS: dict[Activation, Callable[[Any], Any]] = {
+    Activation.NONE: lambda x: x,
+    Activation.SILU: torch.nn.functional.silu,
+    Activation.GELU_TANH: lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    Activation.GELU_ERF: torch.nn.functional.gelu,
+    Activation.RELU2: lambda x: torch.relu(x).square(),
+}
+"""By `Activation.function`."""
+
+
+def apart_from(product: Callable[..., Any], bias: Any, n: int, layout: str, call: CallEpilogue, residual: Any) -> Any:
+    """Return activation(product) + residual, fp16: the product is rounded to fp16, the rest is computed in fp32.
+
+    Args:
+        product: computes the plain product; called with `bias` and `layout`, it returns fp16 [..., n].
+        bias: fp16 [n] in the order of the canonical weight, or None.
+        n: channels of the weight.
+        layout: that of the packed weight. Gates and factors come out interleaved, as they are packed.
+        call: the activation, and whether there is a residual.
+        residual: fp16 of the result's shape, or None.
+    """
+    if not call.activation.is_gated:
+        y = FUNCTIONS[call.activation](product(bias=bias, layout=layout).float())
+    else:
+        packed_bias = None if bias is None else bias.reshape(2, -1, _SIDE_BY_SIDE).transpose(0, 1).reshape(n)
+        pairs = product(bias=packed_bias, layout=TARGET_LAYOUTS[Target.NATIVE]).float()
+        pairs = pairs.unflatten(-1, (-1, 2, _SIDE_BY_SIDE))
+        y = (FUNCTIONS[call.activation.function](pairs[..., 0, :]) * pairs[..., 1, :]).flatten(-2)
+    return (y if residual is None else y + residual.float()).to(torch.float16)
