@@ -21,8 +21,8 @@ from w4a16gen import QuantMode
 from w4a16gen.build import toolchain, versions
 from w4a16gen.build.pipeline import build
 from w4a16gen.choose.overrides import kernels_of_environment
-from w4a16gen.kernels.config import ClusterShape, CtaShape, KernelConfig
-from w4a16gen.kernels.spaces import Filter, enumerate_space, select
+from w4a16gen.kernels.config import ClusterShape, CtaShape, Epilogue, KernelConfig
+from w4a16gen.kernels.spaces import Filter, enumerate_space, select, with_epilogues
 from w4a16gen.runtime.artifact import Build
 from w4a16gen.runtime.folders import BUILD_FOLDER_VARIABLE
 from w4a16gen.runtime.library import Library
@@ -155,7 +155,9 @@ def real_library(real_build: Build) -> Library:
 
 @pytest.fixture(scope="session")
 def gpu_library(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    """Return a build of the spaces trtllm, trtllm-native and default; skip without a Hopper GPU.
+    """Return a build of the spaces trtllm, trtllm-native and default, of the last with every epilogue.
+
+    It skips without a Hopper GPU.
 
     W4A16GEN_BUILD_DIR names a build that is there already.
     """
@@ -166,7 +168,8 @@ def gpu_library(tmp_path_factory: pytest.TempPathFactory) -> Library:
         found = w4a16gen.load(given)
     else:
         folder = tmp_path_factory.mktemp("gpu")
-        every = {kernel for space in ("trtllm", "trtllm-native", "default") for kernel in enumerate_space(space)}
+        every = {kernel for space in ("trtllm", "trtllm-native") for kernel in enumerate_space(space)}
+        every |= set(with_epilogues(enumerate_space("default"), list(Epilogue)))
         found = Library(build(sorted(every), generated=folder / GENERATED, folder=folder / BUILD).build)
     if not found.hopper_devices():
         pytest.skip("this machine has no Hopper GPU")

@@ -13,9 +13,23 @@ from conftest import install_fake_nvcc
 from w4a16gen import KernelConfig, Library
 from w4a16gen.build import versions
 from w4a16gen.build.pipeline import build
-from w4a16gen.kernels.epilogue import why_no_epilogue, why_not_gated
+from w4a16gen.kernels.config import Epilogue
+from w4a16gen.kernels.epilogue import Activation, CallEpilogue, why_no_epilogue, why_not_by, why_not_gated
 
 FGS = "w4a16_sm90_cutlass_fgs_cta128x64x64_cluster1x1x1_cooperative_streamk"
+
+
+class _KernelInfo(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_char_p) for name in ("name", "target", "layout")),
+        ("mode", ctypes.c_int32),
+        ("shapes", ctypes.c_int32 * 6),
+        *((name, ctypes.c_int32) for name in ("stages", "threads", "group_multiple")),
+        ("shared_memory_bytes", ctypes.c_int64),
+        ("epilogue", ctypes.c_int32),
+    )
+
+
 ALIGNED = 1 << 20
 NATIVE = "w4a16_sm90_native_fgs_cta64x8x128_cluster1x1x1_warps8_persistent"
 C_CALLS: list[tuple[str, dict[str, Any], int, str]] = [
@@ -57,7 +71,8 @@ def c_gemm(library: Library, change: dict[str, Any]) -> tuple[int, str]:
             if hasattr(struct, name):
                 setattr(struct, name, value)
     names = [kernel.config.name for kernel in library.kernels]
-    kernel = change.get("kernel", names.index(FGS if FGS in names else NATIVE))
+    call = CallEpilogue(list(Activation)[change.get("activation", 0) % 8], has_residual="residual" in change)
+    kernel = change.get("kernel", names.index(FGS if FGS in names else NATIVE + call.kernels.suffix))
     message = ctypes.create_string_buffer(300)
     status = ctypes.CDLL(str(library.build.library)).w4a16_gemm(
         kernel,
@@ -78,11 +93,12 @@ def test_a_wrong_call_in_c_is_refused(fake_library: Library, change: dict[str, A
 
 @pytest.fixture(scope="module")
 def native_library(tmp_path_factory: pytest.TempPathFactory, fake_cache: Path) -> Library:
-    """Return a build of one native kernel that can be described but not launched."""
+    """Return a build of a native kernel, with each epilogue, that can be described but not launched."""
     folder = tmp_path_factory.mktemp("native")
     with pytest.MonkeyPatch.context() as monkeypatch:
         install_fake_nvcc(folder, fake_cache, monkeypatch)
-        made = build([KernelConfig.parse(NATIVE)], generated=folder / "generated", folder=folder / "build").build
+        configs = [KernelConfig.parse(NATIVE + epilogue.suffix) for epilogue in Epilogue]
+        made = build(configs, generated=folder / "generated", folder=folder / "build").build
     versions.program_version.cache_clear()
     return Library(made)
 
@@ -124,6 +140,32 @@ def test_a_right_epilogue_in_c_reaches_the_gpu(native_library: Library, change: 
     got, message = c_gemm(native_library, change)
     assert got in (3, 4), message
     assert "overlap" not in message
+
+
+@pytest.mark.parametrize("has_residual", [False, True])
+@pytest.mark.parametrize("activation", Activation, ids=str)
+@pytest.mark.parametrize("kernel", Epilogue, ids=str)
+def test_both_sides_agree_on_what_a_kernel_computes(
+    native_library: Library, kernel: Epilogue, activation: Activation, has_residual: bool
+) -> None:
+    index = native_library.index_of(NATIVE + kernel.suffix)
+    residual = {"residual": 4 * ALIGNED} if has_residual else {}
+    status, message = c_gemm(native_library, {"kernel": index, "activation": activation.number, **residual})
+    reason = why_not_by(kernel, CallEpilogue(activation, has_residual=has_residual))
+    if reason is None:
+        assert status in (3, 4), message
+    else:
+        assert (status, message) == (1, reason)
+
+
+def test_the_library_describes_the_epilogue(native_library: Library) -> None:
+    library = ctypes.CDLL(str(native_library.build.library))
+    found = []
+    for index in range(len(native_library.kernels)):
+        info = _KernelInfo()
+        assert library.w4a16_get_kernel_info(index, ctypes.byref(info)) == 0
+        found.append((info.name.decode(), info.epilogue))
+    assert sorted(found) == sorted((NATIVE + epilogue.suffix, epilogue.number) for epilogue in Epilogue)
 
 
 @pytest.mark.parametrize("output", [ALIGNED + 4 * 64 * 2, ALIGNED - 4 * 16 * 2])

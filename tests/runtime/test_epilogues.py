@@ -12,9 +12,9 @@ import pytest
 from fakes.library import FakeLibrary
 
 import w4a16gen
-from w4a16gen import InvalidValueError, PackedWeight, QuantMode, Target, pack_weight
-from w4a16gen.kernels.epilogue import Activation
-from w4a16gen.kernels.spaces import enumerate_space
+from w4a16gen import Epilogue, InvalidValueError, NotBuiltError, PackedWeight, QuantMode, Target, pack_weight
+from w4a16gen.kernels.epilogue import Activation, CallEpilogue
+from w4a16gen.kernels.spaces import enumerate_space, with_epilogues
 from w4a16gen.weights.layouts.fragments import apart, interleaved
 from w4a16gen.weights.packed import GATED_LAYOUT
 from w4a16gen.weights.quantized import Half
@@ -22,6 +22,7 @@ from w4a16gen.weights.reference import Expectation, Extra, error_over_bound, ran
 
 M, N, K, GROUP = 5, 96, 256, 64
 PLAIN = [activation for activation in Activation if not activation.is_gated]
+KERNELS = with_epilogues(enumerate_space("default"), list(Epilogue))
 CALLS = list(itertools.product(Activation, (False, True), (False, True)))
 
 
@@ -68,7 +69,7 @@ def test_a_call_on_a_gpu(
     rng: np.random.Generator, mode: QuantMode, activation: Activation, with_bias: bool, with_residual: bool
 ) -> None:
     layer = Layer(rng, mode)
-    library = FakeLibrary(enumerate_space("default"))
+    library = FakeLibrary(KERNELS)
     bias = layer.bias if with_bias else None
     residual = layer.residual(activation) if with_residual else None
     on_gpu: dict[str, Any] = {
@@ -78,7 +79,11 @@ def test_a_call_on_a_gpu(
     packed = library.to_device(layer.packed[activation.is_gated])
     got = library.gemm(w=packed, alpha=0.75, activation=activation, **on_gpu).to_host()
     assert layer.error(got, activation, bias, residual) <= 1
-    assert library.module.launches[-1].config.target is Target.NATIVE
+    launched = library.module.launches[-1].config
+    needed = CallEpilogue(activation, has_residual=with_residual).kernels
+    assert (launched.target, launched.epilogue) == (Target.NATIVE, needed)
+    plain = library.choose(library.module.launches[-1].problem, mode).kernel
+    assert launched == replace(plain, epilogue=needed), "the same cost model chooses"
 
 
 def test_a_residual_may_be_the_output(layer: Layer) -> None:
@@ -86,7 +91,7 @@ def test_a_residual_may_be_the_output(layer: Layer) -> None:
     out = layer.whole.copy()
     assert w4a16gen.gemm(layer.a, layer.packed[False], activation="silu", residual=out, out=out) is out
     assert np.array_equal(out, wanted)
-    library = FakeLibrary(enumerate_space("default"))
+    library = FakeLibrary(KERNELS)
     on_gpu = library.to_device(layer.whole)
     packed, a = library.to_device(layer.packed[False]), library.to_device(layer.a)
     library.gemm(a, packed, activation="silu", residual=on_gpu, out=on_gpu)
@@ -100,6 +105,65 @@ def test_a_gate_of_large_numbers_is_open(rng: np.random.Generator) -> None:
     got = w4a16gen.gemm(a, pack_weight(weight, gated=True), bias=bias, activation="swiglu")
     gate, factor = np.split(w4a16gen.gemm(a, pack_weight(weight), bias=bias).astype(float), 2, axis=1)
     assert got.astype(float) == pytest.approx(gate * factor, rel=3e-3)
+
+
+NEEDED = {
+    Epilogue.ELEMENTWISE: ({"activation": "relu2"}, {"residual": True}, {"activation": "silu", "residual": True}),
+    Epilogue.GATED: ({"activation": "swiglu"}, {"activation": "geglu_erf", "residual": True}),
+}
+
+
+def _call(library: FakeLibrary, layer: Layer, change: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call on a GPU."""
+    activation = Activation.of(change.get("activation"))
+    residual = library.to_device(layer.residual(activation)) if change.get("residual") else None
+    packed = library.to_device(layer.packed[activation.is_gated])
+    return {"a": library.to_device(layer.a), "w": packed, "activation": activation, "residual": residual}
+
+
+@pytest.mark.parametrize(
+    ("epilogue", "change"), [(epilogue, change) for epilogue, changes in NEEDED.items() for change in changes], ids=str
+)
+def test_a_call_without_a_kernel_names_the_build_command(
+    layer: Layer, epilogue: Epilogue, change: dict[str, Any]
+) -> None:
+    library = FakeLibrary([config for config in KERNELS if config.epilogue is not epilogue])
+    text = f"no kernel of mode fgs with epilogue {epilogue}: run `w4a16gen build --epilogue none --epilogue {epilogue}`"
+    call = _call(library, layer, change)
+    with pytest.raises(NotBuiltError, match=text):
+        library.gemm(**call)
+    with w4a16gen.use_kernels(enumerate_space("default")[60]), pytest.raises(NotBuiltError, match=text):
+        library.gemm(**call)
+    assert library.module.launches == []
+    assert not library.has_epilogue("fgs", epilogue)
+
+
+@pytest.mark.parametrize("epilogue", Epilogue, ids=str)
+def test_a_kernel_that_is_named_must_have_the_epilogue(layer: Layer, epilogue: Epilogue) -> None:
+    library = FakeLibrary(KERNELS)
+    plain = library.choose(w4a16gen.Problem(M, N, K, GROUP), "fgs").kernel
+    named = replace(plain, epilogue=epilogue)
+    for needed, changes in {Epilogue.NONE: ({},), **NEEDED}.items():
+        for change in changes:
+            call = _call(library, layer, change) | {"config": named}
+            if needed is epilogue or (needed, epilogue) == (Epilogue.NONE, Epilogue.ELEMENTWISE):
+                library.gemm(**call)
+                assert library.module.launches.pop().config == named
+                continue
+            with pytest.raises(InvalidValueError, match=f"with epilogue {epilogue} cannot: the call needs `w4a16gen"):
+                library.gemm(**call)
+            assert library.module.launches == []
+
+
+def test_plain_calls_never_get_a_kernel_with_an_epilogue(layer: Layer) -> None:
+    library = FakeLibrary([config for config in KERNELS if config.epilogue is not Epilogue.NONE])
+    with pytest.raises(w4a16gen.UnsupportedProblemError, match="holds no kernel of mode fgs"):
+        library.gemm(**_call(library, layer, {}))
+    for epilogue in (Epilogue.ELEMENTWISE, Epilogue.GATED):
+        estimates = FakeLibrary(KERNELS).chooser.estimates(
+            w4a16gen.Problem(M, N, K, GROUP), QuantMode.FINEGRAINED_SCALE_ONLY, epilogue=epilogue
+        )
+        assert {kernel.epilogue for kernel, _ in estimates} == {epilogue}
 
 
 def _zeros(*shape: int) -> Half:
@@ -163,7 +227,7 @@ class Seen:
 
 @pytest.mark.parametrize(("change", "text"), [row[1:] for row in WRONG], ids=[row[0] for row in WRONG])
 def test_a_wrong_epilogue_on_a_gpu_is_refused(layer: Layer, change: dict[str, Any], text: str) -> None:
-    library = FakeLibrary(enumerate_space("default"))
+    library = FakeLibrary(KERNELS)
     arguments: dict[str, Any] = {
         name: Seen(library, value) if isinstance(value, np.ndarray) else value
         for name, value in _arguments(layer, change).items()
@@ -219,7 +283,7 @@ def test_a_gated_weight_has_whole_runs_of_channels(rng: np.random.Generator) -> 
 
 
 def test_packing_on_a_gpu_interleaves_too(layer: Layer) -> None:
-    library = FakeLibrary(enumerate_space("default"))
+    library = FakeLibrary(KERNELS)
     q, scales = library.to_device(layer.weight.q), library.to_device(layer.weight.scales)
     packed = library.pack(q, scales, gated=True)
     assert packed.layout == GATED_LAYOUT

@@ -19,8 +19,8 @@ from fakes.odd_values import FORMS, odd_values, of_any_array
 from fakes.public_calls import Arguments, Source, public_calls
 
 import w4a16gen
-from w4a16gen import Library
-from w4a16gen.kernels.spaces import enumerate_space
+from w4a16gen import Epilogue, Library
+from w4a16gen.kernels.spaces import enumerate_space, with_epilogues
 from w4a16gen.runtime import default
 from w4a16gen.runtime.artifact import Build
 from w4a16gen.runtime.folders import BUILD_FOLDER_VARIABLE
@@ -41,7 +41,7 @@ def compute_quietly(launched: Launched) -> None:
 @pytest.fixture
 def gpu() -> Library:
     """Return a library on a machine whose GPU is made of host memory."""
-    kernels = [*enumerate_space("default"), *enumerate_space("trtllm")]
+    kernels = [*with_epilogues(enumerate_space("default"), list(Epilogue)), *enumerate_space("trtllm")]
     return FakeLibrary(kernels, compute=compute_quietly)
 
 

@@ -7,17 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from w4a16gen import KernelConfig, Library, QuantMode, Target, pack_weight
+from w4a16gen import Epilogue, KernelConfig, Library, QuantMode, pack_weight
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.epilogue import Activation
-from w4a16gen.kernels.spaces import enumerate_space
+from w4a16gen.kernels.spaces import enumerate_space, with_epilogues
 from w4a16gen.verify import epilogues
 from w4a16gen.verify.numeric import NumericProof
 from w4a16gen.weights.quantized import Half
 from w4a16gen.weights.reference import Expectation, Extra, error_over_bound, random_weight
 
 pytestmark = pytest.mark.gpu
-NATIVE = sorted({*enumerate_space("trtllm-native"), *enumerate_space("default")})
+WITH_EPILOGUES = with_epilogues(enumerate_space("default"), [Epilogue.ELEMENTWISE, Epilogue.GATED])
 MODE = QuantMode.FINEGRAINED_SCALE_ONLY
 HIDDEN, INNER = 1024, 1536
 
@@ -30,14 +30,14 @@ def library(gpu_library: Library) -> Library:
 
 @pytest.fixture(scope="session")
 def proofs(gpu_library: Library) -> dict[KernelConfig, NumericProof]:
-    """Run the proofs of every native kernel's epilogues once."""
-    native = [config for config in gpu_library.configs() if config.target is Target.NATIVE]
-    found = {config: NumericProof(config.name) for config in native}
+    """Run the proofs of every kernel with an epilogue once."""
+    able = [config for config in gpu_library.configs() if config.epilogue is not Epilogue.NONE]
+    found = {config: NumericProof(config.name) for config in able}
     epilogues.prove_epilogues(gpu_library, found)
     return found
 
 
-@pytest.mark.parametrize("config", NATIVE, ids=str)
+@pytest.mark.parametrize("config", WITH_EPILOGUES, ids=str)
 def test_every_epilogue_of_every_kernel_is_right(
     proofs: dict[KernelConfig, NumericProof], config: KernelConfig
 ) -> None:
@@ -47,15 +47,15 @@ def test_every_epilogue_of_every_kernel_is_right(
     assert set(proofs[config].passed) == {epilogues.KIND}
 
 
-def of_mode(library: Library) -> list[KernelConfig]:
-    return [config for config in library.configs() if config.target is Target.NATIVE and config.mode is MODE]
+def of_mode(library: Library, epilogue: Epilogue) -> list[KernelConfig]:
+    return [config for config in library.configs() if config.epilogue is epilogue and config.mode is MODE]
 
 
 def test_in_place_gives_the_same_bits_as_apart_at_the_edges_of_tiles(library: Library) -> None:
     rng = np.random.default_rng(1)
     weight = random_weight(rng, 1096, 512, 128, MODE)
     packed = library.to_device(pack_weight(weight))
-    for config in of_mode(library):
+    for config in of_mode(library, Epilogue.ELEMENTWISE):
         tile = config.cta.tokens
         for m in sorted({1, tile - 1, tile, tile + 1, 2 * tile, 2 * tile + 3, 3 * tile - 1}):
             a = library.to_device(rng.standard_normal((m, 512)).astype(np.float16))
@@ -73,7 +73,10 @@ def test_chains_of_dependent_launches_give_the_bits_of_launches_one_by_one(libra
     up = library.to_device(pack_weight(random_weight(rng, 2 * INNER, HIDDEN, 128, MODE, size=0.002), gated=True))
     down = library.to_device(pack_weight(random_weight(rng, HIDDEN, INNER, 128, MODE, size=0.002)))
     x = rng.standard_normal((m, HIDDEN)).astype(np.float16)
-    kernels = rng.permutation(np.array(of_mode(library), dtype=object)).tolist()
+    gated, adding = (
+        rng.permutation(np.array(of_mode(library, epilogue), dtype=object)).tolist()
+        for epilogue in (Epilogue.GATED, Epilogue.ELEMENTWISE)
+    )
     stream = library.module.Stream(0)
 
     def run(*, dependent: bool) -> Half:
@@ -84,7 +87,7 @@ def test_chains_of_dependent_launches_give_the_bits_of_launches_one_by_one(libra
         if dependent:
             stream.begin_capture()
         try:
-            for one, other in zip(kernels[::2], kernels[1::2], strict=False):
+            for one, other in zip(gated[:25], adding[:25], strict=True):
                 library.gemm(hidden, up, config=one, activation="swiglu", out=inner, **common)
                 if not dependent:
                     stream.synchronize()

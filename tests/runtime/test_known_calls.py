@@ -175,10 +175,11 @@ def recorded(stub: Path) -> Recorded:
 
 @pytest.fixture
 def calls(fake_library: Library, stub: Path) -> Any:
-    """Return calls that are known for 16 tokens, by kernel 1."""
+    """Return calls that are known for 16 tokens, plain ones by kernel 1, with an activation or a residual by kernel 2."""
     module = fake_library.module
     calls = module.CallCache(module.KernelLibrary(str(stub)), N, K, GROUP, BYTES, DEVICE, 0, N, NUMBERS)
-    calls.add(16, 1)
+    calls.add(16, 1, 0)
+    calls.add(16, 2, 1)
     return calls
 
 
@@ -209,7 +210,7 @@ def test_a_weight_that_cannot_move_is_not_asked_for_its_address(
 ) -> None:
     module = fake_library.module
     calls = module.CallCache(module.KernelLibrary(str(stub)), N, K, GROUP, BYTES, DEVICE, 1 << 25, N, NUMBERS)
-    calls.add(16, 1)
+    calls.add(16, 1, 0)
     assert calls.try_launch(Offering((16, K)), object(), None, None, 1.0, False, *NO_MORE).shape == (16, N)
     assert (recorded.packed, recorded.packed_bytes) == (1 << 25, BYTES)
 
@@ -301,7 +302,7 @@ def test_a_launch_that_fails_gives_no_output(calls: Any) -> None:
 
 
 def test_a_strange_stride_of_a_single_row_does_not_matter(calls: Any, recorded: Recorded) -> None:
-    calls.add(1, 0)
+    calls.add(1, 0, 0)
     assert calls.try_launch(Offering((1, K), given_strides=(7, 1)), WEIGHT, None, None, 1.0, False, *NO_MORE).shape == (
         1,
         N,
@@ -315,16 +316,25 @@ def test_an_activation_and_a_residual_are_passed_on(
 ) -> None:
     residual = Offering((16, N), address=1 << 26, offset=512)
     assert calls.try_launch(RIGHT["a"], WEIGHT, None, None, 1.0, False, activation, residual).shape == (16, N)
-    assert (recorded.activation, recorded.residual) == (number, (1 << 26) + 512)
+    assert (recorded.kernel, recorded.activation, recorded.residual) == (2, number, (1 << 26) + 512)
     calls.try_launch(RIGHT["a"], WEIGHT, None, None, 1.0, False, *NO_MORE)
-    assert (recorded.activation, recorded.residual) == (0, 0)
+    assert (recorded.kernel, recorded.activation, recorded.residual) == (1, 0, 0)
+
+
+def test_a_call_that_needs_another_epilogue_is_left_alone(calls: Any, recorded: Recorded) -> None:
+    calls.add(1, 3, 0)
+    before, row = recorded.launches, Offering((1, K))
+    assert calls.try_launch(row, WEIGHT, None, None, 1.0, False, "silu", None) is None
+    assert calls.try_launch(row, WEIGHT, None, None, 1.0, False, None, Offering((1, N))) is None
+    assert recorded.launches == before
+    assert calls.try_launch(row, WEIGHT, None, None, 1.0, False, "none", None) is not None
 
 
 def test_gated_calls_have_half_as_many_columns(fake_library: Library, stub: Path, recorded: Recorded) -> None:
     module = fake_library.module
     numbers = activation_numbers(gated_weight=True)
     calls = module.CallCache(module.KernelLibrary(str(stub)), N, K, GROUP, BYTES, DEVICE, 0, N // 2, numbers)
-    calls.add(16, 1)
+    calls.add(16, 1, 2)
     residual, bias = Offering((16, N // 2), address=1 << 26), Offering((N,), address=1 << 23)
     out = calls.try_launch(RIGHT["a"], WEIGHT, bias, None, 1.0, False, "swiglu", residual)
     assert out.shape == (16, N // 2)

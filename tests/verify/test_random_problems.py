@@ -9,9 +9,9 @@ import pytest
 from fakes.library import FakeLibrary
 from fakes.module import Launched
 
-from w4a16gen import KernelConfig, QuantMode
+from w4a16gen import Activation, Epilogue, KernelConfig, QuantMode
 from w4a16gen.errors import CudaError
-from w4a16gen.kernels.spaces import enumerate_space
+from w4a16gen.kernels.spaces import enumerate_space, with_epilogues
 from w4a16gen.verify import random_problems
 from w4a16gen.verify.numeric import NumericProof
 
@@ -47,6 +47,21 @@ def test_as_many_problems_run_as_asked_for_and_all_kernels_get_their_turn() -> N
     assert not any(proof.failures for proof in proofs.values())
     assert min(count for config, count in zip(proofs, counts, strict=True) if "native" in config.name) >= 1
     assert all(0 < proof.worst_error_over_bound <= 1 for proof in proofs.values() if proof.passed)
+
+
+def test_kernels_with_epilogues_compute_what_they_can() -> None:
+    plain = [config for config in enumerate_space("default") if config.mode is QuantMode.FINEGRAINED_SCALE_ONLY][:4]
+    library = FakeLibrary(with_epilogues(plain, list(Epilogue)))
+    proofs = run(library, 400)
+    assert not any(proof.failures for proof in proofs.values())
+    assert all(proof.passed for proof in proofs.values())
+    asked = {epilogue: set() for epilogue in Epilogue}
+    for one in library.module.launches:
+        asked[one.config.epilogue].add((one.activation, one.residual != 0))
+    both = {(activation, residual) for activation in Activation for residual in (False, True)}
+    assert asked[Epilogue.NONE] == {(Activation.NONE, False)}
+    assert asked[Epilogue.ELEMENTWISE] == {pair for pair in both if not pair[0].is_gated}
+    assert asked[Epilogue.GATED] == {pair for pair in both if pair[0].is_gated}
 
 
 def test_a_wrong_kernel_and_a_failing_one_are_named() -> None:

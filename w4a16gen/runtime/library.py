@@ -189,6 +189,10 @@ class Library:
     def has_epilogue(self, mode: QuantMode | str, epilogue: Epilogue | str) -> bool:
         """Return whether the build has kernels of a mode with an epilogue.
 
+        Args:
+            mode: the quantisation mode.
+            epilogue: none, elementwise or gated; see `choose`.
+
         Raises:
             InvalidValueError: if it is no mode, or no epilogue.
         """

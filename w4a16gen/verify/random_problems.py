@@ -14,8 +14,8 @@ from w4a16gen.runtime.library import Library
 from w4a16gen.verify.guards import GuardedGpu, Launch
 from w4a16gen.verify.numeric import NumericProof, judge, launched, library_weight
 from w4a16gen.weights.packed import PackedWeight
-from w4a16gen.weights.quantized import Half, QuantizedWeight
-from w4a16gen.weights.reference import Expectation, Extra, random_weight
+from w4a16gen.weights.quantized import QuantizedWeight
+from w4a16gen.weights.reference import PLAIN, Expectation, Extra, random_weight
 
 KIND = "random problem"
 LAUNCHES_PER_WEIGHT = 24
@@ -111,7 +111,6 @@ def _run_weight(
     bias = rng.standard_normal(weight.n).astype(np.float16)
     on_gpu = gpu.upload(a)
     expected = Expectation(a, weight)
-    added = rng.standard_normal((most, weight.n)).astype(np.float16)
     packed: dict[object, PackedWeight] = {}
     what = f"{KIND} n={weight.n} k={weight.k} group={weight.group_size}"
     for turn in range(launches):
@@ -128,7 +127,7 @@ def _run_weight(
             bias=bias if with_bias else None,
             in_graph=in_graph,
             dependent=dependent,
-            extra=_draw_extra(rng, config, added),
+            extra=_draw_extra(rng, config, most, weight.n),
         )
         got = launched(gpu, proofs[config], config, on_gpu, packed[layout], launch, what)
         if got is not None:
@@ -136,8 +135,10 @@ def _run_weight(
     return launches
 
 
-def _draw_extra(rng: np.random.Generator, config: KernelConfig, added: Half) -> Extra:
-    """Draw an activation that a kernel computes, and whether it adds a residual; of plain kernels neither."""
+def _draw_extra(rng: np.random.Generator, config: KernelConfig, rows: int, n: int) -> Extra:
+    """Draw an activation that a kernel computes, and perhaps a residual; for plain kernels nothing is drawn."""
+    if config.epilogue is Epilogue.NONE:
+        return PLAIN
     able = [
         (activation, has_residual)
         for activation in Activation
@@ -145,5 +146,5 @@ def _draw_extra(rng: np.random.Generator, config: KernelConfig, added: Half) -> 
         if why_not_by(config.epilogue, CallEpilogue(activation, has_residual=has_residual)) is None
     ]
     activation, has_residual = able[int(rng.integers(len(able)))]
-    columns = CallEpilogue(activation).outputs(added.shape[1])
-    return Extra(activation, np.ascontiguousarray(added[:, :columns]) if has_residual else None)
+    shape = rows, CallEpilogue(activation).outputs(n)
+    return Extra(activation, rng.standard_normal(shape).astype(np.float16) if has_residual else None)
