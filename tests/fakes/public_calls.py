@@ -322,6 +322,7 @@ def public_calls(library: Library, gpu: Library) -> dict[str, Call]:
         "Library.why_cannot_run": on_library(
             "why_cannot_run", lambda source: {"config": library.configs()[0], "problem": source.problem()}
         ),
+        "Library.has_epilogue": on_library("has_epilogue", lambda _: {"mode": "fgs", "epilogue": "gated"}),
         "Library.packed_bytes": on_library(
             "packed_bytes", lambda source: {"config": library.configs()[0], "problem": source.problem()}
         ),
@@ -332,6 +333,7 @@ def public_calls(library: Library, gpu: Library) -> dict[str, Call]:
     }
     members = {
         "Activation": "silu",
+        "Epilogue": "gated",
         "QuantMode": "fgs",
         "Schedule": "warps8",
         "Scheduler": "streamk",

@@ -175,7 +175,7 @@ def recorded(stub: Path) -> Recorded:
 
 @pytest.fixture
 def calls(fake_library: Library, stub: Path) -> Any:
-    """Return calls that are known for 16 tokens, plain ones by kernel 1, with an activation or a residual by kernel 2."""
+    """Return calls that are known for 16 tokens: plain ones by kernel 1, those with an epilogue by kernel 2."""
     module = fake_library.module
     calls = module.CallCache(module.KernelLibrary(str(stub)), N, K, GROUP, BYTES, DEVICE, 0, N, NUMBERS)
     calls.add(16, 1, 0)

@@ -55,7 +55,7 @@ def test_kernels_with_epilogues_compute_what_they_can() -> None:
     proofs = run(library, 400)
     assert not any(proof.failures for proof in proofs.values())
     assert all(proof.passed for proof in proofs.values())
-    asked = {epilogue: set() for epilogue in Epilogue}
+    asked: dict[Epilogue, set[tuple[Activation, bool]]] = {epilogue: set() for epilogue in Epilogue}
     for one in library.module.launches:
         asked[one.config.epilogue].add((one.activation, one.residual != 0))
     both = {(activation, residual) for activation in Activation for residual in (False, True)}

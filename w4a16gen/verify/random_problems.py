@@ -111,6 +111,7 @@ def _run_weight(
     bias = rng.standard_normal(weight.n).astype(np.float16)
     on_gpu = gpu.upload(a)
     expected = Expectation(a, weight)
+    small = min(1.0, 0.01 / float(weight.scales.max()))  # keeps what epilogues multiply or square within fp16
     packed: dict[object, PackedWeight] = {}
     what = f"{KIND} n={weight.n} k={weight.k} group={weight.group_size}"
     for turn in range(launches):
@@ -123,7 +124,7 @@ def _run_weight(
         with_bias, in_graph, dependent = (bool(flag) for flag in rng.integers(0, 2, 3))
         launch = Launch(
             m=int(rng.integers(1, most + 1)),
-            alpha=float(rng.choice(ALPHAS)),
+            alpha=float(rng.choice(ALPHAS)) * (1 if config.epilogue is Epilogue.NONE else small),
             bias=bias if with_bias else None,
             in_graph=in_graph,
             dependent=dependent,
