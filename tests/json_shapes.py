@@ -17,6 +17,7 @@ KERNEL = {
     "cluster": [int],
     "schedule": str,
     "scheduler": str,
+    "epilogue": str,
 }
 NODE = {"node": str, "tasks": int, "seconds": NUMBER, "lost": int}
 BUILD = {

@@ -1,10 +1,11 @@
 """Time what activations, gates and residuals add to a product, beside the kernels that they replace.
 
+    w4a16gen build --epilogue none --epilogue elementwise --epilogue gated
     python tools/time_epilogues.py --build build --tokens 1 16 64 256 2048 --layer 28672x4096 --layer 4096x14336
 
-Needs torch and a Hopper GPU. Each number of tokens and layer gets the kernel that a call chooses, or those of --kernel.
-Graphs of all variants are replayed in turn, with weights of random bytes that leave L2 cold. "apart" is the plain
-product and one compiled kernel of torch that does the rest.
+Needs torch and a Hopper GPU. Each number of tokens and layer gets the kernel that a plain call chooses, or those of
+--kernel, and the same with each epilogue. Graphs of all variants are replayed in turn, with weights of random bytes
+that leave L2 cold. "apart" is the plain product and one compiled kernel of torch that does the rest.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from dataclasses import replace
 from typing import Any
 
 import w4a16gen
-from w4a16gen import KernelConfig, Library, PackedWeight, Problem, QuantMode
+from w4a16gen import Activation, KernelConfig, Library, PackedWeight, Problem, QuantMode
+from w4a16gen.kernels.epilogue import CallEpilogue
 from w4a16gen.weights.packed import GATED_LAYOUT, TARGET_LAYOUTS
 
 COLD_BYTES = 220_000_000
@@ -34,7 +36,7 @@ def main() -> None:
     parser.add_argument("--build", help="folder of the build; the default one without it")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 256, 2048])
     parser.add_argument("--layer", action="append", help="NxK; may be repeated")
-    parser.add_argument("--kernel", action="append", help="name of a kernel to time instead of the chosen one")
+    parser.add_argument("--kernel", action="append", help="name of a plain kernel to time instead of the chosen one")
     given = parser.parse_args()
     library, torch = w4a16gen.load(given.build), importlib.import_module("torch")
     for layer in given.layer or ["28672x4096", "4096x14336"]:
@@ -66,7 +68,9 @@ def variants(
         def launch(turn: int) -> object:
             stream = torch.cuda.current_stream()
             weight = weights[turn % copies]
-            return library.gemm(a, weight, config=kernel, out=to, workspace=workspace, stream=stream, **options)
+            call = CallEpilogue(Activation.of(options.get("activation")), has_residual="residual" in options)
+            config = replace(kernel, epilogue=call.kernels)
+            return library.gemm(a, weight, config=config, out=to, workspace=workspace, stream=stream, **options)
 
         return launch
 

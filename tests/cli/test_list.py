@@ -60,6 +60,7 @@ def test_list_as_json_has_the_documented_fields(cli: Runner) -> None:
             "cluster": [2, 1, 1],
             "schedule": "warpgroups2",
             "scheduler": "persistent",
+            "epilogue": "none",
         }
     ]
 

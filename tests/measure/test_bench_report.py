@@ -256,7 +256,7 @@ def test_bench_takes_the_gpus_of_a_cluster(monkeypatch: pytest.MonkeyPatch, tmp_
     all_began = threading.Barrier(2)
 
     def compare(library: FakeLibrary, problem: Problem, *_: object, **options: object) -> Comparison:
-        assert options == {"finalists": 4, "rounds": 9, "rivals": [RIVALS[0]]}
+        assert options == {"configs": [], "finalists": 4, "rounds": 9, "rivals": [RIVALS[0]]}
         began[problem.m] = library.devices()[0].sm_count
         if problem.m <= 2:
             all_began.wait(10)  # one on each GPU

@@ -15,9 +15,9 @@ from fakes.library import FakeLibrary
 from fakes.runner import Runner
 from json_shapes import SCHEMAS, STEP, check
 
-from w4a16gen import InvalidValueError, QuantMode, pack_weight
+from w4a16gen import Epilogue, InvalidValueError, QuantMode, pack_weight
 from w4a16gen.cli.services import Services
-from w4a16gen.kernels.spaces import enumerate_space
+from w4a16gen.kernels.spaces import enumerate_space, with_epilogues
 from w4a16gen.measure import models
 from w4a16gen.measure.decoder import Decoder, Parts, Step
 from w4a16gen.measure.kernel_kinds import Shares, kind_of, sum_up
@@ -29,6 +29,7 @@ from w4a16gen.measure.step import (
     OWN,
     OWN_DEPENDENT,
     OWN_FUSED,
+    OWN_FUSED_DEPENDENT_PDL,
     OWN_PDL,
     Machine,
     StepBench,
@@ -66,6 +67,9 @@ class HostLibrary:
 
     def hopper_device(self) -> Any:
         return H100
+
+    def has_epilogue(self, _mode: QuantMode, _epilogue: Epilogue) -> bool:
+        return True
 
     def pack(self, q: Any, scales: Any, zeros: Any, *, group_size: int, gated: bool) -> Any:
         assert zeros is None  # in mode fgs
@@ -359,8 +363,16 @@ def test_options_that_do_not_go_together_are_refused(cli: Runner, options: str, 
 
 
 def test_the_dense_product_is_the_first_entrant() -> None:
-    first = entrants_of(FakeLibrary(enumerate_space("default")), [])[0]
+    first = entrants_of(FakeLibrary(enumerate_space("default")), [], MODE)[0]
     assert (first.name, first.prepare) == (CUBLAS, cublas_products)
+
+
+@pytest.mark.parametrize("left_out", Epilogue, ids=str)
+def test_fused_entrants_need_kernels_with_both_epilogues(left_out: Epilogue) -> None:
+    epilogues = [epilogue for epilogue in Epilogue if epilogue is not left_out]
+    library = FakeLibrary(with_epilogues(enumerate_space("default"), epilogues))
+    fused = {entrant.name for entrant in entrants_of(library, [], MODE) if entrant.is_fused}
+    assert fused == ({OWN_FUSED, OWN_FUSED_DEPENDENT_PDL} if left_out is Epilogue.NONE else set())
 
 
 def test_long_steps_are_timed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

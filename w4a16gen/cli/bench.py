@@ -14,7 +14,15 @@ from w4a16gen.cli.cluster import ClusterChoice, cluster_options, tell_nodes
 from w4a16gen.cli.first_build import load_or_build
 from w4a16gen.cli.gpus import GpuChoice, card_option, one_kind_of
 from w4a16gen.cli.help import METHOD, OUTPUT, ExampleCommand, option
-from w4a16gen.cli.options import Parsed, build_option, count_option, json_option, parse_percent, wide_option
+from w4a16gen.cli.options import (
+    Parsed,
+    build_option,
+    count_option,
+    epilogues_option,
+    json_option,
+    parse_percent,
+    wide_option,
+)
 from w4a16gen.cli.output import note, print_result
 from w4a16gen.cli.problems import named_problems, problems_options
 from w4a16gen.cli.random_bench import RandomChoice, random_bench, random_options
@@ -23,6 +31,7 @@ from w4a16gen.cli.services import services
 from w4a16gen.cli.step_bench import StepChoice, step_bench, step_options
 from w4a16gen.cli.tables import Column, print_table
 from w4a16gen.errors import BuildError
+from w4a16gen.kernels.config import Epilogue
 
 if TYPE_CHECKING:
     from w4a16gen.kernels.config import QuantMode, Target
@@ -67,6 +76,7 @@ _FRONT = 4
     ),
 )
 @problems_options
+@epilogues_option
 @random_options
 @step_options
 @count_option("--finalists", section=METHOD, help="Kernels to time in alternation.  [default: 4; with --random 2]")
@@ -109,6 +119,7 @@ def command(
     files: Sequence[Path],
     tokens: Sequence[int],
     mode: QuantMode,
+    epilogues: Sequence[Epilogue],
     random: int | None,
     seed: int,
     budget: float | None,
@@ -146,6 +157,7 @@ def command(
 
     if steps:
         _refuse("--step runs on this machine", *_OF_CLUSTERS)
+        _refuse("--step times products with SwiGLU and residual if the build has them", "epilogues")
         _refuse("--step times a whole model", "random", *_OF_PROBLEMS, *_OF_DRAWS, *_OF_SINGLES, "finalists")
         of_steps = RIVALS_OF_DRAWS if rivals else ()
         choice = StepChoice(steps, sequences, context, prefill, layers, mode, rounds, of_steps)
@@ -156,6 +168,7 @@ def command(
         _refuse("--random runs on this machine", *_OF_CLUSTERS)
         _refuse("--random draws the problems", *_OF_PROBLEMS)
         _refuse("--random times the promising kernels only", "slack")
+        _refuse("--random times plain products", "epilogues")
         chosen_rivals = () if rivals is False else RIVALS_OF_DRAWS
         return random_bench(
             RandomChoice(random, seed, budget, mode, finalists, rounds, chosen_rivals, choose_from),
@@ -167,7 +180,13 @@ def command(
     _refuse("only --random takes them", *_OF_DRAWS)
 
     named = named_problems(problems, models, files, tokens, mode)
-    options = BenchOptions(finalists or 4, rounds, RIVALS if rivals else (), None if slack is None else slack / 100)
+    options = BenchOptions(
+        finalists or 4,
+        rounds,
+        RIVALS if rivals else (),
+        None if slack is None else slack / 100,
+        tuple(epilogues) or (Epilogue.NONE,),
+    )
     library = load_or_build(folder) if ray is None else services().load(folder)
     with one_kind_of(where, library) as cards:
         measured: Bench = services().bench(

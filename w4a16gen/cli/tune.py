@@ -15,6 +15,7 @@ from w4a16gen.cli.options import (
     Parsed,
     build_option,
     count_option,
+    epilogues_option,
     generated_option,
     jobs_option,
     json_option,
@@ -23,6 +24,7 @@ from w4a16gen.cli.options import (
 from w4a16gen.cli.output import note, print_result
 from w4a16gen.cli.problems import checkpoint_option, checkpoint_problems, named_problems, problems_options
 from w4a16gen.cli.tuning import How, build_and_tune, table_of, tune_build
+from w4a16gen.kernels.config import Epilogue
 from w4a16gen.kernels.named_spaces import SPACES
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ SECONDS_PER_MINUTE = 60
     ),
 )
 @problems_options
+@epilogues_option
 @checkpoint_option
 @option(
     "--space",
@@ -90,6 +93,7 @@ def command(
     files: Sequence[Path],
     tokens: Sequence[int],
     mode: QuantMode,
+    epilogues: Sequence[Epilogue],
     checkpoints: Sequence[Path],
     space: str | None,
     table: Path | None,
@@ -115,11 +119,15 @@ def command(
     by_mode = _problems_by_mode(problems, models, files, tokens, mode, checkpoints)
     seconds = None if budget is None else budget * SECONDS_PER_MINUTE
     where = GpuChoice(ClusterChoice(ray, ray_env), gpus, card)
-    how = How(table, again, dependent)
+    how = How(table, again, dependent, epilogues or (Epilogue.NONE,))
     if space is None:
         found = None
         measured = tune_build(by_mode, seconds, where, how, folder)
     else:
+        if set(epilogues) - {Epilogue.NONE}:
+            raise click.UsageError(
+                "--epilogue does not go with --space: `w4a16gen build --space` builds such kernels, then tune them"
+            )
         if table is not None:
             raise click.UsageError("--table does not go with --space: the times belong to the build that is left")
         from w4a16gen.build.limits import usable_cores

@@ -18,6 +18,7 @@ from w4a16gen.cli.output import note
 from w4a16gen.cli.progress import termination_interrupts
 from w4a16gen.cli.services import services
 from w4a16gen.errors import NotBuiltError
+from w4a16gen.kernels.config import Epilogue
 
 if TYPE_CHECKING:
     from w4a16gen.choose.timing_table import TuningTable
@@ -39,6 +40,7 @@ class How:
     table: Path | None
     again: bool
     dependent: bool
+    epilogues: Sequence[Epilogue] = (Epilogue.NONE,)
 
 
 @dataclass(frozen=True)
@@ -209,4 +211,15 @@ def _job(
 
     versions = {"w4a16gen": __version__, "compiler": str(library.build.manifest.compiler), "driver": cards.driver}
     known = _known(path, cards.device, dependent=how.dependent)
-    return Job(library, cards.device, mode, path, known, how.again, how.dependent, versions, deadline=deadline)
+    return Job(
+        library,
+        cards.device,
+        mode,
+        path,
+        known,
+        how.again,
+        how.dependent,
+        versions,
+        deadline=deadline,
+        epilogues=how.epilogues,
+    )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.config import Epilogue, KernelConfig, QuantMode, Target
+from w4a16gen.kernels.epilogue import why_not_gated
 from w4a16gen.kernels.integers import integer
 
 DIMENSION_MULTIPLE = 8
@@ -107,6 +108,8 @@ def runnable(
     configs: Iterable[KernelConfig], mode: QuantMode, problem: Problem, epilogue: Epilogue = Epilogue.NONE
 ) -> list[KernelConfig]:
     """Return the kernels of a mode and an epilogue that can run a problem, sorted."""
+    if epilogue is Epilogue.GATED and why_not_gated(problem.n) is not None:
+        return []
     return sorted(
         config
         for config in configs

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from w4a16gen.executors.waiting import as_done
-from w4a16gen.kernels.config import KernelConfig, QuantMode, Target
+from w4a16gen.kernels.config import Epilogue, KernelConfig, QuantMode, Target
 from w4a16gen.kernels.device import Device
 from w4a16gen.kernels.problem import Problem
-from w4a16gen.measure.compare import compare
+from w4a16gen.measure.compare import compare, with_one_of
 from w4a16gen.measure.gpus import Cards, Gpu
 from w4a16gen.measure.probes import TensorPeak, tensor_peak
 from w4a16gen.measure.record import Recorder, Row, Run, row_of, run_of
@@ -34,6 +34,8 @@ class BenchOptions:
     rivals: Sequence[Rival] = ()
     slack: float | None = None
     """Also find the smallest set of kernels within this fraction of the fastest on every problem."""
+    epilogues: Sequence[Epilogue] = (Epilogue.NONE,)
+    """Those of the kernels to compare."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ def _compared_here(
                 library,
                 problem,
                 mode,
+                configs=with_one_of(library.configs(), options.epilogues),
                 finalists=options.finalists,
                 rounds=options.rounds,
                 rivals=options.rivals,
@@ -162,7 +165,9 @@ def _compared_on(
     rivals = [rival.name for rival in options.rivals]
     with cards.executor as executor, show_progress(f"Comparing on {executor.slots} GPUs", len(problems)) as progress:
         futures = {
-            executor.submit(compare_problem, problem, mode, options.finalists, options.rounds, rivals): place
+            executor.submit(
+                compare_problem, problem, mode, options.finalists, options.rounds, rivals, options.epilogues
+            ): place
             for place, problem in enumerate(problems)
         }
         for done, future in enumerate(as_done(futures), 1):
@@ -174,11 +179,18 @@ def _compared_on(
 
 
 def compare_problem(
-    gpu: Gpu, problem: Problem, mode: QuantMode, finalists: int, rounds: int, rivals: Sequence[str]
+    gpu: Gpu,
+    problem: Problem,
+    mode: QuantMode,
+    finalists: int,
+    rounds: int,
+    rivals: Sequence[str],
+    epilogues: Sequence[Epilogue] = (Epilogue.NONE,),
 ) -> Iterator[Comparison]:
     """Compare the kernels on one problem, with rivals by name: the task that executors run."""
     chosen = [rival for rival in RIVALS if rival.name in rivals]
-    yield compare(gpu.library, problem, mode, finalists=finalists, rounds=rounds, rivals=chosen)
+    configs = with_one_of(gpu.library.configs(), epilogues)
+    yield compare(gpu.library, problem, mode, configs=configs, finalists=finalists, rounds=rounds, rivals=chosen)
 
 
 def _peak_of(cards: Cards) -> TensorPeak | None:
@@ -198,10 +210,12 @@ def sentences(name: str, row: Row, found: Comparison) -> list[str]:
     left_out = f"; {found.left_out} kernels with tiles far from m not timed" if found.left_out else ""
     best = KernelConfig.parse(found.best.contender)
     lines = [f"{found.problem}{layer}: {found.best.median:.2f} us, {best.short_name}{left_out}"]
+    kinds = [(target, epilogue) for target in Target for epilogue in Epilogue]
     lines += [
-        f"  fastest {target} kernel: {times[1]:.2f} us, {times[0].short_name}"
-        for target in Target
-        if target is not best.target and (times := _fastest(found, target)) is not None
+        f"  fastest {target} kernel{_with(epilogue)}: {times[1]:.2f} us, {times[0].short_name}"
+        for target, epilogue in kinds
+        if (target, epilogue) != (best.target, best.epilogue)
+        and (times := _fastest(found, target, epilogue)) is not None
     ]
     for other, error in found.error_over_bound.items():
         if not error <= 1:
@@ -212,10 +226,14 @@ def sentences(name: str, row: Row, found: Comparison) -> list[str]:
     return lines
 
 
-def _fastest(found: Comparison, target: Target) -> tuple[KernelConfig, float] | None:
-    """Return the fastest finalist of a target and its median, or None if none was timed."""
+def _with(epilogue: Epilogue) -> str:
+    return "" if epilogue is Epilogue.NONE else f" with epilogue {epilogue}"
+
+
+def _fastest(found: Comparison, target: Target, epilogue: Epilogue) -> tuple[KernelConfig, float] | None:
+    """Return the fastest finalist of a target with an epilogue and its median, or None if none was timed."""
     for timing in found.kernels:
         config = KernelConfig.parse(timing.contender)
-        if config.target is target:
+        if (config.target, config.epilogue) == (target, epilogue):
             return config, timing.median
     return None

@@ -8,7 +8,7 @@ from functools import partial
 from typing import NamedTuple
 
 from w4a16gen.choose.cost_model import default_cost_model
-from w4a16gen.kernels.config import KernelConfig, QuantMode, Target
+from w4a16gen.kernels.config import Epilogue, KernelConfig, QuantMode, Target
 from w4a16gen.kernels.legality import CTA_TOKENS
 from w4a16gen.kernels.problem import Problem, runnable
 from w4a16gen.measure.results import FLOOR, Comparison, Timing
@@ -97,6 +97,11 @@ def tiles_suit(config: KernelConfig, problem: Problem) -> bool:
     return tokens < 2 * max(problem.m, CTA_TOKENS[0]) and 4 * tokens >= min(problem.m, CTA_TOKENS[-1])
 
 
+def with_one_of(configs: Iterable[KernelConfig], epilogues: Sequence[Epilogue]) -> list[KernelConfig]:
+    """Return the kernels with one of some epilogues, in the order given."""
+    return [config for config in configs if config.epilogue in epilogues]
+
+
 def compare(
     library: Library,
     problem: Problem,
@@ -111,7 +116,8 @@ def compare(
 ) -> Comparison:
     """Time kernels on one problem with a cold L2: all of them briefly, then the fastest in turns with cuBLAS.
 
-    The kernel that a call gets if it names none is always a finalist, and so is the fastest of each target.
+    The kernel that a call gets if it names none is always a finalist, and so is the fastest of each target with each
+    epilogue.
 
     A graph holds 20 launches or more, which take copies of the weight in turn, over 200 MB. Finalists take turns in a
     new order each round. A short problem is timed by single replays after a rest. A long one (130 us and more) runs in
@@ -121,8 +127,8 @@ def compare(
         library: the loaded build.
         problem: the problem.
         mode: the quantisation mode.
-        configs: the kernels; None takes all built ones. Kernels that cannot run the problem, or whose token tiles do
-            not suit it, are left out.
+        configs: the kernels; None takes all built ones without an epilogue. Gated kernels compute SwiGLU, elementwise
+            ones add a residual. Kernels that cannot run the problem, or whose token tiles do not suit it, are left out.
         finalists: how many kernels are timed in turns.
         rounds: timed replays of each; for a long problem a third as many blocks, rounded up.
         seed: of the random data and of the order.
@@ -133,13 +139,15 @@ def compare(
         NoHopperGpuError: if there is no Hopper GPU.
     """
     workload = Workload(library, library.hopper_device().index, problem, mode, seed)
-    able = runnable(library.configs() if configs is None else configs, mode, problem)
+    given = with_one_of(library.configs(), [Epilogue.NONE]) if configs is None else list(configs)
+    epilogues = sorted({config.epilogue for config in given})
+    able = [config for epilogue in epilogues for config in runnable(given, mode, problem, epilogue)]
     candidates = [config for config in able if tiles_suit(config, problem)]
     screened: dict[str, float] = {}
     for config, microseconds in screen(workload, candidates):
         screened[config.name] = microseconds
         progress(len(screened), len(candidates), config.short_name)
-    chosen = library.choose(problem, mode).kernel if able else None
+    chosen = library.choose(problem, mode, epilogue=able[0].epilogue).kernel if able else None
     chosen = chosen if chosen in able else None
     finals = _finalists(candidates, screened, finalists, chosen)
     errors = {config.name: workload.check(config) for config in finals}
@@ -159,10 +167,10 @@ def compare(
 def _finalists(
     candidates: Sequence[KernelConfig], screened: Mapping[str, float], count: int, chosen: KernelConfig | None
 ) -> list[KernelConfig]:
-    """Return the fastest kernels by screening, the fastest of each target, and the chosen one."""
+    """Return the fastest kernels by screening, the fastest of each target and epilogue, and the chosen one."""
     ranked = sorted(candidates, key=lambda config: (screened[config.name], config))
-    of_targets = {config.target: config for config in reversed(ranked)}
-    wanted = [*ranked[:count], *of_targets.values(), *([] if chosen is None else [chosen])]
+    of_kinds = {(config.target, config.epilogue): config for config in reversed(ranked)}
+    wanted = [*ranked[:count], *of_kinds.values(), *([] if chosen is None else [chosen])]
     return list(dict.fromkeys(wanted))
 
 

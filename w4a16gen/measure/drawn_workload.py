@@ -41,8 +41,13 @@ class DrawnWorkload(Stage):
         self._weight = TorchWeight.drawn(torch, problem, mode, seed, where)
         source = torch.Generator(where).manual_seed(seed + 1)
         self.a = torch.randn((problem.m, problem.k), dtype=torch.float16, device=where, generator=source)
-        self.out = torch.empty((problem.m, problem.n), dtype=torch.float16, device=where)
+        self.out = self.zeros(problem.n)
         torch.cuda.synchronize(where)
+
+    def zeros(self, columns: int) -> Any:
+        """Return a tensor of zeros, fp16 [m, columns] on the GPU."""
+        torch = self._torch
+        return torch.zeros((self.problem.m, columns), dtype=torch.float16, device=torch.device("cuda", self.device))
 
     def packed_bytes(self, target: Target) -> int:
         """Return the bytes of the packed weight."""
@@ -50,18 +55,19 @@ class DrawnWorkload(Stage):
         geometry = WeightGeometry(problem.n, problem.k, problem.group_size, self.mode)
         return LAYOUTS[TARGET_LAYOUTS[target]].packed_bytes(geometry)
 
-    def new_copy(self, target: Target) -> PackedWeight:
-        """Return one more copy of the packed weight on the GPU."""
+    def new_copy(self, target: Target, *, gated: bool = False) -> PackedWeight:
+        """Return one more copy of the packed weight, perhaps for gated activations, on the GPU."""
         if target is not Target.NATIVE:
             raise UnsupportedProblemError(f"weights of target {target} are packed on the host only")
-        return self._weight.packed(self.library)
+        return self._weight.packed(self.library, gated=gated)
 
-    def run_once(self, contender: Contender, rows: npt.NDArray[np.intp]) -> npt.NDArray[np.float16]:
-        """Run a graph and return some rows of the output, which hold no number before."""
-        self.out.fill_(float("nan"))
-        self._torch.cuda.synchronize(self.out.device)
+    def run_once(self, contender: Contender, rows: npt.NDArray[np.intp], out: Any = None) -> npt.NDArray[np.float16]:
+        """Run a graph and return some rows of its output, which hold no number before; None stands for `self.out`."""
+        written = self.out if out is None else out
+        written.fill_(float("nan"))
+        self._torch.cuda.synchronize(written.device)
         contender.timed_replay()  # which waits
-        return np.asarray(self.out[rows.tolist()].cpu().numpy())
+        return np.asarray(written[rows.tolist()].cpu().numpy())
 
     def activations(self, rows: npt.NDArray[np.intp]) -> npt.NDArray[np.float16]:
         """Return some rows of the activations, on the host."""

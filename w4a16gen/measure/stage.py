@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from w4a16gen.choose.cost_model import default_cost_model
-from w4a16gen.kernels.config import KernelConfig, QuantMode, Target
+from w4a16gen.kernels.config import Epilogue, KernelConfig, QuantMode, Target
+from w4a16gen.kernels.epilogue import Activation, CallEpilogue
 from w4a16gen.kernels.problem import Problem
 from w4a16gen.measure.probes import probe_read
 from w4a16gen.measure.rival_products import cublas_products
@@ -20,12 +21,18 @@ from w4a16gen.measure.torch_weight import TorchWeight
 from w4a16gen.runtime.library import Library
 from w4a16gen.weights.packed import PackedWeight
 from w4a16gen.weights.quantized import QuantizedWeight
-from w4a16gen.weights.reference import Expectation, error_over_bound
+from w4a16gen.weights.reference import Expectation, Extra, error_over_bound
 
 COLD_BYTES = 200e6
 """Launches take copies of the weight in turn, of more bytes than this: over three times an H200's 60 MB of L2."""
 MAX_COPIES = 1000
 """Copies of a weight, at most: a layer of less than 0.2 MB, such as 512x512, does not fill a graph with its copies."""
+_ACTIVATIONS = {
+    Epilogue.NONE: Activation.NONE,
+    Epilogue.ELEMENTWISE: Activation.NONE,
+    Epilogue.GATED: Activation.SWIGLU,
+}
+"""The activation that kernels are timed with. Elementwise ones add a residual, as products in front of a sum do."""
 CHECKED_ROWS = 8
 CHECKED_CHANNELS = 64
 """Rows and channels of a finalist's result that are compared with float64 before it is timed."""
@@ -52,15 +59,21 @@ class Stage(ABC):
     def __init__(self, library: Library, device: int, problem: Problem, mode: QuantMode) -> None:
         """Record on a GPU; no copy of the weight is there yet."""
         self.library, self.device, self.problem, self.mode = library, device, problem, mode
-        self._copies: dict[Target, list[PackedWeight]] = {}
+        self._copies: dict[tuple[Target, bool], list[PackedWeight]] = {}
+        self._more: dict[int, Any] = {}
+        """Arrays of m rows by their columns, for what epilogues read or write."""
 
     @abstractmethod
     def packed_bytes(self, target: Target) -> int:
         """Return the bytes of the packed weight."""
 
     @abstractmethod
-    def new_copy(self, target: Target) -> PackedWeight:
-        """Return one more copy of the packed weight on the GPU."""
+    def new_copy(self, target: Target, *, gated: bool = False) -> PackedWeight:
+        """Return one more copy of the packed weight, perhaps for gated activations, on the GPU."""
+
+    @abstractmethod
+    def zeros(self, columns: int) -> Any:
+        """Return an array of zeros, fp16 [m, columns] on the GPU."""
 
     @abstractmethod
     def activations(self, rows: npt.NDArray[np.intp]) -> npt.NDArray[np.float16]:
@@ -71,8 +84,8 @@ class Stage(ABC):
         """Return the weight of some output channels, on the host."""
 
     @abstractmethod
-    def run_once(self, contender: Contender, rows: npt.NDArray[np.intp]) -> npt.NDArray[np.float16]:
-        """Run a graph and return some rows of the output, which hold no number before."""
+    def run_once(self, contender: Contender, rows: npt.NDArray[np.intp], out: Any = None) -> npt.NDArray[np.float16]:
+        """Run a graph and return some rows of its output, which hold no number before; None stands for `self.out`."""
 
     @abstractmethod
     def torch_activations(self, torch: Any, dtype: str) -> Any:
@@ -82,13 +95,13 @@ class Stage(ABC):
     def torch_weight(self, torch: Any) -> TorchWeight:
         """Return the weight in tensors."""
 
-    def copies(self, target: Target, *, brief: bool = False) -> list[PackedWeight]:
+    def copies(self, target: Target, *, brief: bool = False, gated: bool = False) -> list[PackedWeight]:
         """Return copies of the weight on the GPU, enough for a cold L2, or a few if a long problem is timed briefly."""
         wanted = copies_for(self.packed_bytes(target))
         if brief and default_cost_model().is_long(self.problem):
             wanted = min(wanted, BRIEF_LAUNCHES)
-        copies = self._copies.setdefault(target, [])
-        copies += [self.new_copy(target) for _ in range(wanted - len(copies))]
+        copies = self._copies.setdefault((target, gated), [])
+        copies += [self.new_copy(target, gated=gated) for _ in range(wanted - len(copies))]
         return copies[:wanted]
 
     def launches(self, copies: int, *, brief: bool = False) -> int:
@@ -96,22 +109,38 @@ class Stage(ABC):
         return BRIEF_LAUNCHES if brief and default_cost_model().is_long(self.problem) else max(LAUNCHES, copies)
 
     def record(self, config: KernelConfig, *, dependent: bool, brief: bool = False) -> Contender:
-        """Record a graph of a kernel's launches, a short one if a long problem is timed briefly."""
+        """Record a graph of a kernel's launches, a short one if a long problem is timed briefly.
+
+        A gated kernel computes SwiGLU, an elementwise one adds a residual.
+        """
         needed = self.library.workspace_bytes(config, self.problem, device=self.device)
         workspace = self.library.to_device(np.zeros(needed, np.uint8), self.device)
+        out = self._output_of(config)
+        residual = self._array(self.problem.n) if config.epilogue is Epilogue.ELEMENTWISE else None
 
         def launch(weight: PackedWeight, stream: Any) -> None:
             self.library.gemm(
                 self.a,
                 weight,
                 config=config,
-                out=self.out,
+                out=out,
                 workspace=workspace,
                 stream=stream,
                 dependent_launch=dependent,
+                activation=_ACTIVATIONS[config.epilogue],
+                residual=residual,
             )
 
-        return self._record(launch, config.target, workspace, brief=brief)
+        return self._record(launch, config.target, workspace, brief=brief, gated=config.epilogue is Epilogue.GATED)
+
+    def _array(self, columns: int) -> Any:
+        if columns not in self._more:
+            self._more[columns] = self.zeros(columns)
+        return self._more[columns]
+
+    def _output_of(self, config: KernelConfig) -> Any:
+        """Return the array that a kernel's launches write."""
+        return self._array(self.problem.n // 2) if config.epilogue is Epilogue.GATED else self.out
 
     def record_floor(self, *, dependent: bool) -> Contender:
         """Record a graph of launches that only read the packed weight."""
@@ -131,10 +160,15 @@ class Stage(ABC):
         """
         if self.problem.m == 0:
             return 0.0
-        chosen_rows, chosen_channels = evenly(self.problem.m, rows), evenly(self.problem.n, channels)
-        got = self.run_once(self.record(config, dependent=False, brief=True), chosen_rows)
-        expected = Expectation(self.activations(chosen_rows), self.channels(chosen_channels))
-        return error_over_bound(got[:, chosen_channels], expected, 1.0, None)
+        extra = Extra(_ACTIVATIONS[config.epilogue])  # residuals are zeros
+        columns = CallEpilogue(extra.activation).outputs(self.problem.n)
+        chosen_rows, chosen_columns = evenly(self.problem.m, rows), evenly(columns, channels)
+        contender = self.record(config, dependent=False, brief=True)
+        got = self.run_once(contender, chosen_rows, self._output_of(config))
+        factors = chosen_columns + columns if extra.activation.is_gated else chosen_columns[:0]
+        weight = self.channels(np.concatenate([chosen_columns, factors]))
+        expected = Expectation(self.activations(chosen_rows), weight)
+        return error_over_bound(got[:, chosen_columns], expected, 1.0, None, extra)
 
     def _record(
         self,
@@ -143,9 +177,10 @@ class Stage(ABC):
         workspace: Any,
         *,
         brief: bool = False,
+        gated: bool = False,
     ) -> Contender:
         """Record a graph of launches that take the copies in turn."""
-        copies = self.copies(target, brief=brief)
+        copies = self.copies(target, brief=brief, gated=gated)
         stream = self.library.module.Stream(self.device)
         launches = self.launches(len(copies), brief=brief)
 

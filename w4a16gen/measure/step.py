@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from w4a16gen.errors import MissingToolError
-from w4a16gen.kernels.config import QuantMode
+from w4a16gen.kernels.config import Epilogue, QuantMode
 from w4a16gen.kernels.device import Device
 from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.measure.compare import attempt
@@ -35,6 +35,8 @@ OWN_PDL, OWN_DEPENDENT_PDL = "w4a16gen_pdl", "w4a16gen_dependent_pdl"
 """The same between parts that take part in dependent launches (Inductor's `triton.enable_pdl`)."""
 OWN_FUSED, OWN_FUSED_DEPENDENT_PDL = "w4a16gen_fused", "w4a16gen_fused_dependent_pdl"
 """Products that compute SwiGLU and add to the residual themselves."""
+FUSED_BUILD = "w4a16gen build --epilogue none --epilogue elementwise --epilogue gated"
+"""The command that builds their kernels."""
 LARGEST_DIFFERENCE = 0.1
 """Of the last hidden state from that of the dense FP16 model, as Euclidean norms. Each product rounds, and every layer
 adds to it; a wrong layer differs by 1."""
@@ -203,7 +205,9 @@ def run_step_bench(
         if torch is None:
             raise MissingToolError("bench --step runs the rest of the model with torch: pip install torch")
         machine = gpu_machine(torch, gpu.index)
-    entrants = entrants_of(library, rivals)
+    entrants = entrants_of(library, rivals, mode)
+    if not any(entrant.is_fused for entrant in entrants):
+        tell(f"Products with SwiGLU and residual are not timed: `{FUSED_BUILD}` builds their kernels")
     weights = {
         name: TorchWeight.drawn(machine.torch, problem, mode, place, machine.device, SIZE / math.sqrt(problem.k))
         for place, (name, problem) in enumerate(step.problems().items())
@@ -229,18 +233,25 @@ def run_step_bench(
     return StepBench(step, gpu, mode, sorted(timings, key=lambda timing: timing.median), left_out, floor)
 
 
-def entrants_of(library: Library, rivals: Sequence[Rival]) -> list[Entrant]:
-    """Return the entrants: the dense model, with which the others are compared, first."""
+def entrants_of(library: Library, rivals: Sequence[Rival], mode: QuantMode) -> list[Entrant]:
+    """Return the entrants: the dense model, with which the others are compared, first.
+
+    Fused ones need a build with kernels of the mode that have epilogues.
+    """
     own = OwnProducts(library)
     dependent = partial(own.prepare, dependent=True)
+    fused = [
+        Entrant(OWN_FUSED, own.prepare, is_fused=True),
+        Entrant(OWN_FUSED_DEPENDENT_PDL, dependent, parts_take_part=True, is_fused=True),
+    ]
+    can_fuse = all(library.has_epilogue(mode, epilogue) for epilogue in (Epilogue.ELEMENTWISE, Epilogue.GATED))
     return [
         Entrant(CUBLAS, cublas_products),
         Entrant(OWN, own.prepare),
         Entrant(OWN_DEPENDENT, dependent),
         Entrant(OWN_PDL, own.prepare, parts_take_part=True),
         Entrant(OWN_DEPENDENT_PDL, dependent, parts_take_part=True),
-        Entrant(OWN_FUSED, own.prepare, is_fused=True),
-        Entrant(OWN_FUSED_DEPENDENT_PDL, dependent, parts_take_part=True, is_fused=True),
+        *(fused if can_fuse else []),
         *(Entrant(rival.name, rival.prepare, rival.dtype, rival.package) for rival in rivals),
     ]
 

@@ -13,7 +13,7 @@ from w4a16gen.choose.timing_table import Measured, TuningTable, add_times, one_t
 from w4a16gen.executors.executor import Executor
 from w4a16gen.executors.place import Place
 from w4a16gen.executors.waiting import as_done
-from w4a16gen.kernels.config import KernelConfig, QuantMode
+from w4a16gen.kernels.config import Epilogue, KernelConfig, QuantMode
 from w4a16gen.kernels.device import Device
 from w4a16gen.kernels.problem import Problem, runnable
 from w4a16gen.measure.compare import measure, tiles_suit
@@ -125,6 +125,8 @@ class Job:
     """Kernels near the fastest are timed again, in turns, unless these are noted; None times them once."""
     deadline: float | None = None
     """Clock (`time.monotonic`) by which problems must end: none is begun that would end later. None sets no limit."""
+    epilogues: Sequence[Epilogue] = (Epilogue.NONE,)
+    """Those of the kernels to measure: gated ones compute SwiGLU, elementwise ones add a residual."""
 
     def run(
         self,
@@ -171,7 +173,9 @@ class Job:
     def _plan(self, name: str, problem: Problem) -> _Plan:
         """Return what is measured of a problem."""
         hashes = self.library.build.content_hashes
-        able = runnable(hashes, self.mode, problem)
+        able: list[KernelConfig] = []
+        for epilogue in sorted(set(self.epilogues)):
+            able += runnable(hashes, self.mode, problem, epilogue)
         suitable = [config for config in able if tiles_suit(config, problem)]
         if self.candidates is not None:
             suitable = [config for config in self.candidates[problem] if config in hashes]

@@ -25,9 +25,11 @@ def _weight(n: int, k: int, group_size: int, mode: QuantMode, seed: int) -> Quan
     return random_weight(np.random.default_rng(seed), n, k, group_size, mode)
 
 
-@lru_cache(maxsize=len(Target))
-def _packed(n: int, k: int, group_size: int, mode: QuantMode, seed: int, target: Target) -> PackedWeight:
-    return pack_weight(_weight(n, k, group_size, mode, seed), target=target)
+@lru_cache(maxsize=len(Target) + 1)
+def _packed(
+    n: int, k: int, group_size: int, mode: QuantMode, seed: int, target: Target, gated: bool = False
+) -> PackedWeight:
+    return pack_weight(_weight(n, k, group_size, mode, seed), target=target, gated=gated)
 
 
 class Workload(Stage):
@@ -40,26 +42,31 @@ class Workload(Stage):
         rng = np.random.default_rng(seed)
         self.host_a = rng.standard_normal((problem.m, problem.k), dtype=np.float32).astype(np.float16)
         self.a = library.to_device(self.host_a, device)
-        self.out = library.to_device(np.zeros((problem.m, problem.n), np.float16), device)
+        self.out = self.zeros(problem.n)
+
+    def zeros(self, columns: int) -> Any:
+        """Return an array of zeros, fp16 [m, columns] on the GPU."""
+        return self.library.to_device(np.zeros((self.problem.m, columns), np.float16), self.device)
 
     def packed_bytes(self, target: Target) -> int:
         """Return the bytes of the packed weight."""
         return _packed(*self._drawn, target).nbytes
 
-    def new_copy(self, target: Target) -> PackedWeight:
-        """Return one more copy of the packed weight on the GPU."""
-        return self.library.to_device(_packed(*self._drawn, target), self.device)
+    def new_copy(self, target: Target, *, gated: bool = False) -> PackedWeight:
+        """Return one more copy of the packed weight, perhaps for gated activations, on the GPU."""
+        return self.library.to_device(_packed(*self._drawn, target, gated), self.device)
 
-    def run_once(self, contender: Contender, rows: npt.NDArray[np.intp]) -> npt.NDArray[np.float16]:
-        """Run a graph and return some rows of the output, which hold no number before."""
-        n = self.problem.n
+    def run_once(self, contender: Contender, rows: npt.NDArray[np.intp], out: Any = None) -> npt.NDArray[np.float16]:
+        """Run a graph and return some rows of its output, which hold no number before; None stands for `self.out`."""
+        written = self.out if out is None else out
+        n = written.shape[1]
         got = np.full((len(rows), n), np.nan, np.float16)
         places = [(got[place], int(row) * n * got.itemsize) for place, row in enumerate(rows)]
         for values, offset in places:
-            self.out.buffer.upload(values, offset)
+            written.buffer.upload(values, offset)
         contender.timed_replay()  # which waits
         for values, offset in places:
-            self.out.buffer.download(values, offset)
+            written.buffer.download(values, offset)
         return got
 
     def activations(self, rows: npt.NDArray[np.intp]) -> npt.NDArray[np.float16]:

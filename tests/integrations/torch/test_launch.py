@@ -11,9 +11,11 @@ import pytest
 from fakes.library import FakeLibrary
 
 import w4a16gen
-from w4a16gen import InvalidValueError, QuantMode
-from w4a16gen.kernels.spaces import enumerate_space
-from w4a16gen.weights.reference import Expectation, error_over_bound, random_weight
+from w4a16gen import Activation, Epilogue, InvalidValueError, NotBuiltError, QuantMode
+from w4a16gen.kernels.epilogue import CallEpilogue
+from w4a16gen.kernels.spaces import enumerate_space, with_epilogues
+from w4a16gen.weights.activations import activation_error
+from w4a16gen.weights.reference import Expectation, Extra, error_over_bound, random_weight
 
 torch = pytest.importorskip("torch")
 ops = pytest.importorskip("w4a16gen.integrations.torch.ops")
@@ -114,3 +116,66 @@ def test_checked_packing_still_refuses_arrays_that_do_not_fit(library: FakeLibra
     ):
         with pytest.raises(InvalidValueError, match=message):
             library.packer.pack_checked(*wrong)
+
+
+ACTIVATIONS = [activation for activation in Activation if activation is not Activation.NONE]
+DEFAULT = enumerate_space("default")
+
+
+def finish(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch, *arguments: Any, apart: bool = True) -> Any:
+    """Call what the dispatcher calls for tensors on a GPU, with an activation and a residual."""
+    monkeypatch.setattr(ops, "library_in_use", lambda: library)
+    x, weight, bias, activation, residual = arguments
+    return ops._on_gpu(x, weight.data, bias, *ops.facts_of(weight), 0.5, str(activation), residual, apart)  # noqa: SLF001
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("mode", QuantMode, ids=str)
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("activation", Activation, ids=str)
+def test_without_its_kernels_an_epilogue_follows_the_product(
+    activation: Activation,
+    with_residual: bool,
+    mode: QuantMode,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight = random_weight(rng, N, K, GROUP if mode.is_grouped else K, mode)
+    packed = w4a16gen.pack_weight(weight, gated=activation.is_gated)
+    packed = replace(packed, data=on_gpu(packed.data))
+    x, bias = rng.standard_normal((2, 3, K)).astype(np.float16), rng.standard_normal(N).astype(np.float16)
+    added = rng.standard_normal((2, 3, packed.outputs)).astype(np.float16) if with_residual else None
+    given = on_gpu(x), packed, on_gpu(bias), activation, None if added is None else on_gpu(added)
+    call = CallEpilogue(activation, has_residual=with_residual)
+    expected = Expectation(x.reshape(-1, K), weight)
+    extra = Extra(activation, None if added is None else added.reshape(-1, packed.outputs))
+
+    every = FakeLibrary(with_epilogues(DEFAULT, list(Epilogue)))
+    fused = finish(every, monkeypatch, *given).numpy().reshape(-1, packed.outputs)
+    assert every.module.launches[-1].config.epilogue is call.kernels
+    assert error_over_bound(fused, expected, 0.5, bias, extra) <= 1
+
+    lacking = FakeLibrary([config for config in every.configs() if config.epilogue is Epilogue.NONE])
+    got = finish(lacking, monkeypatch, *given).numpy().reshape(-1, packed.outputs).astype(np.float64)
+    assert [one.config.epilogue for one in lacking.module.launches] == [Epilogue.NONE]
+    wanted = expected.result(0.5, bias, extra)
+    # The product, rounded to fp16, is the argument of the function, whose value is rounded once more.
+    of_function = activation_error(activation, expected.result(0.5, bias), expected.bound(0.5, bias))
+    assert (np.abs(got - wanted) <= of_function + 2.0**-10 * np.abs(wanted) + 2.0**-20).all()
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_without_its_kernels_a_layer_is_refused(
+    activation: Activation, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = w4a16gen.pack_weight(
+        random_weight(rng, N, K, GROUP, QuantMode.FINEGRAINED_SCALE_ONLY), gated=activation.is_gated
+    )
+    packed = replace(packed, data=on_gpu(packed.data))
+    x = on_gpu(rng.standard_normal((3, K)).astype(np.float16))
+    library = FakeLibrary(DEFAULT)
+    needed = CallEpilogue(activation).kernels
+    with pytest.raises(NotBuiltError, match=f"run `w4a16gen build --epilogue none --epilogue {needed}`"):
+        finish(library, monkeypatch, x, packed, None, activation, None, apart=False)
+    assert library.module.launches == []
