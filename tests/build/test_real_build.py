@@ -23,14 +23,14 @@ from w4a16gen.build.pipeline import build
 from w4a16gen.build.units import FLAGS
 from w4a16gen.cli import main
 from w4a16gen.kernels.arrangement import native_arrangement
-from w4a16gen.kernels.config import Scheduler
+from w4a16gen.kernels.config import Epilogue, Scheduler
 from w4a16gen.kernels.legality import (
     MAX_ACCUMULATORS,
     MAX_STREAM_K_ACCUMULATORS_IN_CLUSTERS,
     MAX_STREAM_K_ACCUMULATORS_OF_ONE_FRAGMENT_IN_CLUSTERS,
 )
 from w4a16gen.kernels.render import source_name
-from w4a16gen.kernels.spaces import enumerate_space
+from w4a16gen.kernels.spaces import enumerate_space, with_epilogues
 from w4a16gen.runtime.artifact import Build, load_build
 from w4a16gen.verify import static, verify
 from w4a16gen.verify.static import KernelCode, read_code
@@ -95,8 +95,8 @@ def test_native_kernels_compile_in_seconds_and_are_proven(tmp_path: Path) -> Non
     check_that_more_tokens_need_no_less_workspace(Library(built.build))
 
 
-def test_kernels_at_the_edge_of_their_registers_do_not_spill(tmp_path: Path) -> None:
-    """Of all of space native, those that exchange as many sums as a thread can have: what ptxas lets spill first."""
+def kernels_at_the_edge() -> list[KernelConfig]:
+    """Return those of space native that exchange as many sums as a thread can have: what ptxas lets spill first."""
 
     def is_at_the_edge(config: KernelConfig) -> bool:
         arrangement = native_arrangement(config)
@@ -114,10 +114,27 @@ def test_kernels_at_the_edge_of_their_registers_do_not_spill(tmp_path: Path) -> 
     assert len(configs) == 20
     in_clusters = list(filter(is_at_the_edge_of_clusters, space))
     assert len(in_clusters) == 15
-    configs = sorted([*configs, *in_clusters])
-    built = build(configs, generated=tmp_path / "generated", folder=tmp_path / "build")
+    return sorted([*configs, *in_clusters])
+
+
+def check_that_none_spills(configs: list[KernelConfig], folder: Path) -> None:
+    built = build(configs, generated=folder / "generated", folder=folder / "build")
     assert built.failures == []
-    assert static.prove(Library(built.build), tmp_path / "generated").violations == []
+    proof = static.prove(Library(built.build), folder / "generated")
+    assert proof.violations == []
+    assert len(proof.kernels) == len(configs)
+    assert {kernel["stack_bytes"] for kernel in proof.kernels} == {0}
+
+
+def test_kernels_at_the_edge_of_their_registers_do_not_spill(tmp_path: Path) -> None:
+    check_that_none_spills(kernels_at_the_edge(), tmp_path)
+
+
+@pytest.mark.parametrize("epilogue", [Epilogue.ELEMENTWISE, Epilogue.GATED], ids=str)
+def test_kernels_with_epilogues_do_not_spill(epilogue: Epilogue, tmp_path: Path) -> None:
+    """Those at the edge, and of the default ones those with zeros, which need most registers."""
+    default = [config for config in enumerate_space("default") if config.mode.has_zeros]
+    check_that_none_spills(with_epilogues({*kernels_at_the_edge(), *default}, [epilogue]), tmp_path)
 
 
 def check_that_more_tokens_need_no_less_workspace(library: Library) -> None:

@@ -41,7 +41,12 @@ NAMED_SHAPES = 60
     ),
 )
 @filter_options
-@option("--built", is_flag=True, section=WHICH_KERNELS, help="List the kernels of the build, not of a space.")
+@option(
+    "--built",
+    is_flag=True,
+    section=WHICH_KERNELS,
+    help="List the kernels of the build, with every epilogue, not of a space.",
+)
 @option(
     "--explain",
     is_flag=True,

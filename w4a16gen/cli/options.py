@@ -164,7 +164,7 @@ epilogues_option = option(
     multiple=True,
     type=EPILOGUE,
     section=WHICH_KERNELS,
-    help=f"{EPILOGUE_HELP} Repeatable.  [default: none; with --built all]",
+    help=f"{EPILOGUE_HELP} Repeatable.  [default: none]",
 )
 target_option = option(
     "--target",
