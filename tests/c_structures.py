@@ -25,4 +25,6 @@ class CGemmArguments(ctypes.Structure):
         ("stream", ctypes.c_void_p),
         ("alpha", ctypes.c_float),
         ("dependent_launch", ctypes.c_int32),
+        ("activation", ctypes.c_int32),
+        ("residual", ctypes.c_void_p),
     ]

@@ -17,6 +17,7 @@ from paths import CPP
 from w4a16gen.build import toolchain
 from w4a16gen.build.headers import CUDA_FOLDER
 from w4a16gen.kernels.config import KernelConfig
+from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.kernels.render import render_kernel, render_registry, render_unit, source_name
 from w4a16gen.weights.packed import pack_weight
 from w4a16gen.weights.quantized import QuantizedWeight
@@ -75,7 +76,12 @@ class Launch:
     alpha: float = 1.0
     bias: Half | None = None
     is_dependent: bool = False
-    """Whether the kernel before, which writes activations and bias, still runs when this launch begins."""
+    """Whether the kernel before, which writes activations, bias and residual, still runs when this launch begins."""
+    activation: Activation = Activation.NONE
+    residual: Half | None = None
+    """What is added, of the shape of the output."""
+    in_place: bool = False
+    """Whether the output holds the residual."""
 
 
 class Emulation:
@@ -88,7 +94,7 @@ class Emulation:
         self.library.emulation_add_previous.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64]
 
     def gemm(self, config: KernelConfig, a: Half, weight: QuantizedWeight, launch: Launch) -> Half:
-        """Return alpha * a x weight + bias.
+        """Return activation(alpha * a x weight + bias) + residual.
 
         The workspace begins with random bytes. Copies may read the given arrays only.
 
@@ -97,20 +103,26 @@ class Emulation:
         """
         (m, k), n = a.shape, weight.n
         rng = np.random.default_rng(launch.seed)
-        activations, packed = aligned(a), aligned(pack_weight(weight).data)
+        gated = launch.activation.is_gated
+        columns = n // 2 if gated else n
+        activations, packed = aligned(a), aligned(pack_weight(weight, gated=gated).data)
         bias = None if launch.bias is None else aligned(launch.bias)
-        output = aligned(np.full(m * n * 2 + CANARY, 0xFF, np.uint8))
+        output = aligned(np.full(m * columns * 2 + CANARY, 0xFF, np.uint8))
+        residual = None if launch.residual is None else aligned(launch.residual)
+        if residual is not None and launch.in_place:
+            residual = output[:-CANARY].view(np.float16).reshape(m, columns)
+            residual[...] = launch.residual
         problem = CProblem(m, n, k, weight.group_size)
         kernel = self.library.w4a16_find_kernel(config.name.encode())
         needed = ctypes.c_size_t()
         self._call("w4a16_workspace_bytes", kernel, problem, launch.sm_count, ctypes.byref(needed))
         workspace = aligned(rng.integers(0, 256, needed.value, np.uint8))
         self.library.emulation_set(launch.seed, launch.sm_count)
-        for buffer in (activations, packed, bias):
+        for buffer in (activations, packed, bias, residual):
             if buffer is not None:
                 self.library.emulation_add_buffer(buffer.ctypes.data, buffer.nbytes)
         late = {}
-        for name, array in (("activations", activations), ("bias", bias)):
+        for name, array in (("activations", activations), ("bias", bias), ("residual", residual)):
             if launch.is_dependent and array is not None:
                 late[name] = array.copy()
                 self.library.emulation_add_previous(array.ctypes.data, late[name].ctypes.data, array.nbytes)
@@ -126,11 +138,13 @@ class Emulation:
             stream=None,
             alpha=launch.alpha,
             dependent_launch=int(launch.is_dependent),
+            activation=launch.activation.number,
+            residual=None if residual is None else residual.ctypes.data,
         )
         self._call("w4a16_gemm", kernel, problem, ctypes.byref(arguments))
         if not (output[-CANARY:] == 0xFF).all():
             raise EmulationError("the kernel wrote behind its output")
-        return output[:-CANARY].view(np.float16).reshape(m, n)
+        return output[:-CANARY].view(np.float16).reshape(m, columns)
 
     def _call(self, name: str, kernel: int, problem: CProblem, *arguments: Any) -> None:
         message = ctypes.create_string_buffer(_MESSAGE_BYTES)

@@ -600,7 +600,8 @@ static CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t, 
                              const cuuint64_t*, const cuuint32_t* box, const cuuint32_t*, CUtensorMapInterleave,
                              CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
   const w4a16::native::Tensor tensor{static_cast<uint16_t*>(matrix), static_cast<int64_t>(sizes[1]),
-                                     static_cast<int64_t>(sizes[0]), static_cast<int>(box[1])};
+                                     static_cast<int64_t>(sizes[0]), static_cast<int>(box[1]),
+                                     static_cast<int>(box[0])};
   static_assert(sizeof(tensor) <= sizeof(*map), "a tensor map has room for it");
   std::memcpy(map, &tensor, sizeof(tensor));
   return CUDA_SUCCESS;

@@ -97,6 +97,7 @@ struct Tensor {
   int64_t rows;
   int64_t columns;
   int box_rows;
+  int box_columns;  // 64, or 32 of gated outputs
 };
 
 inline Tensor tensor_of(const void* map) {
@@ -107,6 +108,11 @@ inline Tensor tensor_of(const void* map) {
 
 // The 128-byte swizzle: rows of 128 bytes exchange their pieces of 16 bytes.
 inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+
+// The swizzle of a box, whose rows have 128 or 64 bytes.
+inline uint32_t swizzled(const Tensor& tensor, uint32_t address) {
+  return tensor.box_columns == 64 ? swizzled(address) : address ^ (address >> 7 & 3) << 4;
+}
 
 template <class Value>
 Value load_at(uint32_t address) {
@@ -175,10 +181,10 @@ void tensor_copy(uint32_t destination, const void* map, int k, int token, uint32
   const Tensor tensor = tensor_of(map);
   if (destination % 128 != 0) emulation::fail("a misaligned tensor copy");
   const auto read = [=] {
-    std::vector<uint16_t> box(static_cast<size_t>(tensor.box_rows) * 64);
-    for (int i = 0; i < tensor.box_rows * 64; ++i) {
-      const int64_t row = token + i / 64;
-      const int column = k + i % 64;
+    std::vector<uint16_t> box(static_cast<size_t>(tensor.box_rows) * static_cast<size_t>(tensor.box_columns));
+    for (int i = 0; i < tensor.box_rows * tensor.box_columns; ++i) {
+      const int64_t row = token + i / tensor.box_columns;
+      const int column = k + i % tensor.box_columns;
       const bool inside = row >= 0 && row < tensor.rows && column < tensor.columns;
       box[static_cast<size_t>(i)] = inside ? tensor.matrix[row * tensor.columns + column] : uint16_t{0};
     }
@@ -187,7 +193,7 @@ void tensor_copy(uint32_t destination, const void* map, int k, int token, uint32
   for_destinations<Ctas>(mask, [&](int rank) {
     emulation::copy_later(read, [=](const std::vector<uint16_t>& box) {
       for (size_t i = 0; i < box.size(); ++i) {
-        store_at(address_of(swizzled(destination + static_cast<uint32_t>(i * 2)), rank), box[i]);
+        store_at(address_of(swizzled(tensor, destination + static_cast<uint32_t>(i * 2)), rank), box[i]);
       }
       emulation::complete_bytes(address_of(barrier, rank), static_cast<uint32_t>(box.size() * 2));
     });
@@ -198,9 +204,10 @@ inline void tensor_store(const void* map, int channel, int token, uint32_t sourc
   const Tensor tensor = tensor_of(map);
   emulation::add_to_group(1, [=] {
     for (int row = 0; row < tensor.box_rows; ++row) {
-      for (int column = 0; column < 64; ++column) {
+      for (int column = 0; column < tensor.box_columns; ++column) {
         if (token + row >= tensor.rows || channel + column >= tensor.columns) continue;
-        const uint32_t from = swizzled(source + static_cast<uint32_t>(row * 128 + column * 2));
+        const uint32_t place = static_cast<uint32_t>((row * tensor.box_columns + column) * 2);
+        const uint32_t from = swizzled(tensor, source + place);
         tensor.matrix[(token + row) * tensor.columns + channel + column] = load_at<uint16_t>(from);
       }
     }
@@ -248,6 +255,19 @@ inline float load_constant(const float* address) {
   return *address;
 }
 
+inline void load_global(const void* address, uint32_t& word) {
+  emulation::check_global(address, sizeof(word));
+  std::memcpy(&word, address, sizeof(word));
+}
+
+inline void load_global(const void* address, uint32_t& first, uint32_t& second) {
+  load_global(address, first);
+  load_global(static_cast<const char*>(address) + sizeof(first), second);
+}
+
+inline float exp2_approximate(float x) { return std::exp2(x); }
+inline float reciprocal_approximate(float x) { return 1.f / x; }
+
 inline float4 load_shared_floats(uint32_t address) { return load_at<float4>(address); }
 inline void store_shared_floats(uint32_t address, float4 value) { store_at(address, value); }
 inline uint4 load_shared(uint32_t address) { return load_at<uint4>(address); }
@@ -289,6 +309,20 @@ void store_transposed(uint32_t row, const uint32_t (&matrix)[Matrices]) {
       }
     }
   });
+}
+
+template <int Matrices>
+void load_transposed(uint32_t row, uint32_t (&matrix)[Matrices]) {
+  MatrixLane<Matrices> lane{row, {}};
+  emulation::meet_as("ldmatrix", 32, lane, [](MatrixLane<Matrices>* const* all) {
+    for (int m = 0; m < Matrices; ++m) {
+      for (int i = 0; i < 64; ++i) {
+        const auto value = load_at<uint16_t>(all[m * 8 + i % 8]->row + static_cast<uint32_t>(i / 8 * 2));
+        all[i / 2]->values[m] = replaced(all[i / 2]->values[m], i % 2, value);
+      }
+    }
+  });
+  std::copy(lane.values, lane.values + Matrices, matrix);
 }
 
 inline uint32_t transpose_8x8(uint32_t value) {
