@@ -15,7 +15,7 @@ from fakes.devices import H100, H100_PCIE, H200, H800
 from fakes.library import build_of
 from paths import CPP, ROOT
 
-from w4a16gen import Problem, QuantMode
+from w4a16gen import Epilogue, Problem, QuantMode
 from w4a16gen.choose import choice_file as choice_file_module
 from w4a16gen.choose import chooser as chooser_module
 from w4a16gen.choose.choice_file import choice_text, fnv1a
@@ -26,8 +26,9 @@ from w4a16gen.choose.timing_table import TABLE, Measured, add_times, one_time
 from w4a16gen.errors import NotBuiltError, W4A16Error
 from w4a16gen.kernels.config import Target
 from w4a16gen.kernels.device import HOPPER, Device
+from w4a16gen.kernels.epilogue import why_not_gated
 from w4a16gen.kernels.problem import why_cannot_run
-from w4a16gen.kernels.spaces import enumerate_space
+from w4a16gen.kernels.spaces import enumerate_space, with_epilogues
 from w4a16gen.measure.models import MODELS
 
 pytestmark = pytest.mark.compile
@@ -317,3 +318,44 @@ def test_the_text_depends_on_the_build_only(tmp_path: Path) -> None:
     assert choice_text({config: HASHES[config] for config in kernels}, tmp_path / TABLE) == text
     assert text.isascii()
     assert "cutlass" not in choice_text(build_of(enumerate_space("trtllm")).content_hashes, tmp_path / TABLE)
+
+
+@pytest.mark.filterwarnings("ignore:.* is of NVIDIA H100:RuntimeWarning")
+def test_cpp_and_python_agree_on_kernels_with_epilogues(
+    program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashes = build_of(with_epilogues(DEFAULT, list(Epilogue))).content_hashes
+    table, file = tmp_path / TABLE, tmp_path / "choice.txt"
+    measured = Problem(32, 4096, 4096, 128)
+    slow = replace(DEFAULT[60], epilogue=Epilogue.GATED)
+    add_times(table, one_time(H100, measured, slow, Measured(1.0, hashes[slow])))
+    file.write_text(choice_text(hashes, table))
+    chooser = Chooser(hashes, table)
+    questions = [(FGS, measured, H100), *random_questions(100, 5)]
+    sources = set()
+    for epilogue in Epilogue:
+        answers = ask_cpp(program, file, [(f"{mode}+{epilogue}", *rest) for mode, *rest in questions])  # type: ignore[misc]
+        for (mode, problem, device), answer in zip(questions, answers, strict=True):
+            if epilogue is Epilogue.GATED and (reason := why_not_gated(problem.n)):
+                assert answer == f"error {reason}"
+                continue
+            choice = chooser.choose(problem, mode, device=device, target=Target.NATIVE, epilogue=epilogue)
+            assert answer.split(" ")[::2] == [choice.kernel.name, choice.source.value]
+            assert choice.kernel.epilogue is epilogue
+            sources.add((epilogue, choice.source.value))
+    assert (Epilogue.GATED, "tuning_table") in sources
+    assert (Epilogue.NONE, "tuning_table") not in sources
+    plain, gated = DEFAULT[61].name, f"{DEFAULT[62].name}_gated"
+    monkeypatch.setenv(KERNELS_VARIABLE, f"{plain},{gated}")
+    (one, other) = ask_cpp(program, file, [("fgs+none", measured, H100), ("fgs+gated", measured, H100)])  # type: ignore[list-item]
+    assert (one, other) == (f"{plain} 0 override", f"{gated} 0 override")
+
+
+def test_cpp_names_the_command_that_builds_an_epilogue(program: Path, tmp_path: Path) -> None:
+    (tmp_path / "choice.txt").write_text(choice_text(HASHES, tmp_path / TABLE))
+    question = ("fgs+gated", Problem(1, 4096, 4096, 128), None)
+    (answer,) = ask_cpp(program, tmp_path / "choice.txt", [question])  # type: ignore[list-item]
+    with pytest.raises(NotBuiltError) as raised:
+        Chooser(HASHES, tmp_path / TABLE).choose(question[1], FGS, device=None, epilogue=Epilogue.GATED)
+    assert answer == f"error {raised.value}"
+    assert answer.endswith("run `w4a16gen build --epilogue none --epilogue gated`")

@@ -12,7 +12,8 @@ from fakes.runner import Runner
 from w4a16gen import QuantMode
 from w4a16gen.cli.list import by_shape, shape_pattern
 from w4a16gen.cli.services import Services
-from w4a16gen.kernels.spaces import enumerate_space
+from w4a16gen.kernels.config import Epilogue
+from w4a16gen.kernels.spaces import enumerate_space, with_epilogues
 
 SHAPE = "--cta 128x128x64 --cluster 2x1x1"
 
@@ -32,7 +33,13 @@ def test_list_and_emit_and_build_share_one_default(cli: Runner) -> None:
         raise KeyboardInterrupt
 
     cli.services = Services(build=build)
-    for filters, space in (("", "default"), (SHAPE, "trtllm-native"), ("--target cutlass --mode cs", "trtllm")):
+    for filters, space in (
+        ("", "default"),
+        (SHAPE, "trtllm-native"),
+        ("--target cutlass --mode cs", "trtllm"),
+        ("--epilogue gated", "default"),
+        (f"{SHAPE} --epilogue none --epilogue elementwise", "trtllm-native"),
+    ):
         names = cli.run(f"list {filters}").stdout.split()
         emitted = json.loads(cli.run(f"emit {filters} --output out --json").stdout)
         assert [name for file in emitted["files"] for name in file["kernels"]] == names
@@ -48,6 +55,38 @@ def test_spaces_may_be_repeated(cli: Runner) -> None:
     done = cli.run("list --space default --space trtllm")
     assert len(done.stdout.split()) == len(enumerate_space("default")) + len(enumerate_space("trtllm"))
     assert "in space default + trtllm" in done.stderr
+
+
+def test_epilogues_are_added_to_the_kernels_of_spaces(cli: Runner) -> None:
+    plain = [config.name for config in enumerate_space("default")]
+    assert cli.run("list --epilogue none").stdout.split() == plain
+    for epilogue in ("elementwise", "gated"):
+        assert cli.run(f"list --epilogue {epilogue}").stdout.split() == [f"{name}_{epilogue}" for name in plain]
+    every = cli.run("list --space default --space trtllm --epilogue none --epilogue gated --epilogue elementwise")
+    assert len(every.stdout.split()) == 3 * len(plain) + len(enumerate_space("trtllm"))
+    refused = cli.run("list --target cutlass --epilogue gated")
+    assert refused.exit_code == 2
+    assert "only native kernels have epilogues" in " ".join(refused.stderr.split())
+    assert "'silu' is not one of none, elementwise, gated" in cli.run("list --epilogue silu").stderr
+
+
+def test_the_build_is_listed_with_all_its_epilogues(cli: Runner) -> None:
+    library = FakeLibrary(with_epilogues(enumerate_space("default")[:2], list(Epilogue)))
+    cli.services = Services(load=lambda _folder: library)
+    assert len(cli.run("list --built").stdout.split()) == 6
+    (first, second) = cli.run("list --built --epilogue gated").stdout.split()
+    assert first.endswith("_gated")
+    assert second.endswith("_gated")
+
+
+def test_what_a_space_leaves_out_and_what_is_forbidden_have_epilogues_too(cli: Runner) -> None:
+    filters = f"{SHAPE} --mode fgs --epilogue gated"
+    left_out = cli.run(f"list --explain {filters}").stdout.splitlines()
+    name = "w4a16_sm90_native_fgs_cta128x128x64_cluster2x1x1_warpgroups2_persistent_gated"
+    assert any(line.startswith(f"{name}\t") for line in left_out)
+    assert all("_gated\t" in line for line in left_out)
+    forbidden = cli.run(f"list --explain --forbidden --target cutlass {filters}").stdout.splitlines()
+    assert any("_persistent_gated\tforbidden: epilogue gated: only native" in line for line in forbidden)
 
 
 def test_list_as_json_has_the_documented_fields(cli: Runner) -> None:

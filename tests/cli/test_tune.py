@@ -19,12 +19,12 @@ from fakes.devices import H100, H200, numbered
 from fakes.library import FakeLibrary
 from fakes.runner import Runner
 
-from w4a16gen import KernelConfig, Library, Problem, QuantMode
+from w4a16gen import Epilogue, KernelConfig, Library, Problem, QuantMode
 from w4a16gen.choose.chooser import ChoiceSource
 from w4a16gen.choose.timing_table import SCHEMA, TABLE, TuningTable
 from w4a16gen.cli import main
 from w4a16gen.cli.services import Services
-from w4a16gen.kernels.spaces import enumerate_space
+from w4a16gen.kernels.spaces import enumerate_space, with_epilogues
 from w4a16gen.measure import tune
 
 tuning = import_module("w4a16gen.cli.tuning")
@@ -104,6 +104,38 @@ def test_tuning_goes_on_where_it_was_interrupted(
     assert f"{len(stopwatch.measured) - 3} measured, 3 known" in " ".join(done.stderr.split())
     fastest = min(stopwatch.measured, key=KERNELS.index)
     assert chosen(own_library, problem) == (fastest, 65.0 + KERNELS.index(fastest))
+
+
+@pytest.mark.parametrize("asked", [[], ["gated"], ["elementwise", "none"]], ids=str)
+def test_kernels_of_the_epilogues_that_are_asked_for_are_measured(
+    asked: list[str], cli: CliRunner, own_library: FakeLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_mode = [config for config in enumerate_space("default") if config.mode is MODE]
+    kernels = with_epilogues(of_mode, list(Epilogue))
+    library = FakeLibrary(kernels, folder=own_library.build.folder)
+
+    def measure(_library: Library, problem: Problem, *arguments: Any, **_: Any) -> Iterator[tuple[KernelConfig, float]]:
+        for config in arguments[1]:
+            yield config, 1.0 + kernels.index(config) + problem.m
+
+    monkeypatch.setattr(tune, "measure", measure)
+    cli.services = Services(load=lambda _folder: library)  # type: ignore[attr-defined]
+    problem, wanted = Problem(64, 512, 1024, 128), [Epilogue.parse(name) for name in asked or ["none"]]
+    done = cli.invoke(main, [*TUNE, *(part for name in asked for part in ("--epilogue", name))])
+    assert done.exit_code == 0, done.output
+    measured = TuningTable.read(library.build.folder / TABLE).times[MODE, problem]
+    assert {config.epilogue for config in measured} == set(wanted)
+    fresh = FakeLibrary(kernels, folder=library.build.folder)
+    for epilogue in Epilogue:
+        choice = fresh.choose(problem, MODE, epilogue=epilogue)
+        assert choice.kernel.epilogue is epilogue
+        assert (choice.source is ChoiceSource.TUNING_TABLE) == (epilogue in wanted)
+
+
+def test_kernels_with_epilogues_are_not_built_by_tune(cli: CliRunner) -> None:
+    refused = cli.invoke(main, [*TUNE, "--space", "native", "--epilogue", "gated"])
+    assert refused.exit_code == 2
+    assert "--epilogue does not go with --space" in " ".join(refused.stderr.split())
 
 
 def test_the_last_of_several_looks_at_a_kernel_counts(

@@ -14,7 +14,7 @@ from w4a16gen.choose.timing_table import TuningTable, table_for
 from w4a16gen.errors import NotBuiltError, UnsupportedProblemError
 from w4a16gen.kernels.config import Epilogue, KernelConfig, QuantMode, Scheduler, Target
 from w4a16gen.kernels.device import Device
-from w4a16gen.kernels.epilogue import build_command
+from w4a16gen.kernels.epilogue import build_command, why_not_gated
 from w4a16gen.kernels.problem import Problem, runnable, why_cannot_run
 
 
@@ -104,6 +104,9 @@ class Chooser:
             raise NotBuiltError(
                 f"the build holds no kernel of mode {mode} with epilogue {epilogue}: run `{build_command(epilogue)}`"
             )
+        reason = why_not_gated(problem.n) if epilogue is Epilogue.GATED else None
+        if reason is not None:
+            raise UnsupportedProblemError(reason)
         able = runnable(self._of_target(target), mode, problem, epilogue)
         if not able:
             raise UnsupportedProblemError(self._why_none(target, mode, problem, epilogue))

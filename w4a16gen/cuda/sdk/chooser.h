@@ -83,6 +83,11 @@ class Chooser {
       if (file_.find(name) < 0) throw ChoiceError(name + ", which W4A16GEN_KERNELS names, is not in the build");
       return {name, 0.0, "override"};
     }
+    constexpr int kGatedMultiple = 16;
+    if (epilogue == "gated" && n % kGatedMultiple != 0) {
+      throw ChoiceError("n of " + std::to_string(n) + " must be a multiple of " + std::to_string(kGatedMultiple) +
+                        " for gated activations: pad both halves with zeros");
+    }
     Choice best{"", 0.0, ""};
     if (tuned(mode, epilogue, problem, gpu, &best)) return best;
     estimated(mode, epilogue, problem, card_of(gpu), &best);
