@@ -29,8 +29,9 @@ class OnHost:
         return getattr(torch, name)
 
 
-def packed_on_host(q: Any, scales: Any, zeros: Any, *, group_size: int) -> PackedWeight:
-    return pack(q.numpy(), scales.numpy(), None if zeros is None else zeros.numpy(), group_size=group_size)
+def packed_on_host(q: Any, scales: Any, zeros: Any, *, group_size: int, gated: bool) -> PackedWeight:
+    given = q.numpy(), scales.numpy(), None if zeros is None else zeros.numpy()
+    return pack(*given, group_size=group_size, gated=gated)
 
 
 @pytest.fixture(params=list(QuantMode), ids=str)
@@ -49,6 +50,9 @@ def test_what_is_packed_is_what_checks_and_rivals_see(stage: DrawnWorkload) -> N
     exact = stage.channels(channels).dequantize()
     assert np.array_equal(copies[-1].unpack().channels(channels).dequantize(), exact)
     assert stage.torch_weight(torch).channels(channels).mode is stage.mode
+    gated = stage.copies(Target.NATIVE, brief=True, gated=True)[0]
+    assert gated.gated
+    assert np.array_equal(gated.unpack().channels(channels).dequantize(), exact)
     with pytest.raises(UnsupportedProblemError, match="packed on the host only"):
         stage.copies(Target.CUTLASS)
 
