@@ -100,6 +100,10 @@ class Finish(NamedTuple):
     """Whether what no kernel of the build computes follows the product as operations of torch."""
 
 
+PLAIN = Finish()
+"""Nothing follows."""
+
+
 def product(
     layer: Any,
     x: Tensor,
@@ -108,7 +112,7 @@ def product(
     permutation: Tensor | None,
     input_scale: Tensor | None,
     bias: Tensor | None = None,
-    finish: Finish = Finish(),
+    finish: Finish = PLAIN,
 ) -> Tensor:
     """Return activation(alpha * x' W + bias) + residual in the dtype of x, with what a layer says of its weights.
 
