@@ -25,7 +25,7 @@ from w4a16gen import (
     Target,
     W4A16Error,
 )
-from w4a16gen.weights.epilogues import activated
+from w4a16gen.weights.activations import activated
 from w4a16gen.weights.packed import TARGET_LAYOUTS
 from w4a16gen.weights.writers.convert import convert
 

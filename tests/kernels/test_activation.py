@@ -11,7 +11,7 @@ from host_programs import compile_for_host, output_of
 from w4a16gen import InvalidValueError
 from w4a16gen.kernels.config import Target
 from w4a16gen.kernels.epilogue import Activation, CallEpilogue, activation_numbers, check_epilogue, why_not_gated
-from w4a16gen.weights.epilogues import activated, activation_error
+from w4a16gen.weights.activations import activated, activation_error
 
 SIGMOIDS = (Activation.SILU, Activation.GELU_TANH, Activation.GELU_ERF)
 X = np.unique(np.concatenate([np.linspace(-30, 30, 20001), np.linspace(-7, 7, 40001)]).astype(np.float32))

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from w4a16gen import InvalidValueError, QuantizedWeight, QuantMode
-from w4a16gen.weights.activations import ACTIVATIONS
+from w4a16gen.weights.gate_functions import ACTIVATIONS
 from w4a16gen.weights.moe_reference import MoeExpectation, moe_reference, route_reference
 from w4a16gen.weights.quantized import Half
 from w4a16gen.weights.reference import dequantized_half, random_weight

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.weights.activations import ACTIVATIONS
+from w4a16gen.weights.gate_functions import ACTIVATIONS
 from w4a16gen.weights.quantized import Double, Half, QuantizedWeight
 from w4a16gen.weights.reference import FLOAT_TRUNCATION, HALF_ROUNDING, HALF_UNDERFLOW, Expectation
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from w4a16gen.kernels.config import QuantMode
 from w4a16gen.kernels.epilogue import Activation
-from w4a16gen.weights.epilogues import activated, activation_error
+from w4a16gen.weights.activations import activated, activation_error
 from w4a16gen.weights.layouts.fragments import scale_exponents
 from w4a16gen.weights.quantized import Double, Half, QuantizedWeight, canonical
 
@@ -61,7 +61,7 @@ class Expectation:
         self._product: Double = activations @ values
         self._magnitude: Double = largest @ np.abs(values)
         self._sum: Double = largest.sum(axis=1, keepdims=True)
-        self._carried: Double | float = 0.0 if error is None else error @ np.abs(values)
+        self._carried: Double = np.zeros_like(self._sum) if error is None else error @ np.abs(values)
         self._k = weight.k
         self._weight_roundings = _WEIGHT_ROUNDINGS[weight.mode]
         self._underflow = weight_underflow(weight)
@@ -69,7 +69,8 @@ class Expectation:
     def of_tokens(self, m: int) -> Expectation:
         """Return what is expected of the first m tokens."""
         result = copy.copy(self)
-        vars(result).update(_product=self._product[:m], _magnitude=self._magnitude[:m], _sum=self._sum[:m])
+        parts = ("_product", "_magnitude", "_sum", "_carried")
+        vars(result).update({name: getattr(self, name)[:m] for name in parts})
         return result
 
     def result(self, alpha: float, bias: Half | None, extra: Extra = PLAIN) -> Double:

@@ -14,7 +14,7 @@ import w4a16gen
 from w4a16gen import Activation, Epilogue, InvalidValueError, NotBuiltError, QuantMode
 from w4a16gen.kernels.epilogue import CallEpilogue
 from w4a16gen.kernels.spaces import enumerate_space, with_epilogues
-from w4a16gen.weights.epilogues import activation_error
+from w4a16gen.weights.activations import activation_error
 from w4a16gen.weights.reference import Expectation, Extra, error_over_bound, random_weight
 
 torch = pytest.importorskip("torch")

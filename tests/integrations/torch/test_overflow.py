@@ -88,6 +88,15 @@ def test_calibration_counts_activations_that_are_passed_by_name(rng: np.random.G
     assert named[""].activation_scale > 1
 
 
+def test_calibration_takes_a_residual_by_place_and_by_name() -> None:
+    layer = integration.W4A16Linear.from_linear(torch.nn.Linear(256, 64))
+    layer.input_scale = torch.full((256,), 2.0, dtype=torch.float16)
+    x, residual = torch.full((3, 256), 1e6), torch.ones(3, 64)
+    alone = integration.calibrate(layer, lambda: layer(x))
+    assert integration.calibrate(layer, lambda: layer(x, residual)) == alone
+    assert integration.calibrate(layer, lambda: layer(x, residual=residual)) == alone
+
+
 @pytest.mark.parametrize("headroom", [0.5, float("nan"), float("inf"), "4"])
 def test_a_headroom_that_is_no_finite_factor_is_refused(headroom: Any) -> None:
     with pytest.raises(InvalidValueError, match=f"headroom of {headroom!r} must be a finite number"):

@@ -11,7 +11,7 @@ from w4a16gen.errors import InvalidValueError
 from w4a16gen.integrations.torch import given
 from w4a16gen.integrations.torch.device_weights import dense_weight
 from w4a16gen.integrations.torch.nibbles import Tensor
-from w4a16gen.integrations.torch.packed_module import PackedModule, product
+from w4a16gen.integrations.torch.packed_module import Operands, PackedModule, product
 from w4a16gen.integrations.torch.state import check_dtypes, powers_of_two, read_facts, write_state
 from w4a16gen.kernels.config import QuantMode
 from w4a16gen.weights.experts import PackedExperts
@@ -78,7 +78,8 @@ class ExpertProjection(PackedModule):
             expert: number of the expert.
         """
         order, scale = (None if part is None else part[expert] for part in (self.permutation, self.input_scale))
-        return product(self, x, self.packed[expert, : self.nbytes_of_expert], self.alphas[expert], order, scale)
+        packed = self.packed[expert, : self.nbytes_of_expert]
+        return product(self, x, Operands(packed, self.alphas[expert], order, scale))
 
     def weights_of(self) -> PackedExperts:
         """Return the packed experts, which share the memory of this module."""

@@ -10,7 +10,7 @@ from w4a16gen.errors import InvalidValueError
 from w4a16gen.integrations.torch import formats, given, ops
 from w4a16gen.integrations.torch.device_weights import DeviceWeight, dense_weight, load_layer, pack_decoded
 from w4a16gen.integrations.torch.nibbles import Tensor
-from w4a16gen.integrations.torch.packed_module import Finish, PackedModule, product
+from w4a16gen.integrations.torch.packed_module import Operands, PackedModule, product
 from w4a16gen.integrations.torch.state import check_dtypes, read_state, write_state
 from w4a16gen.integrations.torch.upload import Uploader
 from w4a16gen.kernels.config import QuantMode
@@ -259,8 +259,8 @@ class W4A16Linear(PackedModule):
             raise InvalidValueError(
                 f"output_scale of {self.output_scale} divides what goes into {self.activation}: it must be 1"
             )
-        finish = Finish(self.activation, residual, dtype, apart=apart)
-        return product(self, x, self.packed, self.alpha, self.permutation, self.input_scale, self.bias, finish)
+        operands = Operands(self.packed, self.alpha, self.permutation, self.input_scale, self.bias)
+        return product(self, x, operands, residual=residual, dtype=dtype, apart=apart)
 
     def weight_of(self) -> PackedWeight:
         """Return the packed weight, which shares the layer's memory."""

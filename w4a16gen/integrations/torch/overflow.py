@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.integrations.torch.nibbles import Tensor
-from w4a16gen.integrations.torch.packed_module import PackedModule
-from w4a16gen.kernels.epilogue import Activation
+from w4a16gen.integrations.torch.packed_module import NO_ACTIVATION, PackedModule
 from w4a16gen.weights.importers.rounding import LARGEST_HALF
 
 _LARGEST_SCALE = 2.0**40
 _STEP = 16.0
-_NONE = str(Activation.NONE)
 
 
 class Overflow(NamedTuple):
@@ -96,10 +95,11 @@ def calibrate(model: torch.nn.Module, run: Callable[[], object], *, headroom: fl
         raise InvalidValueError(f"headroom of {headroom!r} must be a finite number of at least 1")
 
     def before(layer: Any, inputs: Any, named: Any) -> None:
-        _before(layer, _arguments(inputs, named), headroom)
+        _before(layer, _arguments(layer, inputs, named), headroom)
 
     def after(layer: Any, inputs: Any, named: Any, y: Tensor) -> Tensor:
-        return _after(layer, lambda: layer.forward(*inputs, **named), _arguments(inputs, named)[0], y, headroom)
+        x, *_ = _arguments(layer, inputs, named)
+        return _after(layer, lambda: layer.forward(*inputs, **named), x, y, headroom)
 
     hooks = []
     for _, layer in layers_of(model):
@@ -115,12 +115,13 @@ def calibrate(model: torch.nn.Module, run: Callable[[], object], *, headroom: fl
     return {name: scales for name, scales in found.items() if scales != (1, 1)}
 
 
-def _arguments(inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
+def _arguments(layer: PackedModule, inputs: tuple[Any, ...], named: dict[str, Any]) -> list[Any]:
     """Return the activations of a call, and the number of the expert where there is one."""
-    return (*inputs, *(named[name] for name in ("x", "expert") if name in named))
+    given = inspect.signature(layer.forward).bind(*inputs, **named).arguments
+    return [given[name] for name in ("x", "expert") if name in given]
 
 
-def _before(layer: PackedModule, arguments: tuple[Any, ...], headroom: float) -> None:
+def _before(layer: PackedModule, arguments: Sequence[Any], headroom: float) -> None:
     """Let the activations of a call fit fp16."""
     x, *expert = arguments
     scale = layer.input_scale_of(*expert)
@@ -132,7 +133,7 @@ def _before(layer: PackedModule, arguments: tuple[Any, ...], headroom: float) ->
 
 def _after(layer: PackedModule, again: Callable[[], Tensor], x: Tensor, y: Tensor, headroom: float) -> Tensor:
     """Let the outputs of a call fit fp16, and return them. What goes into an activation cannot be divided."""
-    has_activation = getattr(layer, "activation", _NONE) != _NONE
+    has_activation = layer.activation != NO_ACTIVATION
     if has_activation or y.dtype == torch.float16 or not bool(torch.isfinite(x).all()):
         return y
     before = layer.output_scale

@@ -15,6 +15,7 @@ from w4a16gen.kernels.epilogue import Activation
 
 _OPTIONAL = ("bias", "permutation", "input_scale", "non_finite")
 OVERFLOW = ("ignore", "check")
+NO_ACTIVATION = str(Activation.NONE)
 
 
 class PackedModule(torch.nn.Module):
@@ -29,6 +30,7 @@ class PackedModule(torch.nn.Module):
         group_size: values of K that share a scale.
         mode: text of the quantisation mode.
         layout: tag of the layout.
+        activation: the name of the activation, `none` without one.
         activation_scale: a power of two that x is divided by before its cast to fp16, and y multiplied by.
         output_scale: a power of two that y is divided by while it is fp16, and multiplied by after its cast.
         non_finite: buffer, int64 scalar that counts outputs that are not finite, or None.
@@ -43,6 +45,7 @@ class PackedModule(torch.nn.Module):
     group_size: int
     mode: str
     layout: str
+    activation: str = NO_ACTIVATION
 
     def __init__(self) -> None:
         """Start without scales, and count nothing."""
@@ -88,47 +91,45 @@ class PackedModule(torch.nn.Module):
         return super()._apply(lambda tensor: moved_only(fn, tensor), *arguments, **keywords)
 
 
-class Finish(NamedTuple):
-    """What follows the product and the bias."""
+class Operands(NamedTuple):
+    """The tensors of a product beside the activations.
 
-    activation: str = str(Activation.NONE)
-    residual: Tensor | None = None
-    """What is added, of the shape and dtype of the result. The kernel adds it if both are fp16."""
-    dtype: Any = None
-    """The dtype of the result; None is that of the activations."""
-    apart: bool = False
-    """Whether what no kernel of the build computes follows the product as operations of torch."""
-
-
-PLAIN = Finish()
-"""Nothing follows."""
-
-
-def product(
-    layer: Any,
-    x: Tensor,
-    packed: Tensor,
-    alpha: float,
-    permutation: Tensor | None,
-    input_scale: Tensor | None,
-    bias: Tensor | None = None,
-    finish: Finish = PLAIN,
-) -> Tensor:
-    """Return activation(alpha * x' W + bias) + residual in the dtype of x, with what a layer says of its weights.
-
-    Args:
-        layer: has `n`, `k`, `group_size`, `mode` and `layout`, both scales, and `non_finite`, which counts outputs.
-        x: floating point [..., k].
+    Attributes:
         packed: the packed weight, uint8 [bytes].
         alpha: factor of the product.
         permutation: the columns of x in the order of the weight, int64 [k], or None.
         input_scale: what x is multiplied by first, fp16 [k], or None.
         bias: fp16 [n], or None.
-        finish: what follows the product.
     """
-    dtype = x.dtype if finish.dtype is None else finish.dtype
-    residual = finish.residual
-    adds = residual is not None and residual.dtype == dtype == torch.float16 and layer.output_scale == 1
+
+    packed: Tensor
+    alpha: float
+    permutation: Tensor | None
+    input_scale: Tensor | None
+    bias: Tensor | None = None
+
+
+def product(
+    layer: PackedModule,
+    x: Tensor,
+    operands: Operands,
+    *,
+    residual: Tensor | None = None,
+    dtype: Any = None,
+    apart: bool = False,
+) -> Tensor:
+    """Return activation(alpha * x' W + bias) + residual, with what a layer says of its weights.
+
+    Args:
+        layer: says what its weights are, which activation and scales it has, and counts outputs.
+        x: floating point [..., k].
+        operands: the other tensors, and alpha.
+        residual: what is added, of the shape and dtype of the result, or None. In fp16 the kernel adds it.
+        dtype: of the result; None for that of x.
+        apart: see `W4A16Linear.forward`.
+    """
+    packed, alpha, permutation, input_scale, bias = operands
+    wanted = x.dtype if dtype is None else dtype
     if layer.activation_scale != 1:
         x = x * (1 / layer.activation_scale)
     if input_scale is not None:
@@ -139,10 +140,11 @@ def product(
     factor = alpha * layer.activation_scale / layer.output_scale
     x = x.to(torch.float16)
     facts = layer.n, layer.k, layer.group_size, layer.mode, layer.layout
-    more = finish.activation, residual if adds else None, finish.apart
-    y = ops.operator_for(x)(x, packed, added, *facts, factor, *more)
+    adds = residual is not None and residual.dtype == wanted == torch.float16 and layer.output_scale == 1
+    epilogue = layer.activation, residual if adds else None, apart
+    y = ops.operator_for(x)(x, packed, added, *facts, factor, *epilogue)
     if layer.non_finite is not None:
         layer.non_finite.add_((~torch.isfinite(y)).sum())
-    y = y.to(dtype)
+    y = y.to(wanted)
     y = y if layer.output_scale == 1 else y * layer.output_scale
     return y if adds or residual is None else y + residual

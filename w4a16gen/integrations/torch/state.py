@@ -15,9 +15,9 @@ from w4a16gen.integrations.torch.nibbles import Tensor
 
 STATE_FORMAT = "w4a16gen.linear/1"
 """What state dicts carry; the number changes with their tensors."""
-_DAMAGED = "the state dict does not hold a layer of 4 bits: its facts are damaged"
 _WRITTEN_LATER = {"activation": "none"}
 """Facts that older state dicts do not hold, and what they are there."""
+_DAMAGED = "the state dict does not hold a layer of 4 bits: its facts are damaged"
 
 
 def write_state(facts: dict[str, Any], scales: Mapping[str, Any], form: str = STATE_FORMAT) -> Tensor:
