@@ -171,16 +171,21 @@ class EmulatedExperts:
         token_tiles: Ints,
         launch: Launch,
     ) -> Half:
-        """Return a [rows, k] times each row's expert; rows of no expert stay NaN. The bias is [experts, n]."""
+        """Return activation(a [rows, k] times each row's expert); rows of no expert stay NaN.
+
+        The bias is [experts, n].
+        """
         (rows, k), n = a.shape, weights[0].n
-        packed = [pack_weight(weight).data for weight in weights]
+        gated = launch.activation.is_gated
+        columns = n // 2 if gated else n
+        packed = [pack_weight(weight, gated=gated).data for weight in weights]
         stride = -(-packed[0].size // 128) * 128
         every = np.full((len(packed), stride), 0xFF, np.uint8)
         for place, one in enumerate(packed):
             every[place, : one.size] = one
         everything = aligned(every)
         activations, bias = aligned(a), None if launch.bias is None else aligned(launch.bias)
-        output = aligned(np.full(rows * n * 2 + CANARY, 0xFF, np.uint8))
+        output = aligned(np.full(rows * columns * 2 + CANARY, 0xFF, np.uint8))
         self._library.emulation_set(launch.seed, launch.sm_count)
         for buffer in (activations, everything, bias):
             if buffer is not None:
@@ -193,6 +198,7 @@ class EmulatedExperts:
             output=at(output),
             alpha=launch.alpha,
             dependent_launch=int(launch.is_dependent),
+            activation=launch.activation.number,
         )
         problem = CProblem(rows, n, k, weights[0].group_size)
         experts = _Experts(count=len(weights), packed_bytes=stride, token_tiles=token_tiles)
@@ -200,7 +206,7 @@ class EmulatedExperts:
         self._check(self._library.emulated_grouped(config.name.encode(), *given, launch.sm_count))
         if not (output[-CANARY:] == 0xFF).all():
             raise EmulationError("the kernel wrote behind its output")
-        return output[:-CANARY].view(np.float16).reshape(rows, n)
+        return output[:-CANARY].view(np.float16).reshape(rows, columns)
 
     def moe(
         self,

@@ -20,12 +20,16 @@ SHAPES = (
     "fgs_cta64x8x128_cluster1x1x1_warps8_persistent",
     "fgsz_cta64x16x128_cluster1x1x4_warps8_persistent",
     "cs_cta64x24x128_cluster1x1x2_warpgroups4_persistent",
+    "fgs_cta64x32x64_cluster1x1x2_warpgroups4_persistent",
+    "fgs_cta64x64x128_cluster1x1x2_warpgroups2_persistent",
     "fgs_cta64x80x128_cluster1x2x1_warpgroups2_persistent",
     "fgs_cta128x40x128_cluster1x1x1_warpgroups2_streamk",
     "fgs_cta128x112x128_cluster2x1x1_warpgroups2_streamk",
     "fgsz_cta128x128x64_cluster1x1x2_warpgroups2_persistent",
+    "fgs_cta128x256x64_cluster1x1x1_warpgroups2_persistent",
     "cs_cta256x64x64_cluster1x1x1_warpgroups4_persistent",
     "fgs_cta256x80x128_cluster1x1x1_warpgroups2_persistent",
+    "fgs_cta256x128x64_cluster1x1x1_warpgroups2_persistent",
 )
 """Outputs and residuals from registers and through shared memory; every way to split K, and every kind of cluster."""
 KERNELS = [
@@ -39,9 +43,12 @@ CALLS = (
     (Activation.NONE, False, False),
     (Activation.NONE, True, True),
     (Activation.SILU, True, False),
+    (Activation.GELU_TANH, False, False),
+    (Activation.GELU_ERF, True, True),
     (Activation.RELU2, False, False),
     (Activation.SWIGLU, False, False),
     (Activation.SWIGLU, True, True),
+    (Activation.GEGLU_TANH, False, False),
     (Activation.GEGLU_ERF, True, False),
 )
 """The activation, whether there is a residual, and whether it is the output."""
@@ -93,7 +100,7 @@ def test_any_order_of_threads_gives_the_result(emulation: Emulation, config: Ker
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_the_emulation_sees_a_residual_at_the_wrong_time(tmp_path: Path, mutant: str) -> None:
     header, statement, other = MUTANTS[mutant]
-    configs = [KernelConfig.parse(f"w4a16_sm90_native_{SHAPES[index]}_elementwise") for index in (0, 7)]
+    configs = [KernelConfig.parse(f"w4a16_sm90_native_{SHAPES[index]}_elementwise") for index in (0, 10)]
     shutil.copytree(CUDA_FOLDER, tmp_path / "cuda")
     path = tmp_path / "cuda" / "native" / header
     text = path.read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ from emulated_experts import EmulatedExperts, Ints, build_experts, entries
 from emulation import Launch
 
 from w4a16gen import KernelConfig, QuantMode
+from w4a16gen.kernels.config import Epilogue
+from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.weights.quantized import QuantizedWeight
-from w4a16gen.weights.reference import Expectation, error_over_bound, random_weight
+from w4a16gen.weights.reference import Expectation, Extra, error_over_bound, random_weight
 
 KERNELS = [
     KernelConfig.parse(f"w4a16_sm90_native_{name}")
@@ -23,6 +26,9 @@ KERNELS = [
         "fgs_cta64x64x128_cluster1x1x1_warpgroups2_persistent",
         "fgs_cta128x64x128_cluster2x1x1_warpgroups2_persistent",
         "fgsz_cta256x128x64_cluster1x1x1_warpgroups2_persistent",
+        "fgs_cta64x8x128_cluster1x1x1_warps8_persistent_gated",
+        "fgs_cta64x16x128_cluster1x1x2_warps8_persistent_gated",
+        "fgs_cta128x64x128_cluster2x1x1_warpgroups2_persistent_gated",
     )
 ]
 EXPERTS = 5
@@ -117,14 +123,16 @@ def drawn_weights(rng: np.random.Generator, mode: QuantMode, n: int, k: int, gro
 @pytest.mark.parametrize("config", KERNELS, ids=lambda config: config.short_name)
 def test_each_row_is_multiplied_by_its_expert(emulated: EmulatedExperts, config: KernelConfig) -> None:
     rng = np.random.default_rng(3)
-    for seed, (n, k, group) in enumerate(((200, 192, 64), (72, 352, 32), (328, 256, 128))):
+    activation = Activation.SWIGLU if config.epilogue is Epilogue.GATED else Activation.NONE
+    for seed, (n, k, group) in enumerate(((208, 192, 64), (80, 352, 32), (336, 256, 128))):
         weights = drawn_weights(rng, config.mode, n, k, group)
         ids = drawn_ids(rng, EXPERTS, 60)
         routes = emulated.route(ids, EXPERTS, config.cta.tokens)
         a = rng.standard_normal((ids.size, k)).astype(np.float16)
         bias = rng.standard_normal((EXPERTS, n)).astype(np.float16) if seed else None
+        launch = Launch(0, 3 + seed, 1.5, bias, activation=activation)
         got, again = (
-            emulated.grouped_gemm(config, a, weights, routes.token_tiles, Launch(number, 3 + seed, 1.5, bias))
+            emulated.grouped_gemm(config, a, weights, routes.token_tiles, replace(launch, seed=number))
             for number in range(2)
         )
         assert np.array_equal(got.view(np.uint16), again.view(np.uint16)), "the order decides the bits"
@@ -132,7 +140,7 @@ def test_each_row_is_multiplied_by_its_expert(emulated: EmulatedExperts, config:
             rows = slice(routes.offsets[expert], routes.offsets[expert + 1])
             expected = Expectation(a[rows], weight)
             of_expert = None if bias is None else bias[expert]
-            assert error_over_bound(got[rows], expected, 1.5, of_expert) < 1
+            assert error_over_bound(got[rows], expected, 1.5, of_expert, Extra(activation)) < 1
         assert np.isnan(got[routes.offsets[-1] :]).all()
 
 
