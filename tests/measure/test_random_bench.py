@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -228,10 +228,34 @@ def test_what_is_missing_is_said_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("option", "expected"), [("", True), ("--rivals", True), ("--no-rivals", False)])
-def test_rivals_take_part_unless_they_are_not_wanted(cli: Runner, gpu: Gpu, option: str, expected: bool) -> None:
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("", ["humming", "quack_bf16", "turbomind"]),  # tinygemm would take most of the time
+        ("--rivals", ["humming", "quack_bf16", "turbomind"]),
+        ("--no-rivals", []),
+        ("--rival quack_bf16", ["quack_bf16"]),
+        ("--rivals --rival tinygemm_bf16 --rival humming", ["humming", "tinygemm_bf16"]),
+    ],
+)
+def test_rivals_take_part_unless_they_are_not_wanted(
+    cli: Runner, gpu: Gpu, option: str, expected: Sequence[str]
+) -> None:
     assert cli.run(f"bench --random 1 --seed 7 {option}").exit_code == 0
     head = json.loads((Path(FOLDER) / CELLS).read_text().splitlines()[0])
-    assert ("humming" in head["rivals"]) is expected
-    assert "tinygemm_bf16" not in head["rivals"], "it would take most of the time"
+    assert head["rivals"] == expected
     assert gpu.timed
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("--rival marlin", "--rival marlin must be one of humming, quack_bf16, turbomind, tinygemm_bf16"),
+        ("--rival humming --no-rivals", "--rival times a rival, and --no-rivals none: pass one of them"),
+    ],
+)
+def test_wrong_names_of_rivals_are_refused(cli: Runner, options: str, sentence: str) -> None:
+    for what in ("--random 1", "--problem 1x64x64", "--step llama-3-8b"):
+        done = cli.run(f"bench {what} {options}")
+        assert done.exit_code == 2
+        assert sentence in " ".join(done.output.split())

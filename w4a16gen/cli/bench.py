@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from w4a16gen.measure.bench import Bench
     from w4a16gen.measure.record import Row
     from w4a16gen.measure.results import Comparison
+    from w4a16gen.measure.rivals import Rival
 
 RIVAL_PACKAGES = "humming-kernels, quack-kernels, lmdeploy, torch"
 MOST_ROUNDS = 10_000
@@ -95,6 +96,14 @@ _FRONT = 4
     help=f"Also time other 4-bit kernels, if installed: {RIVAL_PACKAGES}.  [default: only with --random]",
 )
 @option(
+    "--rival",
+    "rival_names",
+    metavar="NAME",
+    multiple=True,
+    section=METHOD,
+    help="Also time this rival only: humming, quack_bf16, turbomind or tinygemm_bf16.",
+)
+@option(
     "--smallest-set",
     "slack",
     type=Parsed("PERCENT", parse_percent),
@@ -132,6 +141,7 @@ def command(
     finalists: int | None,
     rounds: int,
     rivals: bool | None,
+    rival_names: Sequence[str],
     slack: float | None,
     report_folder: Path | None,
     wide: bool,
@@ -155,11 +165,12 @@ def command(
     from w4a16gen.measure.bench import BenchOptions
     from w4a16gen.measure.rivals import RIVALS, RIVALS_OF_DRAWS
 
+    named_rivals = _named_rivals(rival_names, rivals)
     if steps:
         _refuse("--step runs on this machine", *_OF_CLUSTERS)
         _refuse("--step times products with SwiGLU and residual if the build has them", "epilogues")
         _refuse("--step times a whole model", "random", *_OF_PROBLEMS, *_OF_DRAWS, *_OF_SINGLES, "finalists")
-        of_steps = RIVALS_OF_DRAWS if rivals else ()
+        of_steps = named_rivals or (RIVALS_OF_DRAWS if rivals else ())
         choice = StepChoice(steps, sequences, context, prefill, layers, mode, rounds, of_steps)
         return step_bench(choice, folder, wide=wide, as_json=as_json)
     _refuse("only --step takes them", "sequences", "context", "prefill", "layers")
@@ -169,7 +180,7 @@ def command(
         _refuse("--random draws the problems", *_OF_PROBLEMS)
         _refuse("--random times the promising kernels only", "slack")
         _refuse("--random times plain products", "epilogues")
-        chosen_rivals = () if rivals is False else RIVALS_OF_DRAWS
+        chosen_rivals = named_rivals or (() if rivals is False else RIVALS_OF_DRAWS)
         return random_bench(
             RandomChoice(random, seed, budget, mode, finalists, rounds, chosen_rivals, choose_from),
             folder,
@@ -183,7 +194,7 @@ def command(
     options = BenchOptions(
         finalists or 4,
         rounds,
-        RIVALS if rivals else (),
+        named_rivals or (RIVALS if rivals else ()),
         None if slack is None else slack / 100,
         tuple(epilogues) or (Epilogue.NONE,),
     )
@@ -214,6 +225,23 @@ def command(
         return 0
     note(f"wrong results: {', '.join(measured.wrong)}", label="error:")
     return BuildError.exit_code
+
+
+def _named_rivals(names: Sequence[str], rivals: bool | None) -> tuple[Rival, ...]:
+    """Return the rivals that `--rival` names.
+
+    Raises:
+        click.UsageError: if there is none of a name, or `--no-rivals` is given too.
+    """
+    from w4a16gen.measure.rivals import RIVALS
+
+    if names and rivals is False:
+        raise click.UsageError("--rival times a rival, and --no-rivals none: pass one of them")
+    known = [rival.name for rival in RIVALS]
+    for name in names:
+        if name not in known:
+            raise click.UsageError(f"--rival {name} must be one of {', '.join(known)}")
+    return tuple(rival for rival in RIVALS if rival.name in names)
 
 
 def _refuse(reason: str, *parameters: str) -> None:
