@@ -68,6 +68,15 @@ def test_what_is_missing_doubled_or_of_two_forms_is_named() -> None:
         found.of_role("gate")
 
 
+@pytest.mark.parametrize(("number", "largest"), [("4096", 4096), ("999999999", 999999999), ("9" * 5000, 10**9)])
+def test_numbers_beyond_those_of_any_layer_are_named_at_once(number: str, largest: int) -> None:
+    names = [f"e.experts.{i}.{part}" for i in ("0", number) for part in QWEN]
+    (found,) = find_experts(names).values()
+    assert found.why_incomplete() == f"experts of 'e.experts': the largest number, {largest}, must be 0 to 4095"
+    (found,) = find_experts(f"e.experts.{'0' * 5000}{i}.{part}" for i in range(4096) for part in QWEN).values()
+    assert found.why_incomplete() is None, "zeros in front do not count"
+
+
 def weights_of(rng: np.random.Generator, zeros: int | None) -> list[dict[str, QuantizedWeight]]:
     """Return three projections for each expert; that of the given number alone has zero points other than 8."""
     result = []
@@ -156,6 +165,11 @@ def test_rows_that_are_joined_in_the_file_are_parted(rng: np.random.Generator) -
     np.testing.assert_array_equal(layer.gate[1].dequantize(), gate_up[1].dequantize()[:64])
     np.testing.assert_array_equal(layer.up[1].dequantize(), gate_up[1].dequantize()[64:])
     np.testing.assert_array_equal(layer.down[1].dequantize(), down[1].dequantize())
+    odd = random_weight(rng, 63, 96, 32, QuantMode.FINEGRAINED_SCALE_ONLY)
+    (layer,) = moe_layers({**mapping, "mlp.experts.gate_up_proj.1": Plain(odd)})
+    for half in (layer.gate, layer.up):
+        with pytest.raises(InvalidValueError, match="layer 'layer' of 63 rows must have an even number"):
+            half[1]
 
 
 class Plain:

@@ -48,7 +48,8 @@ class ExpertWeights(Sequence[QuantizedWeight]):
         """Read the weight of an expert.
 
         Raises:
-            InvalidValueError: if its product needs more than the weight, such as an order of the activations.
+            InvalidValueError: if its product needs more than the weight, such as an order of the activations. If rows
+                of gate and up cannot be parted.
         """
         if isinstance(index, slice):
             part = ExpertWeights(self._layers[index], self._like, self._rows)
@@ -60,6 +61,11 @@ class ExpertWeights(Sequence[QuantizedWeight]):
         weight: QuantizedWeight = layer.weight.unpack() if isinstance(layer, PackedLayer) else layer.quantized()
         if self._rows is not None:
             part_of, parts = self._rows
+            if weight.n % parts != 0:
+                raise InvalidValueError(
+                    f"layer {shown_name(layer.name)} of {weight.n} rows must have an even number: those of the gate, "
+                    "and as many of the up projection"
+                )
             size = weight.n // parts
             weight = weight.channels(slice(part_of * size, (part_of + 1) * size))
         return regroup(weight, group_size, mode)

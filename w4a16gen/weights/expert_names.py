@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.weights.importers.mapped import shown_name
+from w4a16gen.weights.importers.stored import MAX_EXPERTS
 
 GATE, UP, DOWN, GATE_UP = "gate", "up", "down", "gate_up"
 ROLES = {
@@ -24,6 +25,8 @@ _FORMS = ((GATE, UP, DOWN), (GATE_UP, DOWN))
 """The projections that an expert has."""
 _SHOWN = 4
 """Experts that a message names."""
+_MOST_DIGITS = 9
+"""Digits of the largest number that is read; larger ones all count as the number that follows it."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class ExpertNames:
         where = f"experts of {shown_name(self.name)}"
         if self.doubled:
             return f"{where}: {shown_name(self.doubled[0])} is doubled under another name: keep one of them"
+        if self.experts > MAX_EXPERTS:
+            return f"{where}: the largest number, {self.experts - 1}, must be 0 to {MAX_EXPERTS - 1}"
         for role in self.found:
             if role not in self.form:
                 return f"{where} have a {role} projection beside {' and '.join(self.form)}: keep one form"
@@ -100,14 +105,20 @@ def place_of(name: str) -> tuple[str, str, int] | None:
     words = name.split(".")
     last, before = words[-1], words[-2] if len(words) > 1 else ""
     if last in ROLES and _is_number(before) and len(words) > 2 and words[-3].endswith("experts"):  # noqa: PLR2004
-        return ".".join(words[:-2]), ROLES[last], int(before)
+        return ".".join(words[:-2]), ROLES[last], _number(before)
     if before in ROLES and _is_number(last):
-        return ".".join(words[:-2]), ROLES[before], int(last)
+        return ".".join(words[:-2]), ROLES[before], _number(last)
     return None
 
 
 def _is_number(word: str) -> bool:
     return word.isascii() and word.isdecimal()
+
+
+def _number(word: str) -> int:
+    """Return a number of any length. Python refuses to read one of thousands of digits."""
+    digits = word.lstrip("0")
+    return int(digits or "0") if len(digits) <= _MOST_DIGITS else 10**_MOST_DIGITS
 
 
 def find_experts(names: Iterable[str]) -> dict[str, ExpertNames]:
