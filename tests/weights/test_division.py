@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -122,3 +124,17 @@ def test_smaller_groups_and_richer_modes_change_no_value(
     assert regroup(weight, weight.group_size) is weight
     with pytest.raises(InvalidValueError, match="group size 96 must divide"):
         regroup(weight, 96)
+
+
+def test_what_is_no_axis_mode_or_group_size_is_refused(rng: np.random.Generator) -> None:
+    weight = random_weight(rng, 64, 256, 128, QuantMode.FINEGRAINED_SCALE_ONLY)
+    wrong: Any = "n"
+    with pytest.raises(InvalidValueError, match="axis of 'n' must be an Axis"):
+        divide(weight, wrong, 2, 0)
+    for group_size, message in (("64", "group_size of type str"), (64.0, "of type float"), (0, "group size 0 must")):
+        wrong = group_size
+        with pytest.raises(InvalidValueError, match=message):
+            regroup(weight, wrong)
+    wrong = "fgs"
+    with pytest.raises(InvalidValueError, match="mode of type str must be a QuantMode"):
+        regroup(weight, 64, wrong)

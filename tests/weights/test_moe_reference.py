@@ -255,8 +255,24 @@ def test_wrong_arguments_are_refused(rng: np.random.Generator) -> None:
         ({"expert_map": ids}, r"expert_map of dtype int32 and shape \[4, 2\] must be integers \[all experts\]"),
         ({"activation": "tanh"}, "activation 'tanh' must be one of silu, gelu"),
         ({"down": DOWN[:2]}, "gate, up and down of 5, 5, 2 experts"),
+        ({"topk_ids": ids.tolist()}, r"topk_ids of no array must be integers \[tokens, slots\]"),
+        ({"topk_ids": np.array(0), "topk_weights": np.array(1, np.float32)}, r"topk_ids of .* and shape \[\] must be"),
+        ({"activation": ["silu"]}, r"activation \['silu'\] must be one of silu"),
+        ({"gate": None}, "gate of type NoneType must be a sequence of QuantizedWeight"),
+        ({"up": (weight for weight in UP)}, "up of type generator must be a sequence"),
+        ({"gate": [None, *GATE[1:]]}, "gate of expert 0 of type NoneType must be a QuantizedWeight"),
+        ({"up": [*UP[:4], UP[4].q]}, "up of expert 4 of type ndarray must be a QuantizedWeight"),
         ({"down": GATE}, r"down of expert 0 is \[64, 96\], but must be \[96, 64\]"),
     ]
     for changes, message in cases:
         with pytest.raises(InvalidValueError, match=message):
             moe_reference(**{**good, **changes})
+
+
+@pytest.mark.parametrize(
+    ("experts", "message"),
+    [(0, "experts of 0 must be 1 to 4096"), (2**40, "must be 1 to 4096"), (2.0, "experts of type float must be")],
+)
+def test_a_number_of_experts_that_no_layer_has_is_refused(experts: Any, message: str) -> None:
+    with pytest.raises(InvalidValueError, match=message):
+        route_reference(np.zeros((1, 1), np.int32), experts)

@@ -126,7 +126,7 @@ def divide(weight: QuantizedWeight, axis: Axis, gpus: int, rank: int) -> Quantiz
         rank: number of the GPU, from 0.
 
     Raises:
-        InvalidValueError: if the rank is not one of the GPUs, or the weight has no such part.
+        InvalidValueError: if the axis is no Axis, the rank is not one of the GPUs, or the weight has no such part.
 
     Example:
         >>> import numpy as np
@@ -136,6 +136,8 @@ def divide(weight: QuantizedWeight, axis: Axis, gpus: int, rank: int) -> Quantiz
         >>> part.k, part.group_size, part.scales.shape
         (192, 64, (3, 8))
     """
+    if not isinstance(axis, Axis):
+        raise InvalidValueError(f"axis of {axis!r} must be an Axis, such as axis_of(name)")
     gpus, rank = integer("gpus", gpus), integer("rank", rank)
     if gpus < 1 or not 0 <= rank < gpus:
         raise InvalidValueError(f"rank of {rank} must be 0 to {gpus - 1}, one of {gpus} GPUs")
@@ -169,6 +171,9 @@ def regroup(weight: QuantizedWeight, group_size: int, mode: QuantMode | None = N
         InvalidValueError: if the group size or the mode would lose anything.
     """
     target = weight.mode if mode is None else mode
+    group_size = integer("group_size", group_size)
+    if not isinstance(target, QuantMode):
+        raise InvalidValueError(f"mode of type {type(target).__name__} must be a QuantMode")
     if group_size <= 0 or weight.group_size % group_size != 0:
         raise InvalidValueError(f"group size {group_size} must divide the weight's {weight.group_size}")
     if (weight.mode.has_zeros and not target.has_zeros) or (weight.mode.is_grouped and not target.is_grouped):

@@ -20,7 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from w4a16gen.errors import InvalidValueError
+from w4a16gen.kernels.integers import integer
 from w4a16gen.weights.gate_functions import ACTIVATIONS
+from w4a16gen.weights.importers.stored import MAX_EXPERTS
 from w4a16gen.weights.quantized import Double, Half, QuantizedWeight
 from w4a16gen.weights.reference import FLOAT_TRUNCATION, HALF_ROUNDING, HALF_UNDERFLOW, Expectation
 
@@ -56,7 +58,7 @@ class MoeExpectation:
     ) -> None:
         """Compute the result and the bound. Arguments and errors are those of `moe_reference`."""
         shape = _checked_shape(hidden, topk_ids, topk_weights, (gate, up, down))
-        if activation not in ACTIVATIONS:
+        if not isinstance(activation, str) or activation not in ACTIVATIONS:
             raise InvalidValueError(f"activation {activation!r} must be one of {', '.join(ACTIVATIONS)}")
         ids = local_ids(topk_ids, len(gate), expert_map)
         exact, carried, size = np.zeros(shape), np.zeros(shape), np.zeros(shape)
@@ -175,8 +177,10 @@ def local_ids(
         expert_map: number of the local expert for each of all experts, or -1; None if ids are local already.
 
     Raises:
-        InvalidValueError: if ids or map are no integers of these shapes.
+        InvalidValueError: if ids or map are no integers of these shapes, or the number of experts is out of range.
     """
+    if not 1 <= integer("experts", experts) <= MAX_EXPERTS:
+        raise InvalidValueError(f"experts of {experts} must be 1 to {MAX_EXPERTS}")
     ids = _integers("topk_ids", topk_ids, _MATRIX)
     if expert_map is not None:
         places = _integers("expert_map", expert_map, 1)
@@ -200,7 +204,7 @@ def route_reference(
         `rows`, int32 [routes]: token * slots + slot, in ascending order within an expert. Skipped routes are absent.
 
     Raises:
-        InvalidValueError: if ids or map are no integers of these shapes.
+        InvalidValueError: if ids or map are no integers of these shapes, or the number of experts is out of range.
 
     Example:
         >>> import numpy as np
@@ -223,6 +227,12 @@ def _integers(name: str, values: Any, rank: int) -> npt.NDArray[np.int64]:
     return values.astype(np.int64)
 
 
+def _weight(name: str, value: Any) -> QuantizedWeight:
+    if not isinstance(value, QuantizedWeight):
+        raise InvalidValueError(f"{name} of type {type(value).__name__} must be a QuantizedWeight")
+    return value
+
+
 def _checked_shape(
     hidden: Any, topk_ids: Any, topk_weights: Any, projections: tuple[Sequence[QuantizedWeight], ...]
 ) -> tuple[int, int]:
@@ -232,16 +242,21 @@ def _checked_shape(
         InvalidValueError: if a dtype or a shape is off.
     """
     gate, up, down = projections
+    for name, of_role in zip(("gate", "up", "down"), projections, strict=True):
+        if not isinstance(of_role, Sequence):
+            raise InvalidValueError(f"{name} of type {type(of_role).__name__} must be a sequence of QuantizedWeight")
     if not gate or len({len(of_role) for of_role in projections}) != 1:
         counts = ", ".join(str(len(of_role)) for of_role in projections)
         raise InvalidValueError(f"gate, up and down of {counts} experts must be of the same experts, one or more")
-    intermediate, size = gate[0].n, gate[0].k
+    first = _weight("gate of expert 0", gate[0])
+    intermediate, size = first.n, first.k
     for name, of_role, wanted in (
         ("gate", gate, (intermediate, size)),
         ("up", up, (intermediate, size)),
         ("down", down, (size, intermediate)),
     ):
-        for index, weight in enumerate(of_role):
+        for index, given in enumerate(of_role):
+            weight = _weight(f"{name} of expert {index}", given)
             if (weight.n, weight.k) != wanted:
                 raise InvalidValueError(
                     f"{name} of expert {index} is {[weight.n, weight.k]}, but must be {list(wanted)}"
@@ -250,9 +265,10 @@ def _checked_shape(
         raise InvalidValueError(f"hidden must be float16 [tokens, {size}]")
     if not isinstance(topk_weights, np.ndarray) or topk_weights.dtype != np.float32:
         raise InvalidValueError("topk_weights must be float32 [tokens, slots]")
-    if np.shape(topk_ids) != topk_weights.shape or len(topk_weights) != len(hidden):
+    ids = _integers("topk_ids", topk_ids, _MATRIX)
+    if ids.shape != topk_weights.shape or len(ids) != len(hidden):
         raise InvalidValueError(
-            f"topk_ids of shape {list(np.shape(topk_ids))} and topk_weights of shape {list(topk_weights.shape)} must "
+            f"topk_ids of shape {list(ids.shape)} and topk_weights of shape {list(topk_weights.shape)} must "
             f"be [{len(hidden)}, slots]"
         )
     return len(hidden), size
