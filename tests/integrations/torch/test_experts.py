@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from typing import Any
 
@@ -239,3 +240,109 @@ def test_projections_that_do_not_fit_together_are_refused(rng: np.random.Generat
     ):
         with pytest.raises(InvalidValueError, match=message):
             projection(gate, **parts)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "int32", "int64"])
+def test_numbers_of_experts_may_be_of_any_integer_dtype(dtype: str, rng: np.random.Generator) -> None:
+    experts = experts_of(weights_of(rng))
+    hidden, ids, factors = tensors(*routing(rng))
+    wanted = experts(hidden, ids, factors)
+    assert torch.equal(experts(hidden, ids.to(getattr(torch, dtype)), factors), wanted), "-1 becomes 255, which is none"
+    for number in (-(2**63), 2**63 - 1, 2**32, EXPERTS):
+        assert not experts(hidden, torch.full_like(ids, number), factors).any()
+
+
+def test_a_state_that_is_damaged_is_refused(rng: np.random.Generator) -> None:
+    weights = weights_of(rng)
+    order = np.stack([rng.permutation(HIDDEN) for _ in range(EXPERTS)])
+    made = projection(weights[0], permutation=order)
+    state = made.state_dict()
+
+    def refused(message: str, **changes: Any) -> None:
+        with pytest.raises(InvalidValueError, match=message):
+            copy.deepcopy(made).load_state_dict({**state, **changes})
+
+    def facts(**changes: Any) -> Any:
+        members = {**json.loads(bytes(state["_extra_state"].tolist())), **changes}
+        return torch.frombuffer(bytearray(json.dumps(members).encode()), dtype=torch.uint8)
+
+    for number in (0, HIDDEN, -1):
+        wrong = state["permutation"].clone()
+        wrong[3, 5] = number if number or wrong[3, 5] else 1
+        refused("permutation of the state dict must hold each of 0 to 95 once", permutation=wrong)
+    refused("its facts are damaged", _extra_state=torch.frombuffer(bytearray(b"[" * 100_000), dtype=torch.uint8))
+    refused("its facts are damaged", _extra_state=state["_extra_state"].to("meta"))
+    refused("activation_scale of 1148.{36} must be a power of two", _extra_state=facts(activation_scale=2**2000))
+    refused("must hold an alpha for each of 5 experts", _extra_state=facts(alphas=[1.0]))
+    copy.deepcopy(made).load_state_dict({**state, "permutation": state["permutation"].flip(1)})
+
+
+def test_no_expert_but_those_that_are_there_is_called(rng: np.random.Generator) -> None:
+    made = projection(weights_of(rng)[0])
+    x = torch.ones(2, HIDDEN)
+    cases: tuple[tuple[Any, Any, str], ...] = (
+        (x, -1, "expert -1 must be 0 to 4"),
+        (x, EXPERTS, "expert 5 must be 0 to 4"),
+        (x, 1.0, "expert of type float must be an integer"),
+        (x, True, "expert of type bool must be an integer"),
+        (x.int(), 0, r"x of dtype int32 must be a floating point tensor, \[m, 96\]"),
+        (None, 0, "x of type NoneType must be"),
+        (x[:, 1:], 0, r"x of shape \[2, 95\] must be"),
+    )
+    for given, expert, message in cases:
+        with pytest.raises(InvalidValueError, match=message):
+            made(given, expert)
+
+
+def test_experts_on_the_meta_device_tell_the_shape(rng: np.random.Generator) -> None:
+    experts = experts_of(weights_of(rng)).to("meta")
+    hidden, ids, factors = tensors(*routing(rng))
+    got = experts(*(tensor.to("meta") for tensor in (hidden.float(), ids, factors)))
+    assert (got.shape, got.dtype, got.is_meta) == (hidden.shape, torch.float32, True)
+    with pytest.raises(InvalidValueError, match="hidden_states is on cpu, but the experts on meta: move them"):
+        experts(hidden, ids, factors)
+    with pytest.raises(InvalidValueError, match="top_k_index is on meta, but the experts on cpu"):
+        experts_of(weights_of(rng))(hidden, ids.to("meta"), factors)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_program_that_would_keep_the_routing_of_one_call_is_refused(rng: np.random.Generator) -> None:
+    experts = experts_of(weights_of(rng))
+    call = tuple(tensors(*routing(rng)))
+    with pytest.raises(InvalidValueError, match=r"experts cannot be traced or exported.* use torch\.compile"):
+        torch.jit.trace(experts, call)
+    with pytest.raises(InvalidValueError, match="experts cannot be traced or exported"):
+        torch.export.export(experts, call)
+
+
+def test_gradients_reach_the_weights_of_routes_and_no_activations(rng: np.random.Generator) -> None:
+    experts = experts_of(weights_of(rng))
+    hidden, ids, factors = tensors(*routing(rng))
+    hidden = hidden.float()
+    factors.requires_grad_()
+    experts(hidden, ids, factors).sum().backward()
+    with torch.no_grad():
+        for slot in range(ids.shape[1]):
+            alone = torch.zeros_like(factors)
+            alone[:, slot] = 1
+            torch.testing.assert_close(factors.grad[:, slot], experts(hidden, ids, alone).sum(1))
+    hidden.requires_grad_()
+    with pytest.raises(InvalidValueError, match="the kernels compute no gradients"):
+        experts(hidden, ids, factors.detach()).sum().backward()
+
+
+def test_packed_experts_that_are_read_only_are_copied(rng: np.random.Generator) -> None:
+    gate, up, down = weights_of(rng)
+    joint, packed = pack_experts(gate, up), pack_experts(down)
+    packed.data.flags.writeable = False
+    made = W4A16Experts.from_packed(joint, packed)
+    assert np.array_equal(made.down.packed.numpy(), packed.data)
+    with pytest.raises(InvalidValueError, match="device 'nowhere' must be a device of torch"):
+        W4A16Experts.from_packed(joint, packed, device="nowhere")
+    wrong: Any
+    for wrong, message in ((["silu"], r"activation \['silu'\] must be a function"), (None, "activation None must be")):
+        with pytest.raises(InvalidValueError, match=message):
+            W4A16Experts.from_packed(joint, packed, wrong)
+    wrong = joint
+    with pytest.raises(InvalidValueError, match="gate_up of type PackedExperts must be an ExpertProjection"):
+        W4A16Experts(wrong, made.down)

@@ -12,8 +12,9 @@ from w4a16gen.integrations.torch import given
 from w4a16gen.integrations.torch.device_weights import dense_weight
 from w4a16gen.integrations.torch.nibbles import Tensor
 from w4a16gen.integrations.torch.packed_module import Operands, PackedModule, product
-from w4a16gen.integrations.torch.state import check_dtypes, powers_of_two, read_facts, write_state
+from w4a16gen.integrations.torch.state import check_tensors, powers_of_two, read_facts, write_state
 from w4a16gen.kernels.config import QuantMode
+from w4a16gen.kernels.integers import integer
 from w4a16gen.weights.experts import PackedExperts
 
 STATE_FORMAT = "w4a16gen.experts/1"
@@ -75,8 +76,15 @@ class ExpertProjection(PackedModule):
 
         Args:
             x: floating point [m, k], on the device of the weights.
-            expert: number of the expert.
+            expert: number of the expert, from 0.
+
+        Raises:
+            InvalidValueError: if x is no tensor, or of another dtype, shape or device; or there is no such expert.
         """
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            raise InvalidValueError(f"x of {given.kind_of(x)} must be a floating point tensor, [m, {self.k}]")
+        if not 0 <= integer("expert", expert) < self.experts:
+            raise InvalidValueError(f"expert {expert} must be 0 to {self.experts - 1}")
         order, scale = (None if part is None else part[expert] for part in (self.permutation, self.input_scale))
         packed = self.packed[expert, : self.nbytes_of_expert]
         return product(self, x, Operands(packed, self.alphas[expert], order, scale))
@@ -133,7 +141,7 @@ class ExpertProjection(PackedModule):
         """Refuse the state of other experts, or one that was cast, before any tensor is copied."""
         if f"{prefix}{_EXTRA_STATE}" in state_dict:
             self._read(state_dict[f"{prefix}{_EXTRA_STATE}"])
-        check_dtypes(self, state_dict, prefix)
+        check_tensors(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:

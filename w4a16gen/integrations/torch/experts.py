@@ -12,6 +12,7 @@ from w4a16gen.errors import InvalidValueError
 from w4a16gen.integrations.torch import given
 from w4a16gen.integrations.torch.expert_projection import ExpertProjection
 from w4a16gen.integrations.torch.nibbles import INTEGERS, Tensor
+from w4a16gen.integrations.torch.upload import device_of
 from w4a16gen.weights.experts import PackedExperts
 
 _MATRIX = 2
@@ -70,7 +71,10 @@ class W4A16Experts(torch.nn.Module):
             InvalidValueError: if the projections are not of the same experts, or the activation is unknown.
         """
         super().__init__()
-        if not callable(activation) and activation not in ACTIVATIONS:
+        for name, part in (("gate_up", gate_up), ("down", down)):
+            if not isinstance(part, ExpertProjection):
+                raise InvalidValueError(f"{name} of type {type(part).__name__} must be an ExpertProjection")
+        if not callable(activation) and not (isinstance(activation, str) and activation in ACTIVATIONS):
             raise InvalidValueError(f"activation {activation!r} must be a function, or one of {', '.join(ACTIVATIONS)}")
         found = (gate_up.experts, gate_up.n, gate_up.k)
         wanted = (down.experts, 2 * down.k, down.n)
@@ -101,7 +105,8 @@ class W4A16Experts(torch.nn.Module):
             device: where the experts shall be; None leaves them where they are.
 
         Raises:
-            InvalidValueError: if they are not of the same experts, or the activation is unknown.
+            InvalidValueError: if they are not of the same experts, or the activation is unknown; or there is no such
+                device.
         """
         return cls(ExpertProjection(_on_torch(gate_up, device)), ExpertProjection(_on_torch(down, device)), activation)
 
@@ -116,9 +121,12 @@ class W4A16Experts(torch.nn.Module):
             top_k_weights: weight of each route, floating point [tokens, slots]. Those of skipped routes do not matter.
 
         Raises:
-            InvalidValueError: if a tensor has another dtype or shape.
+            InvalidValueError: if a tensor has another dtype, shape or device. If the call is traced or exported, which
+                would keep the number of tokens that each expert has in this call for all later ones.
         """
         self._check(hidden_states, top_k_index, top_k_weights)
+        if hidden_states.is_meta:
+            return torch.empty(hidden_states.shape, dtype=hidden_states.dtype, device="meta")
         tokens, slots = top_k_index.shape
         ids = top_k_index.to(torch.int64)
         is_local = (ids >= 0) & (ids < self.num_experts)
@@ -152,6 +160,11 @@ class W4A16Experts(torch.nn.Module):
         Raises:
             InvalidValueError: naming the tensor.
         """
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            raise InvalidValueError(
+                "experts cannot be traced or exported, because each call asks how many tokens each expert has: "
+                "use torch.compile, which leaves them as they are"
+            )
         if not isinstance(hidden_states, torch.Tensor) or not hidden_states.is_floating_point():
             raise InvalidValueError(f"hidden_states of {given.kind_of(hidden_states)} must be a floating point tensor")
         if hidden_states.dim() != _MATRIX or hidden_states.shape[1] != self.hidden_dim:
@@ -167,6 +180,16 @@ class W4A16Experts(torch.nn.Module):
                 raise InvalidValueError(
                     f"{name} of shape {list(tensor.shape)} must be [{len(hidden_states)}, slots], both alike"
                 )
+        device = self.down.packed.device
+        for name, tensor in (
+            ("hidden_states", hidden_states),
+            ("top_k_index", top_k_index),
+            ("top_k_weights", top_k_weights),
+        ):
+            if tensor.device != device:
+                raise InvalidValueError(
+                    f"{name} is on {tensor.device}, but the experts on {device}: move them to one device"
+                )
 
     def extra_repr(self) -> str:
         """Return what `print` shows of the experts, beside the projections."""
@@ -177,6 +200,8 @@ def _on_torch(weights: PackedExperts, device: Any) -> PackedExperts:
     """Return packed experts whose data is a torch tensor."""
     if not isinstance(weights, PackedExperts):
         raise InvalidValueError(f"experts of type {type(weights).__name__} must be PackedExperts: see pack_experts")
-    data = torch.from_numpy(weights.data) if isinstance(weights.data, np.ndarray) else weights.data
-    moved = data if device is None else data.to(device)
+    data = weights.data
+    if isinstance(data, np.ndarray):  # torch has no tensors that are read only
+        data = torch.from_numpy(data if data.flags.writeable else data.copy())
+    moved = data if device is None else data.to(device_of(device))
     return PackedExperts(moved, weights.layout, weights.n, weights.k, weights.group_size, weights.mode, weights.order)

@@ -70,9 +70,23 @@ def order(name: str, values: Any, device: Any, k: int) -> Tensor:
         raise InvalidValueError(f"{name} of {kind_of(values)} must be integers [{k}]")
     check_tensor(name, values, (k,), values.dtype)
     moved = values.to(device, torch.int64)
-    if not moved.is_meta and not torch.equal(moved.sort().values, torch.arange(k, device=moved.device)):
-        raise InvalidValueError(f"{name} must hold each of 0 to {k - 1} once")
+    check_order(name, moved)
     return moved
+
+
+def check_order(name: str, orders: Any) -> None:
+    """Raise unless each row holds each of 0 to k - 1 once. Waits for the device.
+
+    Args:
+        name: what the message calls the orders.
+        orders: int64 [..., k]; on the meta device they are not checked.
+
+    Raises:
+        InvalidValueError: naming the orders.
+    """
+    k = orders.shape[-1]
+    if not orders.is_meta and bool((orders.sort(dim=-1).values != torch.arange(k, device=orders.device)).any()):
+        raise InvalidValueError(f"{name} must hold each of 0 to {k - 1} once")
 
 
 def half(name: str, values: Any, device: Any, size: int | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from w4a16gen.integrations.torch import formats, given, ops
 from w4a16gen.integrations.torch.device_weights import DeviceWeight, dense_weight, load_layer, pack_decoded
 from w4a16gen.integrations.torch.nibbles import Tensor
 from w4a16gen.integrations.torch.packed_module import Operands, PackedModule, product
-from w4a16gen.integrations.torch.state import check_dtypes, read_state, write_state
+from w4a16gen.integrations.torch.state import check_tensors, read_state, write_state
 from w4a16gen.integrations.torch.upload import Uploader
 from w4a16gen.kernels.config import QuantMode
 from w4a16gen.kernels.epilogue import Activation
@@ -318,5 +318,5 @@ class W4A16Linear(PackedModule):
         """Refuse the state of another layer, or one that was cast, before any tensor is copied."""
         if f"{prefix}{_EXTRA_STATE}" in state_dict:
             read_state(self.facts, state_dict[f"{prefix}{_EXTRA_STATE}"])
-        check_dtypes(self, state_dict, prefix)
+        check_tensors(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *arguments)

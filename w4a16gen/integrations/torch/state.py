@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.integrations.torch.given import check_tensor
+from w4a16gen.integrations.torch.given import check_order, check_tensor
 from w4a16gen.integrations.torch.nibbles import Tensor
 
 STATE_FORMAT = "w4a16gen.linear/1"
@@ -46,7 +46,7 @@ def read_facts(facts: Mapping[str, Any], state: Any, form: str) -> dict[str, Any
     try:
         found: dict[str, Any] = json.loads(bytes(state.cpu().tolist()))
         version = found["format"]
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):  # RuntimeError: on meta, or nested deeply
         raise InvalidValueError(_DAMAGED) from None
     if version != form:
         raise InvalidValueError(f"the state dict is of format {version!r}, but this version reads {form!r}")
@@ -95,8 +95,10 @@ def powers_of_two(found: Mapping[str, Any]) -> dict[str, float]:
     return {name: power_of_two(name, found.get(name)) for name in ("activation_scale", "output_scale")}
 
 
-def check_dtypes(module: torch.nn.Module, state_dict: Mapping[str, Any], prefix: str) -> None:
+def check_tensors(module: torch.nn.Module, state_dict: Mapping[str, Any], prefix: str) -> None:
     """Raise unless the tensors of a state dict have the dtypes of a module's buffers: a cast would lose bits.
+
+    Orders of columns must hold each column once. Others would fail in a call, or give wrong numbers.
 
     Raises:
         InvalidValueError: naming the tensor. Tensors of other shapes are left to torch, which lists all of them.
@@ -105,6 +107,8 @@ def check_dtypes(module: torch.nn.Module, state_dict: Mapping[str, Any], prefix:
         found = state_dict.get(f"{prefix}{name}")
         if isinstance(found, torch.Tensor) and found.shape == buffer.shape:
             check_tensor(f"{prefix}{name} of the state dict", found, tuple(buffer.shape), buffer.dtype)
+            if name == "permutation":
+                check_order(f"{prefix}{name} of the state dict", found)
 
 
 def power_of_two(name: str, value: Any) -> float:
@@ -113,9 +117,13 @@ def power_of_two(name: str, value: Any) -> float:
     Raises:
         InvalidValueError: if it is no power of two.
     """
-    if not isinstance(value, (int, float)) or not math.isfinite(value) or math.frexp(value)[0] != 0.5:  # noqa: PLR2004
-        raise InvalidValueError(f"{name} of {value!r} must be a power of two")
-    return float(value)
+    try:
+        number = float(value) if isinstance(value, (int, float)) else math.nan
+    except OverflowError:  # an integer that no float holds
+        number = math.inf
+    if not math.isfinite(number) or math.frexp(number)[0] != 0.5:  # noqa: PLR2004
+        raise InvalidValueError(f"{name} of {value!r:.40} must be a power of two")
+    return number
 
 
 def moved_only(fn: Callable[[Any], Any], tensor: Any) -> Any:
