@@ -361,3 +361,96 @@ def test_progress_counts_the_experts_first(tmp_path: Path) -> None:
     from_pretrained(folder, device="cpu", progress=lambda *step: seen.append(step))
     assert seen[:2] == [(i + 1, 2, f"model.layers.{i}.mlp.experts") for i in range(2)]
     assert [step[:2] for step in seen[2:]] == [(i + 1, 8) for i in range(8)]
+
+
+def doubled(part: str, other: str) -> Any:
+    def change(tensors: dict[str, Any]) -> None:
+        for name in [name for name in tensors if part in name]:
+            tensors[name.replace(part, other)] = tensors[name].clone()
+
+    return change
+
+
+def test_experts_under_two_names_are_refused(tmp_path: Path) -> None:
+    folder = gptq_folder(tiny.tiny_model("mixtral"), tmp_path)
+    changed(folder, doubled("layers.1.block_sparse_moe.experts.2.", "layers.1.mlp.experts.0."))
+    convert(folder, tmp_path / "packed")
+    message = r"experts of one layer as '.*layers.1.mlp.experts' and as '.*layers.1.block_sparse_moe.experts': keep"
+    for path in (folder, tmp_path / "packed"):
+        with pytest.raises(InvalidValueError, match=message):
+            from_pretrained(path, device="cpu")
+    with pytest.raises(InvalidValueError, match=message):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+
+
+@pytest.mark.parametrize("experts", ["experts.2.gate_proj", "experts."])
+def test_experts_of_other_bits_are_named_with_the_bits(experts: str, tmp_path: Path) -> None:
+    folder = gptq_folder(tiny.tiny_model("qwen2_moe"), tmp_path)
+
+    def widened(tensors: dict[str, Any]) -> None:
+        for name in [name for name in tensors if experts in name]:
+            if name.endswith("qweight"):
+                tensors[name] = tensors[name].repeat(2, 1)
+            elif name.endswith("qzeros"):
+                tensors[name] = tensors[name].repeat(1, 2)
+
+    changed(folder, widened)
+    with pytest.raises(InvalidValueError, match=r"layer 'model\.layers\.0\.mlp\.experts.*' has 8 bits, not 4"):
+        from_pretrained(folder, device="cpu")
+
+
+@pytest.mark.parametrize("slots", [0, 6])
+def test_a_configuration_that_takes_more_experts_than_there_are_is_refused(slots: int, tmp_path: Path) -> None:
+    folder = gptq_folder(tiny.tiny_model("qwen2_moe"), tmp_path)
+    convert(folder, tmp_path / "packed")
+    for place in (folder, tmp_path / "packed"):
+        config = json.loads((place / "config.json").read_text())
+        (place / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": slots}))
+    message = f"num_experts_per_tok of {slots} in config.json must be 1 to 5, the number of experts of model.layers.0"
+    with pytest.raises(InvalidValueError, match=message):
+        from_pretrained(folder, device="cpu")
+    with pytest.raises(InvalidValueError, match=message):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+
+
+@pytest.mark.parametrize("trait", ["is_concatenated", "is_transposed"])
+def test_experts_stored_in_another_way_are_not_filled(
+    trait: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = tiny.tiny_model("mixtral")
+    folder = gptq_folder(original, tmp_path)
+    kind = type(original.model.layers[0].mlp.experts)
+    init = kind.__init__
+
+    def changed_init(self: Any, *given: Any, **named: Any) -> None:
+        init(self, *given, **named)
+        setattr(self, trait, trait == "is_transposed")
+
+    monkeypatch.setattr(kind, "__init__", changed_init)
+    with pytest.raises(InvalidValueError, match=r"lacks 4 parameters .* such as model\.layers\.0\.mlp\.experts"):
+        from_pretrained(folder, device="cpu")
+
+
+def test_dense_layers_lie_between_those_of_experts(tmp_path: Path) -> None:
+    original = tiny.tiny_model("qwen3_moe", mlp_only_layers=[1], num_hidden_layers=4, decoder_sparse_step=1)
+    model = from_pretrained(gptq_folder(original, tmp_path), device="cpu")
+    assert model.w4a16gen_report.experts == tuple(f"model.layers.{i}.mlp.experts" for i in (0, 2, 3))
+    assert model.w4a16gen_report.unused == ()
+    got, wanted = model(tiny.tokens()).logits.float(), rounded_model(original)(tiny.tokens()).logits
+    assert (got - wanted).abs().max() < 0.02 * wanted.abs().max()
+
+
+def test_numbers_of_experts_may_have_zeros_in_front(tmp_path: Path) -> None:
+    folder = gptq_folder(tiny.tiny_model("mixtral"), tmp_path)
+    logits = from_pretrained(folder, device="cpu")(tiny.tokens()).logits
+
+    def renamed(tensors: dict[str, Any]) -> None:
+        doubled("experts.1.", "experts.01.")(tensors)
+        without("experts.1.")(tensors)
+
+    convert(changed(folder, renamed), tmp_path / "packed")
+    for model in (
+        from_pretrained(folder, device="cpu"),
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed"),
+    ):
+        assert torch.equal(model(tiny.tokens()).logits, logits)

@@ -35,7 +35,12 @@ def load_dense_experts(model: Any, source: Source, uploader: Uploader) -> set[st
     used: set[str] = set()
     for name, module in modules_of_experts(model).items():
         names = source.experts(name, dense=True)
-        if names is None or getattr(module, "is_transposed", False) or not module.gate_up_proj.is_meta:
+        if not module.gate_up_proj.is_meta or getattr(module, "is_transposed", False):
+            continue
+        if (reason := source.refused_expert(name)) is not None:
+            raise InvalidValueError(reason)
+        # Rows of gate and up that alternate are not those of a gate, and then of an up projection.
+        if names is None or not getattr(module, "is_concatenated", True):
             continue
         _check(names, module)
         for part in PARAMETERS:

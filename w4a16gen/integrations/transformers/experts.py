@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -64,6 +64,25 @@ def alternatives(name: str) -> list[str]:
     """
     names = [name, re.sub(r"\.mlp(?=\.|$)", ".block_sparse_moe", name)]
     return list(dict.fromkeys([*names, *(re.sub(r"\.experts$", ".switch_mlp", one) for one in names)]))
+
+
+def one_place(found: Mapping[str, ExpertNames], names: Iterable[str]) -> ExpertNames | None:
+    """Return the experts that a checkpoint has under one of some names, or None.
+
+    Args:
+        found: the experts of the checkpoint, by the module that holds them.
+        names: the names that a module of the model may have in the checkpoint.
+
+    Raises:
+        InvalidValueError: if there are experts under two of them, so that either could be meant.
+    """
+    places = [name for name in dict.fromkeys(names) if name in found]
+    if len(places) > 1:
+        raise InvalidValueError(
+            f"the checkpoint has experts of one layer as {shown_name(places[0])} and as {shown_name(places[1])}: "
+            "keep those of one name"
+        )
+    return found[places[0]] if places else None
 
 
 def modules_of_experts(model: Any) -> dict[str, Any]:
@@ -133,6 +152,7 @@ def put_experts(model: Any, source: Any, uploader: Uploader, progress: Progress 
         if reason is None:
             layer = moe_layer(source.checkpoint, names)
             check_sizes(name, module, layer)
+            check_routes(model, name, module)
             try:
                 made = experts_of(layer, module, uploader)
             except InvalidValueError as error:  # such as a group size that the layout does not hold
@@ -196,6 +216,20 @@ def check_sizes(name: str, module: Any, layer: MoeLayer) -> None:
                 )
 
 
+def check_routes(model: Any, name: str, module: Any) -> None:
+    """Raise if a model's configuration has each token take more experts than a module has, or none.
+
+    Raises:
+        InvalidValueError: naming the module and both numbers.
+    """
+    slots = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    experts = len(module.gate_up_proj)
+    if isinstance(slots, int) and not 1 <= slots <= experts:
+        raise InvalidValueError(
+            f"num_experts_per_tok of {slots} in config.json must be 1 to {experts}, the number of experts of {name}"
+        )
+
+
 def placed_experts(model: Any, packed: PackedCheckpoint) -> dict[str, ExpertNames]:
     """Return the experts of a folder that take the place of modules of a model, by the modules' names.
 
@@ -210,11 +244,12 @@ def placed_experts(model: Any, packed: PackedCheckpoint) -> dict[str, ExpertName
     found = find_experts(packed)
     result = {}
     for name, module in modules_of_experts(model).items():
-        names = next((found[one] for one in alternatives(name) if one in found), None)
+        names = one_place(found, alternatives(name))
         if names is not None:
             if reason := names.why_incomplete() or why_not_served(module):
                 raise InvalidValueError(f"{packed.path}: {reason}")
             check_sizes(name, module, moe_layer(packed, names))
+            check_routes(model, name, module)
             result[name] = names
     return result
 

@@ -13,11 +13,11 @@ from w4a16gen.errors import InvalidValueError
 from w4a16gen.integrations.torch.linear import W4A16Linear
 from w4a16gen.integrations.torch.replace import Replacement, replace_linears
 from w4a16gen.integrations.torch.upload import Uploader
-from w4a16gen.integrations.transformers.experts import alternatives, is_experts
+from w4a16gen.integrations.transformers.experts import alternatives, is_experts, one_place
 from w4a16gen.integrations.transformers.packages import need_gguf
 from w4a16gen.integrations.transformers.quantizer import placed
 from w4a16gen.progress import Progress, no_progress
-from w4a16gen.weights.expert_names import ExpertNames, find_experts
+from w4a16gen.weights.expert_names import ExpertNames, find_experts, place_of
 from w4a16gen.weights.importers.checkpoint import Checkpoint
 from w4a16gen.weights.importers.gguf import ROTATED, GgufLayer, rotated_rows
 from w4a16gen.weights.importers.layer import CheckpointLayer
@@ -88,9 +88,19 @@ class Source:
         Args:
             module: the module that holds all experts.
             dense: whether experts that are not of 4 bits count too.
+
+        Raises:
+            InvalidValueError: if the checkpoint has experts under two of the names that the module may have.
         """
         found = self._experts_of_any_kind if dense else self._experts
-        return next((found[name] for name in self._names(module) if name in found), None)
+        return one_place(found, self._names(module))
+
+    def refused_expert(self, module: str) -> str | None:
+        """Return why an expert of a module, quantized in the checkpoint, cannot be read; None if all can."""
+        refused: dict[str, str] = getattr(self.checkpoint, "unsupported", {})
+        places = {name: place[0] for name in refused if (place := place_of(name)) is not None}
+        wanted = set(self._names(module))
+        return next((refused[name] for name, place in places.items() if place in wanted), None)
 
     def put_layers(self, model: Any, uploader: Uploader, progress: Progress | None) -> Replacement:
         """Replace the linear layers of a model by those of the checkpoint, one after the other.
