@@ -224,6 +224,28 @@ def test_nothing_is_read_before_it_is_asked_for(
     assert read == [f"model.layers.0.mlp.experts.{i}.down_proj" for i in range(EXPERTS)]
 
 
+def test_the_form_of_all_experts_is_found_once(rng: np.random.Generator) -> None:
+    weight = random_weight(rng, 64, 64, 32, QuantMode.FINEGRAINED_SCALE_ONLY)
+    asked: list[str] = []
+
+    class Counted(Plain):
+        @property
+        def mode(self) -> QuantMode:
+            asked.append(self.name)
+            return weight.mode
+
+        @mode.setter
+        def mode(self, _mode: QuantMode) -> None:
+            pass
+
+    names = [f"mlp.experts.{i}.{part}" for i in range(EXPERTS) for part in QWEN]
+    (layer,) = moe_layers({name: Counted(weight) for name in names})
+    for role in ("gate", "up", "down"):
+        for index in range(EXPERTS):
+            np.testing.assert_array_equal(getattr(layer, role)[index].q, weight.q)
+    assert len(asked) == (2 + 2 + 1) * EXPERTS
+
+
 def test_an_incomplete_checkpoint_is_refused_before_anything_is_yielded(rng: np.random.Generator) -> None:
     names = [f"a.experts.0.{part}" for part in QWEN] + ["b.experts.0.up_proj"]
     weight = random_weight(rng, 64, 96, 32, QuantMode.FINEGRAINED_SCALE_ONLY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import gcd
 from typing import Any, overload
 
@@ -129,17 +130,17 @@ class MoeLayer:
         """Number of experts."""
         return len(self.layers[DOWN])
 
-    @property
+    @cached_property  # so that the form of all experts is found once, not for each expert that is asked for
     def gate(self) -> ExpertWeights:
         """The gate projection of each expert, in the form of `up`, so that both can be joined."""
         return self._half(GATE, 0)
 
-    @property
+    @cached_property
     def up(self) -> ExpertWeights:
         """The up projection of each expert."""
         return self._half(UP, 1)
 
-    @property
+    @cached_property
     def down(self) -> ExpertWeights:
         """The down projection of each expert."""
         return ExpertWeights(self.layers[DOWN], self.layers[DOWN])
