@@ -454,3 +454,19 @@ def test_numbers_of_experts_may_have_zeros_in_front(tmp_path: Path) -> None:
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed"),
     ):
         assert torch.equal(model(tiny.tokens()).logits, logits)
+
+
+def test_a_head_of_its_own_is_used_though_the_configuration_says_that_it_is_tied(tmp_path: Path) -> None:
+    folder = gptq_folder(tiny.tiny_model("mixtral"), tmp_path)
+    convert(folder, tmp_path / "packed")
+    logits = from_pretrained(folder, device="cpu")(tiny.tokens()).logits
+    for place in (folder, tmp_path / "packed"):
+        config = json.loads((place / "config.json").read_text())
+        (place / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+        model = from_pretrained(place, device="cpu")
+        assert torch.equal(model(tiny.tokens()).logits, logits)
+        assert model.w4a16gen_report.unused == ()
+    copied = "lm_head.weight", "model.embed_tokens.weight"
+    changed(folder, lambda tensors: tensors.__setitem__(copied[0], tensors[copied[1]].clone()))
+    model = from_pretrained(folder, device="cpu")
+    assert model.lm_head.weight is model.model.embed_tokens.weight, "a copy of the embedding takes no memory"

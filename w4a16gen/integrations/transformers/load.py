@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
@@ -76,8 +77,8 @@ def from_pretrained(
     checkpoint = _opened(path)
     described = config_of(checkpoint, config)
     source = source_of(checkpoint, described.get_text_config())
-    if source.layer("lm_head") is not None:
-        described.tie_word_embeddings = False  # a 4-bit head cannot be the embedding
+    if source.layer("lm_head") is not None or _has_own_head(source):
+        described.tie_word_embeddings = False  # such a head cannot be the embedding
     model = make_model(described, dtype_of(dtype, described), model_class, attn_implementation)
     experts = put_experts(model, source, uploader, progress)
     replacement = source.put_layers(model, uploader, progress)
@@ -105,6 +106,19 @@ def _opened(path: str | os.PathLike[str]) -> Checkpoint | PackedCheckpoint:
     if place.is_dir() and section(read_json(place, "config.json"), "quantization_config").get("quant_method") == METHOD:
         return open_packed(place, verify=False)
     return open_checkpoint(place)
+
+
+def _has_own_head(source: Source) -> bool:
+    """Return whether a checkpoint holds a dense head with other values than its embedding, whatever config.json says.
+
+    Files of tied models may hold a second copy of the embedding.
+    """
+    head, embedding = source.stored("lm_head.weight"), source.stored("model.embed_tokens.weight")
+    if head is None or embedding is None or head.name == embedding.name:
+        return False
+    tensors = source.checkpoint.tensors
+    found = [(tensors[one.name].dtype, tensors[one.name].shape) for one in (head, embedding)]
+    return found[0] != found[1] or not np.array_equal(tensors.raw(head.name), tensors.raw(embedding.name))
 
 
 def _load_rope_factors(model: Any, source: Source, used: set[str]) -> None:
