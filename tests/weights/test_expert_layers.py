@@ -40,6 +40,9 @@ MIXTRAL = ("w1", "w3", "w2")
         ("model.layers.3.mlp.shared_expert.gate_proj", None),
         ("model.layers.3.mlp.shared_experts.down_proj", None),
         ("model.layers.3.w1", None),
+        ("model.layers.3.mlp.experts.\u0663.gate_proj", None),
+        ("model.layers.3.mlp.experts.\u00b2.gate_proj", None),
+        ("model.layers.3.mlp.experts.-1.gate_proj", None),
         ("blk.3.ffn_gate", None),
         ("w1", None),
         ("", None),
@@ -243,6 +246,7 @@ def test_the_form_of_all_experts_is_found_once(rng: np.random.Generator) -> None
     for role in ("gate", "up", "down"):
         for index in range(EXPERTS):
             np.testing.assert_array_equal(getattr(layer, role)[index].q, weight.q)
+            assert len(getattr(layer, role)[index : index + 1][0].q) == 64
     assert len(asked) == (2 + 2 + 1) * EXPERTS
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -113,6 +114,9 @@ def fp32(values: Any) -> npt.NDArray[np.float32]:
 
 FP32: dict[str, Callable[[Any], Any]] = {
     "silu": lambda x: x / (np.float32(1) + np.exp(-x)),
+    "gelu": lambda x: (
+        np.float32(0.5) * x * (1 + fp32(np.vectorize(math.erf, otypes=[np.float64])(x * np.float32(0.70710678))))
+    ),
     "gelu_tanh": lambda x: (
         np.float32(0.5) * x * (1 + np.tanh(np.float32(0.79788456) * (x + np.float32(0.044715) * x * x * x)))
     ),
@@ -219,6 +223,80 @@ def test_the_bound_is_no_wider_than_rounding_explains() -> None:
     unit = 2.0**-11 * silu(1.0)
     # Weight and product, once for the gate with slope 0.928 / 0.731, once for up; h; weight and product of down; out.
     assert expectation.bound[0, 0] / unit == pytest.approx(2 * 1.269 + 2 + 1 + 2 + 1, rel=0.02)
+
+
+def constant(rows: int, columns: int, value: float, other: float | None = None) -> list[QuantizedWeight]:
+    """Return one expert whose weights are one value, or in turn two of which the second is negative."""
+    scale = max(abs(value), abs(other or 0))
+    signs = np.where(np.arange(columns) % 2 == 0, 1, 1 if other is None else -1)
+    q = np.broadcast_to(8 + signs, (rows, columns)).astype(np.uint8)
+    mode = QuantMode.FINEGRAINED_SCALE_ONLY
+    return [QuantizedWeight(q, np.full((1, rows), scale, np.float16), None, columns, mode)]
+
+
+def of_one_token(hidden: Half, gate: Weights, up: Weights, activation: str, factor: float = 1.0, **more: Any) -> Any:
+    """Return the expectation of a token, one route, and a down projection that adds all rows."""
+    down = constant(hidden.size, gate[0].n, 1.0)
+    ids, weights = np.zeros((1, 1), np.int32), np.full((1, 1), factor, np.float32)
+    return MoeExpectation(hidden[None], gate, up, down, ids, weights, activation=activation, **more)
+
+
+def test_errors_of_gate_and_up_multiply() -> None:
+    """Weights of 1 and -1 in turn, each off by half of a last place in one direction: both products are off by 1."""
+    pairs = constant(8, 32, 1.0, -1.0)
+    hidden = np.full(32, 64, np.float16)
+    expectation = of_one_token(hidden, pairs, pairs, "silu")
+    assert not expectation.result.any()
+    off = 32 * 64 * 2.0**-11
+    wrong = np.full((1, 32), 8 * silu(off) * off)
+    assert 0.9 < expectation.error_over_bound(wrong) <= 1
+
+
+def test_the_curvature_of_the_activation_counts() -> None:
+    """The gate is where silu is least, so that its slope is 0, and off by 1."""
+    pairs, one = constant(8, 32, 1.0, -1.0), constant(8, 32, 1 / 32)
+    hidden = np.full(32, 64, np.float16)
+    hidden[0] -= np.float16(1.28125)
+    expectation = of_one_token(hidden, pairs, one, "silu")
+    gate, up = float(hidden[0]) - 64, float(hidden.astype(np.float64).sum() / 32)
+    assert expectation.result[0, 0] == pytest.approx(8 * silu(gate) * up)
+    wrong = np.full((1, 32), 8 * silu(gate + 1) * up)
+    assert 0.1 < expectation.error_over_bound(wrong) <= 1
+
+
+def test_the_cancellation_of_gelu_counts() -> None:
+    """fp32 subtracts numbers near 1 where x is about -5, which leaves few bits."""
+    gate, up = constant(8, 32, 1 / 32), constant(8, 32, 4.0)
+    for value in np.linspace(4.5, 5.4, 19).astype(np.float16):
+        expectation = of_one_token(np.full(32, -value), gate, up, "gelu")
+        x, factor = np.float32(-value), np.float32(-value) * 128
+        normal = np.float32(0.5) * (np.float32(1) + np.float32(math.erf(x / np.sqrt(np.float32(2)))))
+        h = np.float16(x * normal * factor)
+        got = np.full((1, 32), 8 * np.float64(h)).astype(np.float16)
+        assert expectation.error_over_bound(got) <= 1
+        cut = 0.5 * np.float64(x * factor) * 2.0**-24  # a last place of erf, which is near -1
+        assert expectation.error_over_bound(expectation.result + 8 * cut) <= 1
+
+
+def test_an_input_that_is_subnormal_after_its_weight_is_half_of_a_step_off() -> None:
+    large = constant(8, 32, 4096.0)
+    factor = 2.5 * 2.0**-24
+    expectation = of_one_token(np.ones(32, np.float16), large, large, "relu", factor, weight_on_input=True)
+    stored = np.float64(np.float16(factor))
+    assert abs(stored - factor) == 2.0**-25
+    wrong = np.full((1, 32), 8 * (32 * 4096 * stored) ** 2)
+    assert 0.5 < expectation.error_over_bound(wrong) <= 1
+
+
+def test_each_of_many_sums_may_be_cut() -> None:
+    """Every addition of fp32 is off by a last place in the same direction."""
+    slots = 1 << 18
+    one, down = constant(8, 8, 1 / 8), constant(8, 8, 2.0**-12)
+    ids, weights = np.zeros((1, slots), np.int32), np.ones((1, slots), np.float32)
+    expectation = MoeExpectation(np.ones((1, 8), np.float16), one, one, down, ids, weights)
+    term = expectation.result[0, 0] / slots
+    wrong = np.full((1, 8), (term * (1 - 2.0**-23) ** np.arange(slots, 0, -1)).sum())
+    assert 0.2 < expectation.error_over_bound(wrong) <= 1
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -10,8 +10,10 @@ import pytest
 
 from w4a16gen import InvalidValueError, QuantizedWeight, QuantMode, pack_weight
 from w4a16gen.weights.division import Axis, divide
-from w4a16gen.weights.experts import PackedExperts, pack_experts
+from w4a16gen.weights.experts import PackedExperts, expert_stride, pack_experts
 from w4a16gen.weights.importers.stored import MAX_EXPERTS
+from w4a16gen.weights.layouts.geometry import WeightGeometry
+from w4a16gen.weights.packed import LAYOUTS
 from w4a16gen.weights.reference import random_weight
 
 MODES = pytest.mark.parametrize("mode", QuantMode, ids=str)
@@ -147,3 +149,19 @@ def test_a_buffer_of_other_sizes_and_missing_experts_are_refused(rng: np.random.
             PackedExperts(data, *facts)
     with pytest.raises(InvalidValueError, match="order of 'up_first' must be one of"):
         PackedExperts(packed.data, *facts, "up_first")
+
+
+def test_experts_of_a_layout_of_any_size_are_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Odd:
+        group_multiple = 32
+
+        @staticmethod
+        def packed_bytes(_geometry: WeightGeometry) -> int:
+            return 130
+
+    layouts: dict[str, Any] = LAYOUTS
+    monkeypatch.setitem(layouts, "odd", Odd)
+    assert expert_stride("odd", WeightGeometry(64, 64, 32, FGS)) == 256
+    packed = PackedExperts(np.arange(512, dtype=np.uint16).astype(np.uint8).reshape(2, 256), "odd", 64, 64, 32, FGS)
+    assert packed.nbytes == 512
+    np.testing.assert_array_equal(packed.expert(1).data, packed.data[1, :130])

@@ -346,3 +346,13 @@ def test_packed_experts_that_are_read_only_are_copied(rng: np.random.Generator) 
     wrong = joint
     with pytest.raises(InvalidValueError, match="gate_up of type PackedExperts must be an ExpertProjection"):
         W4A16Experts(wrong, made.down)
+
+
+def test_activations_beyond_fp16_are_scaled_before_they_are_cast(rng: np.random.Generator) -> None:
+    experts = experts_of(weights_of(rng, size=0.01))
+    hidden, ids, factors = tensors(*routing(rng))
+    large = hidden.float() * 2**18
+    assert large.abs().max() > 65504
+    scales = calibrate(experts, lambda: experts(large, ids, factors))
+    assert scales["gate_up"].activation_scale > 1
+    assert torch.isfinite(experts(large, ids, factors)).all()
