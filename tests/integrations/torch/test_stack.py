@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import w4a16gen
 from w4a16gen import InvalidValueError
 from w4a16gen.weights.expert_layers import MoeLayer, moe_layers
 from w4a16gen.weights.experts import pack_experts
+from w4a16gen.weights.packed_checkpoint import PackedLayer
 from w4a16gen.weights.writers.convert import convert
 
 torch = pytest.importorskip("torch")
@@ -122,3 +124,45 @@ def test_layers_that_cannot_be_joined_or_stacked_are_named(tmp_path: Path, rng: 
         stack_layers(mixed, Uploader("cpu"), gate_up=False)
     with pytest.raises(InvalidValueError, match="one expert or more"):
         stack_layers([], Uploader("cpu"), gate_up=False)
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("group", [64, 192])
+def test_experts_of_other_group_sizes_are_brought_to_one(
+    group: int, tmp_path: Path, rng: np.random.Generator, *, is_packed: bool
+) -> None:
+    groups = 192 // group
+    other = {
+        "qzeros": packers.along_columns(np.full((groups, 64), 8, np.uint8)),
+        "scales": rng.uniform(0.001, 0.01, (groups, 64)).astype(np.float16),
+    }
+    folder = folder_of(tmp_path / "gptq", rng, **other)
+    opened: Any = w4a16gen.open_checkpoint(folder)
+    assert opened["mlp.experts.0.up_proj"].group_size == group
+    wanted = [opened[f"mlp.experts.{expert}.up_proj"].quantized().dequantize() for expert in range(EXPERTS)]
+    if is_packed:
+        convert(folder, tmp_path / "packed")
+        opened = w4a16gen.open_packed(tmp_path / "packed")
+    (layer,) = moe_layers(opened)
+    joint = stacks(layer)[0]
+    assert joint.group_size == 32
+    np.testing.assert_array_equal(joint.packed.numpy(), pack_experts(layer.gate, layer.up).data)
+    for expert in range(EXPERTS):
+        np.testing.assert_array_equal(joint.dequantize(torch.float64)[expert, 64:].numpy(), wanted[expert])
+
+
+def test_an_order_or_a_scale_of_one_expert_changes_no_other(rng: np.random.Generator) -> None:
+    weights = [w4a16gen.quantize(rng.standard_normal((64, 96)), group_size=32) for _ in range(EXPERTS)]
+    order = rng.permutation(96)
+    scale = rng.uniform(0.5, 2, 96).astype(np.float16)
+    layers = [
+        PackedLayer(f"e.{expert}", w4a16gen.pack_weight(weight), 1.0, None, order if expert == 1 else None, None)
+        for expert, weight in enumerate(weights)
+    ]
+    layers[2] = replace(layers[2], input_scale=scale)
+    made = (
+        stack_layers([(layer,) for layer in layers], Uploader("cpu"), gate_up=False).dequantize(torch.float64).numpy()
+    )
+    np.testing.assert_array_equal(made[0], weights[0].dequantize())
+    np.testing.assert_array_equal(made[1][:, order], weights[1].dequantize())
+    np.testing.assert_array_equal(made[2], weights[2].dequantize() * scale)
