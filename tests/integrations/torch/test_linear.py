@@ -264,3 +264,12 @@ def test_a_state_that_was_cast_is_refused(layer: Any, name: str, assign: bool) -
     state[name] = state[name].float()
     with pytest.raises(InvalidValueError, match=f"{name} of the state dict of float32"):
         copy.deepcopy(layer).load_state_dict(state, assign=assign)
+
+
+@pytest.mark.parametrize("number", [-1, 0, K])
+def test_a_state_whose_order_is_none_is_refused(layer: Any, number: int) -> None:
+    state = layer.state_dict()
+    order = state["permutation"].clone()
+    order[3] = number if order[3] != number else 1
+    with pytest.raises(InvalidValueError, match=f"permutation of the state dict must hold each of 0 to {K - 1} once"):
+        copy.deepcopy(layer).load_state_dict({**state, "permutation": order})

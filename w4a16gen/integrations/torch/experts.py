@@ -34,8 +34,8 @@ class W4A16Experts(torch.nn.Module):
     order of the slots. Equal inputs give equal bits.
 
     **Each call waits for the device:** it asks how many tokens each expert has, and then launches two kernels for each
-    expert that has any. A call cannot be captured in a CUDA graph, and compilers leave it as it is. Where a model has
-    few tokens, most of the time goes into launches.
+    expert that has any. A call cannot be captured in a CUDA graph, and compilers leave it as it is. A call that is
+    traced or exported is refused. Where a model has few tokens, most of the time goes into launches.
 
     `.to(device)`, `state_dict`, `copy.deepcopy` and pickle work as with other modules. `.half()`, `.bfloat16()` and
     `.to(dtype)` change nothing.
