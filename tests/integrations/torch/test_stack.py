@@ -132,7 +132,7 @@ def test_experts_of_other_group_sizes_are_brought_to_one(
     group: int, tmp_path: Path, rng: np.random.Generator, *, is_packed: bool
 ) -> None:
     groups = 192 // group
-    other = {
+    other: dict[str, Any] = {
         "qzeros": packers.along_columns(np.full((groups, 64), 8, np.uint8)),
         "scales": rng.uniform(0.001, 0.01, (groups, 64)).astype(np.float16),
     }

@@ -470,3 +470,19 @@ def test_a_head_of_its_own_is_used_though_the_configuration_says_that_it_is_tied
     changed(folder, lambda tensors: tensors.__setitem__(copied[0], tensors[copied[1]].clone()))
     model = from_pretrained(folder, device="cpu")
     assert model.lm_head.weight is model.model.embed_tokens.weight, "a copy of the embedding takes no memory"
+
+
+def test_dense_forms_keep_the_mode_of_their_experts(tmp_path: Path) -> None:
+    model = from_pretrained(gptq_folder(tiny.tiny_model("mixtral"), tmp_path), device="cpu")
+    for training in (True, False):
+        dense = copy.deepcopy(model).train(training).dequantize(torch.float16)
+        assert {module.training for module in modules_of_experts(dense).values()} == {training}
+
+
+def test_dense_experts_beyond_fp16_are_named(tmp_path: Path) -> None:
+    folder = gptq_folder(tiny.tiny_model("mixtral"), tmp_path, dense="layers.0.block_sparse_moe.experts.1.w1")
+    name = "model.layers.0.block_sparse_moe.experts.2.w3"
+    changed(folder, lambda tensors: tensors[f"{name}.scales"].fill_(60000))
+    with pytest.raises(InvalidValueError, match=rf"layer '{name}' is not finite in float16: pass dtype=torch.bfloat16"):
+        from_pretrained(folder, device="cpu")
+    from_pretrained(folder, device="cpu", dtype=torch.bfloat16)
