@@ -114,7 +114,7 @@ def test_layers_that_cannot_be_joined_or_stacked_are_named(tmp_path: Path, rng: 
     (layer,) = moe_layers(w4a16gen.open_checkpoint(folder_of(tmp_path / "order", rng, g_idx=shuffled)))
     with pytest.raises(InvalidValueError, match=r"gate_proj' and 'mlp.experts.0.up_proj' have different permutation"):
         stacks(layer)
-    bias = np.ones(64, np.float16)
+    bias = np.eye(1, 64, 5, np.float16)[0]
     (layer,) = moe_layers(w4a16gen.open_checkpoint(folder_of(tmp_path / "bias", rng, bias=bias)))
     with pytest.raises(InvalidValueError, match=r"experts.0.up_proj' has a bias: experts with biases are not served"):
         stacks(layer)

@@ -486,3 +486,12 @@ def test_dense_experts_beyond_fp16_are_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidValueError, match=rf"layer '{name}' is not finite in float16: pass dtype=torch.bfloat16"):
         from_pretrained(folder, device="cpu")
     from_pretrained(folder, device="cpu", dtype=torch.bfloat16)
+
+
+def test_sizes_of_experts_that_stay_dense_are_compared(tmp_path: Path) -> None:
+    folder = gptq_folder(tiny.tiny_model("mixtral"), tmp_path, dense="layers.0.block_sparse_moe.experts.1.w1")
+    row = {key: torch.from_numpy(value) for key, value in plain_gptq_tensors("", np.ones((8, 128))).items()}
+    name = "model.layers.0.block_sparse_moe.experts.2.w3"
+    changed(folder, lambda tensors: tensors.update({f"{name}.{key}": value for key, value in row.items()}))
+    with pytest.raises(InvalidValueError, match=rf"layer '{name}' of the checkpoint is \[8, 128\], but the model's is"):
+        from_pretrained(folder, device="cpu")
