@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
 import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -63,6 +64,25 @@ def build_for_emulation(
     command = [tools.host_compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", *warnings]
     subprocess.run([*map(str, [*command, *includes, "-x", "c++", *sources, "-o", library])], check=True)  # noqa: S603
     return Emulation(library)
+
+
+def build_mutant(configs: Iterable[KernelConfig], folder: Path, header: str, statement: str, other: str) -> Emulation:
+    """Compile kernels of which a native header has another statement.
+
+    Args:
+        configs: the kernels.
+        folder: for the headers, the sources and the library.
+        header: name of the header.
+        statement: the text to replace, wherever it stands.
+        other: what takes its place.
+    """
+    headers = folder / "cuda"
+    shutil.copytree(CUDA_FOLDER, headers)
+    path = headers / "native" / header
+    text = path.read_text()
+    assert statement in text
+    path.write_text(text.replace(statement, other))
+    return build_for_emulation(configs, folder / "build", headers)
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from emulation import Emulation, EmulationError, Launch, build_for_emulation
+from emulation import Emulation, EmulationError, Launch, build_for_emulation, build_mutant
 
 from w4a16gen import KernelConfig
-from w4a16gen.build.headers import CUDA_FOLDER
 from w4a16gen.kernels.config import Epilogue
 from w4a16gen.kernels.epilogue import Activation, CallEpilogue, why_not_by
 from w4a16gen.weights.reference import Expectation, Extra, error_over_bound, random_weight
@@ -99,14 +97,8 @@ def test_any_order_of_threads_gives_the_result(emulation: Emulation, config: Ker
 @pytest.mark.compile
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_the_emulation_sees_a_residual_at_the_wrong_time(tmp_path: Path, mutant: str) -> None:
-    header, statement, other = MUTANTS[mutant]
     configs = [KernelConfig.parse(f"w4a16_sm90_native_{SHAPES[index]}_elementwise") for index in (0, 10)]
-    shutil.copytree(CUDA_FOLDER, tmp_path / "cuda")
-    path = tmp_path / "cuda" / "native" / header
-    text = path.read_text()
-    assert statement in text
-    path.write_text(text.replace(statement, other))
-    broken = build_for_emulation(configs, tmp_path / "build", tmp_path / "cuda")
+    broken = build_mutant(configs, tmp_path, *MUTANTS[mutant])
     errors = []
     for config in configs:
         try:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from emulation import Emulation, EmulationError, Launch, build_for_emulation
+from emulation import Emulation, EmulationError, Launch, build_for_emulation, build_mutant
 
 from w4a16gen import KernelConfig, Scheduler
-from w4a16gen.build.headers import CUDA_FOLDER
 from w4a16gen.weights.reference import Expectation, error_over_bound, random_weight
 
 KERNELS = [
@@ -93,14 +91,8 @@ def test_any_order_of_threads_gives_the_product(emulation: Emulation, config: Ke
 @pytest.mark.compile
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_the_emulation_sees_missing_synchronisation(tmp_path: Path, mutant: str) -> None:
-    header, statement, other = MUTANTS[mutant]
     config = KernelConfig.parse("w4a16_sm90_native_fgs_cta64x32x64_cluster1x1x2_warpgroups4_persistent")
-    shutil.copytree(CUDA_FOLDER, tmp_path / "cuda")
-    path = tmp_path / "cuda" / "native" / header
-    text = path.read_text()
-    assert statement in text
-    path.write_text(text.replace(statement, other))
-    broken = build_for_emulation([config], tmp_path / "build", tmp_path / "cuda")
+    broken = build_mutant([config], tmp_path, *MUTANTS[mutant])
     try:
         error = largest_error(broken, config, (27, 328, 2048, 32), 0)
     except (EmulationError, AssertionError):
