@@ -131,6 +131,35 @@ def test_a_layer_has_an_activation_and_adds_a_residual(
     assert f"activation={activation}" in repr(made)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda right: right[0, 0], r"residual of shape \[64\] must be \[2, 3, 64\], like the result"),
+        (lambda right: right[..., :1], r"residual of shape \[2, 3, 1\] must be \[2, 3, 64\]"),
+        (lambda right: right[None], r"residual of shape \[1, 2, 3, 64\] must be \[2, 3, 64\]"),
+        (lambda right: right.double(), "residual of dtype float64 must be .*, like the result: cast it"),
+        (lambda right: right.int(), "residual of dtype int32 must be .*, like the result: cast it"),
+        (lambda right: right.to("meta"), "residual on meta must be on cpu, like x: move it"),
+        (lambda right: right.float().numpy(), r"residual of type ndarray must be a torch tensor of shape \[2, 3, 64\]"),
+        (lambda _right: 1.0, "residual of type float must be a torch tensor"),
+    ],
+)
+def test_a_residual_unlike_the_result_is_refused_in_every_dtype(
+    change: Any, message: str, dtype: str, rng: np.random.Generator
+) -> None:
+    made, x = layer(rng, Activation.NONE), half(rng, 2, 3, K).to(getattr(torch, dtype))
+    for apart in (False, True):
+        with pytest.raises(InvalidValueError, match=message):
+            made(x, change(half(rng, 2, 3, N).to(x.dtype)), apart=apart)
+
+
+@pytest.mark.parametrize("dtype", ["half", torch.int8, 3])
+def test_a_result_of_no_floating_dtype_is_refused(dtype: Any, rng: np.random.Generator) -> None:
+    with pytest.raises(InvalidValueError, match=r"dtype of .* must be a floating point dtype of torch"):
+        layer(rng, Activation.NONE)(half(rng, 3, K), dtype=dtype)
+
+
 def test_scales_go_past_activations_or_are_refused(rng: np.random.Generator) -> None:
     made, x = layer(rng, Activation.SILU), half(rng, 3, K)
     expected = made(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -197,11 +198,15 @@ def modules(rng: np.random.Generator) -> Any:
         "dense": Mlp(rng, torch.nn.SiLU()),
         "more": Mlp(rng, torch.nn.SiLU()),
         "hooked": Mlp(rng, torch.nn.SiLU()),
+        "watched": Mlp(rng, torch.nn.SiLU()),
+        "wrapped": Mlp(rng, torch.nn.SiLU()),
         "scaled": Mlp(rng, torch.nn.SiLU()),
     }
     made["dense"].up_proj = torch.nn.Linear(HIDDEN, INNER)
     made["more"].dropout = torch.nn.Dropout()
     made["hooked"].up_proj.register_forward_hook(lambda *_: None)
+    made["watched"].act_fn.register_forward_hook(lambda *_: None)
+    made["wrapped"].down_proj.forward = partial(integration.W4A16Linear.forward, made["wrapped"].down_proj)
     made["scaled"].up_proj.output_scale = 2.0
     model = torch.nn.ModuleDict(made)
     model["again"] = model["silu"]
@@ -215,7 +220,7 @@ def test_modules_of_a_model_are_fused_where_they_can_be(rng: np.random.Generator
     report = integration.fuse_mlps(model)
     assert torch.equal(torch.random.get_rng_state(), numbers)
     assert report.fused == ("silu", "again", "gelu", "tanh", "function")
-    assert str(report) == "w4a16gen fused 5 of 12 feed-forward modules"
+    assert str(report) == "w4a16gen fused 5 of 14 feed-forward modules"
     activations = {name: model[name].gate_up.activation for name in report.fused}
     assert activations == {
         "silu": "swiglu",
@@ -235,6 +240,8 @@ def test_modules_of_a_model_are_fused_where_they_can_be(rng: np.random.Generator
         "dense": "its layers are not all W4A16Linear: call replace_linears before",
         "more": "it has more parts than gate_proj, up_proj, down_proj, act_fn",
         "hooked": "it has hooks, which would be lost",
+        "watched": "it has hooks, which would be lost",
+        "wrapped": "it has hooks, which would be lost",
         "scaled": "output_scale of 2.0 divides what goes into the activation",
     }
     assert set(report.kept) == set(reasons)

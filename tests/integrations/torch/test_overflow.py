@@ -97,6 +97,25 @@ def test_calibration_takes_a_residual_by_place_and_by_name() -> None:
     assert integration.calibrate(layer, lambda: layer(x, residual=residual)) == alone
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_calibration_fits_the_product_not_its_sum_with_a_residual(dtype: Any) -> None:
+    layer, x = identity(64.0), torch.full((2, K), 4096.0, dtype=dtype)
+    integration.calibrate(layer, lambda: layer(x, -64 * x))
+    assert layer.output_scale == 32, "64 * 4096 * 4 exceeds 65504 by at most this"
+    assert torch.equal(layer(x, -64 * x), torch.zeros_like(x))
+    layer = identity()
+    assert integration.calibrate(layer, lambda: layer(torch.ones(2, K, dtype=dtype), x * 2.0**40)) == {}
+
+
+def test_calibration_keeps_scales_where_none_makes_outputs_finite() -> None:
+    layer, x = identity(), torch.ones(2, K, dtype=torch.bfloat16)
+    infinite = torch.full_like(x, torch.inf)
+    assert integration.calibrate(layer, lambda: layer(x, infinite)) == {}
+    layer.bias = torch.full((K,), torch.nan, dtype=torch.float16)
+    assert not bool(torch.isfinite(layer(x)).all())
+    assert integration.calibrate(layer, lambda: layer(x)) == {}
+
+
 @pytest.mark.parametrize("headroom", [0.5, float("nan"), float("inf"), "4"])
 def test_a_headroom_that_is_no_finite_factor_is_refused(headroom: Any) -> None:
     with pytest.raises(InvalidValueError, match=f"headroom of {headroom!r} must be a finite number"):

@@ -33,6 +33,29 @@ def check_tensor(name: str, tensor: Any, shape: tuple[int, ...], dtype: Any) -> 
         raise InvalidValueError(f"{name} of {found} must be {str(dtype).removeprefix('torch.')} {list(shape)}")
 
 
+def check_residual(residual: Any, shape: list[Any], dtype: Any, device: Any) -> None:
+    """Raise unless a residual is a tensor like the result: a sum would broadcast it, or be of another dtype.
+
+    Args:
+        residual: what is added.
+        shape: the sizes of the result.
+        dtype: that of the result.
+        device: that of the result.
+
+    Raises:
+        InvalidValueError: naming what it is and what it must be.
+    """
+    if not isinstance(residual, torch.Tensor):
+        raise InvalidValueError(f"residual of {kind_of(residual)} must be a torch tensor of shape {shape}")
+    if list(residual.shape) != shape:
+        raise InvalidValueError(f"residual of shape {list(residual.shape)} must be {shape}, like the result")
+    if residual.dtype != dtype:
+        wanted = str(dtype).removeprefix("torch.")
+        raise InvalidValueError(f"residual of {kind_of(residual)} must be {wanted}, like the result: cast it")
+    if residual.device != device:
+        raise InvalidValueError(f"residual on {residual.device} must be on {device}, like x: move it")
+
+
 def tensor_of(name: str, values: Any) -> Any:
     """Return what a caller passed as a tensor without gradients; None stays None.
 

@@ -249,8 +249,8 @@ class W4A16Linear(PackedModule):
                 operations of torch. The product is then rounded to fp16 before them. Otherwise this is an error.
 
         Raises:
-            InvalidValueError: if x is no tensor, or of another dtype, shape or device, or output_scale divides what
-                goes into an activation.
+            InvalidValueError: if x or the residual is no tensor, or of another dtype, shape or device, or output_scale
+                divides what goes into an activation.
             NotBuiltError: on a GPU, if no kernel of the build has the epilogue that the call needs, without `apart`.
         """
         if not isinstance(x, torch.Tensor) or not x.is_floating_point():
@@ -259,6 +259,11 @@ class W4A16Linear(PackedModule):
             raise InvalidValueError(
                 f"output_scale of {self.output_scale} divides what goes into {self.activation}: it must be 1"
             )
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise InvalidValueError(f"dtype of {dtype!r} must be a floating point dtype of torch")
+        if residual is not None and x.dim() > 0:
+            shape = [*x.shape[:-1], self.out_features]
+            given.check_residual(residual, shape, x.dtype if dtype is None else dtype, x.device)
         operands = Operands(self.packed, self.alpha, self.permutation, self.input_scale, self.bias)
         return product(self, x, operands, residual=residual, dtype=dtype, apart=apart)
 

@@ -98,8 +98,17 @@ def calibrate(model: torch.nn.Module, run: Callable[[], object], *, headroom: fl
         _before(layer, _arguments(layer, inputs, named), headroom)
 
     def after(layer: Any, inputs: Any, named: Any, y: Tensor) -> Tensor:
-        x, *_ = _arguments(layer, inputs, named)
-        return _after(layer, lambda: layer.forward(*inputs, **named), x, y, headroom)
+        bound = inspect.signature(layer.forward).bind(*inputs, **named)
+        residual = bound.arguments.get("residual")
+        x = bound.arguments["x"]
+        if residual is None or y.dtype == torch.float16:
+            return _after(layer, lambda: layer.forward(*inputs, **named), x, y, headroom)
+        bound.arguments["residual"] = None  # in other dtypes the sum follows the product, which alone must fit fp16
+
+        def product() -> Tensor:
+            return layer.forward(*bound.args, **bound.kwargs)
+
+        return _after(layer, product, x, product(), headroom) + residual
 
     hooks = []
     for _, layer in layers_of(model):
@@ -140,8 +149,8 @@ def _after(layer: PackedModule, again: Callable[[], Tensor], x: Tensor, y: Tenso
     while not bool(torch.isfinite(y).all()) and layer.output_scale < _LARGEST_SCALE:
         layer.output_scale *= _STEP
         y = again()
-    if bool(torch.isfinite(y).all()):
-        layer.output_scale = max(before, _scale_for(y.float(), headroom))
+    is_finite = bool(torch.isfinite(y).all())
+    layer.output_scale = max(before, _scale_for(y.float(), headroom)) if is_finite else before
     return y
 
 
