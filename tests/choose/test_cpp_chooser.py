@@ -218,6 +218,18 @@ def test_a_mode_without_native_kernels_has_no_choice(program: Path, tmp_path: Pa
     assert answer == "error the build holds no native kernel of mode fgs"
 
 
+def test_a_build_without_plain_kernels_names_the_command(program: Path, tmp_path: Path) -> None:
+    choice_file = tmp_path / "choice.txt"
+    gated = {config: "hash" for config in with_epilogues(DEFAULT, [Epilogue.GATED])}
+    choice_file.write_text(choice_text(gated, tmp_path / TABLE))
+    problem = Problem(16, 4096, 4096, 128)
+    text = "the build holds no kernel of mode fgs without an epilogue: run `w4a16gen build`"
+    assert ask_cpp(program, choice_file, [(FGS, problem, H100)]) == [f"error {text}"]
+    with pytest.raises(NotBuiltError) as refused:
+        Chooser(gated, tmp_path / TABLE).choose(problem, FGS, device=H100)
+    assert str(refused.value) == text
+
+
 @pytest.mark.skipif(shutil.which("localedef") is None, reason="localedef makes the locale")
 def test_a_locale_with_a_decimal_comma_changes_nothing(
     program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

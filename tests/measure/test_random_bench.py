@@ -221,7 +221,7 @@ def test_what_is_missing_is_said_before_anything_is_written(
     monkeypatch.setattr(random_bench, "find_torch", lambda: None)
     with pytest.raises(MissingToolError, match="pip install torch"):
         run_without_a_stand_in(FakeLibrary(KERNELS))()
-    with pytest.raises(NotBuiltError, match="no native kernel of mode fgs"):
+    with pytest.raises(NotBuiltError, match="no plain native kernel of mode fgs"):
         run_without_a_stand_in(FakeLibrary(enumerate_space("trtllm")))()
     with pytest.raises(Exception, match="running needs an NVIDIA Hopper GPU"):
         run_without_a_stand_in(FakeLibrary(KERNELS, devices=[A100]))()

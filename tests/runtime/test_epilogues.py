@@ -157,7 +157,8 @@ def test_a_kernel_that_is_named_must_have_the_epilogue(layer: Layer, epilogue: E
 
 def test_plain_calls_never_get_a_kernel_with_an_epilogue(layer: Layer) -> None:
     library = FakeLibrary([config for config in KERNELS if config.epilogue is not Epilogue.NONE])
-    with pytest.raises(w4a16gen.UnsupportedProblemError, match="holds no kernel of mode fgs"):
+    text = "the build holds no kernel of mode fgs without an epilogue: run `w4a16gen build`"
+    with pytest.raises(NotBuiltError, match=text):
         library.gemm(**_call(library, layer, {}))
     for epilogue in (Epilogue.ELEMENTWISE, Epilogue.GATED):
         estimates = FakeLibrary(KERNELS).chooser.estimates(

@@ -14,7 +14,7 @@ from w4a16gen.choose.timing_table import TuningTable, table_for
 from w4a16gen.errors import NotBuiltError, UnsupportedProblemError
 from w4a16gen.kernels.config import Epilogue, KernelConfig, QuantMode, Scheduler, Target
 from w4a16gen.kernels.device import Device
-from w4a16gen.kernels.epilogue import build_command, why_not_gated
+from w4a16gen.kernels.epilogue import why_not_built, why_not_gated
 from w4a16gen.kernels.problem import Problem, runnable, why_cannot_run
 
 
@@ -100,10 +100,8 @@ class Chooser:
         for kernel in kernels_in_use() if overrides is None else overrides:
             if kernel.mode is mode and kernel.epilogue is epilogue and target in (None, kernel.target):
                 return self._override(kernel, problem)
-        if epilogue is not Epilogue.NONE and not self.has(mode, epilogue):
-            raise NotBuiltError(
-                f"the build holds no kernel of mode {mode} with epilogue {epilogue}: run `{build_command(epilogue)}`"
-            )
+        if not self.has(mode, epilogue) and (epilogue is not Epilogue.NONE or self._has_mode(mode)):
+            raise NotBuiltError(why_not_built(mode, epilogue))
         reason = why_not_gated(problem.n) if epilogue is Epilogue.GATED else None
         if reason is not None:
             raise UnsupportedProblemError(reason)
@@ -119,6 +117,9 @@ class Chooser:
     def has(self, mode: QuantMode, epilogue: Epilogue) -> bool:
         """Return whether the build has a kernel of a mode with an epilogue."""
         return (mode, epilogue) in self._epilogues
+
+    def _has_mode(self, mode: QuantMode) -> bool:
+        return any(self.has(mode, epilogue) for epilogue in Epilogue)
 
     def estimates(
         self,

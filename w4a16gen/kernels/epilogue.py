@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.kernels.config import Epilogue, OrderedEnum, Target
+from w4a16gen.kernels.config import Epilogue, OrderedEnum, QuantMode, Target
 
 GATED_MULTIPLE = 16
 """Channels of a weight for gated activations are a multiple of this: 8 gates and their 8 factors lie side by side."""
@@ -149,6 +149,17 @@ def build_command(epilogue: Epilogue) -> str:
     if epilogue is Epilogue.NONE:
         return "w4a16gen build"
     return f"w4a16gen build --epilogue {Epilogue.NONE} --epilogue {epilogue}"
+
+
+def why_not_built(mode: QuantMode, epilogue: Epilogue) -> str:
+    """Return the sentence about a build without kernels of a mode for a call; sdk/chooser.h says the same.
+
+    Example:
+        >>> why_not_built(QuantMode.PER_COLUMN_SCALE_ONLY, Epilogue.NONE)
+        'the build holds no kernel of mode cs without an epilogue: run `w4a16gen build`'
+    """
+    kind = "without an epilogue" if epilogue is Epilogue.NONE else f"with epilogue {epilogue}"
+    return f"the build holds no kernel of mode {mode} {kind}: run `{build_command(epilogue)}`"
 
 
 def why_not_gated(n: int) -> str | None:

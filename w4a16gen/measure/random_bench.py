@@ -18,7 +18,7 @@ from typing import Any
 
 from w4a16gen.choose.timing_table import TABLE
 from w4a16gen.errors import MissingToolError, NotBuiltError
-from w4a16gen.kernels.config import KernelConfig, QuantMode, Target
+from w4a16gen.kernels.config import Epilogue, KernelConfig, QuantMode, Target
 from w4a16gen.kernels.device import Device
 from w4a16gen.kernels.problem import Problem
 from w4a16gen.kernels.spaces import enumerate_space
@@ -148,8 +148,9 @@ def run_random_bench(
     """
     began = time.monotonic()
     gpu = library.hopper_device()
-    if not any(config.target is Target.NATIVE and config.mode is draw.mode for config in library.configs()):
-        raise NotBuiltError(f"the build holds no native kernel of mode {draw.mode}: run `w4a16gen build`")
+    kinds = {(config.target, config.mode, config.epilogue) for config in library.configs()}
+    if (Target.NATIVE, draw.mode, Epilogue.NONE) not in kinds:
+        raise NotBuiltError(f"the build holds no plain native kernel of mode {draw.mode}: run `w4a16gen build`")
     _compare_with_space(library, draw.mode, options.space, tell)
     timed = measure or _gpu_measure(library, gpu, draw.mode, options)
     cells = draw_cells(draw.count, draw.seed, draw.mode)

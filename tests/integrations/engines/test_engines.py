@@ -17,7 +17,7 @@ from fakes.checkpoints import packers  # noqa: E402
 from fakes.engine_layers import StoredWeight, activations, assert_is_product  # noqa: E402
 from fakes.library import FakeLibrary, record  # noqa: E402
 
-from w4a16gen import InvalidValueError, KernelConfig, UnsupportedProblemError  # noqa: E402
+from w4a16gen import Epilogue, InvalidValueError, KernelConfig, UnsupportedProblemError  # noqa: E402
 from w4a16gen.integrations.engines import limits, words  # noqa: E402
 from w4a16gen.integrations.engines.layer import RawLayer, pack_layer, product  # noqa: E402
 from w4a16gen.integrations.engines.limits import LayerRequest, why_not_served  # noqa: E402
@@ -26,7 +26,7 @@ from w4a16gen.integrations.engines.parameters import matrix_of  # noqa: E402
 from w4a16gen.integrations.engines.store import LayerStore  # noqa: E402
 from w4a16gen.integrations.engines.switch import register_safely  # noqa: E402
 from w4a16gen.integrations.torch import nibbles  # noqa: E402
-from w4a16gen.kernels.spaces import enumerate_space  # noqa: E402
+from w4a16gen.kernels.spaces import enumerate_space, with_epilogues  # noqa: E402
 from w4a16gen.runtime.folders import BUILD_FOLDER_VARIABLE  # noqa: E402
 
 
@@ -151,6 +151,11 @@ def test_a_build_with_the_mode_is_asked(monkeypatch: pytest.MonkeyPatch) -> None
     assert why_not_served(request(group_size=96, k=104, regroups=True)) is None
     assert "the build holds no native kernel of mode fgsz: build one" in str(why_not_served(request(has_zeros=True)))
     assert "of mode cs" in str(why_not_served(request(group_size=-1)))
+
+
+def test_kernels_with_epilogues_serve_no_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, with_epilogues(enumerate_space("default"), [Epilogue.ELEMENTWISE, Epilogue.GATED]))
+    assert "the build holds no native kernel of mode fgs: build one" in str(why_not_served(request()))
 
 
 def test_without_a_build_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -95,11 +95,19 @@ class Chooser {
       throw ChoiceError("the build holds no kernel of mode " + mode + " with epilogue " + epilogue +
                         ": run `w4a16gen build --epilogue none --epilogue " + epilogue + "`");
     }
+    if (best.kernel.empty() && has_mode(mode)) {
+      throw ChoiceError("the build holds no kernel of mode " + mode + " without an epilogue: run `w4a16gen build`");
+    }
     if (best.kernel.empty()) throw ChoiceError("the build holds no native kernel of mode " + mode);
     return best;
   }
 
  private:
+  bool has_mode(const std::string& mode) const {
+    return std::any_of(file_.kernels.begin(), file_.kernels.end(),
+                       [&](const choosing::Kernel& kernel) { return kernel.mode == mode; });
+  }
+
   int64_t steps(int64_t m) const {
     const int64_t step = static_cast<int64_t>(file_.constants.token_step);
     return (m + step - 1) / step;

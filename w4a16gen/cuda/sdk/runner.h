@@ -307,6 +307,10 @@ class Runner {
     if (status != W4A16_OK) throw Error(status, message);
     try {
       const char* const names[] = {"none", "elementwise", "gated"};
+      if (epilogue < W4A16_NO_EPILOGUE || epilogue > W4A16_GATED) {
+        throw Error(W4A16_INVALID_ARGUMENT, "epilogue of " + std::to_string(static_cast<int>(epilogue)) +
+                                                " must be a w4a16_epilogue: pass Epilogue::kernels()");
+      }
       const Choice choice =
           chooser.choose(mode(), m, n, k, group_size, current_gpu(), overrides_of_environment(), names[epilogue]);
       return getConfig(choice.kernel);

@@ -7,7 +7,7 @@ from typing import Any
 
 from w4a16gen.errors import W4A16Error
 from w4a16gen.integrations.engines.switch import FLOAT16, PLUGINS_VARIABLE, switch, why_off
-from w4a16gen.kernels.config import QuantMode, Target
+from w4a16gen.kernels.config import Epilogue, QuantMode, Target
 from w4a16gen.kernels.problem import NATIVE_GROUP_MULTIPLE, Problem, why_never_runs
 from w4a16gen.runtime.default import library_in_use
 
@@ -129,7 +129,8 @@ def why_no_kernel(problem: Problem, mode: QuantMode) -> str | None:
     """
     try:
         library = library_in_use()
-        kernels = [kernel for kernel in library.configs() if kernel.target is Target.NATIVE and kernel.mode is mode]
+        plain = [kernel for kernel in library.configs() if kernel.epilogue is Epilogue.NONE]  # engines ask for no other
+        kernels = [kernel for kernel in plain if kernel.target is Target.NATIVE and kernel.mode is mode]
         reasons = [library.why_cannot_run(kernel, problem) for kernel in kernels]
     except (W4A16Error, OSError) as error:
         return f"no build can be used: {error}"
