@@ -220,7 +220,7 @@ def test_a_mode_without_native_kernels_has_no_choice(program: Path, tmp_path: Pa
 
 def test_a_build_without_plain_kernels_names_the_command(program: Path, tmp_path: Path) -> None:
     choice_file = tmp_path / "choice.txt"
-    gated = {config: "hash" for config in with_epilogues(DEFAULT, [Epilogue.GATED])}
+    gated = dict.fromkeys(with_epilogues(DEFAULT, [Epilogue.GATED]), "hash")
     choice_file.write_text(choice_text(gated, tmp_path / TABLE))
     problem = Problem(16, 4096, 4096, 128)
     text = "the build holds no kernel of mode fgs without an epilogue: run `w4a16gen build`"

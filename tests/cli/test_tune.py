@@ -24,6 +24,8 @@ from w4a16gen.choose.chooser import ChoiceSource
 from w4a16gen.choose.timing_table import SCHEMA, TABLE, TuningTable
 from w4a16gen.cli import main
 from w4a16gen.cli.services import Services
+from w4a16gen.errors import NotBuiltError
+from w4a16gen.kernels.epilogue import build_command
 from w4a16gen.kernels.spaces import enumerate_space, with_epilogues
 from w4a16gen.measure import tune
 
@@ -130,6 +132,17 @@ def test_kernels_of_the_epilogues_that_are_asked_for_are_measured(
         choice = fresh.choose(problem, MODE, epilogue=epilogue)
         assert choice.kernel.epilogue is epilogue
         assert (choice.source is ChoiceSource.TUNING_TABLE) == (epilogue in wanted)
+
+
+@pytest.mark.parametrize("command", ["tune", "bench"])
+@pytest.mark.parametrize(("built", "asked"), [("none", "gated"), ("elementwise", "gated"), ("gated", "none")])
+def test_epilogues_that_are_not_built_are_refused(command: str, built: str, asked: str, cli: CliRunner) -> None:
+    library = FakeLibrary(with_epilogues(enumerate_space("default"), [Epilogue.parse(built)]))
+    cli.services = Services(load=lambda _folder: library)  # type: ignore[attr-defined]
+    refused = cli.invoke(main, [command, *TUNE[1:], "--epilogue", "none", "--epilogue", asked])
+    assert refused.exit_code == NotBuiltError.exit_code, refused.output
+    missing = asked if built == "none" else "none"
+    assert f"run `{build_command(Epilogue.parse(missing))}`" in " ".join(refused.stderr.split())
 
 
 def test_kernels_with_epilogues_are_not_built_by_tune(cli: CliRunner) -> None:

@@ -100,8 +100,7 @@ class Chooser:
         for kernel in kernels_in_use() if overrides is None else overrides:
             if kernel.mode is mode and kernel.epilogue is epilogue and target in (None, kernel.target):
                 return self._override(kernel, problem)
-        if not self.has(mode, epilogue) and (epilogue is not Epilogue.NONE or self._has_mode(mode)):
-            raise NotBuiltError(why_not_built(mode, epilogue))
+        self.check_built(mode, epilogue)
         reason = why_not_gated(problem.n) if epilogue is Epilogue.GATED else None
         if reason is not None:
             raise UnsupportedProblemError(reason)
@@ -118,8 +117,15 @@ class Chooser:
         """Return whether the build has a kernel of a mode with an epilogue."""
         return (mode, epilogue) in self._epilogues
 
-    def _has_mode(self, mode: QuantMode) -> bool:
-        return any(self.has(mode, epilogue) for epilogue in Epilogue)
+    def check_built(self, mode: QuantMode, epilogue: Epilogue) -> None:
+        """Raise if the build has no kernel of a mode with an epilogue. A mode without any kernel is not judged here.
+
+        Raises:
+            NotBuiltError: naming the command that builds such kernels.
+        """
+        has_mode = any(self.has(mode, other) for other in Epilogue)
+        if not self.has(mode, epilogue) and (epilogue is not Epilogue.NONE or has_mode):
+            raise NotBuiltError(why_not_built(mode, epilogue))
 
     def estimates(
         self,

@@ -199,6 +199,8 @@ def command(
         tuple(epilogues) or (Epilogue.NONE,),
     )
     library = load_or_build(folder) if ray is None else services().load(folder)
+    for epilogue in options.epilogues:
+        library.chooser.check_built(mode, epilogue)
     with one_kind_of(where, library) as cards:
         measured: Bench = services().bench(
             library,

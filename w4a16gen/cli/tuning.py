@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -78,6 +79,8 @@ def tune_build(
 
     deadline = None if seconds is None else time.monotonic() + seconds
     library = services().load(folder)
+    for mode, epilogue in itertools.product(by_mode, how.epilogues):
+        library.chooser.check_built(mode, epilogue)
     with gpus_of(where, library) as kinds:
         tables = _tables_of(library.build.folder, how.table, kinds)
 
