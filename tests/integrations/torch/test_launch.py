@@ -179,3 +179,33 @@ def test_without_its_kernels_a_layer_is_refused(
     with pytest.raises(NotBuiltError, match=f"run `w4a16gen build --epilogue none --epilogue {needed}`"):
         finish(library, monkeypatch, x, packed, None, activation, None, apart=False)
     assert library.module.launches == []
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize(
+    ("gated", "activation", "residual", "message"),
+    [
+        (False, Activation.SWIGLU, None, "swiglu needs a weight whose gates and factors are interleaved"),
+        (True, Activation.SILU, None, "silu does not fit a weight that was packed with gated=True"),
+        (False, Activation.SILU, torch.zeros(N).half(), r"residual of shape \[64\] must be \[3, 64\]"),
+        (True, Activation.SWIGLU, torch.zeros(3, N).half(), r"residual of shape \[3, 64\] must be \[3, 32\]"),
+        (False, Activation.NONE, torch.zeros(3, N), "residual of dtype float32 must be float16"),
+    ],
+)
+def test_an_epilogue_that_does_not_fit_is_refused_without_its_kernels_too(
+    gated: bool,
+    activation: Activation,
+    residual: Any,
+    message: str,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight = random_weight(rng, N, K, GROUP, QuantMode.FINEGRAINED_SCALE_ONLY)
+    packed = w4a16gen.pack_weight(weight, gated=gated)
+    packed = replace(packed, data=on_gpu(packed.data))
+    x = on_gpu(rng.standard_normal((3, K)).astype(np.float16))
+    added = None if residual is None else on_gpu(residual)
+    for library in (FakeLibrary(DEFAULT), FakeLibrary(with_epilogues(DEFAULT, list(Epilogue)))):
+        with pytest.raises(InvalidValueError, match=message):
+            finish(library, monkeypatch, x, packed, None, activation, added)
+        assert library.module.launches == []

@@ -138,6 +138,15 @@ def test_a_module_computes_what_three_layers_compute(dtype: str, rng: np.random.
     assert sorted(made.state_dict()) == ["down._extra_state", "down.packed", "gate_up._extra_state", "gate_up.packed"]
 
 
+def test_a_residual_follows_a_layer_whose_kernels_have_no_epilogues(rng: np.random.Generator) -> None:
+    down, residual = layer(rng, HIDDEN, INNER, target="cutlass"), half(rng, 3, HIDDEN)
+    made = integration.W4A16MLP.from_linears(layer(rng), layer(rng), down)
+    x = half(rng, 3, HIDDEN)
+    assert torch.equal(made(x, residual), made(x) + residual)
+    with pytest.raises(InvalidValueError, match="target cutlass compute no activations and add no residual"):
+        down(half(rng, 3, INNER), residual)
+
+
 def test_a_module_is_one_graph(rng: np.random.Generator) -> None:
     made = integration.W4A16MLP.from_linears(layer(rng), layer(rng), layer(rng, HIDDEN, INNER))
     torch.compiler.reset()

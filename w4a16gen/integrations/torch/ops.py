@@ -167,7 +167,9 @@ def _residual_rows(x: Any, residual: Any, columns: int) -> Any:
 
 
 def _check_residual(x: Any, residual: Any, columns: int) -> None:
-    """Raise unless a residual has the shape of the result."""
+    """Raise unless a residual has the shape and the dtype of the result."""
+    if residual.dtype != torch.float16:
+        raise InvalidValueError(f"residual of dtype {str(residual.dtype).removeprefix('torch.')} must be float16")
     if residual.dim() != x.dim() or residual.shape[-1] != columns or residual.shape[:-1] != x.shape[:-1]:
         shape = [*x.shape[:-1], columns]
         raise InvalidValueError(f"residual of shape {list(residual.shape)} must be {shape}, like the result")
@@ -202,6 +204,9 @@ def _on_gpu(  # noqa: PLR0913  (the operator's)
     if apart:
         call = CallEpilogue(Activation.of(activation), has_residual=residual is not None)
         if not library.has_epilogue(mode, call.kernels):
+            check_epilogue(call, LAYOUT_TARGETS[layout], gated_weight=layout == GATED_LAYOUT)
+            if residual is not None:
+                _check_residual(x, residual, call.outputs(n))
             plain = partial(_on_gpu, n=n, k=k, group_size=group_size, mode=mode, alpha=alpha)
             return apart_from(partial(plain, x, weight), bias, n, layout, call, residual)
     shape = _shape_of(n, k, group_size, mode, layout, x.get_device())

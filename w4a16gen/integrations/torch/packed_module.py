@@ -11,7 +11,9 @@ from w4a16gen.errors import InvalidValueError
 from w4a16gen.integrations.torch import ops
 from w4a16gen.integrations.torch.nibbles import Tensor
 from w4a16gen.integrations.torch.state import moved_only, set_buffer
+from w4a16gen.kernels.config import Target
 from w4a16gen.kernels.epilogue import Activation
+from w4a16gen.weights.packed import LAYOUT_TARGETS
 
 _OPTIONAL = ("bias", "permutation", "input_scale", "non_finite")
 OVERFLOW = ("ignore", "check")
@@ -124,7 +126,8 @@ def product(
         layer: says what its weights are, which activation and scales it has, and counts outputs.
         x: floating point [..., k].
         operands: the other tensors, and alpha.
-        residual: what is added, of the shape and dtype of the result, or None. In fp16 the kernel adds it.
+        residual: what is added, of the shape and dtype of the result, or None. In fp16 the kernel adds it, unless
+            `apart` is set and kernels of the weight's target cannot.
         dtype: of the result; None for that of x.
         apart: see `W4A16Linear.forward`.
     """
@@ -140,7 +143,9 @@ def product(
     factor = alpha * layer.activation_scale / layer.output_scale
     x = x.to(torch.float16)
     facts = layer.n, layer.k, layer.group_size, layer.mode, layer.layout
+    has_kernels = not apart or LAYOUT_TARGETS[layer.layout] is Target.NATIVE
     adds = residual is not None and residual.dtype == wanted == torch.float16 and layer.output_scale == 1
+    adds = adds and has_kernels
     epilogue = layer.activation, residual if adds else None, apart
     y = ops.operator_for(x)(x, packed, added, *facts, factor, *epilogue)
     if layer.non_finite is not None:
