@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.kernels.render import render_kernel, render_registry, render_unit, source_name
 from w4a16gen.weights.packed import pack_weight
 from w4a16gen.weights.quantized import QuantizedWeight
+from w4a16gen.weights.reference import random_weight
 
 EMULATED = CPP / "emulated"
 ALIGNMENT = 128
@@ -104,6 +105,30 @@ class Launch:
     """What is added, of the shape of the output."""
     in_place: bool = False
     """Whether the output holds the residual."""
+
+
+class Operands(NamedTuple):
+    """The operands of a product."""
+
+    a: Half
+    """[m, k]."""
+    weight: QuantizedWeight
+    bias: Half
+    """[n]."""
+
+
+def draw_operands(rng: np.random.Generator, config: KernelConfig, problem: tuple[int, int, int, int]) -> Operands:
+    """Draw operands for a kernel.
+
+    Args:
+        rng: source of the numbers.
+        config: the kernel, whose mode the weight gets.
+        problem: m, n, k, and the group size of modes that have groups.
+    """
+    m, n, k, group_size = problem
+    weight = random_weight(rng, n, k, group_size if config.mode.is_grouped else k, config.mode)
+    a = rng.standard_normal((m, k)).astype(np.float16)
+    return Operands(a, weight, rng.standard_normal(n).astype(np.float16))
 
 
 class Emulation:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from emulation import Emulation, EmulationError, Launch, build_for_emulation, build_mutant
+from emulation import Emulation, EmulationError, Launch, build_for_emulation, build_mutant, draw_operands
 
 from w4a16gen import KernelConfig
 from w4a16gen.kernels.config import Epilogue
 from w4a16gen.kernels.epilogue import Activation, CallEpilogue, why_not_by
-from w4a16gen.weights.reference import Expectation, Extra, error_over_bound, random_weight
+from w4a16gen.weights.reference import Expectation, Extra, error_over_bound
 
 SHAPES = (
     "fgs_cta64x8x128_cluster1x1x1_warps8_persistent",
@@ -65,11 +65,9 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
 
 def largest_error(emulation: Emulation, config: KernelConfig, problem: tuple[int, int, int, int], seed: int) -> float:
     """Run all that a kernel computes, each in two orders; return the largest error as a multiple of its bound."""
-    m, n, k, group_size = problem
     rng = np.random.default_rng(seed)
-    weight = random_weight(rng, n, k, group_size if config.mode.is_grouped else k, config.mode)
-    a = rng.standard_normal((m, k)).astype(np.float16)
-    bias = rng.standard_normal(n).astype(np.float16)
+    a, weight, bias = draw_operands(rng, config, problem)
+    m, n = len(a), weight.n
     expected = Expectation(a, weight)
     worst = 0.0
     for activation, has_residual, in_place in CALLS:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from emulation import Emulation, EmulationError, Launch, build_for_emulation, build_mutant
+from emulation import Emulation, EmulationError, Launch, build_for_emulation, build_mutant, draw_operands
 
 from w4a16gen import KernelConfig, Scheduler
-from w4a16gen.weights.reference import Expectation, error_over_bound, random_weight
+from w4a16gen.weights.reference import Expectation, error_over_bound
 
 KERNELS = [
     KernelConfig.parse(f"w4a16_sm90_native_{name}")
@@ -64,11 +64,7 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
 
 def largest_error(emulation: Emulation, config: KernelConfig, problem: tuple[int, int, int, int], seed: int) -> float:
     """Run a random product three times, in different orders; return the error as a multiple of its bound."""
-    m, n, k, group_size = problem
-    rng = np.random.default_rng(seed)
-    weight = random_weight(rng, n, k, group_size if config.mode.is_grouped else k, config.mode)
-    a = rng.standard_normal((m, k)).astype(np.float16)
-    bias = rng.standard_normal(n).astype(np.float16)
+    a, weight, bias = draw_operands(np.random.default_rng(seed), config, problem)
     first, *others = (
         emulation.gemm(config, a, weight, Launch(number, 4, 1.25, bias, is_dependent=number == 1))
         for number in range(3)

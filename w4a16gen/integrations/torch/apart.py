@@ -16,7 +16,7 @@ _SIDE_BY_SIDE = 8
 FUNCTIONS: dict[Activation, Callable[[Any], Any]] = {
     Activation.NONE: lambda x: x,
     Activation.SILU: torch.nn.functional.silu,
-    Activation.GELU_TANH: lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    Activation.GELU_TANH: torch.nn.GELU(approximate="tanh"),
     Activation.GELU_ERF: torch.nn.functional.gelu,
     Activation.RELU2: lambda x: torch.relu(x).square(),
 }

@@ -10,16 +10,18 @@ import torch
 
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.integrations.torch import given
+from w4a16gen.integrations.torch.apart import FUNCTIONS
 from w4a16gen.integrations.torch.expert_projection import ExpertProjection
 from w4a16gen.integrations.torch.nibbles import INTEGERS, Tensor
 from w4a16gen.integrations.torch.upload import device_of
+from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.weights.experts import PackedExperts
 
 _MATRIX = 2
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": torch.nn.functional.silu,
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": torch.nn.GELU(approximate="tanh"),
+    "silu": FUNCTIONS[Activation.SILU],
+    "gelu": FUNCTIONS[Activation.GELU_ERF],
+    "gelu_tanh": FUNCTIONS[Activation.GELU_TANH],
     "relu": torch.nn.functional.relu,
 }
 """Activations by name."""
