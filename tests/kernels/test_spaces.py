@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from w4a16gen import ClusterShape, CtaShape, KernelConfig, QuantMode, Schedule, 
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.arrangement import native_arrangement
 from w4a16gen.kernels.config import Epilogue
+from w4a16gen.kernels.legality import why_forbidden
 from w4a16gen.kernels.spaces import (
     SPACES,
     Filter,
@@ -62,7 +64,7 @@ def test_the_spaces_are_the_whole_grid_less_what_has_a_reason() -> None:
     assert all(reason is not None and len(reason.sentence.split()) > 4 for reason in forbidden)
 
 
-@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("space", [name for name, space in SPACES.items() if not space.is_grouped])
 def test_every_legal_kernel_that_a_space_leaves_out_has_a_reason(space: str) -> None:
     inside = set(enumerate_space(space))
     legal = enumerate_space("all")
@@ -290,3 +292,37 @@ def test_cutlass_kernels_have_tiles_of_a_power_of_two_of_tokens() -> None:
 def test_a_tile_that_is_too_large_is_refused_for_its_accumulators() -> None:
     with pytest.raises(InvalidValueError, match="256x256 needs 256 accumulators per thread"):
         select_kernels(Filter(ctas=[CtaShape(256, 256, 64)]), ())
+
+
+def test_grouped_kernels_are_in_a_space_of_their_own() -> None:
+    found = enumerate_space("experts")
+    assert len(found) == 36
+    assert all(config.is_grouped and why_forbidden(config) is None for config in found)
+    assert {config.mode for config in found} == set(QuantMode)
+    assert not any(config.is_grouped for config in enumerate_space("all"))
+    for name, space in SPACES.items():
+        others = enumerate_space("default") if space.is_grouped else found
+        reasons = {why_not(config, name) for config in others}
+        assert all(reason is not None and reason.kind is ReasonKind.LEFT_OUT for reason in reasons)
+    other = replace(found[0], cta=CtaShape(64, 24, 128), schedule=Schedule.TWO_WARPGROUPS)
+    assert str(why_not(other, "experts")).startswith("left out: ")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"cluster": ClusterShape(1, 2, 1)}, "token tiles"),
+        ({"epilogue": Epilogue.ELEMENTWISE}, "plain products"),
+        ({"target": Target.CUTLASS, "schedule": Schedule.PINGPONG}, "only native kernels"),
+    ],
+)
+def test_grouped_kernels_that_are_forbidden(change: dict[str, Any], reason: str) -> None:
+    config = KernelConfig.parse("w4a16_sm90_native_fgs_cta128x64x128_cluster1x1x1_warpgroups2_grouped")
+    assert why_forbidden(config) is None
+    assert reason in str(why_forbidden(replace(config, **change)))
+
+
+def test_grouped_kernels_store_from_registers() -> None:
+    config = KernelConfig.parse("w4a16_sm90_native_fgs_cta128x128x64_cluster1x1x1_warpgroups2_persistent")
+    assert native_arrangement(config).stores_through_shared
+    assert not native_arrangement(replace(config, scheduler=Scheduler.GROUPED)).stores_through_shared

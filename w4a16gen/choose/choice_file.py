@@ -30,7 +30,7 @@ def choice_text(content_hashes: Mapping[KernelConfig, str], tuning_table: Path) 
         content_hashes: the built kernels, each with the hash of all that decided its machine code.
         tuning_table: path of the build's tuning table; it need not exist.
     """
-    kernels = sorted(config for config in content_hashes if config.target is Target.NATIVE)
+    kernels = sorted(c for c in content_hashes if c.target is Target.NATIVE and not c.is_grouped)
     lines = [SCHEMA, *_constants(), *_cards(), *_kernels(kernels)]
     lines += _tuned({config: content_hashes[config] for config in kernels}, tuning_table)
     text = "".join(f"{line}\n" for line in lines)

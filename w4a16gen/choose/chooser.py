@@ -62,7 +62,7 @@ class Chooser:
             content_hashes: the built kernels, each with the hash of all that decided its machine code.
             table: path of the build's tuning table; it need not exist.
         """
-        self._hashes = dict(content_hashes)
+        self._hashes = {config: digest for config, digest in content_hashes.items() if not config.is_grouped}
         self._epilogues = {(config.mode, config.epilogue) for config in self._hashes}
         self._path = table
         self._tables: dict[Device | None, TuningTable | None] = {}

@@ -32,13 +32,13 @@ def use_kernels(*kernels: KernelConfig | str) -> Iterator[None]:
         kernels: configurations or their names.
 
     Raises:
-        InvalidValueError: if a value is neither a configuration nor a kernel's name.
+        InvalidValueError: if a value is neither a configuration nor a kernel's name, or a grouped kernel.
 
     Example:
         >>> with use_kernels("w4a16_sm90_native_fgs_cta64x16x128_cluster1x1x1_warps8_persistent"):
         ...     c = gemm(a, w)
     """
-    token = _used.set(tuple(KernelConfig.of(kernel) for kernel in kernels))
+    token = _used.set(tuple(_of_gemm(KernelConfig.of(kernel)) for kernel in kernels))
     try:
         yield
     finally:
@@ -71,6 +71,17 @@ def kernels_of_environment() -> tuple[KernelConfig, ...]:
     """
     text = os.environ.get(KERNELS_VARIABLE, "")
     try:
-        return tuple(KernelConfig.parse(name.strip()) for name in text.split(",") if name.strip())
+        return tuple(_of_gemm(KernelConfig.parse(name.strip())) for name in text.split(",") if name.strip())
     except InvalidValueError as error:
         raise InvalidValueError(f"{KERNELS_VARIABLE}: {error}") from None
+
+
+def _of_gemm(kernel: KernelConfig) -> KernelConfig:
+    """Return a kernel of `gemm`.
+
+    Raises:
+        InvalidValueError: if it is a grouped one.
+    """
+    if kernel.is_grouped:
+        raise InvalidValueError(f"{kernel.name} computes grouped products: name it in the call of grouped_gemm")
+    return kernel

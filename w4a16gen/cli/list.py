@@ -107,7 +107,8 @@ def command(
 
 
 def _of_build(wanted: Filter, folder: Path | None) -> list[KernelConfig]:
-    configs = services().load(folder).configs()
+    library = services().load(folder)
+    configs = sorted([*library.configs(), *library.grouped_configs()])
     found = wanted.select(configs)
     if not found:
         raise InvalidValueError(f"the build has no kernel with {wanted}: `w4a16gen list --built` lists all it has")

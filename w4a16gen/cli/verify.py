@@ -56,7 +56,7 @@ def _prove(library: Library, generated: Path | None, *, sampled: bool = False, r
     from w4a16gen.kernels.render import source_name
 
     sources = generated or library.build.sources
-    if sources is None or not any((sources / source_name(config)).is_file() for config in library.configs()):
+    if sources is None or not any((sources / source_name(info.config)).is_file() for info in library.kernels):
         raise InvalidValueError(
             f"{sources or 'the build'} has no source of the build's kernels: pass --generated-dir with the folder that "
             "`w4a16gen build` wrote them to"

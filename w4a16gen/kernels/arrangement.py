@@ -147,7 +147,8 @@ def _reduction_bytes(config: KernelConfig, along_k: int) -> int:
 def _output_bytes(config: KernelConfig, along_k: int) -> int:
     """Return the bytes of output that a CTA stores of a tile, or 0 if it stores them from registers in any case."""
     splits, tokens = config.cluster.k, config.cta.tokens
-    if tokens < MIN_STORED_TOKENS:
+    # The copy engine stores whole tiles, also rows behind the last one of an expert, which are those of the next one.
+    if tokens < MIN_STORED_TOKENS or config.is_grouped:
         return 0
     if splits > 1 and (along_k > 1 or tokens % (splits * DIVIDED_TOKENS) != 0):
         return 0

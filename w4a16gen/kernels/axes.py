@@ -143,6 +143,8 @@ class Scheduler(OrderedEnum):
     """One wave of CTAs, each of which computes several whole tiles."""
     STREAM_K = "streamk"
     """Tiles are split along K so that all CTAs get equal work. The workspace holds partial sums."""
+    GROUPED = "grouped"
+    """Tiles of the products of several experts. A list on the device says which token tiles each expert has."""
 
 
 class Target(OrderedEnum):

@@ -70,6 +70,11 @@ class KernelConfig:
         """The canonical name from the CTA shape to the scheduler: the same for all modes and epilogues of a kernel."""
         return f"cta{self.cta}_cluster{self.cluster}_{self.schedule}_{self.scheduler}"
 
+    @property
+    def is_grouped(self) -> bool:
+        """Whether it computes the products of several experts instead of one product."""
+        return self.scheduler is Scheduler.GROUPED
+
     def __str__(self) -> str:
         return self.name
 

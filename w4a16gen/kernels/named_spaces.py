@@ -120,6 +120,33 @@ def _not_in_default(config: KernelConfig) -> str | None:
     return None
 
 
+_EXPERT_SHAPES = frozenset(
+    {
+        "cta64x8x128_cluster1x1x1_warps8_grouped",
+        "cta64x8x128_cluster1x1x2_warps8_grouped",
+        "cta64x16x128_cluster1x1x1_warps8_grouped",
+        "cta64x32x128_cluster1x1x1_warpgroups2_grouped",
+        "cta64x64x128_cluster1x1x1_warpgroups2_grouped",
+        "cta128x8x128_cluster1x1x1_warpgroups4_grouped",
+        "cta128x16x128_cluster1x1x1_warpgroups4_grouped",
+        "cta128x32x128_cluster1x1x1_warpgroups4_grouped",
+        "cta128x64x128_cluster1x1x1_warpgroups2_grouped",
+        "cta128x128x64_cluster1x1x1_warpgroups2_grouped",
+        "cta256x64x128_cluster1x1x1_warpgroups2_grouped",
+        "cta256x128x64_cluster1x1x1_warpgroups2_grouped",
+    }
+)
+"""The kernels of space `experts`, by `KernelConfig.shape_name`: two or three tiles for each number of rows that an
+expert has on average, from 1 on."""
+
+
+def _not_in_experts(config: KernelConfig) -> str | None:
+    """Say why space `experts` leaves a grouped kernel out, or None if it contains it."""
+    if config.shape_name not in _EXPERT_SHAPES:
+        return "space experts contains a few tiles for each number of rows that an expert may have"
+    return None
+
+
 @dataclass(frozen=True)
 class Space:
     """A named set of legal kernels."""
@@ -130,6 +157,8 @@ class Space:
     """The kernel families that it takes kernels from."""
     why_left_out: Callable[[KernelConfig], str | None]
     """Says why it leaves out a legal configuration, or None if it contains it."""
+    is_grouped: bool = False
+    """Whether its kernels compute the products of several experts instead of one product."""
 
 
 SPACES: Mapping[str, Space] = {
@@ -141,6 +170,7 @@ SPACES: Mapping[str, Space] = {
         (Target.NATIVE,),
         lambda config: None if config.target is Target.NATIVE else "this space contains native kernels only",
     ),
-    "all": Space("every legal kernel", tuple(Target), lambda _: None),
+    "all": Space("every legal kernel of one product", tuple(Target), lambda _: None),
+    "experts": Space("grouped kernels, for mixtures of experts", (Target.NATIVE,), _not_in_experts, is_grouped=True),
 }
 """The named spaces, in the order in which filters without `--space` look for kernels."""

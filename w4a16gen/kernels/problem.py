@@ -107,11 +107,14 @@ def why_cannot_run(config: KernelConfig, problem: Problem) -> str | None:
 def runnable(
     configs: Iterable[KernelConfig], mode: QuantMode, problem: Problem, epilogue: Epilogue = Epilogue.NONE
 ) -> list[KernelConfig]:
-    """Return the kernels of a mode and an epilogue that can run a problem, sorted."""
+    """Return the kernels of a mode and an epilogue that can run a problem, sorted. Grouped kernels run no problem."""
     if epilogue is Epilogue.GATED and why_not_gated(problem.n) is not None:
         return []
     return sorted(
         config
         for config in configs
-        if config.mode is mode and config.epilogue is epilogue and why_cannot_run(config, problem) is None
+        if config.mode is mode
+        and config.epilogue is epilogue
+        and not config.is_grouped
+        and why_cannot_run(config, problem) is None
     )

@@ -86,6 +86,10 @@ def why_not(config: KernelConfig, space: str = "all") -> Reason | None:
     sentence = why_forbidden(config)
     if sentence is not None:
         return Reason(ReasonKind.FORBIDDEN, sentence)
+    if config.is_grouped != SPACES[space].is_grouped:
+        kind = "grouped kernels" if config.is_grouped else "kernels of one product"
+        others = ", ".join(name for name in SPACES if SPACES[name].is_grouped == config.is_grouped)
+        return Reason(ReasonKind.LEFT_OUT, f"{kind} are in other spaces: {others}")
     if config.epilogue is not Epilogue.NONE:
         return Reason(ReasonKind.LEFT_OUT, "spaces contain kernels without an epilogue: --epilogue adds one to them")
     sentence = why_left_out(config)
@@ -100,6 +104,8 @@ class _Axes(NamedTuple):
     schedules: Sequence[Schedule]
 
 
+_SCHEDULERS = (Scheduler.PERSISTENT, Scheduler.STREAM_K)
+"""Those of kernels that compute one product."""
 _GRID_CLUSTERS = (CLUSTER_CHANNELS, CLUSTER_TOKENS, CLUSTER_K)
 _GRIDS = {
     Target.CUTLASS: _Axes((CTA_CHANNELS, CTA_TOKENS, CTA_K), _GRID_CLUSTERS, (Schedule.PINGPONG, Schedule.COOPERATIVE)),
@@ -119,12 +125,12 @@ def _walk(target: Target, axes: _Axes) -> Iterator[KernelConfig]:
     """Yield a grid in listing order."""
     ctas = [CtaShape(*shape) for shape in itertools.product(*axes.ctas)]
     clusters = [ClusterShape(*shape) for shape in itertools.product(*axes.clusters)]
-    for rest in itertools.product(QuantMode, ctas, clusters, axes.schedules, Scheduler):
+    for rest in itertools.product(QuantMode, ctas, clusters, axes.schedules, _SCHEDULERS):
         yield KernelConfig(target, *rest)
 
 
 def candidates() -> Iterator[KernelConfig]:
-    """Yield the grid of all axes, legal or not, in listing order; each family with its own schedules."""
+    """Yield the grid of kernels of one product, legal or not, in listing order; each family with its own schedules."""
     for target, axes in _GRIDS.items():
         yield from _walk(target, axes)
 
@@ -137,6 +143,9 @@ def _legal(target: Target) -> tuple[KernelConfig, ...]:
 @cache
 def _enumerate(name: str) -> tuple[KernelConfig, ...]:
     space = SPACES[name]
+    if space.is_grouped:
+        like = (replace(config, scheduler=Scheduler.GROUPED) for config in _legal(Target.NATIVE))
+        return tuple(sorted({config for config in like if why_not(config, name) is None}))
     legal = itertools.chain.from_iterable(_legal(target) for target in Target if target in space.targets)
     return tuple(config for config in legal if space.why_left_out(config) is None)
 
@@ -284,7 +293,7 @@ def _why_illegal(wanted: Filter) -> str:
             wanted.ctas or [CtaShape(*shape) for shape in itertools.product(*axes.ctas)],
             wanted.clusters or [ClusterShape(1, 1, 1)],
             axes.schedules,
-            Scheduler,
+            _SCHEDULERS,
             wanted.epilogues or [Epilogue.NONE],
         )
         counts = Counter(reason for rest in grid if (reason := why_forbidden(KernelConfig(target, *rest))))

@@ -64,7 +64,7 @@ class TensorPeak:
 
 def tensor_peak(library: Library, device: int) -> TensorPeak | None:
     """Measure the peak rates. Return None if the build has no native kernel, and so no probe."""
-    if not any(config.target is Target.NATIVE for config in library.configs()):
+    if not any(info.config.target is Target.NATIVE for info in library.kernels):
         return None
     stream = library.module.Stream(device)
     flops = probe_multiply(library, BURST_ROUNDS, stream=stream, device=device)

@@ -196,11 +196,13 @@ def check_kernel(kernel: KernelConfig, w: PackedWeight, call: CallEpilogue) -> N
 
 
 def check_weight(kernel: KernelConfig, w: PackedWeight) -> None:
-    """Raise unless a kernel reads weights of this mode and layout.
+    """Raise unless a kernel of `gemm` reads weights of this mode and layout.
 
     Raises:
         InvalidValueError: naming both.
     """
+    if kernel.is_grouped:
+        raise InvalidValueError(f"{kernel.name} computes the products of several experts: call grouped_gemm")
     if kernel.mode is not w.mode:
         raise InvalidValueError(f"the weight is of mode {w.mode}, but {kernel.name} is of mode {kernel.mode}")
     if LAYOUT_TARGETS[w.layout] is not kernel.target:

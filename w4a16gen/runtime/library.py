@@ -62,8 +62,12 @@ class Library:
         return self.bindings.kernels
 
     def configs(self) -> list[KernelConfig]:
-        """Return the kernels that can be called, sorted."""
-        return sorted(self._indices)
+        """Return the kernels that `gemm` can call, sorted."""
+        return sorted(config for config in self._indices if not config.is_grouped)
+
+    def grouped_configs(self) -> list[KernelConfig]:
+        """Return the kernels that `grouped_gemm` can call, sorted."""
+        return sorted(config for config in self._indices if config.is_grouped)
 
     def devices(self) -> list[Device]:
         """Return every CUDA GPU of this machine; empty where there is none."""

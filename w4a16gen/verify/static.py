@@ -172,7 +172,7 @@ def _foreign_violations(texts: Mapping[str, str]) -> list[str]:
 def _packing_violations(library: Library) -> list[str]:
     """Compare the packed sizes that Python and the library compute."""
     violations = []
-    for config in library.configs():
+    for config in (*library.configs(), *library.grouped_configs()):
         group = _PROBED.group_size if config.mode.is_grouped else _PROBED.k
         problem = Problem(_PROBED.m, _PROBED.n, _PROBED.k, group)
         layout = TARGET_LAYOUTS[config.target]
