@@ -28,3 +28,101 @@ class CGemmArguments(ctypes.Structure):
         ("activation", ctypes.c_int32),
         ("residual", ctypes.c_void_p),
     ]
+
+
+def _pointers(names: str) -> list[tuple[str, type[ctypes.c_void_p]]]:
+    return [(name, ctypes.c_void_p) for name in names.split()]
+
+
+def _sizes(names: str) -> list[tuple[str, type[ctypes.c_int64]]]:
+    return [(name, ctypes.c_int64) for name in names.split()]
+
+
+def _flags(names: str) -> list[tuple[str, type[ctypes.c_int32]]]:
+    return [(name, ctypes.c_int32) for name in names.split()]
+
+
+class CKernelInfo(ctypes.Structure):
+    """`w4a16_kernel_info`."""
+
+    _fields_ = (
+        *((name, ctypes.c_char_p) for name in ("name", "target", "layout")),
+        ("mode", ctypes.c_int32),
+        ("cta", ctypes.c_int32 * 3),
+        ("cluster", ctypes.c_int32 * 3),
+        *_flags("stages threads group_multiple"),
+        ("shared_memory_bytes", ctypes.c_int64),
+        *_flags("epilogue grouped"),
+    )
+
+
+class CRouteArguments(ctypes.Structure):
+    """`w4a16_route_arguments`."""
+
+    _fields_ = (
+        *_pointers("ids"),
+        *_flags("id_bytes dependent_launch"),
+        *_pointers("expert_map"),
+        *_sizes("global_experts experts tokens slots tile_tokens"),
+        *_pointers("offsets routes_of_rows rows_of_routes token_tiles"),
+        ("token_tiles_bytes", ctypes.c_size_t),
+        *_pointers("stream"),
+    )
+
+
+class CListingArguments(ctypes.Structure):
+    """`w4a16_listing_arguments`."""
+
+    _fields_ = (
+        *_pointers("offsets counts"),
+        *_sizes("stride experts rows tile_tokens"),
+        *_pointers("token_tiles"),
+        ("token_tiles_bytes", ctypes.c_size_t),
+        *_pointers("stream"),
+        *_flags("dependent_launch"),
+    )
+
+
+class CExperts(ctypes.Structure):
+    """`w4a16_experts`."""
+
+    _fields_ = (
+        *_sizes("count"),
+        ("packed_stride", ctypes.c_size_t),
+        *_pointers("token_tiles"),
+        ("token_tiles_bytes", ctypes.c_size_t),
+        *_sizes("tile_tokens"),
+    )
+
+
+class CGatherArguments(ctypes.Structure):
+    """`w4a16_gather_arguments`."""
+
+    _fields_ = (
+        *_pointers("hidden row_count routes_of_rows weights rows"),
+        *_sizes("tokens slots columns"),
+        *_pointers("stream"),
+        *_flags("dependent_launch"),
+    )
+
+
+class CActivateArguments(ctypes.Structure):
+    """`w4a16_activate_arguments`."""
+
+    _fields_ = (
+        *_pointers("gates_and_factors row_count output"),
+        *_sizes("rows columns"),
+        *_pointers("stream"),
+        *_flags("activation dependent_launch"),
+    )
+
+
+class CCombineArguments(ctypes.Structure):
+    """`w4a16_combine_arguments`."""
+
+    _fields_ = (
+        *_pointers("rows rows_of_routes weights output"),
+        *_sizes("tokens slots columns"),
+        *_pointers("stream"),
+        *_flags("dependent_launch"),
+    )

@@ -6,15 +6,25 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from c_structures import CGemmArguments, CProblem
-from emulation import CANARY, Emulation, EmulationError, Half, Launch, aligned, build_for_emulation
+from c_structures import (
+    CActivateArguments,
+    CCombineArguments,
+    CExperts,
+    CGatherArguments,
+    CGemmArguments,
+    CListingArguments,
+    CProblem,
+    CRouteArguments,
+)
+from emulation import CANARY, MESSAGE_BYTES, Emulation, EmulationError, Half, Launch, aligned, build_for_emulation
 
 from w4a16gen.kernels import render
 from w4a16gen.kernels.config import KernelConfig, Scheduler
+from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.weights.packed import pack_weight
 from w4a16gen.weights.quantized import QuantizedWeight
 
@@ -23,48 +33,9 @@ ENTRY_INTS = 4
 """int32 numbers of an entry of the list of token tiles; the list begins with its length, in the room of one."""
 
 
-class _Struct(ctypes.Structure):
-    """A structure whose pointers are given as arrays."""
-
-    def __init__(self, **values: Any) -> None:
-        plain = {name: at(value) if isinstance(value, np.ndarray) else value for name, value in values.items()}
-        super().__init__(**plain)
-
-
-def at(array: npt.NDArray[Any]) -> int:
+def at(array: npt.NDArray[Any] | None) -> int | None:
     """Return the address of an array's first element."""
-    return int(array.ctypes.data)
-
-
-def _fields(pointers: str, ints: str) -> list[tuple[str, Any]]:
-    return [(name, ctypes.c_void_p) for name in pointers.split()] + [(name, ctypes.c_int) for name in ints.split()]
-
-
-class _Routing(_Struct):
-    _fields_: ClassVar = [
-        *_fields("experts32 experts64 expert_map", "global_experts experts routes tile_tokens"),
-        *_fields("offsets routes_of_rows rows_of_routes token_tiles", ""),
-    ]
-
-
-class _Listing(_Struct):
-    _fields_: ClassVar = [*_fields("offsets counts", "stride experts rows tile_tokens"), *_fields("token_tiles", "")]
-
-
-class _Gather(_Struct):
-    _fields_: ClassVar = _fields("hidden row_count routes_of_rows weights rows", "slots vectors")
-
-
-class _Activation(_Struct):
-    _fields_: ClassVar = _fields("gate_up row_count rows", "vectors gate")
-
-
-class _Combine(_Struct):
-    _fields_: ClassVar = _fields("rows rows_of_routes weights output", "tokens slots vectors")
-
-
-class _Experts(_Struct):
-    _fields_: ClassVar = [("count", ctypes.c_int64), ("packed_bytes", ctypes.c_int64), ("token_tiles", ctypes.c_void_p)]
+    return None if array is None else int(array.ctypes.data)
 
 
 @dataclass(frozen=True)
@@ -89,16 +60,18 @@ def entries(token_tiles: Ints) -> list[list[int]]:
     return found
 
 
-def build_experts(configs: Sequence[KernelConfig], folder: Path) -> EmulatedExperts:
-    """Compile kernels for the CPU, with another scheduler: each is named as the persistent kernel that it is like."""
-    assert all(config.scheduler is Scheduler.PERSISTENT for config in configs)
-    ordinary = render.render_kernel
+def render_grouped(config: KernelConfig) -> str:
+    """Return the source of a grouped kernel, which is named as the persistent kernel that it is like."""
+    assert config.scheduler is Scheduler.PERSISTENT
+    text = render.render_kernel(config).replace("scheduler::persistent", "scheduler::grouped")
+    text = text.replace("native/launch.cuh", "native/grouped.cuh").replace("KERNEL(native,", "KERNEL(native::grouped,")
+    return text.replace("StoresThroughShared=*/true", "StoresThroughShared=*/false")
 
-    def grouped(config: KernelConfig) -> str:
-        text = ordinary(config).replace("scheduler::persistent", "scheduler::grouped")
-        return text.replace("StoresThroughShared=*/true", "StoresThroughShared=*/false")
 
-    return EmulatedExperts(build_for_emulation(configs, folder, rendered=grouped))
+def build_experts(configs: Sequence[KernelConfig], folder: Path, optimisation: str = "-O2") -> EmulatedExperts:
+    """Compile grouped kernels for the CPU."""
+    built = build_for_emulation(configs, folder, rendered=render_grouped, optimisation=optimisation)
+    return EmulatedExperts(built)
 
 
 class EmulatedExperts:
@@ -106,48 +79,50 @@ class EmulatedExperts:
 
     def __init__(self, emulation: Emulation) -> None:
         """Take the library."""
+        self.library = emulation.library
         self._emulation = emulation
-        self._library = emulation.library
-        self._library.emulated_max_token_tiles.restype = ctypes.c_int64
-        self._library.emulated_max_token_tiles.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
-        self._library.emulation_error.restype = ctypes.c_char_p
 
-    def _check(self, status: int) -> None:
+    def call(self, name: str, *given: Any) -> None:
+        """Call a function of the C interface.
+
+        Raises:
+            EmulationError: if it fails, with its status and its sentence.
+        """
+        message = ctypes.create_string_buffer(MESSAGE_BYTES)
+        status = getattr(self.library, name)(*given, message, ctypes.c_size_t(MESSAGE_BYTES))
         if status:
-            raise EmulationError(f"{status}: {self._library.emulation_error().decode()}")
+            raise EmulationError(f"{status}: {message.value.decode()}")
 
     def _room_for_tiles(self, rows: int, experts: int, tile_tokens: int) -> Ints:
-        most = self._library.emulated_max_token_tiles(rows, experts, tile_tokens)
-        return aligned(np.full((most + 1) * ENTRY_INTS + CANARY, -7, np.int32))
+        needed = ctypes.c_size_t()
+        sizes = map(ctypes.c_int64, (rows, experts, tile_tokens))
+        self.call("w4a16_token_tiles_bytes", *sizes, ctypes.byref(needed))
+        return aligned(np.full(needed.value // 4 + CANARY, -7, np.int32))
 
     def route(
         self, ids: npt.NDArray[Any], experts: int, tile_tokens: int, expert_map: Ints | None = None, seed: int = 0
     ) -> Routes:
         """Route int32 or int64 ids [tokens, slots]."""
-        self._library.emulation_set(seed, 4)
-        routes = ids.size
+        self.library.emulation_set(seed, 4)
+        (tokens, slots), routes = ids.shape, ids.size
         written = [aligned(np.full(count + CANARY, -7, np.int32)) for count in (experts + 1, routes, routes)]
         tiles = self._room_for_tiles(routes, experts, tile_tokens)
-        wide = ids.dtype == np.int64
-        self._check(
-            self._library.emulated_route(
-                ctypes.byref(
-                    _Routing(
-                        experts32=None if wide else ids,
-                        experts64=ids if wide else None,
-                        expert_map=expert_map,
-                        global_experts=experts if expert_map is None else expert_map.size,
-                        experts=experts,
-                        routes=routes,
-                        tile_tokens=tile_tokens,
-                        offsets=written[0],
-                        routes_of_rows=written[1],
-                        rows_of_routes=written[2],
-                        token_tiles=tiles,
-                    )
-                )
-            )
+        arguments = CRouteArguments(
+            ids=at(ids),
+            id_bytes=ids.itemsize,
+            expert_map=at(expert_map),
+            global_experts=0 if expert_map is None else expert_map.size,
+            experts=experts,
+            tokens=tokens,
+            slots=slots,
+            tile_tokens=tile_tokens,
+            offsets=at(written[0]),
+            routes_of_rows=at(written[1]),
+            rows_of_routes=at(written[2]),
+            token_tiles=at(tiles),
+            token_tiles_bytes=tiles.nbytes - CANARY * tiles.itemsize,
         )
+        self.call("w4a16_route", ctypes.byref(arguments))
         for array in (*written, tiles):
             assert (array[-CANARY:] == -7).all(), "routing wrote behind an array"
         offsets, rows, back = (array[:-CANARY] for array in written)
@@ -158,8 +133,17 @@ class EmulatedExperts:
         """List the tiles of experts with `offsets`, or `counts` and `stride`."""
         experts = given["counts"].size if "counts" in given else given["offsets"].size - 1
         tiles = self._room_for_tiles(rows, experts, tile_tokens)
-        values = _Listing(experts=experts, rows=rows, tile_tokens=tile_tokens, token_tiles=tiles, **given)
-        self._check(self._library.emulated_list_token_tiles(ctypes.byref(values)))
+        arguments = CListingArguments(
+            offsets=at(given.get("offsets")),
+            counts=at(given.get("counts")),
+            stride=given.get("stride", 0),
+            experts=experts,
+            rows=rows,
+            tile_tokens=tile_tokens,
+            token_tiles=at(tiles),
+            token_tiles_bytes=tiles.nbytes - CANARY * tiles.itemsize,
+        )
+        self.call("w4a16_list_token_tiles", ctypes.byref(arguments))
         assert (tiles[-CANARY:] == -7).all(), "listing wrote behind the list"
         return tiles[:-CANARY]
 
@@ -186,24 +170,30 @@ class EmulatedExperts:
         everything = aligned(every)
         activations, bias = aligned(a), None if launch.bias is None else aligned(launch.bias)
         output = aligned(np.full(rows * columns * 2 + CANARY, 0xFF, np.uint8))
-        self._library.emulation_set(launch.seed, launch.sm_count)
+        self.library.emulation_set(launch.seed, launch.sm_count)
         for buffer in (activations, everything, bias):
             if buffer is not None:
-                self._library.emulation_add_buffer(buffer.ctypes.data, buffer.nbytes)
+                self.library.emulation_add_buffer(buffer.ctypes.data, buffer.nbytes)
         arguments = CGemmArguments(
             activations=at(activations),
             packed=at(everything),
             packed_bytes=packed[0].size,
-            bias=None if bias is None else at(bias),
+            bias=at(bias),
             output=at(output),
             alpha=launch.alpha,
             dependent_launch=int(launch.is_dependent),
             activation=launch.activation.number,
         )
         problem = CProblem(rows, n, k, weights[0].group_size)
-        experts = _Experts(count=len(weights), packed_bytes=stride, token_tiles=token_tiles)
-        given = (ctypes.byref(value) for value in (problem, arguments, experts))
-        self._check(self._library.emulated_grouped(config.name.encode(), *given, launch.sm_count))
+        experts = CExperts(
+            count=len(weights),
+            packed_stride=stride,
+            token_tiles=at(token_tiles),
+            token_tiles_bytes=token_tiles.nbytes,
+            tile_tokens=config.cta.tokens,
+        )
+        kernel = self.library.w4a16_find_kernel(config.name.encode())
+        self.call("w4a16_grouped_gemm", kernel, *map(ctypes.byref, (problem, arguments, experts)))
         if not (output[-CANARY:] == 0xFF).all():
             raise EmulationError("the kernel wrote behind its output")
         return output[:-CANARY].view(np.float16).reshape(rows, columns)
@@ -227,40 +217,37 @@ class EmulatedExperts:
         count = routes.offsets[-1:].copy()
         rows = aligned(np.full((ids.size, size), np.nan, np.float16))
         state = aligned(hidden)
-        self._check(
-            self._library.emulated_gather(
-                ctypes.byref(
-                    _Gather(
-                        hidden=state,
-                        row_count=count,
-                        routes_of_rows=routes.routes_of_rows,
-                        weights=None,
-                        rows=rows,
-                        slots=slots,
-                        vectors=size // 8,
-                    )
-                )
-            )
+        gather = CGatherArguments(
+            hidden=at(state),
+            row_count=at(count),
+            routes_of_rows=at(routes.routes_of_rows),
+            rows=at(rows),
+            tokens=tokens,
+            slots=slots,
+            columns=size,
         )
+        self.call("w4a16_gather_rows", ctypes.byref(gather))
         gate_up = self.grouped_gemm(config, rows, w13, routes.token_tiles, launch)
         act = aligned(np.full((ids.size, inner), np.nan, np.float16))
-        values = _Activation(gate_up=gate_up, row_count=count, rows=act, vectors=inner // 8, gate=0)
-        self._check(self._library.emulated_activate(ctypes.byref(values)))
+        activate = CActivateArguments(
+            gates_and_factors=at(gate_up),
+            row_count=at(count),
+            output=at(act),
+            rows=ids.size,
+            columns=inner,
+            activation=Activation.SWIGLU.number,
+        )
+        self.call("w4a16_activate_rows", ctypes.byref(activate))
         down = self.grouped_gemm(config, act, w2, routes.token_tiles, launch)
         out = aligned(np.full((tokens, size), np.nan, np.float16))
-        self._check(
-            self._library.emulated_combine(
-                ctypes.byref(
-                    _Combine(
-                        rows=down,
-                        rows_of_routes=routes.rows_of_routes,
-                        weights=weights,
-                        output=out,
-                        tokens=tokens,
-                        slots=slots,
-                        vectors=size // 8,
-                    )
-                )
-            )
+        combine = CCombineArguments(
+            rows=at(down),
+            rows_of_routes=at(routes.rows_of_routes),
+            weights=at(weights),
+            output=at(out),
+            tokens=tokens,
+            slots=slots,
+            columns=size,
         )
+        self.call("w4a16_combine_rows", ctypes.byref(combine))
         return out

@@ -28,7 +28,7 @@ EMULATED = CPP / "emulated"
 ALIGNMENT = 128
 CANARY = 256
 """Bytes behind an output that nobody may write."""
-_MESSAGE_BYTES = 2000
+MESSAGE_BYTES = 2000
 Half = npt.NDArray[np.float16]
 
 
@@ -62,7 +62,7 @@ def build_for_emulation(
     tools = toolchain.find_toolchain()
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi"]
     includes = [f"-I{EMULATED}", f"-I{headers}", f"-I{folder}", f"-isystem{tools.cuda_include}"]
-    sources = [unit, registry, headers / "library" / "library.cpp", *sorted(EMULATED.glob("*.cpp"))]
+    sources = [unit, registry, *sorted((headers / "library").glob("*.cpp")), *sorted(EMULATED.glob("*.cpp"))]
     library = folder / "emulated.so"
     command = [tools.host_compiler, "-std=c++17", optimisation, "-fPIC", "-shared", "-fvisibility=hidden", *warnings]
     subprocess.run([*map(str, [*command, *includes, "-x", "c++", *sources, "-o", library])], check=True)  # noqa: S603
@@ -194,9 +194,9 @@ class Emulation:
         return output[:-CANARY].view(np.float16).reshape(m, columns)
 
     def _call(self, name: str, kernel: int, problem: CProblem, *arguments: Any) -> None:
-        message = ctypes.create_string_buffer(_MESSAGE_BYTES)
+        message = ctypes.create_string_buffer(MESSAGE_BYTES)
         call = getattr(self.library, name)
-        if call(kernel, ctypes.byref(problem), *arguments, message, _MESSAGE_BYTES):
+        if call(kernel, ctypes.byref(problem), *arguments, message, MESSAGE_BYTES):
             raise EmulationError(message.value.decode())
 
 

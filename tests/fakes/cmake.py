@@ -62,8 +62,11 @@ def build(arguments: list[str]) -> None:
     ]
     link = ["-shared", definitions["W4A16_CUDART"], "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
     compiler = definitions["CMAKE_CXX_COMPILER"]
-    library, module = source / "library" / "library.cpp", source / "python" / "module.cpp"
-    objects = [compile_once(cached(f"library{text}", ".o"), compiler, *flags, "-c", library)]
+    module = source / "python" / "module.cpp"
+    objects = [
+        compile_once(cached(f"{part.name}{text}", ".o"), compiler, *flags, "-c", part)
+        for part in sorted((source / "library").glob("*.cpp"))
+    ]
     registry = Path(definitions["W4A16_REGISTRY"])
     if "FAKE_CMAKE_OTHER_KERNELS" in os.environ:
         shutil.copyfile(CPP / "empty_registry.cpp", registry)

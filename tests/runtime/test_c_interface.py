@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from c_structures import CGemmArguments, CProblem
+from c_structures import CGemmArguments, CKernelInfo, CProblem
 from conftest import install_fake_nvcc
 
 from w4a16gen import KernelConfig, Library
@@ -17,17 +17,6 @@ from w4a16gen.kernels.config import Epilogue
 from w4a16gen.kernels.epilogue import Activation, CallEpilogue, why_no_epilogue, why_not_by, why_not_gated
 
 FGS = "w4a16_sm90_cutlass_fgs_cta128x64x64_cluster1x1x1_cooperative_streamk"
-
-
-class _KernelInfo(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_char_p) for name in ("name", "target", "layout")),
-        ("mode", ctypes.c_int32),
-        ("shapes", ctypes.c_int32 * 6),
-        *((name, ctypes.c_int32) for name in ("stages", "threads", "group_multiple")),
-        ("shared_memory_bytes", ctypes.c_int64),
-        ("epilogue", ctypes.c_int32),
-    )
 
 
 ALIGNED = 1 << 20
@@ -162,10 +151,10 @@ def test_the_library_describes_the_epilogue(native_library: Library) -> None:
     library = ctypes.CDLL(str(native_library.build.library))
     found = []
     for index in range(len(native_library.kernels)):
-        info = _KernelInfo()
+        info = CKernelInfo()
         assert library.w4a16_get_kernel_info(index, ctypes.byref(info)) == 0
-        found.append((info.name.decode(), info.epilogue))
-    assert sorted(found) == sorted((NATIVE + epilogue.suffix, epilogue.number) for epilogue in Epilogue)
+        found.append((info.name.decode(), info.epilogue, info.grouped))
+    assert sorted(found) == sorted((NATIVE + epilogue.suffix, epilogue.number, 0) for epilogue in Epilogue)
 
 
 @pytest.mark.parametrize("output", [ALIGNED + 4 * 64 * 2, ALIGNED - 4 * 16 * 2])

@@ -58,13 +58,13 @@ class Link:
     @cached_property
     def module_digest(self) -> str:
         """Hash of everything that the module is made of."""
-        return _digest([*self._shared_parts(), *_source_parts("module.cpp"), pybind11.__version__, MODULE, sys.version])
+        return _digest([*self._shared_parts(), *_source_parts("python"), pybind11.__version__, MODULE, sys.version])
 
     @cached_property
     def digest(self) -> str:
         """Hash of everything that the library and the module are made of."""
         objects = sorted(unit.sha256 for unit in self.units)
-        parts = [*self._shared_parts(), *_source_parts("library.cpp"), self.module_digest, self.registry, *objects]
+        parts = [*self._shared_parts(), *_source_parts("library"), self.module_digest, self.registry, *objects]
         return _digest(parts)
 
     def _shared_parts(self) -> list[str]:
@@ -86,9 +86,9 @@ def _digest(parts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _source_parts(name: str) -> list[str]:
-    """Return digests of a source of the link and of the headers that it includes."""
-    sources = sorted(CUDA_FOLDER.rglob(name))
+def _source_parts(folder: str) -> list[str]:
+    """Return digests of the sources of the link in a folder, and of the headers that they include."""
+    sources = sorted((CUDA_FOLDER / folder).glob("*.cpp"))
     paths = [path for source in sources for path in (source, *headers_of(source.read_text(), source.parent).own)]
     return [f"{path.relative_to(CUDA_FOLDER)} {file_digest(path)}" for path in paths]
 

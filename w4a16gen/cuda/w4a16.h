@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-#define W4A16_ABI_VERSION 4
+#define W4A16_ABI_VERSION 5
 
 typedef enum {
   W4A16_OK = 0,
@@ -78,6 +78,7 @@ typedef struct {
   int32_t group_multiple; /* group sizes are multiples of this, or k */
   int64_t shared_memory_bytes;
   int32_t epilogue; /* w4a16_epilogue */
+  int32_t grouped;  /* 1: multiplies each row by its expert's weight. Launch it with w4a16_grouped_gemm */
 } w4a16_kernel_info;
 
 typedef struct {
@@ -113,6 +114,92 @@ typedef struct {
   int32_t gated;       /* 1: for gated activations; channels 8 i to 8 i + 7 of each half are packed side by side */
 } w4a16_pack_arguments;
 
+/* Mixtures of experts. A route is a token's choice of one expert; route token * slots + slot is entry [token, slot] of
+ * ids. Rows are routes in the order of their experts, and within an expert in their own order. The list of token tiles
+ * says which rows each expert has; only the functions here read and write it.
+ *
+ * Sizes are at most 2^30, experts at most 1024. Arrays that are written must overlap no other array of the call.
+ * dependent_launch is as in w4a16_gemm_arguments. What arrays hold is not checked: wrong numbers give wrong results. */
+typedef struct {
+  const void* ids; /* int32 or int64 [tokens, slots], aligned to their size; no expert has a number outside the range */
+  int32_t id_bytes; /* 4 or 8 */
+  int32_t dependent_launch;
+  const void* expert_map;   /* int32 [global_experts]: the expert of each id, -1 for none; null if ids are experts */
+  int64_t global_experts;   /* entries of expert_map; without it ignored */
+  int64_t experts;          /* that get rows */
+  int64_t tokens;           /* 0: nothing is launched */
+  int64_t slots;            /* experts of a token */
+  int64_t tile_tokens;      /* cta[1] of the grouped kernels that read the list */
+  void* offsets;            /* int32 [experts + 1], written: the first row of each expert, then the number of rows */
+  void* routes_of_rows;     /* int32 [tokens * slots], written as far as there are rows */
+  void* rows_of_routes;     /* int32 [tokens * slots], written; -1 for routes without a row */
+  void* token_tiles;        /* the list, written; 16-byte aligned */
+  size_t token_tiles_bytes; /* at least w4a16_token_tiles_bytes of tokens * slots rows */
+  void* stream;             /* cudaStream_t of the current device */
+} w4a16_route_arguments;
+
+/* The rows of each expert: rows offsets[e] to offsets[e + 1] - 1, or counts[e] rows from row e * stride on. */
+typedef struct {
+  const void* offsets; /* int32 [experts + 1], not decreasing; null if counts are given */
+  const void* counts;  /* int32 [experts]; null if offsets are given */
+  int64_t stride;      /* of counts, which are at most this */
+  int64_t experts;
+  int64_t rows;             /* of the activations; others are left out. 0: nothing is launched */
+  int64_t tile_tokens;      /* cta[1] of the grouped kernels that read the list */
+  void* token_tiles;        /* the list, written; 16-byte aligned */
+  size_t token_tiles_bytes; /* at least w4a16_token_tiles_bytes */
+  void* stream;             /* cudaStream_t of the current device */
+  int32_t dependent_launch;
+} w4a16_listing_arguments;
+
+/* The experts of a grouped product. */
+typedef struct {
+  int64_t count;
+  size_t packed_stride;     /* bytes from one expert's packed weight to the next: a multiple of 128 */
+  const void* token_tiles;  /* the list, of as many rows as the activations have */
+  size_t token_tiles_bytes; /* at least w4a16_token_tiles_bytes of m rows */
+  int64_t tile_tokens;      /* that the list was made for: cta[1] of the kernel */
+} w4a16_experts;
+
+/* rows[row] = hidden[token of the row] */
+typedef struct {
+  const void* hidden;         /* fp16 [tokens, columns], 16-byte aligned */
+  const void* row_count;      /* int32: how many rows there are, such as the last one of offsets */
+  const void* routes_of_rows; /* int32 [tokens * slots] */
+  const void* weights;        /* float [tokens, slots], by which rows are multiplied, or null */
+  void* rows;                 /* fp16 [tokens * slots, columns], written as far as there are rows; 16-byte aligned */
+  int64_t tokens;             /* 0: nothing is launched */
+  int64_t slots;
+  int64_t columns; /* a multiple of 8 */
+  void* stream;    /* cudaStream_t of the current device */
+  int32_t dependent_launch;
+} w4a16_gather_arguments;
+
+/* rows[row] = activation of the gates and factors of the row */
+typedef struct {
+  const void* gates_and_factors; /* fp16 [rows, 2 * columns]: all gates, then all factors; 16-byte aligned */
+  const void* row_count;         /* int32: how many rows there are, or null for all */
+  void* output;                  /* fp16 [rows, columns], written as far as there are rows; 16-byte aligned */
+  int64_t rows;                  /* 0: nothing is launched */
+  int64_t columns;               /* a multiple of 8 */
+  void* stream;                  /* cudaStream_t of the current device */
+  int32_t activation;            /* w4a16_activation: W4A16_SWIGLU, W4A16_GEGLU_TANH or W4A16_GEGLU_ERF */
+  int32_t dependent_launch;
+} w4a16_activate_arguments;
+
+/* output[token] = the sum of the rows of its routes, times their weights, in the order of its slots and in fp32 */
+typedef struct {
+  const void* rows;           /* fp16 [tokens * slots, columns], 16-byte aligned */
+  const void* rows_of_routes; /* int32 [tokens, slots]; -1 for routes without a row */
+  const void* weights;        /* float [tokens, slots], or null for 1 */
+  void* output;               /* fp16 [tokens, columns], written; 16-byte aligned; 0 for tokens without rows */
+  int64_t tokens;             /* 0: nothing is launched */
+  int64_t slots;
+  int64_t columns; /* a multiple of 8 */
+  void* stream;    /* cudaStream_t of the current device */
+  int32_t dependent_launch;
+} w4a16_combine_arguments;
+
 W4A16_API int w4a16_abi_version(void);
 W4A16_API int w4a16_kernel_count(void);
 
@@ -136,6 +223,29 @@ W4A16_API w4a16_status w4a16_workspace_bytes(int kernel, const w4a16_problem* pr
 /* Checks everything, then launches on a stream of the current device. With m = 0 it launches nothing. */
 W4A16_API w4a16_status w4a16_gemm(int kernel, const w4a16_problem* problem, const w4a16_gemm_arguments* arguments,
                                   char* message, size_t message_bytes);
+
+/* Multiplies each row by the weight of its expert, with a grouped kernel: as w4a16_gemm, for m rows. Of the arguments,
+ * packed is the first expert's weight, packed_bytes the size of each, and bias fp16 [experts, n]. Rows that no expert
+ * has are not written. */
+W4A16_API w4a16_status w4a16_grouped_gemm(int kernel, const w4a16_problem* problem,
+                                          const w4a16_gemm_arguments* arguments, const w4a16_experts* experts,
+                                          char* message, size_t message_bytes);
+
+/* Sets the bytes that a list of token tiles may need. Needs no GPU. */
+W4A16_API w4a16_status w4a16_token_tiles_bytes(int64_t rows, int64_t experts, int64_t tile_tokens, size_t* bytes,
+                                               char* message, size_t message_bytes);
+
+/* These launch what a mixture of experts does around its products: from the experts that tokens chose to rows and the
+ * list of token tiles; from the rows of each expert to the list; and the work on rows. They need a library with a
+ * grouped kernel. */
+W4A16_API w4a16_status w4a16_route(const w4a16_route_arguments* arguments, char* message, size_t message_bytes);
+W4A16_API w4a16_status w4a16_list_token_tiles(const w4a16_listing_arguments* arguments, char* message,
+                                              size_t message_bytes);
+W4A16_API w4a16_status w4a16_gather_rows(const w4a16_gather_arguments* arguments, char* message, size_t message_bytes);
+W4A16_API w4a16_status w4a16_activate_rows(const w4a16_activate_arguments* arguments, char* message,
+                                           size_t message_bytes);
+W4A16_API w4a16_status w4a16_combine_rows(const w4a16_combine_arguments* arguments, char* message,
+                                          size_t message_bytes);
 
 /* Launches the packing of a canonical weight on a stream of the current device; m is ignored. */
 W4A16_API w4a16_status w4a16_pack(int kernel, const w4a16_problem* problem, const w4a16_pack_arguments* arguments,

@@ -193,10 +193,12 @@ constexpr Kernel make_kernel(const char* name) {
            static_cast<int32_t>(Gemm::Operator::MaxThreadsPerBlock),
            cute::size<2>(Cta{}),
            Gemm::Operator::SharedStorageSize,
-           W4A16_NO_EPILOGUE},
+           W4A16_NO_EPILOGUE,
+           /*grouped=*/0},
           [](const Problem& problem) { return PackedLayout(problem, Gemm::kHasZeros).bytes; },
           &workspace_bytes<Gemm>,
           &launch<Gemm>,
+          nullptr,
           nullptr,
           nullptr};
 }

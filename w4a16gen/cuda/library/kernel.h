@@ -23,20 +23,13 @@ constexpr w4a16_mode fgs = W4A16_FINEGRAINED_SCALE_ONLY;
 constexpr w4a16_mode fgsz = W4A16_FINEGRAINED_SCALE_AND_ZEROS;
 }  // namespace mode
 
-// Of a grouped product: whose tokens follow one another in the activations.
-struct Experts {
-  int64_t count;
-  int64_t packed_bytes;     // from one expert's packed weight to the next
-  const void* token_tiles;  // the list of native/tiles.h, on the device
-};
-
 // A launch whose arguments have been checked. All pointers are device pointers of the current device.
 struct Launch {
   Problem problem;
   w4a16_gemm_arguments arguments;
   int device;
   int sm_count;
-  Experts experts = {};
+  w4a16_experts experts = {};  // of a grouped product
 };
 
 // Functions that measure the GPU instead of a kernel: see w4a16_probe_read and w4a16_probe_multiply.
@@ -44,6 +37,15 @@ struct Probes {
   cudaError_t (*read)(const void* data, size_t bytes, int sm_count, bool dependent_launch, cudaStream_t stream);
   cudaError_t (*multiply)(int rounds, int sm_count, cudaStream_t stream);
   int64_t flops_per_round;  // of one multiprocessor
+};
+
+// What a mixture of experts does around its grouped products. The arguments have been checked.
+struct ExpertFunctions {
+  cudaError_t (*route)(const w4a16_route_arguments&);
+  cudaError_t (*list_token_tiles)(const w4a16_listing_arguments&);
+  cudaError_t (*gather_rows)(const w4a16_gather_arguments&, int sm_count);
+  cudaError_t (*activate_rows)(const w4a16_activate_arguments&, int sm_count);
+  cudaError_t (*combine_rows)(const w4a16_combine_arguments&, int sm_count);
 };
 
 // One built kernel. Its family fills in the functions; the library calls them without knowing the family.
@@ -56,6 +58,8 @@ struct Kernel {
   cudaError_t (*pack)(const Problem&, const w4a16_pack_arguments&);
   // Null if the family has none.
   const Probes* probes;
+  // Null if the kernel is not grouped.
+  const ExpertFunctions* experts;
 };
 
 }  // namespace w4a16

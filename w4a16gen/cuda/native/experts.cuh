@@ -3,6 +3,7 @@
 
 #include <cuda_fp16.h>
 
+#include "native/activation.h"
 #include "native/routing.cuh"
 
 namespace w4a16::native {
@@ -21,19 +22,21 @@ struct GatherParameters {
   const int32_t* routes_of_rows;  // [rows]
   const float* weights;           // [routes], or null
   Halves* rows;                   // [routes, columns], written as far as there are rows
+  int routes;
   int slots;
   int vectors;  // of a row
 };
 
-__global__ void __launch_bounds__(kRowThreads) gather_rows(const __grid_constant__ GatherParameters p) {
+template <int Threads>
+__global__ void __launch_bounds__(Threads) gather_rows(const __grid_constant__ GatherParameters p) {
   wait_for_prerequisites();
   launch_dependents();
-  const int rows = *p.row_count;
+  const int rows = min(*p.row_count, p.routes);
   for (auto row = static_cast<int>(blockIdx.x); row < rows; row += static_cast<int>(gridDim.x)) {
     const int route = p.routes_of_rows[row];
     const Halves* const from = p.hidden + static_cast<int64_t>(route / p.slots) * p.vectors;
     Halves* const to = p.rows + static_cast<int64_t>(row) * p.vectors;
-    for (auto i = static_cast<int>(threadIdx.x); i < p.vectors; i += kRowThreads) {
+    for (auto i = static_cast<int>(threadIdx.x); i < p.vectors; i += Threads) {
       Halves values = from[i];
       if (p.weights != nullptr) {
 #pragma unroll
@@ -44,42 +47,33 @@ __global__ void __launch_bounds__(kRowThreads) gather_rows(const __grid_constant
   }
 }
 
-enum class Gate { kSilu, kGeluTanh, kGelu };
-
-__device__ inline float gated(Gate gate, float x) {
-  switch (gate) {
-    case Gate::kSilu:
-      return x / (1.f + expf(-x));
-    case Gate::kGeluTanh:
-      return 0.5f * x * (1.f + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x)));
-    default:
-      return 0.5f * x * (1.f + erff(x * 0.7071067811865476f));
-  }
-}
-
-// act(gate) * up, of rows that hold all gates and then all ups.
+// activation(gate) * factor, of rows that hold all gates and then all factors.
 struct ActivationParameters {
-  const Halves* gate_up;     // [rows, 2 * columns]
-  const int32_t* row_count;  // on the device
-  Halves* rows;              // [rows, columns], written as far as there are rows
-  int vectors;               // of a row that is written
-  Gate gate;
+  const Halves* gates_and_factors;  // [rows, 2 * columns]
+  const int32_t* row_count;         // on the device, or null for all
+  Halves* output;                   // [rows, columns], written as far as there are rows
+  int rows;
+  int vectors;  // of a row that is written
+  Activation activation;
 };
 
-__global__ void __launch_bounds__(kRowThreads) activate_rows(const __grid_constant__ ActivationParameters p) {
+template <int Threads>
+__global__ void __launch_bounds__(Threads) activate_rows(const __grid_constant__ ActivationParameters p) {
   wait_for_prerequisites();
   launch_dependents();
-  const int rows = *p.row_count;
+  const int rows = p.row_count != nullptr ? min(*p.row_count, p.rows) : p.rows;
   for (auto row = static_cast<int>(blockIdx.x); row < rows; row += static_cast<int>(gridDim.x)) {
-    const Halves* const from = p.gate_up + static_cast<int64_t>(row) * 2 * p.vectors;
-    Halves* const to = p.rows + static_cast<int64_t>(row) * p.vectors;
-    for (auto i = static_cast<int>(threadIdx.x); i < p.vectors; i += kRowThreads) {
+    const Halves* const from = p.gates_and_factors + static_cast<int64_t>(row) * 2 * p.vectors;
+    Halves* const to = p.output + static_cast<int64_t>(row) * p.vectors;
+    for (auto i = static_cast<int>(threadIdx.x); i < p.vectors; i += Threads) {
       const Halves gates = from[i];
-      const Halves ups = from[p.vectors + i];
+      const Halves factors = from[p.vectors + i];
       Halves values;
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
-        values.value[j] = __float2half_rn(gated(p.gate, __half2float(gates.value[j])) * __half2float(ups.value[j]));
+        const float gate =
+            sigmoid_activation(p.activation, __half2float(gates.value[j]), exp2_approximate, reciprocal_approximate);
+        values.value[j] = __float2half_rn(gate * __half2float(factors.value[j]));
       }
       to[i] = values;
     }
@@ -97,11 +91,12 @@ struct CombineParameters {
   int vectors;  // of a row
 };
 
-__global__ void __launch_bounds__(kRowThreads) combine_rows(const __grid_constant__ CombineParameters p) {
+template <int Threads>
+__global__ void __launch_bounds__(Threads) combine_rows(const __grid_constant__ CombineParameters p) {
   wait_for_prerequisites();
   launch_dependents();
   for (auto token = static_cast<int>(blockIdx.x); token < p.tokens; token += static_cast<int>(gridDim.x)) {
-    for (auto i = static_cast<int>(threadIdx.x); i < p.vectors; i += kRowThreads) {
+    for (auto i = static_cast<int>(threadIdx.x); i < p.vectors; i += Threads) {
       float sums[kVector] = {};
       for (int slot = 0; slot < p.slots; ++slot) {
         const int64_t route = static_cast<int64_t>(token) * p.slots + slot;

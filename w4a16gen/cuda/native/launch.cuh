@@ -199,9 +199,9 @@ cudaError_t launch(const Launch& launch) {
   parameters.alpha = given.alpha;
   int64_t tiled_tokens = m;
   if constexpr (S::Grouped) {
-    const Experts& experts = launch.experts;
+    const w4a16_experts& experts = launch.experts;
     tiled_tokens = max_token_tiles(m, experts.count, S::Tokens) * S::Tokens;
-    parameters.expert_bytes = experts.packed_bytes;
+    parameters.expert_bytes = static_cast<int64_t>(experts.packed_stride);
     parameters.token_tiles = static_cast<const TokenTiles*>(experts.token_tiles);
   }
   const int ctas = make_tiling<S>(&parameters.tiling, tiled_tokens, layout.channel_blocks, layout.k_blocks,
@@ -227,8 +227,9 @@ cudaError_t launch(const Launch& launch) {
   return launch_function(function, launch.device, configuration, arguments);
 }
 
+// `experts` is given for grouped kernels only, by native/grouped.cuh.
 template <class S>
-constexpr Kernel make_kernel(const char* name) {
+constexpr Kernel make_kernel(const char* name, const ExpertFunctions* experts = nullptr) {
   return {{name,
            "native",
            kLayout,
@@ -241,12 +242,14 @@ constexpr Kernel make_kernel(const char* name) {
            S::SharedBytes,
            S::Gates         ? W4A16_GATED
            : S::HasEpilogue ? W4A16_ELEMENTWISE
-                            : W4A16_NO_EPILOGUE},
+                            : W4A16_NO_EPILOGUE,
+           S::Grouped ? 1 : 0},
           [](const Problem& problem) { return PackedLayout(problem, S::Mode).bytes; },
           &workspace_bytes<S>,
           &launch<S>,
           &pack<S::Mode>,
-          &kProbes};
+          &kProbes,
+          experts};
 }
 
 }  // namespace w4a16::native

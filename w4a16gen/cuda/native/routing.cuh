@@ -11,7 +11,7 @@ namespace w4a16::native {
 
 constexpr int kRoutingThreads = 1024;
 constexpr int kRoutingWarps = kRoutingThreads / kWarp;
-constexpr int kMaxExperts = kRoutingThreads;  // a thread for each
+static_assert(kMaxExperts == kRoutingThreads, "a thread for each");
 constexpr uint32_t kAllLanes = 0xffffffff;
 constexpr int kNoExpert = -1;
 
@@ -38,6 +38,7 @@ struct ListingParameters {
   int experts;
   int rows;  // that the activations have
   int tile_tokens;
+  int most_tiles;  // that the list has room for
   TokenTiles* token_tiles;
 };
 
@@ -92,7 +93,7 @@ __device__ inline void write_token_tiles(TokenTiles* list, const int32_t* first_
   if (threadIdx.x == 0) list->count = tiles;
   for (auto tile = static_cast<int>(threadIdx.x); tile < tiles; tile += kRoutingThreads) {
     int expert = 0;  // the last one whose first tile is not after this one; those without tiles come before it
-    for (int step = kMaxExperts / 2; step > 0; step /= 2) {
+    for (int step = kRoutingThreads / 2; step > 0; step /= 2) {
       if (expert + step < experts && first_tiles[expert + step] <= tile) expert += step;
     }
     const int2 rows = rows_of(expert);
@@ -121,7 +122,10 @@ __device__ inline void for_routes(const RoutingParameters& p, const Visit& visit
 }
 
 // One CTA counts the routes of each expert, and then gives each route its row: a stable counting sort.
-__global__ void __launch_bounds__(kRoutingThreads) route(const __grid_constant__ RoutingParameters p) {
+//
+// Kernels are templates, as all in headers that several compile units include.
+template <int Threads>
+__global__ void __launch_bounds__(Threads) route(const __grid_constant__ RoutingParameters p) {
   extern __shared__ __align__(1024) uint8_t memory[];
   const RoutingMemory shared(memory, p.experts);
   const auto thread = static_cast<int>(threadIdx.x);
@@ -168,8 +172,10 @@ __global__ void __launch_bounds__(kRoutingThreads) route(const __grid_constant__
   launch_dependents();
 }
 
-// One CTA lists the token tiles of experts whose rows are given. Rows outside the activations are left out.
-__global__ void __launch_bounds__(kRoutingThreads) list_token_tiles(const __grid_constant__ ListingParameters p) {
+// One CTA lists the token tiles of experts whose rows are given. Rows outside the activations are left out, and tiles
+// that the list has no room for: those of offsets that decrease.
+template <int Threads>
+__global__ void __launch_bounds__(Threads) list_token_tiles(const __grid_constant__ ListingParameters p) {
   extern __shared__ __align__(1024) uint8_t memory[];
   const RoutingMemory shared(memory, p.experts);
   const auto thread = static_cast<int>(threadIdx.x);
@@ -188,7 +194,7 @@ __global__ void __launch_bounds__(kRoutingThreads) list_token_tiles(const __grid
   const PrefixSum all_tiles = prefix_sum(tiles, shared.sums);
   if (thread < p.experts) shared.first_tiles[thread] = all_tiles.before;
   __syncthreads();
-  write_token_tiles(p.token_tiles, shared.first_tiles, p.experts, all_tiles.total, rows_of);
+  write_token_tiles(p.token_tiles, shared.first_tiles, p.experts, min(all_tiles.total, p.most_tiles), rows_of);
   launch_dependents();
 }
 

@@ -2,6 +2,7 @@
 // counts that all CTAs together sum every k block of every tile once.
 #pragma once
 
+#include "library/experts.h"
 #include "native/shape.h"
 
 namespace w4a16::native {
@@ -53,10 +54,8 @@ struct Work {
   int unit;
 };
 
-// How many entries the list of a grouped product may have: every expert's last tile may be almost empty.
-W4A16_HOST_DEVICE constexpr int64_t max_token_tiles(int64_t tokens, int64_t experts, int tile_tokens) {
-  return tokens / tile_tokens + (experts < tokens ? experts : tokens);
-}
+static_assert(sizeof(TokenTile) == kTokenTileBytes && sizeof(TokenTiles) == 2 * kTokenTileBytes,
+              "the library knows the size of the list");
 
 // The coordinates of a tile of clusters.
 struct Place {

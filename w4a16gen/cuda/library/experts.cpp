@@ -1,0 +1,284 @@
+// The C interface of mixtures of experts: grouped products, and what is done around them.
+#include "library/experts.h"
+
+#include <algorithm>
+#include <initializer_list>
+#include <string>
+
+#include "library/checks.h"
+#include "library/gemm.h"
+
+namespace w4a16 {
+namespace {
+
+constexpr uint64_t kHalfBytes = 2;
+constexpr uint64_t kIntBytes = 4;  // of int32 and of float
+constexpr int64_t kColumnMultiple = 8;
+
+enum class Use { kRead, kReadIfGiven, kWritten };
+
+// An array of a call.
+struct Array {
+  Use use;
+  const char* name;
+  const void* pointer;
+  uintptr_t alignment;
+  uint64_t bytes;
+
+  Range range() const { return {name, pointer, bytes}; }
+};
+
+// A number of a call.
+struct Number {
+  const char* name;
+  int64_t value;
+  int64_t least;
+  int64_t most;
+};
+
+std::string why_not_arrays(std::initializer_list<Array> arrays) {
+  for (const Array& array : arrays) {
+    if (array.use == Use::kReadIfGiven && array.pointer == nullptr) continue;
+    std::string sentence = why_not_pointer(array.name, array.pointer, array.alignment);
+    if (!sentence.empty()) return sentence;
+  }
+  for (const Array& written : arrays) {
+    if (written.use != Use::kWritten) continue;
+    for (const Array& other : arrays) {
+      std::string sentence = &other != &written ? why_not_apart(written.range(), other.range()) : std::string();
+      if (!sentence.empty()) return sentence;
+    }
+  }
+  return {};
+}
+
+std::string why_not_numbers(std::initializer_list<Number> numbers) {
+  for (const Number& number : numbers) {
+    if (number.value >= number.least && number.value <= number.most) continue;
+    return std::string(number.name) + " of " + std::to_string(number.value) + " must be " +
+           std::to_string(number.least) + " to " + std::to_string(number.most);
+  }
+  return {};
+}
+
+std::string why_not_columns(int64_t columns) {
+  if (columns % kColumnMultiple == 0) return {};
+  return "columns of " + std::to_string(columns) + " must be a multiple of " + std::to_string(kColumnMultiple) +
+         ": pad the layer with zeros";
+}
+
+Number experts_number(int64_t experts) { return {"experts", experts, 1, kMaxExperts}; }
+Number tile_tokens_number(int64_t tile_tokens) { return {"tile_tokens", tile_tokens, 1, kMaxDimension}; }
+
+// Of the routes of some tokens.
+std::string why_not_routes(int64_t tokens, int64_t slots) {
+  std::string sentence = why_not_numbers({{"tokens", tokens, 0, kMaxDimension}, {"slots", slots, 1, kMaxDimension}});
+  if (sentence.empty() && tokens * slots > kMaxDimension) {
+    sentence = "tokens * slots of " + std::to_string(tokens * slots) + " must be at most " +
+               std::to_string(kMaxDimension) + ": split the tokens";
+  }
+  return sentence;
+}
+
+std::string why_not_room(size_t given, int64_t rows, int64_t experts, int64_t tile_tokens) {
+  const auto needed = static_cast<size_t>(token_tiles_bytes(rows, experts, tile_tokens));
+  return given < needed ? why_not_bytes("list of token tiles", given, needed, "be at least") : std::string();
+}
+
+uint64_t bytes_of(int64_t rows, int64_t columns, uint64_t element) {
+  return static_cast<uint64_t>(rows) * static_cast<uint64_t>(columns) * element;
+}
+
+std::string why_not(const w4a16_route_arguments& given) {
+  std::string sentence = why_not_routes(given.tokens, given.slots);
+  if (sentence.empty()) {
+    sentence = why_not_numbers({experts_number(given.experts), tile_tokens_number(given.tile_tokens)});
+  }
+  if (sentence.empty() && given.expert_map != nullptr) {
+    sentence = why_not_numbers({{"global_experts", given.global_experts, 1, kMaxDimension}});
+  }
+  if (sentence.empty() && given.id_bytes != 4 && given.id_bytes != 8) {
+    sentence = "id_bytes of " + std::to_string(given.id_bytes) + " must be 4 or 8";
+  }
+  if (!sentence.empty() || given.tokens == 0) return sentence;
+  const int64_t routes = given.tokens * given.slots;
+  const auto id_bytes = static_cast<uint64_t>(given.id_bytes);
+  sentence = why_not_arrays({
+      {Use::kRead, "ids", given.ids, id_bytes, bytes_of(routes, 1, id_bytes)},
+      {Use::kReadIfGiven, "expert map", given.expert_map, kIntBytes, bytes_of(given.global_experts, 1, kIntBytes)},
+      {Use::kWritten, "offsets", given.offsets, kIntBytes, bytes_of(given.experts + 1, 1, kIntBytes)},
+      {Use::kWritten, "routes of rows", given.routes_of_rows, kIntBytes, bytes_of(routes, 1, kIntBytes)},
+      {Use::kWritten, "rows of routes", given.rows_of_routes, kIntBytes, bytes_of(routes, 1, kIntBytes)},
+      {Use::kWritten, "list of token tiles", given.token_tiles, kTensorAlignment, given.token_tiles_bytes},
+  });
+  return sentence.empty() ? why_not_room(given.token_tiles_bytes, routes, given.experts, given.tile_tokens) : sentence;
+}
+
+std::string why_not(const w4a16_listing_arguments& given) {
+  std::string sentence = why_not_numbers(
+      {{"rows", given.rows, 0, kMaxDimension}, experts_number(given.experts), tile_tokens_number(given.tile_tokens)});
+  if (sentence.empty() && (given.offsets != nullptr) == (given.counts != nullptr)) {
+    sentence = "offsets or counts must be given, and not both";
+  }
+  if (sentence.empty() && given.counts != nullptr) {
+    sentence = why_not_numbers({{"stride", given.stride, 1, kMaxDimension}});
+  }
+  if (!sentence.empty() || given.rows == 0) return sentence;
+  sentence = why_not_arrays({
+      {Use::kReadIfGiven, "offsets", given.offsets, kIntBytes, bytes_of(given.experts + 1, 1, kIntBytes)},
+      {Use::kReadIfGiven, "counts", given.counts, kIntBytes, bytes_of(given.experts, 1, kIntBytes)},
+      {Use::kWritten, "list of token tiles", given.token_tiles, kTensorAlignment, given.token_tiles_bytes},
+  });
+  return sentence.empty() ? why_not_room(given.token_tiles_bytes, given.rows, given.experts, given.tile_tokens)
+                          : sentence;
+}
+
+std::string why_not(const w4a16_gather_arguments& given) {
+  std::string sentence = why_not_routes(given.tokens, given.slots);
+  if (sentence.empty()) sentence = why_not_numbers({{"columns", given.columns, 1, kMaxDimension}});
+  if (sentence.empty()) sentence = why_not_columns(given.columns);
+  if (!sentence.empty() || given.tokens == 0) return sentence;
+  const int64_t routes = given.tokens * given.slots;
+  return why_not_arrays({
+      {Use::kRead, "hidden states", given.hidden, kTensorAlignment, bytes_of(given.tokens, given.columns, kHalfBytes)},
+      {Use::kRead, "row count", given.row_count, kIntBytes, kIntBytes},
+      {Use::kRead, "routes of rows", given.routes_of_rows, kIntBytes, bytes_of(routes, 1, kIntBytes)},
+      {Use::kReadIfGiven, "routing weights", given.weights, kIntBytes, bytes_of(routes, 1, kIntBytes)},
+      {Use::kWritten, "rows", given.rows, kTensorAlignment, bytes_of(routes, given.columns, kHalfBytes)},
+  });
+}
+
+std::string why_not(const w4a16_activate_arguments& given) {
+  std::string sentence =
+      why_not_numbers({{"rows", given.rows, 0, kMaxDimension}, {"columns", given.columns, 1, kMaxDimension}});
+  if (sentence.empty()) sentence = why_not_columns(given.columns);
+  if (sentence.empty() && !is_gated(given.activation)) {
+    sentence = "activation of " + std::to_string(given.activation) + " must be a gated w4a16_activation, " +
+               std::to_string(W4A16_SWIGLU) + " to " + std::to_string(W4A16_GEGLU_ERF);
+  }
+  if (!sentence.empty() || given.rows == 0) return sentence;
+  const uint64_t bytes = bytes_of(given.rows, given.columns, kHalfBytes);
+  return why_not_arrays({
+      {Use::kRead, "gates and factors", given.gates_and_factors, kTensorAlignment, 2 * bytes},
+      {Use::kReadIfGiven, "row count", given.row_count, kIntBytes, kIntBytes},
+      {Use::kWritten, "output", given.output, kTensorAlignment, bytes},
+  });
+}
+
+std::string why_not(const w4a16_combine_arguments& given) {
+  std::string sentence = why_not_routes(given.tokens, given.slots);
+  if (sentence.empty()) sentence = why_not_numbers({{"columns", given.columns, 1, kMaxDimension}});
+  if (sentence.empty()) sentence = why_not_columns(given.columns);
+  if (!sentence.empty() || given.tokens == 0) return sentence;
+  const int64_t routes = given.tokens * given.slots;
+  return why_not_arrays({
+      {Use::kRead, "rows", given.rows, kTensorAlignment, bytes_of(routes, given.columns, kHalfBytes)},
+      {Use::kRead, "rows of routes", given.rows_of_routes, kIntBytes, bytes_of(routes, 1, kIntBytes)},
+      {Use::kReadIfGiven, "routing weights", given.weights, kIntBytes, bytes_of(routes, 1, kIntBytes)},
+      {Use::kWritten, "output", given.output, kTensorAlignment, bytes_of(given.tokens, given.columns, kHalfBytes)},
+  });
+}
+
+std::string why_not_experts(const Kernel& kernel, const Problem& problem, const w4a16_experts& experts,
+                            size_t packed_bytes) {
+  std::string sentence = why_not_numbers({experts_number(experts.count)});
+  if (sentence.empty() && experts.tile_tokens != kernel.info.cta[1]) {
+    sentence = "tile_tokens of " + std::to_string(experts.tile_tokens) + " must be " +
+               std::to_string(kernel.info.cta[1]) + ", those of " + kernel.info.name + ": make another list";
+  }
+  if (sentence.empty() && (experts.packed_stride < packed_bytes || experts.packed_stride % kPackedAlignment != 0)) {
+    sentence = why_not_bytes("packed stride", experts.packed_stride, packed_bytes,
+                             "be a multiple of " + std::to_string(kPackedAlignment) + ", and at least");
+  }
+  if (sentence.empty()) sentence = why_not_pointer("list of token tiles", experts.token_tiles, kTensorAlignment);
+  if (!sentence.empty()) return sentence;
+  return why_not_room(experts.token_tiles_bytes, problem.m, experts.count, experts.tile_tokens);
+}
+
+// Checks a call of one of the functions of experts, and makes it. A call with nothing to do succeeds.
+template <class Arguments, class Call>
+w4a16_status call(const char* what, const Arguments* arguments, int64_t Arguments::* size, const Call& launch,
+                  char* message, size_t message_bytes) {
+  if (arguments == nullptr) return report(W4A16_INVALID_ARGUMENT, "arguments must not be null", message, message_bytes);
+  std::string sentence = why_not(*arguments);
+  if (!sentence.empty()) return report(W4A16_INVALID_ARGUMENT, sentence, message, message_bytes);
+  if (arguments->*size == 0) return report(W4A16_OK, {}, message, message_bytes);
+  const auto is_grouped = [](const Kernel* kernel) { return kernel->experts != nullptr; };
+  const Kernel* const* const found = std::find_if(kKernels, kKernels + kKernelCount, is_grouped);
+  if (found == kKernels + kKernelCount) {
+    sentence = "this build holds no grouped kernel, and " + std::string(what) +
+               " comes with those: run `w4a16gen build --space experts`";
+    return report(W4A16_UNSUPPORTED, sentence, message, message_bytes);
+  }
+  const Device& device = current_device();
+  sentence = why_not_device(device);
+  if (!sentence.empty()) return report(W4A16_NO_HOPPER_GPU, sentence, message, message_bytes);
+  return report_launch(what, launch(*(*found)->experts, device.sm_count), message, message_bytes);
+}
+
+}  // namespace
+}  // namespace w4a16
+
+using w4a16::ExpertFunctions;
+using w4a16::Kernel;
+using w4a16::report;
+
+w4a16_status w4a16_grouped_gemm(int kernel, const w4a16_problem* problem, const w4a16_gemm_arguments* arguments,
+                                const w4a16_experts* experts, char* message, size_t message_bytes) {
+  w4a16_status status;
+  std::string sentence;
+  const Kernel* found = w4a16::find(kernel, problem, &status, &sentence);
+  if (found == nullptr) return report(status, sentence, message, message_bytes);
+  if (found->info.grouped == 0) {
+    sentence = std::string(found->info.name) + " is no grouped kernel: call w4a16_gemm, or take a kernel of " +
+               "`w4a16gen build --space experts`";
+    return report(W4A16_UNSUPPORTED, sentence, message, message_bytes);
+  }
+  if (arguments == nullptr) return report(W4A16_INVALID_ARGUMENT, "arguments must not be null", message, message_bytes);
+  if (experts == nullptr) return report(W4A16_INVALID_ARGUMENT, "experts must not be null", message, message_bytes);
+  if (problem->m == 0) return report(W4A16_OK, {}, message, message_bytes);
+  sentence = w4a16::why_not_experts(*found, *problem, *experts, found->packed_bytes(*problem));
+  if (!sentence.empty()) return report(W4A16_INVALID_ARGUMENT, sentence, message, message_bytes);
+  return w4a16::multiply(*found, {*problem, *arguments, 0, 0, *experts}, message, message_bytes);
+}
+
+w4a16_status w4a16_token_tiles_bytes(int64_t rows, int64_t experts, int64_t tile_tokens, size_t* bytes, char* message,
+                                     size_t message_bytes) {
+  const std::string sentence = w4a16::why_not_numbers({{"rows", rows, 0, w4a16::kMaxDimension},
+                                                       w4a16::experts_number(experts),
+                                                       w4a16::tile_tokens_number(tile_tokens)});
+  if (!sentence.empty()) return report(W4A16_INVALID_ARGUMENT, sentence, message, message_bytes);
+  if (bytes != nullptr) *bytes = static_cast<size_t>(w4a16::token_tiles_bytes(rows, experts, tile_tokens));
+  return report(W4A16_OK, {}, message, message_bytes);
+}
+
+w4a16_status w4a16_route(const w4a16_route_arguments* arguments, char* message, size_t message_bytes) {
+  const auto launch = [&](const ExpertFunctions& functions, int) { return functions.route(*arguments); };
+  return w4a16::call("routing", arguments, &w4a16_route_arguments::tokens, launch, message, message_bytes);
+}
+
+w4a16_status w4a16_list_token_tiles(const w4a16_listing_arguments* arguments, char* message, size_t message_bytes) {
+  const auto launch = [&](const ExpertFunctions& functions, int) { return functions.list_token_tiles(*arguments); };
+  return w4a16::call("listing token tiles", arguments, &w4a16_listing_arguments::rows, launch, message, message_bytes);
+}
+
+w4a16_status w4a16_gather_rows(const w4a16_gather_arguments* arguments, char* message, size_t message_bytes) {
+  const auto launch = [&](const ExpertFunctions& functions, int sm_count) {
+    return functions.gather_rows(*arguments, sm_count);
+  };
+  return w4a16::call("gathering rows", arguments, &w4a16_gather_arguments::tokens, launch, message, message_bytes);
+}
+
+w4a16_status w4a16_activate_rows(const w4a16_activate_arguments* arguments, char* message, size_t message_bytes) {
+  const auto launch = [&](const ExpertFunctions& functions, int sm_count) {
+    return functions.activate_rows(*arguments, sm_count);
+  };
+  return w4a16::call("activating rows", arguments, &w4a16_activate_arguments::rows, launch, message, message_bytes);
+}
+
+w4a16_status w4a16_combine_rows(const w4a16_combine_arguments* arguments, char* message, size_t message_bytes) {
+  const auto launch = [&](const ExpertFunctions& functions, int sm_count) {
+    return functions.combine_rows(*arguments, sm_count);
+  };
+  return w4a16::call("combining rows", arguments, &w4a16_combine_arguments::tokens, launch, message, message_bytes);
+}

@@ -1,0 +1,20 @@
+// The sizes of a mixture of experts, for the library and for kernel families.
+#pragma once
+
+#include <cstdint>
+
+namespace w4a16 {
+
+constexpr int64_t kMaxExperts = 1024;    // routing has a thread for each, in one CTA
+constexpr int64_t kTokenTileBytes = 16;  // of an entry of the list of token tiles, and of the list's head
+
+// How many entries the list of a grouped product may have: every expert's last tile may be almost empty.
+constexpr int64_t max_token_tiles(int64_t rows, int64_t experts, int64_t tile_tokens) {
+  return rows / tile_tokens + (experts < rows ? experts : rows);
+}
+
+constexpr int64_t token_tiles_bytes(int64_t rows, int64_t experts, int64_t tile_tokens) {
+  return (max_token_tiles(rows, experts, tile_tokens) + 1) * kTokenTileBytes;
+}
+
+}  // namespace w4a16

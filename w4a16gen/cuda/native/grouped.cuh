@@ -1,0 +1,138 @@
+// The host side of grouped kernels: launches of what a mixture of experts does around its products, and the kernel's
+// table entry.
+#pragma once
+
+#include <algorithm>
+
+#include "native/experts.cuh"
+#include "native/launch.cuh"
+#include "native/routing.cuh"
+
+namespace w4a16::native::grouped {
+
+// CTAs of kernels that work on rows: as many as run at once on a multiprocessor of 2048 threads.
+constexpr int kRowCtasPerSm = 2048 / kRowThreads;
+
+constexpr int kSharedBytesWithoutAsking = 48 * 1024;
+
+// How a kernel is started: nothing that the device must say first.
+struct Start {
+  int64_t ctas;
+  int threads;
+  int shared_bytes;
+  void* stream;
+  int32_t dependent_launch;
+};
+
+template <class Parameters>
+cudaError_t start(void (*kernel)(Parameters), Parameters parameters, const Start& how) {
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  if (how.shared_bytes > kSharedBytesWithoutAsking) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t configuration{};
+  configuration.gridDim = static_cast<unsigned>(how.ctas);
+  configuration.blockDim = static_cast<unsigned>(how.threads);
+  configuration.dynamicSmemBytes = static_cast<size_t>(how.shared_bytes);
+  configuration.stream = static_cast<cudaStream_t>(how.stream);
+  configuration.attrs = &attribute;
+  configuration.numAttrs = how.dependent_launch != 0 ? 1 : 0;
+  void* arguments[] = {&parameters};
+  return cudaLaunchKernelExC(&configuration, function, arguments);
+}
+
+// One CTA for all rows of a batch.
+template <class Given>
+Start one_cta(const Given& given) {
+  return {1, kRoutingThreads, routing_bytes(static_cast<int>(given.experts)), given.stream, given.dependent_launch};
+}
+
+// A CTA for each row, but no more than run at once.
+template <class Given>
+Start cta_per_row(const Given& given, int64_t rows, int sm_count) {
+  return {std::min(rows, int64_t{sm_count} * kRowCtasPerSm), kRowThreads, 0, given.stream, given.dependent_launch};
+}
+
+inline cudaError_t launch_route(const w4a16_route_arguments& given) {
+  RoutingParameters p{};
+  if (given.id_bytes == sizeof(int64_t)) {
+    p.experts64 = static_cast<const int64_t*>(given.ids);
+  } else {
+    p.experts32 = static_cast<const int32_t*>(given.ids);
+  }
+  p.expert_map = static_cast<const int32_t*>(given.expert_map);
+  p.global_experts = static_cast<int>(given.expert_map != nullptr ? given.global_experts : given.experts);
+  p.experts = static_cast<int>(given.experts);
+  p.routes = static_cast<int>(given.tokens * given.slots);
+  p.tile_tokens = static_cast<int>(given.tile_tokens);
+  p.offsets = static_cast<int32_t*>(given.offsets);
+  p.routes_of_rows = static_cast<int32_t*>(given.routes_of_rows);
+  p.rows_of_routes = static_cast<int32_t*>(given.rows_of_routes);
+  p.token_tiles = static_cast<TokenTiles*>(given.token_tiles);
+  return start(&route<kRoutingThreads>, p, one_cta(given));
+}
+
+inline cudaError_t launch_listing(const w4a16_listing_arguments& given) {
+  ListingParameters p{};
+  p.offsets = static_cast<const int32_t*>(given.offsets);
+  p.counts = static_cast<const int32_t*>(given.counts);
+  p.stride = static_cast<int>(given.stride);
+  p.experts = static_cast<int>(given.experts);
+  p.rows = static_cast<int>(given.rows);
+  p.tile_tokens = static_cast<int>(given.tile_tokens);
+  p.most_tiles = static_cast<int>(max_token_tiles(given.rows, given.experts, given.tile_tokens));
+  p.token_tiles = static_cast<TokenTiles*>(given.token_tiles);
+  return start(&list_token_tiles<kRoutingThreads>, p, one_cta(given));
+}
+
+inline cudaError_t launch_gathering(const w4a16_gather_arguments& given, int sm_count) {
+  GatherParameters p{};
+  p.hidden = static_cast<const Halves*>(given.hidden);
+  p.row_count = static_cast<const int32_t*>(given.row_count);
+  p.routes_of_rows = static_cast<const int32_t*>(given.routes_of_rows);
+  p.weights = static_cast<const float*>(given.weights);
+  p.rows = static_cast<Halves*>(given.rows);
+  p.routes = static_cast<int>(given.tokens * given.slots);
+  p.slots = static_cast<int>(given.slots);
+  p.vectors = static_cast<int>(given.columns / kVector);
+  return start(&gather_rows<kRowThreads>, p, cta_per_row(given, p.routes, sm_count));
+}
+
+inline cudaError_t launch_activating(const w4a16_activate_arguments& given, int sm_count) {
+  ActivationParameters p{};
+  p.gates_and_factors = static_cast<const Halves*>(given.gates_and_factors);
+  p.row_count = static_cast<const int32_t*>(given.row_count);
+  p.output = static_cast<Halves*>(given.output);
+  p.rows = static_cast<int>(given.rows);
+  p.vectors = static_cast<int>(given.columns / kVector);
+  p.activation = activation_of(given.activation);
+  return start(&activate_rows<kRowThreads>, p, cta_per_row(given, given.rows, sm_count));
+}
+
+inline cudaError_t launch_combining(const w4a16_combine_arguments& given, int sm_count) {
+  CombineParameters p{};
+  p.rows = static_cast<const Halves*>(given.rows);
+  p.rows_of_routes = static_cast<const int32_t*>(given.rows_of_routes);
+  p.weights = static_cast<const float*>(given.weights);
+  p.output = static_cast<Halves*>(given.output);
+  p.tokens = static_cast<int>(given.tokens);
+  p.slots = static_cast<int>(given.slots);
+  p.vectors = static_cast<int>(given.columns / kVector);
+  return start(&combine_rows<kRowThreads>, p, cta_per_row(given, given.tokens, sm_count));
+}
+
+constexpr ExpertFunctions kExpertFunctions{&launch_route, &launch_listing, &launch_gathering, &launch_activating,
+                                           &launch_combining};
+
+template <class S>
+constexpr Kernel make_kernel(const char* name) {
+  static_assert(S::Grouped, "kernels of one weight come without the functions of experts");
+  return native::make_kernel<S>(name, &kExpertFunctions);
+}
+
+}  // namespace w4a16::native::grouped
