@@ -70,6 +70,9 @@ def why_forbidden(config: KernelConfig) -> str | None:
     ):
         if value not in allowed:
             return f"{shape} {name} of {value} must be one of {', '.join(map(str, allowed))}"
+    reason = _forbidden_grouped(config) if config.is_grouped else None
+    if reason is not None:
+        return reason
     if config.target is Target.NATIVE:
         return _forbidden_native(config)
     if config.epilogue is not Epilogue.NONE:
@@ -77,11 +80,20 @@ def why_forbidden(config: KernelConfig) -> str | None:
     return _forbidden_cutlass(config)
 
 
+def _forbidden_grouped(config: KernelConfig) -> str | None:
+    """Return why no grouped kernel can have this configuration, or None if its rules allow it."""
+    if config.target is not Target.NATIVE:
+        return "scheduler grouped: only native kernels compute the products of several experts"
+    if config.cluster.tokens > 1:
+        return f"cluster {config.cluster}: token tiles of grouped kernels may belong to experts with other weights"
+    if config.epilogue is Epilogue.ELEMENTWISE:
+        return "epilogue elementwise: grouped kernels compute plain products, or gate them"
+    return None
+
+
 def _forbidden_cutlass(config: KernelConfig) -> str | None:
     """Return why CUTLASS's collective cannot be this kernel, or None."""
     cta, cluster = config.cta, config.cluster
-    if config.is_grouped:
-        return "scheduler grouped: only native kernels compute the products of several experts"
     if config.schedule in NATIVE_WARPGROUPS:
         return "CUTLASS's mixed-input kernels are pingpong or cooperative, persistent or stream-K"
     if cta.tokens < MIN_CUTLASS_TOKENS:
@@ -111,10 +123,6 @@ def _forbidden_native(config: KernelConfig) -> str | None:
     cta, cluster = config.cta, config.cluster
     if config.schedule not in NATIVE_WARPGROUPS:
         return "native kernels have the schedules warpgroups2, warpgroups4 and warps8"
-    if config.is_grouped and cluster.tokens > 1:
-        return f"cluster {cluster}: token tiles of grouped kernels may belong to experts with other weights"
-    if config.is_grouped and config.epilogue is Epilogue.ELEMENTWISE:
-        return "epilogue elementwise: grouped kernels compute plain products, or gate them"
     if config.scheduler is Scheduler.STREAM_K and cluster.k > 1:
         return f"cluster {cluster}: native stream-K kernels split K among clusters, not within them"
     stages_k = NATIVE_K[1:] if config.schedule is Schedule.EIGHT_WARPS else NATIVE_K
