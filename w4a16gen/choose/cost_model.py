@@ -192,9 +192,24 @@ class CostModel:
 
     def work(self, config: KernelConfig, problem: Problem, card: Card = H100) -> Work:
         """Return what a native kernel does in a problem on a card."""
+        token_tiles = -(-problem.m // (config.cta.tokens * config.cluster.tokens))
+        return self.work_on_tiles(config, problem, token_tiles, 1, card)
+
+    def work_on_tiles(
+        self, config: KernelConfig, problem: Problem, token_tiles: int, weights: float, card: Card = H100
+    ) -> Work:
+        """Return what a native kernel does in a number of token tiles.
+
+        Args:
+            config: the kernel.
+            problem: the problem; of m, only its operations matter here.
+            token_tiles: tiles of `cta.tokens` x `cluster.tokens` tokens.
+            weights: how many weights of these sizes are read.
+            card: the GPU.
+        """
         cta, cluster = config.cta, config.cluster
         size = cluster.channels * cluster.tokens * cluster.k
-        tiles = -(-problem.n // (cta.channels * cluster.channels)) * -(-problem.m // (cta.tokens * cluster.tokens))
+        tiles = -(-problem.n // (cta.channels * cluster.channels)) * token_tiles
         k_blocks = -(-problem.k // PACKED_BLOCK_K)
         at_once = max(1, card.sm_count // size)
         if size == CLUSTER_SIZE_THAT_FITS_BADLY:
@@ -216,7 +231,7 @@ class CostModel:
             blocks=blocks,
             clusters_per_split_tile=sharing,
             tile_area=cta.tokens * (cta.channels // PACKED_BLOCK_CHANNELS),
-            weight_bytes=problem.n * problem.k / 2 + 2 * problem.groups * problem.n,
+            weight_bytes=weights * (problem.n * problem.k / 2 + 2 * problem.groups * problem.n),
             is_long=self.is_long(problem),
         )
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any, overload
 
 import numpy as np
 
+from w4a16gen.choose.cards import Card, card_of
 from w4a16gen.choose.chooser import Choice, Chooser
 from w4a16gen.choose.overrides import kernels_in_use
 from w4a16gen.choose.timing_table import TABLE
@@ -21,9 +23,11 @@ from w4a16gen.runtime.artifact import Build
 from w4a16gen.runtime.bindings import Bindings, KernelInfo, numbers_of
 from w4a16gen.runtime.calls import CallCache, GemmOptions, Launch, check_weight, checked_weight
 from w4a16gen.runtime.devices import first_hopper, why_no_device
+from w4a16gen.runtime.experts import ExpertLauncher, ExpertRows, moe_sizes
 from w4a16gen.runtime.launcher import Launcher
 from w4a16gen.runtime.packing import GpuPacker
-from w4a16gen.weights.packed import LAYOUT_TARGETS, PackedWeight
+from w4a16gen.weights.experts import PackedExperts
+from w4a16gen.weights.packed import LAYOUT_TARGETS, PackedWeight, checked_flag
 from w4a16gen.weights.quantized import QuantizedWeight
 
 _MAX_SM_COUNT = 1 << 16
@@ -54,6 +58,7 @@ class Library:
         self.calls = CallCache(self.bindings)
         self.launcher = Launcher(self.bindings, self.calls, self._plan_launch)
         self.packer = GpuPacker(self.bindings)
+        self.experts = ExpertLauncher(self.bindings, self._card_of)
         self._indices = {info.config: index for index, info in enumerate(self.kernels)}
 
     @property
@@ -318,6 +323,214 @@ class Library:
                 return repeated
         options = GemmOptions(bias, alpha, config, out, workspace, stream, dependent_launch, activation, residual)
         return self.launcher.run(a, w, options)
+
+    def route_tokens(
+        self,
+        topk_ids: Any,
+        experts: int,
+        tile_tokens: int,
+        *,
+        expert_map: Any = None,
+        stream: Any = None,
+        dependent_launch: bool = False,
+    ) -> ExpertRows:
+        """Launch the sorting of routes by expert, for `grouped_gemm`; do not wait for it.
+
+        A route is a token's choice of an expert; its number is token * slots + slot. Rows are routes in the order of
+        their experts, and within an expert in the order of their numbers.
+
+        Args:
+            topk_ids: int32 or int64 [tokens, slots], contiguous, on a Hopper GPU: the expert of each route. Other
+                numbers, such as -1, are routes to no expert.
+            experts: number of experts here, at most 1024.
+            tile_tokens: CTA tokens of the kernels that will read the rows.
+            expert_map: int32 [all experts] on the same GPU: the expert here for each id, or -1; None if ids are those.
+            stream: a CUDA stream object or address; None is the current stream of torch or CuPy, else the default.
+            dependent_launch: see `gemm`.
+
+        Returns:
+            The rows. Their arrays are on the GPU and are complete when the launch is.
+
+        Raises:
+            InvalidValueError: if an array's dtype, shape, layout or device is off, or a number is out of range.
+            UnsupportedProblemError: if the build has no grouped kernels.
+            NoHopperGpuError: if the arrays are on another kind of GPU.
+            CudaError: if the launch fails.
+        """
+        dependent = checked_flag("dependent_launch", dependent_launch)
+        return self.experts.route_tokens(topk_ids, experts, tile_tokens, expert_map, stream, dependent=dependent)
+
+    def list_rows(
+        self,
+        rows: int,
+        tile_tokens: int,
+        *,
+        offsets: Any = None,
+        counts: Any = None,
+        stride: int | None = None,
+        stream: Any = None,
+        dependent_launch: bool = False,
+    ) -> ExpertRows:
+        """Launch the listing of experts' rows that are known already, for `grouped_gemm`; do not wait for it.
+
+        Args:
+            rows: rows of the activations. Rows of an expert that lie outside are left out.
+            tile_tokens: CTA tokens of the kernels that will read the list.
+            offsets: int32 [experts + 1] on a Hopper GPU: expert e has the rows offsets[e] to offsets[e + 1] - 1.
+            counts: int32 [experts] there instead: expert e has counts[e] rows, from row e * stride on.
+            stride: rows from one expert to the next, with counts.
+            stream: a CUDA stream object or address; None is the current stream of torch or CuPy, else the default.
+            dependent_launch: see `gemm`.
+
+        Raises:
+            InvalidValueError: if an array's dtype, shape, layout or device is off, or a number is out of range.
+            UnsupportedProblemError: if the build has no grouped kernels.
+            NoHopperGpuError: if the arrays are on another kind of GPU.
+            CudaError: if the launch fails.
+        """
+        dependent = checked_flag("dependent_launch", dependent_launch)
+        return self.experts.list_rows(offsets, counts, stride, rows, tile_tokens, stream, dependent=dependent)
+
+    def grouped_gemm(  # noqa: PLR0913  (the options of one call)
+        self,
+        a: Any,
+        w: PackedExperts,
+        rows: ExpertRows,
+        *,
+        bias: Any = None,
+        alpha: float | np.floating[Any] = 1.0,
+        config: KernelConfig | str | None = None,
+        activation: Activation | str | None = None,
+        out: Any = None,
+        stream: Any = None,
+        dependent_launch: bool = False,
+    ) -> Any:
+        """Launch the product of each row with the weight of its expert; do not wait for it.
+
+        Args:
+            a: fp16 [rows, k], contiguous, on a Hopper GPU.
+            w: the packed experts, on the same GPU.
+            rows: what `route_tokens` or `list_rows` returned.
+            bias: fp16 [experts, n] on the same GPU, or None.
+            alpha: factor of the products, fp32.
+            config: the kernel, or its name; None chooses one. Its CTA tokens must be those of `rows`.
+            activation: swiglu, geglu_tanh or geglu_erf for experts that are packed with gated=True, otherwise None.
+            out: fp16 [rows, n] to write into, of gated experts [rows, n / 2]; None allocates. Rows of no expert are not
+                written.
+            stream: a CUDA stream object or address; None is the current stream of torch or CuPy, else the default.
+            dependent_launch: see `gemm`.
+
+        Returns:
+            `out`.
+
+        Raises:
+            InvalidValueError: if an array's dtype, shape, layout, alignment or device is off.
+            UnsupportedProblemError: if no kernel can run the product.
+            NotBuiltError: if the build has no such grouped kernel.
+            NoHopperGpuError: if the arrays are on another kind of GPU.
+            CudaError: if the launch fails.
+        """
+        dependent = checked_flag("dependent_launch", dependent_launch)
+        return self.experts.grouped_gemm(a, w, rows, bias, alpha, config, activation, out, stream, dependent=dependent)
+
+    def moe(  # noqa: PLR0913  (the options of one call)
+        self,
+        hidden: Any,
+        w13: PackedExperts,
+        w2: PackedExperts,
+        topk_ids: Any,
+        topk_weights: Any,
+        *,
+        expert_map: Any = None,
+        activation: str = "silu",
+        weight_on_input: bool = False,
+        invariant: bool = False,
+        out: Any = None,
+        workspace: Any = None,
+        stream: Any = None,
+        dependent_launch: bool = False,
+    ) -> Any:
+        """Launch a layer of experts; do not wait for it, nor for anything on the GPU.
+
+        out[t] = sum over the slots s of weights[t, s] * (act(x Wg) * (x Wu)) Wd, with the experts ids[t, s]. Products
+        are rounded to fp16, as is what the activation returns. The sum is in fp32, in the order of the slots. Equal
+        calls give equal bits. A captured call may be replayed with other hidden states, ids and weights.
+
+        Args:
+            hidden: fp16 [tokens, hidden], contiguous, on a Hopper GPU.
+            w13: gate and up projections of the experts here, on the same GPU: `pack_experts(gate, up)`. Packed with
+                gated=True, the kernels apply the gate themselves.
+            w2: down projections of the same experts, of the same mode.
+            topk_ids: int32 or int64 [tokens, slots]: the expert of each route. Other numbers, such as -1, are skipped.
+            topk_weights: fp32 [tokens, slots].
+            expert_map: int32 [all experts]: the expert here for each id, or -1; None if ids are those.
+            activation: function of the gate: silu, gelu or gelu_tanh.
+            weight_on_input: multiply the hidden states by the weights instead of the results.
+            invariant: choose the kernels without regard to the number of tokens, so that a token's result does not
+                depend on the others.
+            out: fp16 [tokens, hidden] to write into; None allocates. Tokens without experts get 0.
+            workspace: uint8 array of at least `moe_workspace_bytes`, of any content; None allocates it for the call.
+            stream: a CUDA stream object or address; None is the current stream of torch or CuPy, else the default.
+            dependent_launch: see `gemm`; that of the first kernel. The others always are.
+
+        Returns:
+            `out`.
+
+        Raises:
+            InvalidValueError: if an array's dtype, shape, layout, alignment or device is off, or the workspace short.
+            UnsupportedProblemError: if no kernel can run a product.
+            NotBuiltError: if the build has no grouped kernels for it.
+            NoHopperGpuError: if the arrays are on another kind of GPU.
+            CudaError: if a launch fails.
+        """
+        return self.experts.moe(
+            hidden,
+            w13,
+            w2,
+            topk_ids,
+            topk_weights,
+            expert_map=expert_map,
+            activation=activation,
+            weight_on_input=weight_on_input,
+            invariant=invariant,
+            out=out,
+            workspace=workspace,
+            stream=stream,
+            dependent=checked_flag("dependent_launch", dependent_launch),
+        )
+
+    def moe_workspace_bytes(
+        self,
+        tokens: int,
+        slots: int,
+        w13: PackedExperts,
+        w2: PackedExperts,
+        *,
+        global_experts: int | None = None,
+        invariant: bool = False,
+        device: int = 0,
+    ) -> int:
+        """Return the workspace of a layer of experts, in bytes.
+
+        Args:
+            tokens: rows of the hidden states.
+            slots: experts of a token.
+            w13: gate and up projections; only their sizes matter.
+            w2: down projections; only their sizes matter.
+            global_experts: entries of the map of experts; None without a map.
+            invariant: as in `moe`.
+            device: the CUDA device number.
+
+        Raises:
+            NotBuiltError: if the build has no grouped kernels for it.
+            UnsupportedProblemError: if no kernel can run a product.
+        """
+        sizes = moe_sizes(integer("tokens", tokens), integer("slots", slots), w13, w2, global_experts)
+        return self.experts.plan(sizes, integer("device", device), invariant=invariant).nbytes
+
+    @cache  # noqa: B019  (libraries live as long as their process)
+    def _card_of(self, index: int) -> Card:
+        return card_of(self._device(index))
 
     def _plan_launch(
         self,

@@ -77,14 +77,14 @@ def empty_like_library(
         array: the array.
         module: the built pybind11 module.
         shape: shape to allocate.
-        dtype: `<f2` or `|u1`.
+        dtype: `<f2`, `<i4` or `|u1`.
         device: the GPU.
         stream: address of the stream that will write; None is torch's current one.
     """
     if not is_tensor(array):
         return DeviceArray(module, shape, dtype, device)
     torch = sys.modules["torch"]
-    kind = torch.float16 if dtype == "<f2" else torch.uint8
+    kind = {"<f2": torch.float16, "<i4": torch.int32, "|u1": torch.uint8}[dtype]
     if stream is None or is_torchs_stream(array, stream):
         return array.new_empty(shape, dtype=kind)
     with torch.cuda.stream(torch.cuda.ExternalStream(stream, device=array.device)):

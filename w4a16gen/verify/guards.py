@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,24 @@ class GuardedGpu:
             host[GUARD_BYTES : GUARD_BYTES + nbytes] = fill
         return self.upload(host)
 
+    def capture(self, launch: Callable[[], None]) -> None:
+        """Capture launches on the stream, which `stream.replay` then repeats."""
+        self.stream.begin_capture()
+        try:
+            launch()
+        finally:
+            self.stream.end_capture()  # also after a refusal: a stream left in capture fails every later launch
+
+    def launch(self, launch: Callable[[], None], *, in_graph: bool, replays: int = 2) -> None:
+        """Launch on the stream, or in a graph that is then replayed, and wait for the end."""
+        if in_graph:
+            self.capture(launch)
+            for _ in range(replays):
+                self.stream.replay()
+        else:
+            launch()
+        self.stream.synchronize()
+
     def run(self, config: KernelConfig, a: DeviceArray, weight: PackedWeight, asked: Launch) -> Half:
         """Launch on a poisoned output between canaries, with a workspace of exactly the stated size.
 
@@ -78,7 +97,7 @@ class GuardedGpu:
         residual = None if asked.extra.residual is None else asked.extra.residual[:m]
         held = residual if asked.in_place and residual is not None else np.full((m, weight.outputs), POISON, np.float16)
         output = self.guarded(held.nbytes, np.ascontiguousarray(held).reshape(-1).view(np.uint8))
-        out = _Window(output, (m, weight.outputs), "<f2", GUARD_BYTES)
+        out = Window(output, (m, weight.outputs), "<f2", GUARD_BYTES)
         added = out if asked.in_place else None if residual is None else self.upload(residual)
         needed = self.library.workspace_bytes(config, problem, device=self.device)
         workspace = self.guarded(needed)
@@ -86,30 +105,20 @@ class GuardedGpu:
 
         def launch() -> None:
             self.library.gemm(
-                _Window(a, (m, weight.k), "<f2", 0),
+                Window(a, (m, weight.k), "<f2", 0),
                 weight,
                 bias=bias,
                 alpha=asked.alpha,
                 config=config,
                 out=out,
-                workspace=_Window(workspace, (needed,), "|u1", GUARD_BYTES),
+                workspace=Window(workspace, (needed,), "|u1", GUARD_BYTES),
                 stream=self.stream,
                 dependent_launch=asked.dependent,
                 activation=asked.extra.activation,
                 residual=added,
             )
 
-        if asked.in_graph:
-            self.stream.begin_capture()
-            try:
-                launch()
-            finally:
-                self.stream.end_capture()  # also after a refusal: a stream left in capture fails every later launch
-            for _ in range(1 if asked.in_place else 2):
-                self.stream.replay()
-        else:
-            launch()
-        self.stream.synchronize()
+        self.launch(launch, in_graph=asked.in_graph, replays=1 if asked.in_place else 2)
         for what, buffer in (("output", output), ("workspace", workspace)):
             host = buffer.to_host()
             if (host[:GUARD_BYTES] != CANARY).any() or (host[-GUARD_BYTES:] != CANARY).any():
@@ -119,7 +128,7 @@ class GuardedGpu:
 
 
 @dataclass(frozen=True)
-class _Window:
+class Window:
     """Part of a device array, seen as another shape and dtype."""
 
     base: DeviceArray

@@ -11,7 +11,7 @@ from typing import Any
 from w4a16gen.kernels.config import KernelConfig
 from w4a16gen.progress import Progress, no_progress
 from w4a16gen.runtime.library import Library
-from w4a16gen.verify import epilogues, launch_chains, numeric, random_problems, static
+from w4a16gen.verify import epilogues, experts, launch_chains, numeric, random_problems, static
 
 NOT_RUN = "not run"
 CHAIN_K = 512
@@ -158,6 +158,10 @@ def _numerics(library: Library, *, sampled: bool, drawn_problems: int, progress:
     epilogues.prove_epilogues(library, proofs, device=gpu.index, shapes=shapes, progress=progress)
     k = SAMPLED_CHAIN_K if sampled else CHAIN_K
     launch_chains.prove_chains(library, proofs, sm_count=gpu.sm_count, device=gpu.index, k=k, progress=progress)
+    grouped = {config: numeric.NumericProof(config.name) for config in library.grouped_configs()}
+    counts = experts.EXPERTS[:2] if sampled else experts.EXPERTS
+    experts.prove_experts(library, grouped, device=gpu.index, experts=counts, progress=progress)
+    kernels += grouped.values()
     if drawn_problems:
         random_problems.prove_random(library, proofs, drawn_problems, device=gpu.index, progress=progress)
     return {

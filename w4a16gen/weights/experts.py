@@ -13,7 +13,15 @@ from w4a16gen.kernels.config import QuantMode, Target
 from w4a16gen.kernels.integers import integer
 from w4a16gen.weights.importers.stored import MAX_EXPERTS
 from w4a16gen.weights.layouts.geometry import WeightGeometry, align
-from w4a16gen.weights.packed import LAYOUTS, TARGET_LAYOUTS, PackedWeight, check_layout_group_size, pack_weight
+from w4a16gen.weights.packed import (
+    GATED_LAYOUT,
+    LAYOUTS,
+    PackedWeight,
+    check_layout_group_size,
+    checked_flag,
+    layout_for,
+    pack_weight,
+)
 from w4a16gen.weights.quantized import QuantizedWeight
 
 GATE_FIRST = "gate_first"
@@ -86,6 +94,16 @@ class PackedExperts:
         return expert_stride(self.layout, self.geometry)
 
     @property
+    def gated(self) -> bool:
+        """Whether they are packed for kernels that apply the gate themselves; see `pack_experts`."""
+        return self.layout == GATED_LAYOUT
+
+    @property
+    def nbytes_of_expert(self) -> int:
+        """Bytes of one packed weight, without what aligns the next one."""
+        return LAYOUTS[self.layout].packed_bytes(self.geometry)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all experts."""
         return self.experts * self.stride
@@ -102,8 +120,8 @@ class PackedExperts:
         number = integer("expert", index)
         if not 0 <= number < self.experts:
             raise InvalidValueError(f"expert {number} must be 0 to {self.experts - 1}")
-        size = LAYOUTS[self.layout].packed_bytes(self.geometry)
-        return PackedWeight(self.data[number][:size], self.layout, self.n, self.k, self.group_size, self.mode)
+        data = self.data[number][: self.nbytes_of_expert]
+        return PackedWeight(data, self.layout, self.n, self.k, self.group_size, self.mode)
 
 
 def expert_stride(layout: str, geometry: WeightGeometry) -> int:
@@ -137,6 +155,7 @@ def pack_experts(
     gate_up: bool = False,
     order: str = GATE_FIRST,
     target: Target | str = Target.NATIVE,
+    gated: bool = False,
 ) -> PackedExperts:
     """Pack the weights of all experts of a layer into one buffer, expert by expert.
 
@@ -148,6 +167,7 @@ def pack_experts(
         gate_up: whether `weights` hold gate and up projections joined already, in the order that `order` names.
         order: order of the rows of gate and up. `gate_first`: all rows of the gate, then all of the up projection.
         target: the kernel family that will read the experts, `native` or `cutlass`.
+        gated: whether gate and up are packed for kernels that apply the gate themselves; see `pack_weight`.
 
     Returns:
         The packed experts in host memory.
@@ -163,15 +183,13 @@ def pack_experts(
         >>> pack_experts(weights, weights).n
         128
     """
-    layout = TARGET_LAYOUTS[Target.parse(target)]
+    layout = layout_for(Target.parse(target), gated=checked_flag("gated", gated))
     joined = gate_up or up is not None
+    if gated and not joined:
+        raise InvalidValueError("gated experts are gate and up projections: pass both, or gate_up=True")
     _check_sequence("weights", weights)
     if up is not None:
-        _check_sequence("up", up)
-        if len(up) != len(weights):
-            raise InvalidValueError(f"{len(weights)} gate and {len(up)} up projections must be of the same experts")
-        if gate_up:
-            raise InvalidValueError("gate_up says that weights are joined already: pass them without up")
+        _check_halves(weights, up, gate_up=gate_up)
     if joined:
         check_order(order, 2)
     data: Any = None
@@ -188,12 +206,25 @@ def pack_experts(
             data = np.zeros((len(weights), expert_stride(layout, _geometry(weight))), np.uint8)
         _check_equal(f"expert {index}", weight, "expert 0", first)
         try:
-            packed = pack_weight(weight, target=target)
+            packed = pack_weight(weight, target=target, gated=gated)
         except InvalidValueError as error:
             raise InvalidValueError(f"expert {index} cannot be packed: {error}") from None
         data[index, : packed.nbytes] = packed.data
     assert first is not None  # noqa: S101  (there is at least one)
     return PackedExperts(data, layout, *_geometry(first), order if joined else None)
+
+
+def _check_halves(gate: Sequence[QuantizedWeight], up: Any, *, gate_up: bool) -> None:
+    """Raise unless gate and up projections are of as many experts, and not joined already.
+
+    Raises:
+        InvalidValueError: naming both.
+    """
+    _check_sequence("up", up)
+    if len(up) != len(gate):
+        raise InvalidValueError(f"{len(gate)} gate and {len(up)} up projections must be of the same experts")
+    if gate_up:
+        raise InvalidValueError("gate_up says that weights are joined already: pass them without up")
 
 
 def _geometry(weight: QuantizedWeight) -> WeightGeometry:

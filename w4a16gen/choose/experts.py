@@ -1,0 +1,200 @@
+"""The choice of grouped kernels: what a routing gives them to do on average, and how long each takes for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
+
+from w4a16gen.choose.cards import Card
+from w4a16gen.choose.cost_model import default_cost_model
+from w4a16gen.errors import NotBuiltError, UnsupportedProblemError
+from w4a16gen.kernels.config import Epilogue, KernelConfig, QuantMode, Scheduler
+from w4a16gen.kernels.problem import Problem, why_cannot_run
+
+_MAX_SUMMED_TOKENS = 1 << 12
+"""Tokens up to which the distribution of an expert's rows is summed. Beyond, a tile is half empty on average."""
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The sizes of a routing. Each token is taken to choose its experts at random, each of them once."""
+
+    tokens: int
+    slots: int
+    """Experts of a token."""
+    experts: int
+    """Experts whose weights are here."""
+    global_experts: int
+    """All experts that tokens choose from."""
+
+    @property
+    def share(self) -> float:
+        """The share of the tokens that an expert gets."""
+        return min(1.0, self.slots / max(1, self.global_experts))
+
+    @property
+    def rows(self) -> float:
+        """Rows of all experts here, on average."""
+        return self.tokens * self.share * self.experts
+
+
+class Load(NamedTuple):
+    """What a routing gives grouped kernels to do, on average."""
+
+    experts: float
+    """Experts with at least one row, whose weights are read."""
+    token_tiles: float
+    """Token tiles of all experts."""
+
+
+@lru_cache(maxsize=1 << 14)
+def expected_load(routing: Routing, tile_tokens: int) -> Load:
+    """Return the load of a routing.
+
+    The rows of an expert have a binomial distribution. An expert of x rows has ceil(x / tile) tiles, which is the sum
+    over j from 0 on of P(rows > j * tile).
+
+    Example:
+        >>> load = expected_load(Routing(tokens=16, slots=8, experts=128, global_experts=128), 8)
+        >>> round(load.experts, 1), round(load.token_tiles, 1)
+        (82.4, 82.4)
+    """
+    tokens, share = routing.tokens, routing.share
+    none = (1 - share) ** tokens
+    hit = 1 - none
+    if share == 1:
+        tiles = float(-(-tokens // tile_tokens))
+    elif tokens > _MAX_SUMMED_TOKENS:
+        tiles = tokens * share / tile_tokens + hit / 2
+    else:
+        tiles, below, odds = 0.0, 0.0, share / (1 - share)
+        logarithm = tokens * math.log1p(-share)  # of P(rows = count)
+        for count in range(tokens):
+            below += math.exp(logarithm)
+            if count % tile_tokens == 0:
+                tiles += max(0.0, 1 - below)
+            logarithm += math.log((tokens - count) / (count + 1) * odds)
+    return Load(routing.experts * hit, routing.experts * tiles)
+
+
+def microseconds(config: KernelConfig, problem: Problem, routing: Routing, card: Card) -> float:
+    """Return the estimated microseconds of a grouped product, its launch included.
+
+    A grouped kernel takes as long for a tile as the persistent kernel that it is like.
+
+    Args:
+        config: the kernel.
+        problem: n, k and group size of one expert; m does not matter.
+        routing: the sizes of the routing.
+        card: the GPU.
+    """
+    model, load = default_cost_model(), expected_load(routing, config.cta.tokens)
+    like = replace(config, scheduler=Scheduler.PERSISTENT, epilogue=Epilogue.NONE)
+    whole = replace(problem, m=max(1, round(routing.rows)))
+    tiles = max(1, math.ceil(load.token_tiles))
+    work = model.work_on_tiles(like, whole, tiles, load.experts, card)
+    return model.cycles(model.rates_of(like), work, card) / model.constants.cycles_per_microsecond
+
+
+def choose_pair(
+    configs: Iterable[KernelConfig],
+    mode: QuantMode,
+    gate_up: tuple[Problem, Epilogue],
+    down: Problem,
+    routing: Routing,
+    card: Card,
+) -> tuple[KernelConfig, KernelConfig]:
+    """Return the kernels of a layer of experts. They have equal CTA tokens, because one list of tiles serves both.
+
+    Args:
+        configs: the grouped kernels that are built.
+        mode: the quantisation mode of both weights.
+        gate_up: the first product of one expert, and the epilogue that its kernels have.
+        down: the second product of one expert.
+        routing: the sizes of the routing.
+        card: the GPU.
+
+    Raises:
+        NotBuiltError: if the build has no grouped kernel of the mode with the epilogue, or none without one.
+        UnsupportedProblemError: if no kernel can run a product.
+    """
+    every = list(configs)
+    first = _able(every, mode, *gate_up)
+    second = _able(every, mode, down, Epilogue.NONE)
+    pairs = []
+    for tokens in sorted({config.cta.tokens for config in first} & {config.cta.tokens for config in second}):
+        times = [
+            min(
+                (microseconds(config, problem, routing, card), config) for config in able if config.cta.tokens == tokens
+            )
+            for able, problem in ((first, gate_up[0]), (second, down))
+        ]
+        pairs.append((times[0][0] + times[1][0], (times[0][1], times[1][1])))
+    if not pairs:
+        raise NotBuiltError(
+            f"the grouped kernels of mode {mode} with and without epilogue {gate_up[1]} have no tile in common: run "
+            f"`w4a16gen build --space default --space experts --epilogue none --epilogue {gate_up[1]}`"
+        )
+    return min(pairs)[1]
+
+
+def choose_kernel(
+    configs: Iterable[KernelConfig],
+    mode: QuantMode,
+    problem: Problem,
+    epilogue: Epilogue,
+    routing: Routing,
+    card: Card,
+    tile_tokens: int | None = None,
+) -> KernelConfig:
+    """Return the kernel of one grouped product.
+
+    Args:
+        configs: the grouped kernels that are built.
+        mode: the quantisation mode.
+        problem: n, k and group size of one expert; m does not matter.
+        epilogue: that of the kernels.
+        routing: the sizes of the routing.
+        card: the GPU.
+        tile_tokens: CTA tokens that the kernel must have, for a list of tiles that exists; None allows all.
+
+    Raises:
+        NotBuiltError: if the build has no such kernel.
+        UnsupportedProblemError: if no kernel can run the product.
+    """
+    able = _able(list(configs), mode, problem, epilogue)
+    fitting = [config for config in able if tile_tokens in (None, config.cta.tokens)]
+    if not fitting:
+        tiles = ", ".join(map(str, sorted({config.cta.tokens for config in able})))
+        raise NotBuiltError(f"no grouped kernel has CTA tokens of {tile_tokens}: the build has {tiles}")
+    return min(fitting, key=lambda config: (microseconds(config, problem, routing, card), config))
+
+
+def _able(configs: list[KernelConfig], mode: QuantMode, problem: Problem, epilogue: Epilogue) -> list[KernelConfig]:
+    """Return the kernels of a mode and an epilogue that can run a product.
+
+    Raises:
+        NotBuiltError: if none is built.
+        UnsupportedProblemError: if none can run it.
+    """
+    built = [config for config in configs if config.mode is mode and config.epilogue is epilogue]
+    if not built:
+        raise NotBuiltError(why_not_built(mode, epilogue))
+    reasons = {config: why_cannot_run(config, problem) for config in built}
+    able = [config for config, reason in reasons.items() if reason is None]
+    if not able:
+        raise UnsupportedProblemError(f"no grouped kernel can run {problem}: {next(iter(reasons.values()))}")
+    return able
+
+
+def why_not_built(mode: QuantMode, epilogue: Epilogue) -> str:
+    """Return the sentence about a build without grouped kernels of a mode and an epilogue."""
+    extra = "" if epilogue is Epilogue.NONE else f" --epilogue none --epilogue {epilogue}"
+    kind = "" if epilogue is Epilogue.NONE else f" with epilogue {epilogue}"
+    return (
+        f"the build has no grouped kernel of mode {mode}{kind}: run "
+        f"`w4a16gen build --space default --space experts{extra}`"
+    )
