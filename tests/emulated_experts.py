@@ -79,8 +79,7 @@ class EmulatedExperts:
 
     def __init__(self, emulation: Emulation) -> None:
         """Take the library."""
-        self.library = emulation.library
-        self._emulation = emulation
+        self.path, self.library = emulation.path, emulation.library
 
     def call(self, name: str, *given: Any) -> None:
         """Call a function of the C interface.

@@ -136,6 +136,7 @@ class Emulation:
 
     def __init__(self, library: Path) -> None:
         """Load the library."""
+        self.path = library
         self.library = ctypes.CDLL(str(library))
         self.library.emulation_add_buffer.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
         self.library.emulation_add_previous.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64]

@@ -24,8 +24,11 @@ FOREIGN = re.compile(r"fp8|e4m3|e5m2|bf16|bfloat|(?<![a-z])u?int8|[^a-z]s8[^0-9a
 _NAME = re.compile(r"w4a16_sm90_[a-z0-9_]+")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
-_BESIDE = re.compile(r"^_ZN5w4a166native\d+(?:pack_(?:factors|blocks)ILi\dEE|probe_(?:read|multiply)ILi\d+EE)")
-"""The functions that pack weights on the GPU, and that measure it: no kernels of the table."""
+_BESIDE = re.compile(
+    r"^_ZN5w4a166native\d+(?:pack_(?:factors|blocks)|probe_(?:read|multiply)|route|list_token_tiles"
+    r"|(?:gather|activate|combine)_rows)ILi\d+EE"
+)
+"""The functions that pack weights on the GPU, that measure it, and that route to experts: no kernels of the table."""
 _REGISTER_HGMMA = re.compile(r"HGMMA[.\w]* R\d+, R\d+[.\w]*, gdesc")
 """An HGMMA whose A operand is registers: the weights."""
 _COUNTED = ("HGMMA", "UTMALDG", "UBLKCP", "HMMA", "STL", "LDL")

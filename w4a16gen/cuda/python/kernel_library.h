@@ -78,6 +78,13 @@ class KernelLibrary {
       resolve("w4a16_workspace_bytes", workspace_bytes);
       resolve("w4a16_gemm", gemm);
       resolve("w4a16_pack", pack);
+      resolve("w4a16_grouped_gemm", grouped_gemm);
+      resolve("w4a16_token_tiles_bytes", token_tiles_bytes);
+      resolve("w4a16_route", route);
+      resolve("w4a16_list_token_tiles", list_token_tiles);
+      resolve("w4a16_gather_rows", gather_rows);
+      resolve("w4a16_activate_rows", activate_rows);
+      resolve("w4a16_combine_rows", combine_rows);
       resolve("w4a16_probe_read", probe_read);
       resolve("w4a16_probe_multiply", probe_multiply);
     } catch (...) {
@@ -96,6 +103,13 @@ class KernelLibrary {
   decltype(&w4a16_workspace_bytes) workspace_bytes = nullptr;
   decltype(&w4a16_gemm) gemm = nullptr;
   decltype(&w4a16_pack) pack = nullptr;
+  decltype(&w4a16_grouped_gemm) grouped_gemm = nullptr;
+  decltype(&w4a16_token_tiles_bytes) token_tiles_bytes = nullptr;
+  decltype(&w4a16_route) route = nullptr;
+  decltype(&w4a16_list_token_tiles) list_token_tiles = nullptr;
+  decltype(&w4a16_gather_rows) gather_rows = nullptr;
+  decltype(&w4a16_activate_rows) activate_rows = nullptr;
+  decltype(&w4a16_combine_rows) combine_rows = nullptr;
   decltype(&w4a16_probe_read) probe_read = nullptr;
   decltype(&w4a16_probe_multiply) probe_multiply = nullptr;
 

@@ -10,19 +10,14 @@
 #include "python/call_cache.h"
 #include "python/device_objects.h"
 #include "python/dlpack.h"
+#include "python/experts.h"
 #include "python/kernel_library.h"
+#include "python/outcome.h"
 #include "python/workspaces.h"
 #include "w4a16.h"
 
 namespace w4a16 {
 namespace {
-
-// A status and its sentence, which Python turns into an exception.
-using Outcome = py::tuple;
-
-Outcome cuda_failure(const char* what, cudaError_t error) {
-  return py::make_tuple(static_cast<int>(W4A16_CUDA_ERROR), std::string(what) + ": " + cudaGetErrorString(error));
-}
 
 py::list kernels(const KernelLibrary& library) {
   py::list kernels;
@@ -35,6 +30,7 @@ py::list kernels(const KernelLibrary& library) {
     kernel["stages"] = info.stages;
     kernel["threads"] = info.threads;
     kernel["shared_memory_bytes"] = info.shared_memory_bytes;
+    kernel["grouped"] = info.grouped != 0;
     kernels.append(kernel);
   }
   return kernels;
@@ -69,8 +65,6 @@ Outcome workspace_bytes(const KernelLibrary& library, int kernel, int64_t m, int
   }
   return py::make_tuple(static_cast<int>(status), message.data(), bytes);
 }
-
-void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
 Outcome gemm(const KernelLibrary& library, int kernel, int64_t m, int64_t n, int64_t k, int64_t group_size,
              uintptr_t activations, uintptr_t packed, size_t packed_bytes, uintptr_t bias, uintptr_t output,
@@ -252,6 +246,13 @@ PYBIND11_MODULE(_w4a16, module) {
       .def("workspace_bytes", &workspace_bytes)
       .def("gemm", &gemm)
       .def("pack", &pack)
+      .def("grouped_gemm", &grouped_gemm)
+      .def("token_tiles_bytes", &token_tiles_bytes)
+      .def("route", &route)
+      .def("list_token_tiles", &list_token_tiles)
+      .def("gather_rows", &gather_rows)
+      .def("activate_rows", &activate_rows)
+      .def("combine_rows", &combine_rows)
       .def("probe_read", &probe_read)
       .def("probe_multiply", &probe_multiply);
   py::class_<CallCache>(module, "CallCache")
