@@ -22,8 +22,7 @@ from c_structures import (
 )
 from emulation import CANARY, MESSAGE_BYTES, Emulation, EmulationError, Half, Launch, aligned, build_for_emulation
 
-from w4a16gen.kernels import render
-from w4a16gen.kernels.config import KernelConfig, Scheduler
+from w4a16gen.kernels.config import KernelConfig
 from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.weights.packed import pack_weight
 from w4a16gen.weights.quantized import QuantizedWeight
@@ -60,18 +59,9 @@ def entries(token_tiles: Ints) -> list[list[int]]:
     return found
 
 
-def render_grouped(config: KernelConfig) -> str:
-    """Return the source of a grouped kernel, which is named as the persistent kernel that it is like."""
-    assert config.scheduler is Scheduler.PERSISTENT
-    text = render.render_kernel(config).replace("scheduler::persistent", "scheduler::grouped")
-    text = text.replace("native/launch.cuh", "native/grouped.cuh").replace("KERNEL(native,", "KERNEL(native::grouped,")
-    return text.replace("StoresThroughShared=*/true", "StoresThroughShared=*/false")
-
-
 def build_experts(configs: Sequence[KernelConfig], folder: Path, optimisation: str = "-O2") -> EmulatedExperts:
     """Compile grouped kernels for the CPU."""
-    built = build_for_emulation(configs, folder, rendered=render_grouped, optimisation=optimisation)
-    return EmulatedExperts(built)
+    return EmulatedExperts(build_for_emulation(configs, folder, optimisation=optimisation))
 
 
 class EmulatedExperts:

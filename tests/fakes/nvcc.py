@@ -28,8 +28,8 @@ RELEASE = "Cuda compilation tools, release {}, V13.0.88\nBuild fake"
 def entry(config: KernelConfig) -> str:
     """Return the line of C++ that defines one kernel's entry; see tests/cpp/fake_kernel.h."""
     family = f'"{config.target}", "{LAYOUTS[config.target]}"'
-    mode = f"{config.mode}, {str(config.mode.has_zeros).lower()}, {config.epilogue.number}"
-    mode += f", {int(config.scheduler.value == 'grouped')}"
+    mode = f"{config.mode}, {str(config.mode.has_zeros).lower()}"
+    mode += f", {config.epilogue.number}, {int(config.is_grouped)}"
     sizes = ", ".join(map(str, [*config.cta.as_list(), *config.cluster.as_list()]))
     return f"W4A16_FAKE_KERNEL({config.name}, {family}, {mode}, {sizes})"
 

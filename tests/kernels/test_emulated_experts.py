@@ -20,15 +20,15 @@ from w4a16gen.weights.reference import Expectation, Extra, error_over_bound, ran
 KERNELS = [
     KernelConfig.parse(f"w4a16_sm90_native_{name}")
     for name in (
-        "cs_cta128x32x128_cluster1x1x1_warpgroups4_persistent",
-        "fgs_cta64x8x128_cluster1x1x1_warps8_persistent",
-        "fgs_cta64x16x128_cluster1x1x2_warps8_persistent",
-        "fgs_cta64x64x128_cluster1x1x1_warpgroups2_persistent",
-        "fgs_cta128x64x128_cluster2x1x1_warpgroups2_persistent",
-        "fgsz_cta256x128x64_cluster1x1x1_warpgroups2_persistent",
-        "fgs_cta64x8x128_cluster1x1x1_warps8_persistent_gated",
-        "fgs_cta64x16x128_cluster1x1x2_warps8_persistent_gated",
-        "fgs_cta128x64x128_cluster2x1x1_warpgroups2_persistent_gated",
+        "cs_cta128x32x128_cluster1x1x1_warpgroups4_grouped",
+        "fgs_cta64x8x128_cluster1x1x1_warps8_grouped",
+        "fgs_cta64x16x128_cluster1x1x2_warps8_grouped",
+        "fgs_cta64x64x128_cluster1x1x1_warpgroups2_grouped",
+        "fgs_cta128x64x128_cluster2x1x1_warpgroups2_grouped",
+        "fgsz_cta256x128x64_cluster1x1x1_warpgroups2_grouped",
+        "fgs_cta64x8x128_cluster1x1x1_warps8_grouped_gated",
+        "fgs_cta64x16x128_cluster1x1x2_warps8_grouped_gated",
+        "fgs_cta128x64x128_cluster2x1x1_warpgroups2_grouped_gated",
     )
 ]
 EXPERTS = 5

@@ -26,7 +26,7 @@ from w4a16gen.kernels.epilogue import Activation, why_not_gated
 from w4a16gen.weights.packed import pack_weight
 from w4a16gen.weights.reference import random_weight
 
-PLAIN = KernelConfig.parse("w4a16_sm90_native_fgs_cta64x8x128_cluster1x1x1_warps8_persistent")
+PLAIN = KernelConfig.parse("w4a16_sm90_native_fgs_cta64x8x128_cluster1x1x1_warps8_grouped")
 GATED = KernelConfig.parse(f"{PLAIN.name}_gated")
 STEP = 1 << 20
 TILES = 5 * 16

@@ -58,10 +58,9 @@ def render_kernel(config: KernelConfig) -> str:
     }
     if config.target is Target.NATIVE:
         arrangement = native_arrangement(config)
-        is_grouped = config.scheduler.value == "grouped"
         values |= {
-            "header": f"native/{'grouped' if is_grouped else 'launch'}.cuh",
-            "family": "native::grouped" if is_grouped else "native",
+            "header": f"native/{'grouped' if config.is_grouped else 'launch'}.cuh",
+            "family": "native::grouped" if config.is_grouped else "native",
             "epilogue": config.epilogue.value,
             "stages": arrangement.stages,
             "ctas_per_sm": arrangement.ctas_per_sm,
