@@ -94,9 +94,13 @@ def microseconds(config: KernelConfig, problem: Problem, routing: Routing, card:
     model, load = default_cost_model(), expected_load(routing, config.cta.tokens)
     like = replace(config, scheduler=Scheduler.PERSISTENT, epilogue=Epilogue.NONE)
     whole = replace(problem, m=max(1, round(routing.rows)))
-    tiles = max(1, math.ceil(load.token_tiles))
-    work = model.work_on_tiles(like, whole, tiles, load.experts, card)
-    return model.cycles(model.rates_of(like), work, card) / model.constants.cycles_per_microsecond
+    fewest = max(1, math.floor(load.token_tiles))
+    more = min(1.0, max(0.0, load.token_tiles - fewest))  # the share of routings with one tile more
+    cycles = 0.0
+    for tiles, share in ((fewest, 1 - more), (fewest + 1, more)):
+        work = model.work_on_tiles(like, whole, tiles, load.experts, card)
+        cycles += share * model.cycles(model.rates_of(like), work, card)
+    return cycles / model.constants.cycles_per_microsecond
 
 
 def choose_pair(
