@@ -145,6 +145,22 @@ def test_kernels_with_epilogues_do_not_spill(tmp_path: Path) -> None:
     check_that_none_spills(with_epilogues(legal, [Epilogue.ELEMENTWISE, Epilogue.GATED]), tmp_path)
 
 
+def test_grouped_kernels_of_several_units_link_and_others_have_none_of_their_functions(tmp_path: Path) -> None:
+    """Each build compiles what the one before has not: one kernel, in a unit of its own."""
+    names = ("warps8_persistent", "warps8_grouped", "warps8_grouped_gated")
+    configs = [KernelConfig.parse(f"w4a16_sm90_native_fgs_cta64x8x128_cluster1x1x1_{name}") for name in names]
+    for count in range(1, len(configs) + 1):
+        built = build(configs[:count], generated=tmp_path / "generated", folder=tmp_path / "build")
+        assert (built.compiled, built.failures) == (1, [])
+        if count == 1:
+            assert all(b"combine_rows" not in path.read_bytes() for path in built.build.folder.rglob("*.o"))
+    library = Library(built.build)
+    assert static.prove(library, tmp_path / "generated").violations == []
+    code = read_code(library.build.library)
+    for function in ("route", "list_token_tiles", "gather_rows", "activate_rows", "combine_rows"):
+        assert any(f"native{len(function)}{function}I" in symbol for symbol in code)
+
+
 def check_that_more_tokens_need_no_less_workspace(library: Library) -> None:
     stream_k = [config for config in library.configs() if config.scheduler is Scheduler.STREAM_K]
     assert stream_k

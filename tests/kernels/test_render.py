@@ -20,6 +20,7 @@ NATIVE = KernelConfig.parse("w4a16_sm90_native_fgs_cta64x16x128_cluster1x1x2_war
 STREAM_K = KernelConfig.parse("w4a16_sm90_native_fgsz_cta256x64x128_cluster1x1x1_warpgroups2_streamk")
 BY_WARPS = KernelConfig.parse("w4a16_sm90_native_cs_cta64x8x128_cluster1x1x2_warps8_persistent")
 GATED = KernelConfig.parse("w4a16_sm90_native_fgs_cta64x16x128_cluster1x1x2_warps8_persistent_gated")
+GROUPED = KernelConfig.parse("w4a16_sm90_native_fgsz_cta64x64x128_cluster1x1x1_warpgroups2_grouped_gated")
 OTHER = KernelConfig.parse("w4a16_sm90_cutlass_cs_cta64x16x64_cluster1x1x1_pingpong_persistent")
 
 
@@ -31,6 +32,7 @@ OTHER = KernelConfig.parse("w4a16_sm90_cutlass_cs_cta64x16x64_cluster1x1x1_pingp
         ("native_stream_k_kernel.cu", render_kernel(STREAM_K)),
         ("native_by_warps_kernel.cu", render_kernel(BY_WARPS)),
         ("native_gated_kernel.cu", render_kernel(GATED)),
+        ("native_grouped_kernel.cu", render_kernel(GROUPED)),
         ("registry.cpp", render_registry([KERNEL, OTHER])),
         ("unit.cu", render_unit([source_name(KERNEL), source_name(OTHER)])),
     ],

@@ -120,7 +120,7 @@ class Runner {
     for (int kernel = 0; kernel < w4a16_kernel_count(); ++kernel) {
       GemmConfig config{kernel, {}};
       w4a16_get_kernel_info(kernel, &config.info);
-      if (config.info.mode != static_cast<int>(Op)) continue;
+      if (config.info.mode != static_cast<int>(Op) || config.info.grouped != 0) continue;
       has_mode = true;
       if (std::string(config.info.target) == "native") configs_.push_back(config);
     }
