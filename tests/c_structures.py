@@ -66,7 +66,8 @@ class CRouteArguments(ctypes.Structure):
         *_sizes("global_experts experts tokens slots tile_tokens"),
         *_pointers("offsets routes_of_rows rows_of_routes token_tiles"),
         ("token_tiles_bytes", ctypes.c_size_t),
-        *_pointers("stream"),
+        *_pointers("stream hidden weights rows"),
+        *_sizes("columns"),
     )
 
 

@@ -89,9 +89,18 @@ class EmulatedExperts:
         return aligned(np.full(needed.value // 4 + CANARY, -7, np.int32))
 
     def route(
-        self, ids: npt.NDArray[Any], experts: int, tile_tokens: int, expert_map: Ints | None = None, seed: int = 0
+        self,
+        ids: npt.NDArray[Any],
+        experts: int,
+        tile_tokens: int,
+        expert_map: Ints | None = None,
+        seed: int = 0,
+        *,
+        hidden: Half | None = None,
+        weights: npt.NDArray[np.float32] | None = None,
+        gathered: Half | None = None,
     ) -> Routes:
-        """Route int32 or int64 ids [tokens, slots]."""
+        """Route int32 or int64 ids [tokens, slots]; with hidden states, copy those of each row to `gathered`."""
         self.library.emulation_set(seed, 4)
         (tokens, slots), routes = ids.shape, ids.size
         written = [aligned(np.full(count + CANARY, -7, np.int32)) for count in (experts + 1, routes, routes)]
@@ -110,6 +119,10 @@ class EmulatedExperts:
             rows_of_routes=at(written[2]),
             token_tiles=at(tiles),
             token_tiles_bytes=tiles.nbytes - CANARY * tiles.itemsize,
+            hidden=at(hidden),
+            weights=at(weights),
+            rows=at(gathered),
+            columns=0 if hidden is None else hidden.shape[1],
         )
         self.call("w4a16_route", ctypes.byref(arguments))
         for array in (*written, tiles):

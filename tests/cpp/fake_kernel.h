@@ -21,7 +21,7 @@
 namespace w4a16 {
 
 constexpr ExpertFunctions kFakeExpertFunctions{
-    [](const w4a16_route_arguments&) { return cudaErrorNotSupported; },
+    [](const w4a16_route_arguments&, int) { return cudaErrorNotSupported; },
     [](const w4a16_listing_arguments&) { return cudaErrorNotSupported; },
     [](const w4a16_gather_arguments&, int) { return cudaErrorNotSupported; },
     [](const w4a16_activate_arguments&, int) { return cudaErrorNotSupported; },

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from emulated_experts import EmulatedExperts, Ints, build_experts, entries
-from emulation import Launch
+from emulation import Launch, aligned
 
 from w4a16gen import KernelConfig, QuantMode
 from w4a16gen.kernels.config import Epilogue
@@ -93,6 +93,36 @@ def test_routing_sorts_stably(emulated: EmulatedExperts, experts: int) -> None:
         assert routes.rows_of_routes.tolist() == back.tolist()
         rows = list(zip(routes.offsets[:-1].tolist(), routes.offsets[1:].tolist(), strict=True))
         assert routes.tiles == tiles_of(rows, tile_tokens)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("tokens", [1, 5, 70, 1100])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_routing_gathers_rows_as_a_second_kernel_would(emulated: EmulatedExperts, tokens: int, weighted: bool) -> None:
+    rng = np.random.default_rng(tokens)
+    slots, columns = 2, 8 * 37  # more than a warp reads at once, and no multiple of that
+    ids = rng.integers(-1, EXPERTS, (tokens, slots))
+    hidden = aligned(rng.standard_normal((tokens, columns)).astype(np.float16))
+    weights = rng.random((tokens, slots)).astype(np.float32) if weighted else None
+    gathered = aligned(np.full((ids.size, columns), np.nan, np.float16))
+    routes = emulated.route(ids, EXPERTS, 8, seed=1, hidden=hidden, weights=weights, gathered=gathered)
+    plain = emulated.route(ids, EXPERTS, 8)
+    assert routes.routes_of_rows.tolist() == plain.routes_of_rows.tolist()
+    assert routes.tiles == plain.tiles
+    wanted = hidden[routes.routes_of_rows // slots]
+    if weights is not None:
+        wanted = (wanted * weights.reshape(-1)[routes.routes_of_rows][:, None]).astype(np.float16)
+    assert np.array_equal(gathered[: len(wanted)], wanted)
+    assert np.isnan(gathered[len(wanted) :]).all()
+
+
+@pytest.mark.compile
+def test_many_routes_are_sorted_in_rounds(emulated: EmulatedExperts) -> None:
+    rng = np.random.default_rng(5)
+    ids = rng.integers(-1, EXPERTS + 1, (3100, 3))  # ten rounds of a warp: two readings ahead, and a last warp without
+    routes = emulated.route(ids, EXPERTS, 64)
+    wanted = routed(ids, EXPERTS)
+    assert routes.routes_of_rows.tolist() == [route for one in wanted for route in one]
 
 
 @pytest.mark.compile

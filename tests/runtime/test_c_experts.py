@@ -72,6 +72,8 @@ BASES: dict[str, ctypes.Structure] = {
 """Right arguments of each function, at addresses that nobody reads."""
 
 LIMIT = 1 << 30
+GATHERING = {"hidden": 7 * STEP, "weights": 8 * STEP, "rows": 9 * STEP, "columns": 16}
+"""What routing needs to gather rows as well."""
 ROUTE: list[tuple[dict[str, Any], str]] = [
     ({"ids": None}, "ids must not be null"),
     ({"ids": STEP + 2}, "ids at 0x100002 must be aligned to 4 bytes"),
@@ -97,6 +99,13 @@ ROUTE: list[tuple[dict[str, Any], str]] = [
     ({"offsets": 2 * STEP + 20}, "offsets overlaps the expert map: pass another array"),
     ({"rows_of_routes": 4 * STEP - 28}, "routes of rows overlaps the rows of routes: pass another array"),
     ({"token_tiles": 3 * STEP}, "offsets overlaps the list of token tiles: pass another array"),
+    ({**GATHERING, "columns": 0}, f"columns of 0 must be 1 to {LIMIT}"),
+    ({**GATHERING, "columns": 12}, "columns of 12 must be a multiple of 8"),
+    ({**GATHERING, "hidden": 7 * STEP + 8}, "hidden states at 0x700008 must be aligned to 16 bytes"),
+    ({**GATHERING, "rows": None}, "rows must not be null"),
+    ({**GATHERING, "weights": 8 * STEP + 2}, "routing weights at 0x800002 must be aligned to 4 bytes"),
+    ({**GATHERING, "rows": 7 * STEP + 16}, "rows overlaps the hidden states: pass another array"),
+    ({**GATHERING, "rows": 5 * STEP}, "rows of routes overlaps the rows: pass another array"),
 ]
 LISTING: list[tuple[dict[str, Any], str]] = [
     ({"rows": -1}, f"rows of -1 must be 0 to {LIMIT}"),
@@ -385,13 +394,17 @@ def test_the_module_makes_the_same_calls(emulated: EmulatedExperts, fake_library
         assert outcome == (OK, "")
 
     written = (at(offsets), at(routes_of_rows), at(rows_of_routes), at(tiles), tiles_bytes)
-    check(opened.route(at(ids), 8, 0, 0, experts, tokens, slots, 8, *written, *on))
+    check(opened.route(at(ids), 8, 0, 0, experts, tokens, slots, 8, *written, 0, 0, 0, 0, *on))
     check(opened.list_token_tiles(at(offsets), 0, 0, experts, routes, 8, at(listed), tiles_bytes, *on))
     assert listed[0] == tiles[0] > 0
     assert np.array_equal(listed[4:], tiles[4:])
     rows = aligned(np.full((routes, size), np.nan, np.float16))
     count = at(offsets[-1:])
     check(opened.gather_rows(at(hidden), count, at(routes_of_rows), 0, at(rows), tokens, slots, size, *on))
+    same = aligned(np.full((routes, size), np.nan, np.float16))
+    gathers = (at(hidden), 0, at(same), size)
+    check(opened.route(at(ids), 8, 0, 0, experts, tokens, slots, 8, *written, *gathers, *on))
+    assert np.array_equal(same, rows, equal_nan=True)
 
     def multiply(a: Any, packed: list[Any], n: int, activation: Activation, kernel: int) -> Any:
         together = aligned(np.stack(packed))

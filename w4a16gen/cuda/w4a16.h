@@ -136,6 +136,10 @@ typedef struct {
   void* token_tiles;        /* the list, written; 16-byte aligned */
   size_t token_tiles_bytes; /* at least w4a16_token_tiles_bytes of tokens * slots rows */
   void* stream;             /* cudaStream_t of the current device */
+  const void* hidden;       /* to gather the rows as well: fp16 [tokens, columns], 16-byte aligned; or null */
+  const void* weights;      /* float [tokens, slots], by which gathered rows are multiplied, or null */
+  void* rows;               /* fp16 [tokens * slots, columns], written as far as there are rows; 16-byte aligned */
+  int64_t columns;          /* a multiple of 8 */
 } w4a16_route_arguments;
 
 /* The rows of each expert: rows offsets[e] to offsets[e + 1] - 1, or counts[e] rows from row e * stride on. */

@@ -30,6 +30,7 @@ INVARIANT_TOKENS = 64
 _HALF_BYTES = 2
 _INT_BYTES = 4
 _MATRIX = 2
+_GATHERS_NOTHING = (0, 0, 0, 0)
 _IDS = {"<i4": 4, "<i8": 8}
 """Bytes of the dtypes of ids."""
 
@@ -143,7 +144,7 @@ class ExpertLauncher:
         outcome = self._bindings.library.route(
             *(ids.pointer, _IDS[ids.dtype], 0 if mapped is None else mapped.pointer),
             *(0 if mapped is None else mapped.shape[0], count, tokens, slots, tile),
-            *(offsets.pointer, by_row.pointer, by_route.pointer, tiles.pointer, size),
+            *(offsets.pointer, by_row.pointer, by_route.pointer, tiles.pointer, size, *_GATHERS_NOTHING),
             *(address, dependent, device),
         )
         self._bindings.result_of(outcome)
@@ -312,13 +313,7 @@ class ExpertLauncher:
                 *(ids.pointer, _IDS[ids.dtype], 0 if mapped is None else mapped.pointer),
                 *(0 if mapped is None else mapped.shape[0], w13.experts, tokens, slots, plan.gate_up.cta.tokens),
                 *(base + plan.offsets, base + plan.routes_of_rows, base + plan.rows_of_routes, *list_of_tiles),
-                *(address, dependent, device),
-            )
-        )
-        result_of(
-            library.gather_rows(
-                *(states.pointer, count, base + plan.routes_of_rows, factors if on_input else 0, base + plan.rows),
-                *(tokens, slots, size, *on),
+                *(states.pointer, factors if on_input else 0, base + plan.rows, size, address, dependent, device),
             )
         )
         products, kernel = (plan.gated, kind) if sizes.gated else (plan.products, Activation.NONE)

@@ -17,6 +17,13 @@
 
 #include "native/pipeline.cuh"
 
+// The shared memory that kernels declare. Kernels of products use its address only, which stands for offset 0 of the
+// CTA's own. Others use the memory itself. It is exchanged when another CTA runs, up to a size that products exceed.
+namespace w4a16::native {
+alignas(1024) uint8_t memory[227 * 1024];
+}
+constexpr size_t kMostExchangedBytes = 64 * 1024;
+
 namespace emulation {
 namespace {
 
@@ -84,6 +91,7 @@ struct Cta {
   unsigned first_of_cluster = 0;
   unsigned running = 0;
   std::vector<uint8_t> shared;
+  std::vector<uint8_t> declared;  // what `memory` holds while another CTA runs
   std::vector<std::unique_ptr<Thread>> threads;
   std::map<int, std::vector<Group>> groups;  // by their size
   std::map<unsigned, Groups> warpgroups;
@@ -115,6 +123,7 @@ struct Machine {
   unsigned running = 0;       // threads that have not ended
   void* scheduler = nullptr;  // its stack pointer
   Thread* current = nullptr;
+  Cta* in_memory = nullptr;  // whose shared memory `memory` holds
   std::mt19937 random;
   std::string error;
   const void* function = nullptr;
@@ -240,6 +249,18 @@ void start(Cta& cta, unsigned index) {
   cta.threads.push_back(std::move(thread));
 }
 
+// Makes `memory` hold what a CTA has written there.
+void load_memory(Cta& cta) {
+  if (machine->in_memory == &cta) return;
+  uint8_t* const memory = w4a16::native::memory;
+  if (machine->in_memory != nullptr) {
+    auto& declared = machine->in_memory->declared;
+    std::memcpy(declared.data(), memory, declared.size());
+  }
+  std::memcpy(memory, cta.declared.data(), cta.declared.size());
+  machine->in_memory = &cta;
+}
+
 bool chance(unsigned of) { return machine->random() % of == 0; }
 
 // Takes a random one out.
@@ -312,6 +333,7 @@ void run_all() {
       continue;
     }
     machine->current = thread;
+    load_memory(*thread->cta);
     switch_stacks(&machine->scheduler, thread->stack_pointer);
   }
 }
@@ -497,12 +519,6 @@ void wait_for_groups(int threads, int pending) {
 
 }  // namespace emulation
 
-// The shared memory that kernels declare. Kernels of products use its address only, which stands for offset 0 of the
-// CTA's own. Others use the memory itself, and have one CTA.
-namespace w4a16::native {
-alignas(1024) uint8_t memory[227 * 1024];
-}
-
 using emulation::machine;
 using emulation::settings;
 
@@ -547,6 +563,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* configuration, const v
     cta->first_of_cluster = i / all.cluster * all.cluster;
     cta->running = all.threads;
     cta->shared.assign(configuration->dynamicSmemBytes, 0xff);
+    if (all.grid > 1 && configuration->dynamicSmemBytes <= kMostExchangedBytes) cta->declared = cta->shared;
     for (unsigned t = 0; t < all.threads; ++t) emulation::start(*cta, t);
     all.ctas.push_back(std::move(cta));
   }

@@ -100,6 +100,9 @@ std::string why_not(const w4a16_route_arguments& given) {
   if (sentence.empty() && given.id_bytes != 4 && given.id_bytes != 8) {
     sentence = "id_bytes of " + std::to_string(given.id_bytes) + " must be 4 or 8";
   }
+  const bool gathers = given.hidden != nullptr;
+  if (sentence.empty() && gathers) sentence = why_not_numbers({{"columns", given.columns, 1, kMaxDimension}});
+  if (sentence.empty() && gathers) sentence = why_not_columns(given.columns);
   if (!sentence.empty() || given.tokens == 0) return sentence;
   const int64_t routes = given.tokens * given.slots;
   const auto id_bytes = static_cast<uint64_t>(given.id_bytes);
@@ -110,6 +113,12 @@ std::string why_not(const w4a16_route_arguments& given) {
       {Use::kWritten, "routes of rows", given.routes_of_rows, kIntBytes, bytes_of(routes, 1, kIntBytes)},
       {Use::kWritten, "rows of routes", given.rows_of_routes, kIntBytes, bytes_of(routes, 1, kIntBytes)},
       {Use::kWritten, "list of token tiles", given.token_tiles, kTensorAlignment, given.token_tiles_bytes},
+      {Use::kReadIfGiven, "hidden states", given.hidden, kTensorAlignment,
+       bytes_of(given.tokens, given.columns, kHalfBytes)},
+      {Use::kReadIfGiven, "routing weights", gathers ? given.weights : nullptr, kIntBytes,
+       bytes_of(routes, 1, kIntBytes)},
+      {gathers ? Use::kWritten : Use::kReadIfGiven, "rows", gathers ? given.rows : nullptr, kTensorAlignment,
+       bytes_of(routes, given.columns, kHalfBytes)},
   });
   return sentence.empty() ? why_not_room(given.token_tiles_bytes, routes, given.experts, given.tile_tokens) : sentence;
 }
@@ -253,7 +262,9 @@ w4a16_status w4a16_token_tiles_bytes(int64_t rows, int64_t experts, int64_t tile
 }
 
 w4a16_status w4a16_route(const w4a16_route_arguments* arguments, char* message, size_t message_bytes) {
-  const auto launch = [&](const ExpertFunctions& functions, int) { return functions.route(*arguments); };
+  const auto launch = [&](const ExpertFunctions& functions, int sm_count) {
+    return functions.route(*arguments, sm_count);
+  };
   return w4a16::call("routing", arguments, &w4a16_route_arguments::tokens, launch, message, message_bytes);
 }
 

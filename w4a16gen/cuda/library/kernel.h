@@ -41,7 +41,7 @@ struct Probes {
 
 // What a mixture of experts does around its grouped products. The arguments have been checked.
 struct ExpertFunctions {
-  cudaError_t (*route)(const w4a16_route_arguments&);
+  cudaError_t (*route)(const w4a16_route_arguments&, int sm_count);
   cudaError_t (*list_token_tiles)(const w4a16_listing_arguments&);
   cudaError_t (*gather_rows)(const w4a16_gather_arguments&, int sm_count);
   cudaError_t (*activate_rows)(const w4a16_activate_arguments&, int sm_count);

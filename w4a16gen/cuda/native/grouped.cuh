@@ -46,19 +46,33 @@ cudaError_t start(void (*kernel)(Parameters), Parameters parameters, const Start
   return cudaLaunchKernelExC(&configuration, function, arguments);
 }
 
-// One CTA for all rows of a batch.
+// Routes up to which every CTA that gathers rows may sort them for itself, which saves a launch.
+constexpr int64_t kMostRoutesGathered = 2048;
+
+// A CTA for each part of some work, but no more than run at once.
 template <class Given>
-Start one_cta(const Given& given) {
-  return {1, kRoutingThreads, routing_bytes(static_cast<int>(given.experts)), given.stream, given.dependent_launch};
+Start cta_per_part(const Given& given, int64_t parts, int sm_count) {
+  const int64_t ctas = std::min(std::max(parts, int64_t{1}), int64_t{sm_count} * kRowCtasPerSm);
+  return {ctas, kRowThreads, 0, given.stream, given.dependent_launch};
 }
 
-// A CTA for each row, but no more than run at once.
-template <class Given>
-Start cta_per_row(const Given& given, int64_t rows, int sm_count) {
-  return {std::min(rows, int64_t{sm_count} * kRowCtasPerSm), kRowThreads, 0, given.stream, given.dependent_launch};
+inline int64_t parts_of(int64_t size, int64_t part) { return (size + part - 1) / part; }
+
+inline Gathered gathered_by(const void* hidden, const void* weights, void* rows, int64_t slots, int64_t columns) {
+  return {static_cast<const Halves*>(hidden), static_cast<const float*>(weights), static_cast<Halves*>(rows),
+          static_cast<int>(slots), static_cast<int>(columns / kVector)};
 }
 
-inline cudaError_t launch_route(const w4a16_route_arguments& given) {
+inline cudaError_t launch_gathering(const w4a16_gather_arguments& given, int sm_count) {
+  GatherParameters p{};
+  p.gathered = gathered_by(given.hidden, given.weights, given.rows, given.slots, given.columns);
+  p.row_count = static_cast<const int32_t*>(given.row_count);
+  p.routes_of_rows = static_cast<const int32_t*>(given.routes_of_rows);
+  p.routes = static_cast<int>(given.tokens * given.slots);
+  return start(&gather_rows<kRowThreads>, p, cta_per_part(given, parts_of(p.routes, kRowThreads / kWarp), sm_count));
+}
+
+inline cudaError_t launch_route(const w4a16_route_arguments& given, int sm_count) {
   RoutingParameters p{};
   if (given.id_bytes == sizeof(int64_t)) {
     p.experts64 = static_cast<const int64_t*>(given.ids);
@@ -74,7 +88,18 @@ inline cudaError_t launch_route(const w4a16_route_arguments& given) {
   p.routes_of_rows = static_cast<int32_t*>(given.routes_of_rows);
   p.rows_of_routes = static_cast<int32_t*>(given.rows_of_routes);
   p.token_tiles = static_cast<TokenTiles*>(given.token_tiles);
-  return start(&route<kRoutingThreads>, p, one_cta(given));
+  const bool gathers = given.hidden != nullptr;
+  const bool at_once = gathers && p.routes <= kMostRoutesGathered;
+  const int gathered_rows = at_once ? p.routes : 0;
+  const int64_t ctas = at_once ? parts_of(p.routes, kRoutingWarps) : 1;
+  if (at_once) p.gathered = gathered_by(given.hidden, given.weights, given.rows, given.slots, given.columns);
+  const cudaError_t error = start(&route<kRoutingThreads>, p,
+                                  {std::min(ctas, int64_t{sm_count}), kRoutingThreads,
+                                   routing_bytes(p.experts, gathered_rows), given.stream, given.dependent_launch});
+  if (error != cudaSuccess || !gathers || at_once) return error;
+  return launch_gathering({given.hidden, p.offsets + p.experts, given.routes_of_rows, given.weights, given.rows,
+                           given.tokens, given.slots, given.columns, given.stream, 1},
+                          sm_count);
 }
 
 inline cudaError_t launch_listing(const w4a16_listing_arguments& given) {
@@ -87,20 +112,8 @@ inline cudaError_t launch_listing(const w4a16_listing_arguments& given) {
   p.tile_tokens = static_cast<int>(given.tile_tokens);
   p.most_tiles = static_cast<int>(max_token_tiles(given.rows, given.experts, given.tile_tokens));
   p.token_tiles = static_cast<TokenTiles*>(given.token_tiles);
-  return start(&list_token_tiles<kRoutingThreads>, p, one_cta(given));
-}
-
-inline cudaError_t launch_gathering(const w4a16_gather_arguments& given, int sm_count) {
-  GatherParameters p{};
-  p.hidden = static_cast<const Halves*>(given.hidden);
-  p.row_count = static_cast<const int32_t*>(given.row_count);
-  p.routes_of_rows = static_cast<const int32_t*>(given.routes_of_rows);
-  p.weights = static_cast<const float*>(given.weights);
-  p.rows = static_cast<Halves*>(given.rows);
-  p.routes = static_cast<int>(given.tokens * given.slots);
-  p.slots = static_cast<int>(given.slots);
-  p.vectors = static_cast<int>(given.columns / kVector);
-  return start(&gather_rows<kRowThreads>, p, cta_per_row(given, p.routes, sm_count));
+  return start(&list_token_tiles<kRoutingThreads>, p,
+               {1, kRoutingThreads, routing_bytes(p.experts), given.stream, given.dependent_launch});
 }
 
 inline cudaError_t launch_activating(const w4a16_activate_arguments& given, int sm_count) {
@@ -111,7 +124,8 @@ inline cudaError_t launch_activating(const w4a16_activate_arguments& given, int 
   p.rows = static_cast<int>(given.rows);
   p.vectors = static_cast<int>(given.columns / kVector);
   p.activation = activation_of(given.activation);
-  return start(&activate_rows<kRowThreads>, p, cta_per_row(given, given.rows, sm_count));
+  return start(&activate_rows<kRowThreads>, p,
+               cta_per_part(given, parts_of(given.rows * p.vectors, kRowThreads), sm_count));
 }
 
 inline cudaError_t launch_combining(const w4a16_combine_arguments& given, int sm_count) {
@@ -123,7 +137,8 @@ inline cudaError_t launch_combining(const w4a16_combine_arguments& given, int sm
   p.tokens = static_cast<int>(given.tokens);
   p.slots = static_cast<int>(given.slots);
   p.vectors = static_cast<int>(given.columns / kVector);
-  return start(&combine_rows<kRowThreads>, p, cta_per_row(given, given.tokens, sm_count));
+  return start(&combine_rows<kRowThreads>, p,
+               cta_per_part(given, given.tokens * parts_of(p.vectors, kRowThreads), sm_count));
 }
 
 constexpr ExpertFunctions kExpertFunctions{&launch_route, &launch_listing, &launch_gathering, &launch_activating,

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "native/ptx.cuh"
+#include "native/rows.cuh"
 #include "native/tiles.h"
 
 namespace w4a16::native {
@@ -27,6 +28,7 @@ struct RoutingParameters {
   int32_t* routes_of_rows;  // [routes], written
   int32_t* rows_of_routes;  // [routes], written; kNoExpert for a route without a row
   TokenTiles* token_tiles;  // written
+  Gathered gathered;        // perhaps without hidden states
 };
 
 // The rows of each expert, given by offsets [experts + 1], or by counts [experts] where expert e begins at row
@@ -42,22 +44,26 @@ struct ListingParameters {
   TokenTiles* token_tiles;
 };
 
-// Shared memory: the rows of every expert that each warp has seen, then each expert's first row and first tile.
-constexpr int routing_bytes(int experts) {
-  return (kRoutingWarps * experts + 2 * (experts + 1) + 2 * kRoutingWarps) * static_cast<int>(sizeof(int32_t));
+// Shared memory: the rows of every expert that each warp has seen, each expert's first row and first tile, and if rows
+// are gathered, the route of each row.
+constexpr int routing_bytes(int experts, int gathered_rows = 0) {
+  return (kRoutingWarps * experts + 2 * (experts + 1) + 2 * kRoutingWarps + gathered_rows) *
+         static_cast<int>(sizeof(int32_t));
 }
 
 struct RoutingMemory {
-  int32_t* counts;       // [warps][experts]
-  int32_t* first_rows;   // [experts + 1]
-  int32_t* first_tiles;  // [experts + 1]
-  int32_t* sums;         // [2][warps]
+  int32_t* counts;          // [warps][experts]
+  int32_t* first_rows;      // [experts + 1]
+  int32_t* first_tiles;     // [experts + 1]
+  int32_t* sums;            // [2][warps]
+  int32_t* routes_of_rows;  // [gathered rows]
 
   __device__ RoutingMemory(uint8_t* memory, int experts)
       : counts(reinterpret_cast<int32_t*>(memory)),
         first_rows(counts + kRoutingWarps * experts),
         first_tiles(first_rows + experts + 1),
-        sums(first_tiles + experts + 1) {}
+        sums(first_tiles + experts + 1),
+        routes_of_rows(sums + 2 * kRoutingWarps) {}
 };
 
 // The sum of the values of all threads before this one, and of all of them.
@@ -77,13 +83,16 @@ __device__ inline PrefixSum prefix_sum(int value, int32_t* sums) {
   }
   if (lane == kWarp - 1) sums[warp] = sum;
   __syncthreads();
-  PrefixSum result{sum - value, 0};
-  for (int i = 0; i < kRoutingWarps; ++i) {
-    if (i < warp) result.before += sums[i];
-    result.total += sums[i];
+  static_assert(kRoutingWarps == kWarp, "each warp sums up what all warps have, a lane for each");
+  const int of_lane = sums[lane];
+  int up_to_lane = of_lane;
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const int other = __shfl_up_sync(kAllLanes, up_to_lane, distance);
+    if (lane >= distance) up_to_lane += other;
   }
-  __syncthreads();  // the next call writes there
-  return result;
+  const int before_warp = __shfl_sync(kAllLanes, up_to_lane - of_lane, warp);
+  return {before_warp + sum - value, __shfl_sync(kAllLanes, up_to_lane, kWarp - 1)};
 }
 
 // Writes the list of token tiles, of experts whose first tiles are in shared memory.
@@ -108,20 +117,63 @@ __device__ inline int expert_of(const RoutingParameters& p, int route) {
   return expert >= 0 && expert < p.experts ? expert : kNoExpert;
 }
 
+constexpr int kReadAhead = 8;  // ids that a thread reads at once: each read takes long
+
+// How warps divide the routes: each takes `rounds` times 32 routes that follow one another.
+struct Division {
+  int rounds;
+  int warps;  // that have routes
+
+  __device__ explicit Division(int routes)
+      : rounds((routes + kRoutingThreads - 1) / kRoutingThreads),
+        warps((routes + kWarp * rounds - 1) / (kWarp * rounds)) {}
+};
+
 // Calls visit(route, expert, lanes of the warp with the same expert) for this warp's part of the routes. All lanes call
 // it, with kNoExpert behind the end.
 template <class Visit>
-__device__ inline void for_routes(const RoutingParameters& p, const Visit& visit) {
+__device__ inline void for_routes(const RoutingParameters& p, const Division& division, const Visit& visit) {
   const auto warp = static_cast<int>(threadIdx.x / kWarp);
-  const int rounds = (p.routes + kRoutingThreads - 1) / kRoutingThreads;
-  for (int round = 0; round < rounds; ++round) {
-    const int route = (warp * rounds + round) * kWarp + static_cast<int>(threadIdx.x % kWarp);
-    const int expert = route < p.routes ? expert_of(p, route) : kNoExpert;
-    visit(route, expert, __match_any_sync(kAllLanes, expert));
+  if (warp >= division.warps) return;
+  const int first = warp * division.rounds * kWarp + static_cast<int>(threadIdx.x % kWarp);
+  for (int begin = 0; begin < division.rounds; begin += kReadAhead) {
+    int experts[kReadAhead];
+#pragma unroll
+    for (int i = 0; i < kReadAhead; ++i) {
+      const int route = first + (begin + i) * kWarp;
+      experts[i] = begin + i < division.rounds && route < p.routes ? expert_of(p, route) : kNoExpert;
+    }
+#pragma unroll
+    for (int i = 0; i < kReadAhead; ++i) {
+      if (begin + i >= division.rounds) break;
+      visit(first + (begin + i) * kWarp, experts[i], __match_any_sync(kAllLanes, experts[i]));
+    }
   }
 }
 
-// One CTA counts the routes of each expert, and then gives each route its row: a stable counting sort.
+// Replaces the rows that each warp has counted for this thread's expert by those that warps before it have counted.
+// Returns their sum.
+__device__ inline int sum_up_warps(const RoutingMemory& shared, const Division& division, int experts) {
+  const auto thread = static_cast<int>(threadIdx.x);
+  int rows = 0;
+  if (thread >= experts) return rows;
+  for (int begin = 0; begin < division.warps; begin += kReadAhead) {
+    int counts[kReadAhead];
+#pragma unroll
+    for (int i = 0; i < kReadAhead; ++i) {
+      counts[i] = begin + i < division.warps ? shared.counts[(begin + i) * experts + thread] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kReadAhead; ++i) {
+      if (begin + i < division.warps) shared.counts[(begin + i) * experts + thread] = rows;
+      rows += counts[i];
+    }
+  }
+  return rows;
+}
+
+// Counts the routes of each expert, and then gives each route its row: a stable counting sort. If hidden states are
+// given, it gathers them as well: every CTA then sorts, and copies its share of the rows.
 //
 // Kernels are templates, as all in headers that several compile units include.
 template <int Threads>
@@ -130,46 +182,55 @@ __global__ void __launch_bounds__(Threads) route(const __grid_constant__ Routing
   const RoutingMemory shared(memory, p.experts);
   const auto thread = static_cast<int>(threadIdx.x);
   const int lane = thread % kWarp;
+  const bool is_writer = blockIdx.x == 0;
+  const Division division(p.routes);
   int32_t* const mine = shared.counts + thread / kWarp * p.experts;
-  for (int i = thread; i < kRoutingWarps * p.experts; i += kRoutingThreads) shared.counts[i] = 0;
+  for (int i = thread; i < division.warps * p.experts; i += kRoutingThreads) shared.counts[i] = 0;
   wait_for_prerequisites();
+  launch_dependents();
   __syncthreads();
-  for_routes(p, [&](int, int expert, uint32_t same) {
+  for_routes(p, division, [&](int, int expert, uint32_t same) {
     if (expert != kNoExpert && lane == __ffs(static_cast<int>(same)) - 1) mine[expert] += __popc(same);
     __syncwarp();
   });
   __syncthreads();
-  int rows = 0;
-  for (int warp = 0; warp < kRoutingWarps && thread < p.experts; ++warp) {
-    int32_t& count = shared.counts[warp * p.experts + thread];
-    const int of_warp = count;
-    count = rows;
-    rows += of_warp;
-  }
+  const int rows = sum_up_warps(shared, division, p.experts);
   const PrefixSum all_rows = prefix_sum(rows, shared.sums);
   const PrefixSum all_tiles = prefix_sum((rows + p.tile_tokens - 1) / p.tile_tokens, shared.sums + kRoutingWarps);
   if (thread < p.experts) {
-    shared.first_rows[thread] = p.offsets[thread] = all_rows.before;
+    shared.first_rows[thread] = all_rows.before;
     shared.first_tiles[thread] = all_tiles.before;
+    if (is_writer) p.offsets[thread] = all_rows.before;
   }
-  if (thread == 0) shared.first_rows[p.experts] = p.offsets[p.experts] = all_rows.total;
+  if (thread == 0) {
+    shared.first_rows[p.experts] = all_rows.total;
+    if (is_writer) p.offsets[p.experts] = all_rows.total;
+  }
   __syncthreads();
-  write_token_tiles(p.token_tiles, shared.first_tiles, p.experts, all_tiles.total,
-                    [&](int expert) { return make_int2(shared.first_rows[expert], shared.first_rows[expert + 1]); });
-  for_routes(p, [&](int route, int expert, uint32_t same) {
+  if (is_writer) {
+    write_token_tiles(p.token_tiles, shared.first_tiles, p.experts, all_tiles.total,
+                      [&](int expert) { return make_int2(shared.first_rows[expert], shared.first_rows[expert + 1]); });
+  }
+  const bool gathers = p.gathered.hidden != nullptr;
+  for_routes(p, division, [&](int route, int expert, uint32_t same) {
     const int earlier = expert != kNoExpert ? mine[expert] : 0;
     __syncwarp();
     if (expert != kNoExpert) {
       const int row = shared.first_rows[expert] + earlier + __popc(same & ((1u << lane) - 1));
-      p.routes_of_rows[row] = route;
-      p.rows_of_routes[route] = row;
+      if (is_writer) {
+        p.routes_of_rows[row] = route;
+        p.rows_of_routes[route] = row;
+      }
+      if (gathers) shared.routes_of_rows[row] = route;
       if (lane == __ffs(static_cast<int>(same)) - 1) mine[expert] = earlier + __popc(same);
-    } else if (route < p.routes) {
+    } else if (is_writer && route < p.routes) {
       p.rows_of_routes[route] = kNoExpert;
     }
     __syncwarp();
   });
-  launch_dependents();
+  if (!gathers) return;
+  __syncthreads();
+  gather_rows_of<Threads>(p.gathered, shared.routes_of_rows, all_rows.total);
 }
 
 // One CTA lists the token tiles of experts whose rows are given. Rows outside the activations are left out, and tiles

@@ -60,7 +60,8 @@ inline Outcome grouped_gemm(const KernelLibrary& library, int kernel, int64_t m,
 inline Outcome route(const KernelLibrary& library, uintptr_t ids, int id_bytes, uintptr_t expert_map,
                      int64_t global_experts, int64_t experts, int64_t tokens, int64_t slots, int64_t tile_tokens,
                      uintptr_t offsets, uintptr_t routes_of_rows, uintptr_t rows_of_routes, uintptr_t token_tiles,
-                     size_t token_tiles_bytes, uintptr_t stream, bool dependent_launch, int device) {
+                     size_t token_tiles_bytes, uintptr_t hidden, uintptr_t weights, uintptr_t rows, int64_t columns,
+                     uintptr_t stream, bool dependent_launch, int device) {
   w4a16_route_arguments arguments{};
   arguments.ids = pointer(ids);
   arguments.id_bytes = id_bytes;
@@ -76,6 +77,10 @@ inline Outcome route(const KernelLibrary& library, uintptr_t ids, int id_bytes, 
   arguments.rows_of_routes = pointer(rows_of_routes);
   arguments.token_tiles = pointer(token_tiles);
   arguments.token_tiles_bytes = token_tiles_bytes;
+  arguments.hidden = pointer(hidden);
+  arguments.weights = pointer(weights);
+  arguments.rows = pointer(rows);
+  arguments.columns = columns;
   arguments.stream = pointer(stream);
   return launched_on(device, [&](char* message, size_t bytes) { return library.route(&arguments, message, bytes); });
 }
