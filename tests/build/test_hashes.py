@@ -61,6 +61,8 @@ EDITS = {
     "cutlass/gemm.cuh": {"cutlass"},
     "library/kernel.h": {"native", "cutlass", "link"},
     "library/epilogue.h": {"native", "link"},
+    "library/driver.h": {"native", "link"},
+    "library/capture.h": {"link"},
     "library/problem.h": {"link"},
     "library/registry.h": {"link"},
     "library/checks.h": {"link"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import resource
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from paths import CPP
 
 from w4a16gen import KernelConfig, Library, Problem, QuantMode
 from w4a16gen.build import toolchain
+from w4a16gen.build.headers import CUDA_FOLDER
 from w4a16gen.build.pipeline import build
 from w4a16gen.build.units import FLAGS
 from w4a16gen.cli import main
@@ -293,6 +295,17 @@ def test_a_build_without_kernels_fails_the_static_proof(fake_library: Library) -
 def test_kernels_are_found_in_the_machine_code_by_their_names(real_library: Library) -> None:
     code = read_code(real_library.build.library)
     assert {KernelConfig.parse(name) for name in code} == set(real_library.configs())
+
+
+def test_a_native_kernel_takes_part_in_dependent_launches_and_captures_know_it(tmp_path: Path) -> None:
+    config = KernelConfig.parse(BY_WARPS)
+    built = build([config], generated=tmp_path / "generated", folder=tmp_path / "build").build
+    code = read_code(built.library)[BY_WARPS]
+    assert code.instructions["PREEXIT"] > 0, "it lets dependent launches start"
+    assert code.instructions["ACQBULK"] > 0, "it waits for the kernel that it depends on"
+    begin = re.search(r'kBegin\[\] = "(\w+)"', (CUDA_FOLDER / "library" / "capture.h").read_text())
+    assert begin is not None
+    assert f"{begin[1]}NS_{len(BY_WARPS)}{BY_WARPS}E".encode() in built.library.read_bytes()
 
 
 def test_a_second_build_compiles_and_links_nothing(real_build: Build) -> None:

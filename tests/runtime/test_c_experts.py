@@ -172,6 +172,7 @@ CALLS = [
     *(("w4a16_gather_rows", *row) for row in GATHER),
     *(("w4a16_activate_rows", *row) for row in ACTIVATE),
     *(("w4a16_combine_rows", *row) for row in COMBINE),
+    *((name, {"dependent_launch": 3}, "dependent_launch of 3 must be a w4a16_launch, 0 to 2") for name in BASES),
 ]
 
 

@@ -46,6 +46,8 @@ C_CALLS: list[tuple[str, dict[str, Any], int, str]] = [
     ("a negative activation", {"activation": -1}, 1, "activation of -1 must be a w4a16_activation"),
     ("an activation of cutlass", {"activation": 1}, 1, why_no_epilogue("cutlass")),
     ("a residual of cutlass", {"residual": 4 * ALIGNED}, 1, why_no_epilogue("cutlass")),
+    ("a launch that is none", {"dependent_launch": 3}, 1, "dependent_launch of 3 must be a w4a16_launch, 0 to 2"),
+    ("a negative launch", {"dependent_launch": -1}, 1, "dependent_launch of -1 must be a w4a16_launch"),
     ("group", {"group_size": 48}, 2, "group size 48 must be 64 (= k)"),
     ("n", {"n": 12}, 2, "n of 12 must be a positive multiple of 8"),
 ]

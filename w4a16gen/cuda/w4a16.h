@@ -59,6 +59,15 @@ typedef enum {
   W4A16_GATED = 2        /* an activation from W4A16_SWIGLU on, and perhaps a residual */
 } w4a16_epilogue;
 
+/* How a launch follows earlier kernels of its stream. The bits of the result do not depend on it. */
+typedef enum {
+  W4A16_ORDINARY_LAUNCH = 0,  /* it starts when they have ended */
+  W4A16_DEPENDENT_LAUNCH = 1, /* it may start and fetch weights while they still run. Those from the last ordinary
+                                 launch on must not write its weights */
+  W4A16_AUTO_LAUNCH = 2 /* the same in a stream capture, behind one kernel that is this library's own of target native
+                           or a dependent launch itself: there it gains. Anywhere else ordinary */
+} w4a16_launch;
+
 typedef struct {
   int64_t m;          /* tokens */
   int64_t n;          /* output channels */
@@ -91,8 +100,7 @@ typedef struct {
   size_t workspace_bytes;
   void* stream; /* cudaStream_t of the current device */
   float alpha;
-  int32_t dependent_launch; /* 1: may start and fetch weights while earlier kernels of the stream still run. These, from
-                               the last ordinary launch on, must not write this launch's weights */
+  int32_t dependent_launch; /* w4a16_launch */
   int32_t activation;       /* w4a16_activation, of those that the kernel's epilogue computes */
   const void* residual; /* fp16, of the output's shape, 16-byte aligned, or null. It may be the output itself, but must
                            not overlap it otherwise. Only with kernels that have an epilogue */

@@ -5,6 +5,7 @@
 #include <initializer_list>
 #include <string>
 
+#include "library/capture.h"
 #include "library/checks.h"
 #include "library/gemm.h"
 
@@ -210,6 +211,7 @@ w4a16_status call(const char* what, const Arguments* arguments, int64_t Argument
                   char* message, size_t message_bytes) {
   if (arguments == nullptr) return report(W4A16_INVALID_ARGUMENT, "arguments must not be null", message, message_bytes);
   std::string sentence = why_not(*arguments);
+  if (sentence.empty()) sentence = why_not_launch(arguments->dependent_launch);
   if (!sentence.empty()) return report(W4A16_INVALID_ARGUMENT, sentence, message, message_bytes);
   if (arguments->*size == 0) return report(W4A16_OK, {}, message, message_bytes);
   const auto is_grouped = [](const Kernel* kernel) { return kernel->experts != nullptr; };
@@ -222,7 +224,9 @@ w4a16_status call(const char* what, const Arguments* arguments, int64_t Argument
   const Device& device = current_device();
   sentence = why_not_device(device);
   if (!sentence.empty()) return report(W4A16_NO_HOPPER_GPU, sentence, message, message_bytes);
-  return report_launch(what, launch(*(*found)->experts, device.sm_count), message, message_bytes);
+  Arguments resolved = *arguments;
+  resolved.dependent_launch = resolved_launch(resolved.dependent_launch, resolved.stream);
+  return report_launch(what, launch(*(*found)->experts, resolved, device.sm_count), message, message_bytes);
 }
 
 }  // namespace
@@ -262,34 +266,36 @@ w4a16_status w4a16_token_tiles_bytes(int64_t rows, int64_t experts, int64_t tile
 }
 
 w4a16_status w4a16_route(const w4a16_route_arguments* arguments, char* message, size_t message_bytes) {
-  const auto launch = [&](const ExpertFunctions& functions, int sm_count) {
-    return functions.route(*arguments, sm_count);
+  const auto launch = [](const ExpertFunctions& functions, const w4a16_route_arguments& given, int sm_count) {
+    return functions.route(given, sm_count);
   };
   return w4a16::call("routing", arguments, &w4a16_route_arguments::tokens, launch, message, message_bytes);
 }
 
 w4a16_status w4a16_list_token_tiles(const w4a16_listing_arguments* arguments, char* message, size_t message_bytes) {
-  const auto launch = [&](const ExpertFunctions& functions, int) { return functions.list_token_tiles(*arguments); };
+  const auto launch = [](const ExpertFunctions& functions, const w4a16_listing_arguments& given, int) {
+    return functions.list_token_tiles(given);
+  };
   return w4a16::call("listing token tiles", arguments, &w4a16_listing_arguments::rows, launch, message, message_bytes);
 }
 
 w4a16_status w4a16_gather_rows(const w4a16_gather_arguments* arguments, char* message, size_t message_bytes) {
-  const auto launch = [&](const ExpertFunctions& functions, int sm_count) {
-    return functions.gather_rows(*arguments, sm_count);
+  const auto launch = [](const ExpertFunctions& functions, const w4a16_gather_arguments& given, int sm_count) {
+    return functions.gather_rows(given, sm_count);
   };
   return w4a16::call("gathering rows", arguments, &w4a16_gather_arguments::tokens, launch, message, message_bytes);
 }
 
 w4a16_status w4a16_activate_rows(const w4a16_activate_arguments* arguments, char* message, size_t message_bytes) {
-  const auto launch = [&](const ExpertFunctions& functions, int sm_count) {
-    return functions.activate_rows(*arguments, sm_count);
+  const auto launch = [](const ExpertFunctions& functions, const w4a16_activate_arguments& given, int sm_count) {
+    return functions.activate_rows(given, sm_count);
   };
   return w4a16::call("activating rows", arguments, &w4a16_activate_arguments::rows, launch, message, message_bytes);
 }
 
 w4a16_status w4a16_combine_rows(const w4a16_combine_arguments* arguments, char* message, size_t message_bytes) {
-  const auto launch = [&](const ExpertFunctions& functions, int sm_count) {
-    return functions.combine_rows(*arguments, sm_count);
+  const auto launch = [](const ExpertFunctions& functions, const w4a16_combine_arguments& given, int sm_count) {
+    return functions.combine_rows(given, sm_count);
   };
   return w4a16::call("combining rows", arguments, &w4a16_combine_arguments::tokens, launch, message, message_bytes);
 }

@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "library/capture.h"
 #include "library/checks.h"
 #include "library/epilogue.h"
 
@@ -16,7 +17,7 @@ inline std::string why_not_arguments(const w4a16_gemm_arguments& arguments, size
   if (sentence.empty() && arguments.packed_bytes != packed_bytes) {
     sentence = why_not_bytes("packed weight", arguments.packed_bytes, packed_bytes, "be exactly");
   }
-  return sentence;
+  return sentence.empty() ? why_not_launch(arguments.dependent_launch) : sentence;
 }
 
 inline std::string why_not_gated(const w4a16_problem& problem) {
@@ -112,6 +113,7 @@ inline w4a16_status multiply(const Kernel& kernel, Launch launch, char* message,
   if (!sentence.empty()) return report(W4A16_INVALID_ARGUMENT, sentence, message, message_bytes);
   launch.device = device.index;
   launch.sm_count = device.sm_count;
+  launch.arguments.dependent_launch = resolved_launch(arguments.dependent_launch, arguments.stream);
   const cudaError_t error = kernel.launch(launch);
   if (error == cudaSuccess) return report(W4A16_OK, {}, message, message_bytes);
   sentence = std::string("launch of ") + kernel.info.name + " failed: " + cudaGetErrorString(error);

@@ -4,21 +4,13 @@
 #include <atomic>
 #include <random>
 
+#include "library/driver.h"
 #include "library/kernel.h"
 #include "native/kernel.cuh"
 #include "native/pack.cuh"
 #include "native/probe.cuh"
 
 namespace w4a16::native {
-
-// Returns a driver function, or null if the driver has none of this name. Looking it up avoids linking to the driver.
-template <class FunctionType>
-FunctionType driver_function(const char* name) {
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult result{};
-  const cudaError_t error = cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result);
-  return error == cudaSuccess ? reinterpret_cast<FunctionType>(found) : nullptr;
-}
 
 // Encodes the tensor map of a row-major fp16 matrix with boxes of 64 or 32 columns, whose rows are swizzled. Elements
 // that are out of bounds read as 0 and are not written.

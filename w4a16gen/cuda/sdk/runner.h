@@ -251,11 +251,12 @@ class Runner {
   // Every mode: C = activation(alpha * A x B + biases) + residual, with biases [n] or null. In per-column mode
   // group_size is k.
   //
-  // A dependent launch may start, and fetch weights, while earlier kernels of the stream still run. These must not
-  // write the packed weight; they may write A and read or write C.
+  // dependent_launch is a w4a16_launch; true is W4A16_DEPENDENT_LAUNCH. A dependent launch may start, and fetch
+  // weights, while earlier kernels of the stream still run. These must not write the packed weight; they may write A
+  // and read or write C.
   void gemm(const void* A, const void* B, const void* scales, const void* zeros, const void* biases, float alpha,
             void* C, int m, int n, int k, int group_size, const GemmConfig& config, void* workspace,
-            size_t workspace_bytes, cudaStream_t stream, bool dependent_launch = false,
+            size_t workspace_bytes, cudaStream_t stream, int32_t dependent_launch = W4A16_ORDINARY_LAUNCH,
             const Epilogue& epilogue = {}) const {
     check_weight(B, {n, k, group_size, scales, zeros, epilogue.is_gated()});
     if (config.info.mode != static_cast<int>(Op)) {
@@ -273,7 +274,7 @@ class Runner {
     arguments.workspace_bytes = workspace_bytes;
     arguments.stream = stream;
     arguments.alpha = alpha;
-    arguments.dependent_launch = dependent_launch ? 1 : 0;
+    arguments.dependent_launch = dependent_launch;
     arguments.activation = epilogue.activation;
     arguments.residual = epilogue.residual;
     detail::Message message;
@@ -281,7 +282,8 @@ class Runner {
   }
   void gemm(const void* A, const void* B, const void* scales, const void* zeros, const void* biases, void* C, int m,
             int n, int k, int group_size, const GemmConfig& config, void* workspace, size_t workspace_bytes,
-            cudaStream_t stream, bool dependent_launch = false, const Epilogue& epilogue = {}) const {
+            cudaStream_t stream, int32_t dependent_launch = W4A16_ORDINARY_LAUNCH,
+            const Epilogue& epilogue = {}) const {
     gemm(A, B, scales, zeros, biases, 1.0f, C, m, n, k, group_size, config, workspace, workspace_bytes, stream,
          dependent_launch, epilogue);
   }

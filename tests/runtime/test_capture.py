@@ -1,0 +1,88 @@
+"""Launches that are left to the library: which ones become dependent, by what the driver says of a stream capture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from host_programs import compile_for_host, output_of
+
+ORDINARY, DEPENDENT, AUTO = "0", "1", "2"
+QUESTIONS = (
+    "cuStreamGetCaptureInfo",
+    "cuGraphNodeGetType",
+    "cuGraphKernelNodeGetParams",
+    "cuGraphKernelNodeGetAttribute",
+    "cuGraphNodeGetDependencies",
+    "cuFuncGetName",
+    "cuKernelGetName",
+)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compile the library against a stand-in of the driver; see tests/cpp/host_captures.cpp."""
+    return compile_for_host("host_captures", tmp_path_factory.mktemp("captures"))
+
+
+@pytest.mark.parametrize("facts", ["native", "native_handle", "edge", "attribute"])
+def test_a_launch_behind_a_kernel_that_takes_part_is_dependent(program: Path, facts: str) -> None:
+    assert output_of(program, AUTO, facts) == ["dependent"]
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        "none native",
+        "ended native",
+        "",
+        "ordinary",
+        "pack",
+        "cutlass",
+        "copy",
+        "other_edge",
+        "part",
+        "native native",
+        "native ordinary",
+        "edge copy",
+    ],
+)
+def test_any_other_launch_is_ordinary(program: Path, facts: str) -> None:
+    assert output_of(program, AUTO, *facts.split()) == ["ordinary"]
+
+
+@pytest.mark.parametrize(
+    ("behind", "name"),
+    [
+        ("native", "cuStreamGetCaptureInfo"),
+        ("native", "cuGraphNodeGetType"),
+        ("native", "cuGraphKernelNodeGetParams"),
+        ("native", "cuFuncGetName"),
+        ("native_handle", "cuKernelGetName"),
+        ("edge", "cuGraphNodeGetDependencies"),
+        ("attribute", "cuGraphKernelNodeGetAttribute"),
+    ],
+)
+def test_a_question_that_fails_is_answered_with_no(program: Path, behind: str, name: str) -> None:
+    assert output_of(program, AUTO, behind, f"fail:{name}") == ["ordinary"]
+
+
+def test_one_answer_is_enough(program: Path) -> None:
+    others = "cuGraphKernelNodeGetParams", "cuGraphKernelNodeGetAttribute"
+    assert output_of(program, AUTO, "edge", *(f"fail:{name}" for name in others)) == ["dependent"]
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_a_driver_that_lacks_a_question_leaves_launches_ordinary(program: Path, name: str) -> None:
+    assert output_of(program, AUTO, "native", f"absent:{name}") == ["ordinary"]
+
+
+@pytest.mark.parametrize(("asked", "launched"), [(ORDINARY, "ordinary"), (DEPENDENT, "dependent")])
+def test_a_launch_that_is_named_is_taken_as_it_is(program: Path, asked: str, launched: str) -> None:
+    for facts in ("none", "native", "copy"):
+        assert output_of(program, asked, facts) == [launched]
+
+
+@pytest.mark.parametrize("asked", ["-1", "3"])
+def test_another_number_is_refused(program: Path, asked: str) -> None:
+    assert output_of(program, asked) == [f"dependent_launch of {asked} must be a w4a16_launch, 0 to 2"]

@@ -1,0 +1,117 @@
+// What a stream capture says of the launch that comes next: whether it gains as a dependent one.
+//
+// Behind a kernel that takes part in dependent launches a product gains; behind any other one it takes longer than as
+// an ordinary launch. Only a capture knows what comes before.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <string>
+
+#include "library/driver.h"
+#include "w4a16.h"
+
+namespace w4a16 {
+
+// Whether a device function is one of target native's: all of these let dependent launches start. The name begins like
+// that of w4a16::native::kernel<...>; other builds in the process may have launched it too.
+inline bool is_native_kernel(const char* symbol) {
+  static constexpr char kBegin[] = "_ZN5w4a166native6kernelI";
+  return std::strncmp(symbol, kBegin, sizeof(kBegin) - 1) == 0;
+}
+
+// The driver's questions about a capture. A question that fails is answered with no. The driver keeps no error of it,
+// unlike the runtime, whose caller may be about to ask for its last one.
+class Capture {
+ public:
+  // Returns whether the stream is in a capture, and its next launch follows one kernel that takes part in dependent
+  // launches, and nothing else.
+  bool follows_participant(cudaStream_t stream) const {
+    CUgraphNode node = nullptr;
+    return has_functions() && find_only_dependency(stream, &node) && is_kernel(node) &&
+           (is_native(node) || has_attribute(node) || has_programmatic_edge(node));
+  }
+
+ private:
+  static constexpr unsigned kVersion = 12030;  // the first with data of edges
+
+  bool has_functions() const {
+    return capture_info_ != nullptr && type_ != nullptr && parameters_ != nullptr && attribute_ != nullptr &&
+           dependencies_ != nullptr && function_name_ != nullptr && kernel_name_ != nullptr;
+  }
+
+  bool find_only_dependency(cudaStream_t stream, CUgraphNode* node) const {
+    CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
+    const CUgraphNode* nodes = nullptr;
+    const CUgraphEdgeData* edges = nullptr;
+    size_t count = 0;
+    if (capture_info_(stream, &status, nullptr, nullptr, &nodes, &edges, &count) != CUDA_SUCCESS) return false;
+    if (status != CU_STREAM_CAPTURE_STATUS_ACTIVE || count != 1) return false;
+    if (edges != nullptr && edges[0].type != CU_GRAPH_DEPENDENCY_TYPE_DEFAULT) return false;
+    *node = nodes[0];
+    return true;
+  }
+
+  bool is_kernel(CUgraphNode node) const {
+    CUgraphNodeType type = CU_GRAPH_NODE_TYPE_EMPTY;
+    return type_(node, &type) == CUDA_SUCCESS && type == CU_GRAPH_NODE_TYPE_KERNEL;
+  }
+
+  bool is_native(CUgraphNode node) const {
+    CUDA_KERNEL_NODE_PARAMS parameters{};
+    if (parameters_(node, &parameters) != CUDA_SUCCESS) return false;
+    const char* name = nullptr;
+    const CUresult result =
+        parameters.func != nullptr ? function_name_(&name, parameters.func) : kernel_name_(&name, parameters.kern);
+    return result == CUDA_SUCCESS && name != nullptr && is_native_kernel(name);
+  }
+
+  bool has_attribute(CUgraphNode node) const {
+    CUkernelNodeAttrValue value{};
+    const CUresult result = attribute_(node, CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, &value);
+    return result == CUDA_SUCCESS && value.programmaticStreamSerializationAllowed != 0;
+  }
+
+  // A capture may turn the attribute into the type of an edge.
+  bool has_programmatic_edge(CUgraphNode node) const {
+    std::array<CUgraphNode, 8> nodes{};  // a dependent launch has one dependency, or a few by events
+    std::array<CUgraphEdgeData, 8> edges{};
+    size_t count = nodes.size();
+    if (dependencies_(node, nodes.data(), edges.data(), &count) != CUDA_SUCCESS) return false;
+    return std::any_of(edges.begin(), edges.begin() + std::min(count, edges.size()), [](const CUgraphEdgeData& edge) {
+      return edge.type == CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC &&
+             edge.from_port == CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC;
+    });
+  }
+
+  template <class FunctionType>
+  static FunctionType find(const char* name) {
+    return driver_function<FunctionType>(name, kVersion);
+  }
+
+  decltype(&cuStreamGetCaptureInfo_v3) capture_info_ = find<decltype(capture_info_)>("cuStreamGetCaptureInfo");
+  decltype(&cuGraphNodeGetType) type_ = find<decltype(type_)>("cuGraphNodeGetType");
+  decltype(&cuGraphKernelNodeGetParams) parameters_ = find<decltype(parameters_)>("cuGraphKernelNodeGetParams");
+  decltype(&cuGraphKernelNodeGetAttribute) attribute_ = find<decltype(attribute_)>("cuGraphKernelNodeGetAttribute");
+  decltype(&cuGraphNodeGetDependencies_v2) dependencies_ = find<decltype(dependencies_)>("cuGraphNodeGetDependencies");
+  decltype(&cuFuncGetName) function_name_ = find<decltype(function_name_)>("cuFuncGetName");
+  decltype(&cuKernelGetName) kernel_name_ = find<decltype(kernel_name_)>("cuKernelGetName");
+};
+
+// Returns why a number is no w4a16_launch, or an empty string if it is one.
+inline std::string why_not_launch(int32_t launch) {
+  if (launch >= W4A16_ORDINARY_LAUNCH && launch <= W4A16_AUTO_LAUNCH) return {};
+  return "dependent_launch of " + std::to_string(launch) + " must be a w4a16_launch, 0 to " +
+         std::to_string(W4A16_AUTO_LAUNCH);
+}
+
+// Returns the kind of launch that a w4a16_launch asks for on a stream: W4A16_ORDINARY_LAUNCH or W4A16_DEPENDENT_LAUNCH.
+inline int32_t resolved_launch(int32_t launch, void* stream) {
+  if (launch != W4A16_AUTO_LAUNCH) return launch;
+  static const Capture capture;
+  return capture.follows_participant(static_cast<cudaStream_t>(stream)) ? W4A16_DEPENDENT_LAUNCH
+                                                                        : W4A16_ORDINARY_LAUNCH;
+}
+
+}  // namespace w4a16
