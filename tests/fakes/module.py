@@ -116,7 +116,7 @@ class Launched:
     workspace: int
     workspace_bytes: int
     stream: int
-    dependent: bool
+    dependent: int
     device: int
 
     @property

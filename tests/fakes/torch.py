@@ -46,6 +46,7 @@ def fake_torch(*, grad_enabled: bool = True, stream: int = 77) -> ModuleType:
     torch.__dict__.update(
         Tensor=Tensor,
         float16="torch.float16",
+        int32="torch.int32",
         uint8="torch.uint8",
         is_grad_enabled=lambda: grad_enabled,
         cuda=SimpleNamespace(current_stream=lambda _device: SimpleNamespace(cuda_stream=stream)),

@@ -151,7 +151,8 @@ HOST: list[tuple[str, dict[str, Any], str]] = [
     ("masked", {"a": np.ma.ones((3, 64), np.float16)}, "activations of type MaskedArray must be a numpy array"),
     ("masked bias", {"bias": np.ma.ones(8, np.float16)}, "bias of type MaskedArray must be a numpy array"),
     ("read-only output", {"out": np.broadcast_to(np.float16(0), (3, 8))}, "output is read-only"),
-    ("a dependent launch of text", {"dependent_launch": "no"}, "dependent_launch of type str must be True or False"),
+    ("a launch of text", {"dependent_launch": "no"}, "dependent_launch of 'no' must be True, False or \"auto\""),
+    ("a launch of a number", {"dependent_launch": 1}, 'dependent_launch of type int must be True, False or "auto"'),
 ]
 
 

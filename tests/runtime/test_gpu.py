@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from graph_edges import programmatic_edges
 
 from w4a16gen import KernelConfig, Library, PackedWeight, Problem, QuantMode, Target, pack_weight
 from w4a16gen.errors import InvalidValueError, UnsupportedProblemError
@@ -16,6 +17,7 @@ from w4a16gen.kernels.config import Scheduler
 from w4a16gen.kernels.spaces import enumerate_space
 from w4a16gen.measure.probes import probe_multiply, probe_read
 from w4a16gen.runtime.arrays import DeviceArray
+from w4a16gen.runtime.typing import DependentLaunch
 from w4a16gen.verify import numeric
 from w4a16gen.verify.numeric import NumericProof
 from w4a16gen.weights.quantized import Half, QuantizedWeight
@@ -164,6 +166,33 @@ def test_chained_dependent_launches_give_the_same_bits(library: Library) -> None
                 results.append(rows.to_host().view(np.uint16))
             assert np.array_equal(results[0], results[1]), config.name
             assert np.array_equal(results[0], results[2]), config.name
+
+
+def test_launches_in_a_capture_are_dependent_behind_native_kernels_and_give_the_same_bits(library: Library) -> None:
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(9)
+    weight = random_weight(rng, 1024, 1024, 128, STREAM_K.mode)
+    packed = library.to_device(pack_weight(weight))
+    a = torch.from_numpy(rng.standard_normal((16, 1024)).astype(np.float16)).cuda()
+
+    def products(kind: DependentLaunch) -> Any:
+        rows = a * 1  # an ordinary kernel
+        for _ in range(3):
+            rows = library.gemm(rows, packed, alpha=0.05, dependent_launch=kind)
+        return library.gemm(rows * 1, packed, alpha=0.05, dependent_launch=kind)
+
+    expected = products(False)
+    kinds: list[tuple[DependentLaunch, int]] = [(False, 0), ("auto", 2)]
+    for kind, programmatic in kinds:
+        assert torch.equal(products(kind), expected), "outside a capture"
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        with torch.cuda.graph(graph):
+            captured = products(kind)
+        for _ in range(100):
+            captured.zero_()
+            graph.replay()
+            assert torch.equal(captured, expected)
+        assert programmatic_edges(graph.raw_cuda_graph()) == programmatic
 
 
 def test_a_short_workspace_is_refused(library: Library) -> None:

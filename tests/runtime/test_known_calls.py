@@ -290,8 +290,14 @@ def test_finite_and_infinite_numbers_are_alpha(alpha: Any, calls: Any, recorded:
     assert recorded.alpha == np.float32(alpha)
 
 
-@pytest.mark.parametrize("dependent", [None, 1, 0, "no", np.bool_(1)])
-def test_a_dependent_launch_is_true_or_false(dependent: Any, calls: Any, recorded: Recorded) -> None:
+@pytest.mark.parametrize(("given", "number"), [(False, 0), (True, 1), ("auto", 2)])
+def test_the_kind_of_launch_is_passed_on(given: Any, number: int, calls: Any, recorded: Recorded) -> None:
+    assert calls.try_launch(RIGHT["a"], WEIGHT, None, None, 1.0, given, *NO_MORE) is not None
+    assert recorded.dependent_launch == number
+
+
+@pytest.mark.parametrize("dependent", [None, 1, 0, 2, "no", np.bool_(1)])
+def test_another_kind_of_launch_is_left_to_the_slow_path(dependent: Any, calls: Any, recorded: Recorded) -> None:
     before = recorded.launches
     assert calls.try_launch(RIGHT["a"], WEIGHT, None, None, 1.0, dependent, *NO_MORE) is None
     assert recorded.launches == before

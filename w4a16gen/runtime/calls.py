@@ -6,7 +6,7 @@ import math
 import numbers
 import weakref
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -17,9 +17,13 @@ from w4a16gen.kernels.epilogue import Activation, CallEpilogue, activation_numbe
 from w4a16gen.kernels.problem import Problem
 from w4a16gen.runtime.arrays import DeviceArray
 from w4a16gen.runtime.bindings import Bindings
-from w4a16gen.weights.packed import LAYOUT_TARGETS, TARGET_LAYOUTS, PackedWeight, checked_flag
+from w4a16gen.runtime.typing import DependentLaunch
+from w4a16gen.weights.packed import LAYOUT_TARGETS, TARGET_LAYOUTS, PackedWeight
 from w4a16gen.weights.quantized import QuantizedWeight
 
+AUTO: Literal["auto"] = "auto"
+"""Leaves the kind of a launch to the library."""
+_AUTO_LAUNCH = 2
 _FLOAT_MAX = float(np.finfo(np.float32).max)
 
 
@@ -33,7 +37,7 @@ class GemmOptions:
     out: Any = None
     workspace: Any = None
     stream: Any = None
-    dependent_launch: bool = False
+    dependent_launch: DependentLaunch = False
     activation: Activation | str | None = None
     residual: Any = None
     remembered: PackedWeight | None = None
@@ -44,14 +48,14 @@ class GemmOptions:
         """Whether a call like this one may take the fast path."""
         return self.config is None and self.workspace is None and self.stream is None
 
-    def scalars(self) -> tuple[float, KernelConfig | None, bool]:
-        """Return alpha, the kernel and whether the launch is dependent, checked.
+    def scalars(self) -> tuple[float, KernelConfig | None, int]:
+        """Return alpha, the kernel and the library's number of the kind of launch, checked.
 
         Raises:
             InvalidValueError: if one of them is not what it must be.
         """
         kernel = None if self.config is None else KernelConfig.of(self.config)
-        return checked_alpha(self.alpha), kernel, checked_flag("dependent_launch", self.dependent_launch)
+        return checked_alpha(self.alpha), kernel, checked_launch(self.dependent_launch)
 
     def epilogue(self, w: PackedWeight) -> CallEpilogue:
         """Return the epilogue of the call, checked against the weight.
@@ -81,6 +85,21 @@ def checked_alpha(alpha: Any) -> float:
     if abs(value) > _FLOAT_MAX and not (math.isinf(value) and alpha == value):
         raise InvalidValueError(f"alpha of {alpha:.4g} must fit in fp32: scale the weight instead")
     return value
+
+
+def checked_launch(value: Any) -> int:
+    """Return the library's number of a kind of launch: a `w4a16_launch`.
+
+    Raises:
+        InvalidValueError: if it is not True, False or "auto".
+    """
+    if isinstance(value, str) and value == AUTO:
+        return _AUTO_LAUNCH
+    if isinstance(value, str):
+        raise InvalidValueError(f'dependent_launch of {value!r} must be True, False or "{AUTO}"')
+    if not isinstance(value, (bool, np.bool_)):
+        raise InvalidValueError(f'dependent_launch of type {type(value).__name__} must be True, False or "{AUTO}"')
+    return int(value)
 
 
 def checked_weight(w: Any) -> PackedWeight:
@@ -153,7 +172,7 @@ class CallCache:
         bias: Any,
         out: Any,
         alpha: Any,
-        dependent_launch: bool,
+        dependent_launch: DependentLaunch,
         activation: Any = None,
         residual: Any = None,
         *,
@@ -167,7 +186,7 @@ class CallCache:
             bias: the bias, or None.
             out: where to write, or None.
             alpha: factor of the product.
-            dependent_launch: whether the launch is dependent.
+            dependent_launch: the kind of launch.
             activation: the name of an activation, or None.
             residual: what to add, or None.
             data: the packed bytes if the weight has none of its own.

@@ -23,7 +23,7 @@ from w4a16gen.weights.packed import PackedWeight
 from w4a16gen.weights.storage import as_path
 
 if TYPE_CHECKING:
-    from w4a16gen.runtime.typing import GpuArray, OutT, Tensor, TensorT
+    from w4a16gen.runtime.typing import DependentLaunch, GpuArray, OutT, Tensor, TensorT
 
 
 def load(folder: Path | str | None = None) -> Library:
@@ -188,7 +188,7 @@ def gemm(
     out: npt.NDArray[np.float16] | None = None,
     workspace: None = None,
     stream: None = None,
-    dependent_launch: bool = False,
+    dependent_launch: DependentLaunch = False,
     activation: Activation | str | None = None,
     residual: npt.NDArray[np.float16] | None = None,
 ) -> npt.NDArray[np.float16]: ...
@@ -205,7 +205,7 @@ def gemm(
     out: TensorT | None = None,
     workspace: Any = None,
     stream: Any = None,
-    dependent_launch: bool = False,
+    dependent_launch: DependentLaunch = False,
     activation: Activation | str | None = None,
     residual: TensorT | None = None,
 ) -> TensorT: ...
@@ -222,7 +222,7 @@ def gemm(
     out: None = None,
     workspace: Any = None,
     stream: Any = None,
-    dependent_launch: bool = False,
+    dependent_launch: DependentLaunch = False,
     activation: Activation | str | None = None,
     residual: Any = None,
 ) -> DeviceArray: ...
@@ -239,7 +239,7 @@ def gemm(
     out: OutT,
     workspace: Any = None,
     stream: Any = None,
-    dependent_launch: bool = False,
+    dependent_launch: DependentLaunch = False,
     activation: Activation | str | None = None,
     residual: Any = None,
 ) -> OutT: ...
@@ -255,7 +255,7 @@ def gemm(  # noqa: PLR0913  (the options of one call)
     out: Any = None,
     workspace: Any = None,
     stream: Any = None,
-    dependent_launch: bool = False,
+    dependent_launch: DependentLaunch = False,
     activation: Activation | str | None = None,
     residual: Any = None,
 ) -> Any:
@@ -275,7 +275,8 @@ def gemm(  # noqa: PLR0913  (the options of one call)
             n / 2 columns.
         workspace: uint8 array of at least `Library.workspace_bytes`; None allocates it for the call, in stream order.
         stream: a CUDA stream object or address; None is the current stream of torch or CuPy, else the default.
-        dependent_launch: let the kernel start while those before it on the stream still run; see `Library.gemm`.
+        dependent_launch: let the kernel start while those before it on the stream still run; "auto" does so where it
+            gains. See `Library.gemm`.
         activation: silu, gelu_tanh, gelu_erf or relu2; for weights that were packed with gated=True swiglu, geglu_tanh
             or geglu_erf; None for none. Only for weights of target native.
         residual: fp16 of the output's shape, contiguous, in the same memory, or None. It may be `out` itself. Only for

@@ -113,7 +113,7 @@ class ExpertLauncher:
         return sorted(self._indices)
 
     def route_tokens(
-        self, topk_ids: Any, experts: int, tile_tokens: int, expert_map: Any, stream: Any, *, dependent: bool
+        self, topk_ids: Any, experts: int, tile_tokens: int, expert_map: Any, stream: Any, *, launch: int
     ) -> ExpertRows:
         """Sort routes by expert; see `Library.route_tokens`."""
         count, tile = _experts(experts), _positive("tile_tokens", tile_tokens)
@@ -145,7 +145,7 @@ class ExpertLauncher:
             *(ids.pointer, _IDS[ids.dtype], 0 if mapped is None else mapped.pointer),
             *(0 if mapped is None else mapped.shape[0], count, tokens, slots, tile),
             *(offsets.pointer, by_row.pointer, by_route.pointer, tiles.pointer, size, *_GATHERS_NOTHING),
-            *(address, dependent, device),
+            *(address, launch, device),
         )
         self._bindings.result_of(outcome)
         return found
@@ -159,7 +159,7 @@ class ExpertLauncher:
         tile_tokens: int,
         stream: Any,
         *,
-        dependent: bool,
+        launch: int,
     ) -> ExpertRows:
         """List the token tiles of experts whose rows are known; see `Library.list_rows`."""
         if (offsets is None) == (counts is None) or (counts is None) != (stride is None):
@@ -179,7 +179,7 @@ class ExpertLauncher:
         tiles = view("routing", made, self._bindings.module)
         outcome = self._bindings.library.list_token_tiles(
             *((seen.pointer, 0, 0) if counts is None else (0, seen.pointer, _positive("stride", stride))),
-            *(count, length, tile, tiles.pointer, size, address, dependent, device),
+            *(count, length, tile, tiles.pointer, size, address, launch, device),
         )
         self._bindings.result_of(outcome)
         return ExpertRows(count, length, tile, made)
@@ -196,7 +196,7 @@ class ExpertLauncher:
         out: Any,
         stream: Any,
         *,
-        dependent: bool,
+        launch: int,
     ) -> Any:
         """Launch the product of each row with its expert; see `Library.grouped_gemm`."""
         packed = self._packed("w", w)
@@ -230,7 +230,7 @@ class ExpertLauncher:
             *(self._indices[kernel], *numbers_of(problem)),
             *(activations.pointer, packed.pointer, w.nbytes_of_expert),
             *(0 if added is None else added.pointer, output.pointer, factor, kind.number, 0),
-            *(w.experts, w.stride, tiles.pointer, tiles.nbytes, rows.tile_tokens, address, dependent, device),
+            *(w.experts, w.stride, tiles.pointer, tiles.nbytes, rows.tile_tokens, address, launch, device),
         )
         self._bindings.result_of(outcome)
         return result
@@ -270,7 +270,7 @@ class ExpertLauncher:
         out: Any,
         workspace: Any,
         stream: Any,
-        dependent: bool,
+        launch: int,
     ) -> Any:
         """Launch a layer of experts; see `Library.moe`."""
         module, library = self._bindings.module, self._bindings.library
@@ -313,7 +313,7 @@ class ExpertLauncher:
                 *(ids.pointer, _IDS[ids.dtype], 0 if mapped is None else mapped.pointer),
                 *(0 if mapped is None else mapped.shape[0], w13.experts, tokens, slots, plan.gate_up.cta.tokens),
                 *(base + plan.offsets, base + plan.routes_of_rows, base + plan.rows_of_routes, *list_of_tiles),
-                *(states.pointer, factors if on_input else 0, base + plan.rows, size, address, dependent, device),
+                *(states.pointer, factors if on_input else 0, base + plan.rows, size, address, launch, device),
             )
         )
         products, kernel = (plan.gated, kind) if sizes.gated else (plan.products, Activation.NONE)

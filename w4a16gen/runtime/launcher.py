@@ -39,7 +39,7 @@ class Launcher:
     def run(self, a: Any, w: PackedWeight, options: GemmOptions) -> Any:
         """Check a call of `gemm`, launch it, and return its output; see `Library.gemm`."""
         w = checked_weight(w)
-        alpha, config, dependent = options.scalars()
+        alpha, config, kind = options.scalars()
         epilogue = options.epilogue(w)
         module = self._bindings.module
         activations, packed = view("activations", a, module), view("packed weight", w.data, module)
@@ -74,7 +74,7 @@ class Launcher:
             *(0 if bias is None else bias.pointer, output.pointer, alpha),
             *(epilogue.activation.number, 0 if residual is None else residual.pointer),
             *((0, launch.workspace_bytes) if workspace is None else (workspace.pointer, workspace.nbytes)),
-            *(stream, dependent, device),
+            *(stream, kind, device),
         )
         self._bindings.result_of(outcome)
         if options.may_repeat:

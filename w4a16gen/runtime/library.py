@@ -21,13 +21,14 @@ from w4a16gen.kernels.problem import Problem
 from w4a16gen.runtime.arrays import DeviceArray, is_on_gpu, upload
 from w4a16gen.runtime.artifact import Build
 from w4a16gen.runtime.bindings import Bindings, KernelInfo, numbers_of
-from w4a16gen.runtime.calls import CallCache, GemmOptions, Launch, check_weight, checked_weight
+from w4a16gen.runtime.calls import CallCache, GemmOptions, Launch, check_weight, checked_launch, checked_weight
 from w4a16gen.runtime.devices import first_hopper, why_no_device
 from w4a16gen.runtime.experts import ExpertLauncher, ExpertRows, moe_sizes
 from w4a16gen.runtime.launcher import Launcher
 from w4a16gen.runtime.packing import GpuPacker
+from w4a16gen.runtime.typing import DependentLaunch
 from w4a16gen.weights.experts import PackedExperts
-from w4a16gen.weights.packed import LAYOUT_TARGETS, PackedWeight, checked_flag
+from w4a16gen.weights.packed import LAYOUT_TARGETS, PackedWeight
 from w4a16gen.weights.quantized import QuantizedWeight
 
 _MAX_SM_COUNT = 1 << 16
@@ -282,7 +283,7 @@ class Library:
         out: Any = None,
         workspace: Any = None,
         stream: Any = None,
-        dependent_launch: bool = False,
+        dependent_launch: DependentLaunch = False,
         activation: Activation | str | None = None,
         residual: Any = None,
     ) -> Any:
@@ -301,7 +302,9 @@ class Library:
             dependent_launch: let the kernel start and fetch weights while those before it on the stream still run
                 (programmatic dependent launch). It waits for them before it reads anything else. Of dependent launches
                 that follow one another, each may begin before the kernel that came before all of them has ended: what
-                writes the weights must come before that one. Target `cutlass` does not use it.
+                writes the weights must come before that one. Target `cutlass` does not use it. "auto" makes a launch
+                dependent in a CUDA graph's capture, if it follows exactly one kernel that takes part: a native kernel
+                of this package, or a dependent launch. Anywhere else it is ordinary. The bits stay the same.
             activation: the name of an Activation, or None. It needs a kernel with an epilogue, as
                 `w4a16gen build --epilogue none --epilogue elementwise --epilogue gated` builds.
             residual: fp16 of the output's shape on the same GPU, possibly `out` itself, or None. It needs a kernel with
@@ -332,7 +335,7 @@ class Library:
         *,
         expert_map: Any = None,
         stream: Any = None,
-        dependent_launch: bool = False,
+        dependent_launch: DependentLaunch = False,
     ) -> ExpertRows:
         """Launch the sorting of routes by expert, for `grouped_gemm`; do not wait for it.
 
@@ -357,8 +360,8 @@ class Library:
             NoHopperGpuError: if the arrays are on another kind of GPU.
             CudaError: if the launch fails.
         """
-        dependent = checked_flag("dependent_launch", dependent_launch)
-        return self.experts.route_tokens(topk_ids, experts, tile_tokens, expert_map, stream, dependent=dependent)
+        kind = checked_launch(dependent_launch)
+        return self.experts.route_tokens(topk_ids, experts, tile_tokens, expert_map, stream, launch=kind)
 
     def list_rows(
         self,
@@ -369,7 +372,7 @@ class Library:
         counts: Any = None,
         stride: int | None = None,
         stream: Any = None,
-        dependent_launch: bool = False,
+        dependent_launch: DependentLaunch = False,
     ) -> ExpertRows:
         """Launch the listing of experts' rows that are known already, for `grouped_gemm`; do not wait for it.
 
@@ -388,8 +391,8 @@ class Library:
             NoHopperGpuError: if the arrays are on another kind of GPU.
             CudaError: if the launch fails.
         """
-        dependent = checked_flag("dependent_launch", dependent_launch)
-        return self.experts.list_rows(offsets, counts, stride, rows, tile_tokens, stream, dependent=dependent)
+        kind = checked_launch(dependent_launch)
+        return self.experts.list_rows(offsets, counts, stride, rows, tile_tokens, stream, launch=kind)
 
     def grouped_gemm(  # noqa: PLR0913  (the options of one call)
         self,
@@ -403,7 +406,7 @@ class Library:
         activation: Activation | str | None = None,
         out: Any = None,
         stream: Any = None,
-        dependent_launch: bool = False,
+        dependent_launch: DependentLaunch = False,
     ) -> Any:
         """Launch the product of each row with the weight of its expert; do not wait for it.
 
@@ -430,8 +433,8 @@ class Library:
             NoHopperGpuError: if the arrays are on another kind of GPU.
             CudaError: if the launch fails.
         """
-        dependent = checked_flag("dependent_launch", dependent_launch)
-        return self.experts.grouped_gemm(a, w, rows, bias, alpha, config, activation, out, stream, dependent=dependent)
+        kind = checked_launch(dependent_launch)
+        return self.experts.grouped_gemm(a, w, rows, bias, alpha, config, activation, out, stream, launch=kind)
 
     def moe(  # noqa: PLR0913  (the options of one call)
         self,
@@ -448,7 +451,7 @@ class Library:
         out: Any = None,
         workspace: Any = None,
         stream: Any = None,
-        dependent_launch: bool = False,
+        dependent_launch: DependentLaunch = False,
     ) -> Any:
         """Launch a layer of experts; do not wait for it, nor for anything on the GPU.
 
@@ -496,7 +499,7 @@ class Library:
             out=out,
             workspace=workspace,
             stream=stream,
-            dependent=checked_flag("dependent_launch", dependent_launch),
+            launch=checked_launch(dependent_launch),
         )
 
     def moe_workspace_bytes(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 
 class Tensor(Protocol):
@@ -39,5 +39,7 @@ class DlpackArray(Protocol):
 
 
 GpuArray = CudaArray | DlpackArray
+DependentLaunch = bool | Literal["auto"]
+"""How a launch follows earlier kernels of its stream; see `Library.gemm`."""
 TensorT = TypeVar("TensorT", bound=Tensor)
 OutT = TypeVar("OutT")

@@ -14,6 +14,7 @@ import w4a16gen
 from w4a16gen import Activation, Epilogue, InvalidValueError, NotBuiltError, QuantMode
 from w4a16gen.kernels.epilogue import CallEpilogue
 from w4a16gen.kernels.spaces import enumerate_space, with_epilogues
+from w4a16gen.runtime.calls import checked_launch
 from w4a16gen.weights.activations import activation_error
 from w4a16gen.weights.reference import Expectation, Extra, error_over_bound, random_weight
 
@@ -71,6 +72,7 @@ def test_a_kernel_computes_what_the_reference_computes(
         assert error_over_bound(y.detach().numpy().reshape(-1, N), expected, 0.5, bias) <= 1
         assert library.module.launches[-1].problem.m == m
         assert library.module.launches[-1].workspace_bytes == (workspace if m else 0)
+        assert library.module.launches[-1].dependent == checked_launch("auto")
 
 
 def test_layers_of_one_shape_share_the_fast_path(library: FakeLibrary, rng: np.random.Generator) -> None:
@@ -81,7 +83,7 @@ def test_layers_of_one_shape_share_the_fast_path(library: FakeLibrary, rng: np.r
     assert launch(x, weights[1], alpha=0.25) == "repeated"
     a, data, *rest = library.module.repeated[-1]
     assert (a.data_ptr(), data.data_ptr()) == (x.data_ptr(), weights[1].data.data_ptr())
-    assert rest == [None, None, 0.25, False, "none", None]
+    assert rest == [None, None, 0.25, "auto", "none", None]
     shifted = on_gpu(torch.zeros(5 * K + 1, dtype=torch.float16))[1:].view(5, K)
     launch(shifted, weights[0])
     assert library.module.repeated[-1][0].data_ptr() % 16 == 0

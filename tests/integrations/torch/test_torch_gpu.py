@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from fakes.checkpoints.cases import CASES
 from fakes.checkpoints.gptq_layers import write_checkpoint
+from graph_edges import programmatic_edges
 
 import w4a16gen
 from w4a16gen import InvalidValueError, KernelConfig, Library, Problem, QuantMode, UnsupportedProblemError, use_kernels
@@ -153,6 +154,32 @@ def test_a_compiled_block_is_as_exact_as_a_dense_one_and_the_same_in_a_graph(dty
         graph.replay()
         assert torch.equal(captured, compiled(-x))
         del filler
+
+
+@pytest.mark.usefixtures("library")
+def test_products_behind_compiled_kernels_that_take_part_are_dependent_launches() -> None:
+    if not hasattr(torch._inductor.config.triton, "enable_pdl"):  # noqa: SLF001
+        pytest.skip("this torch has no triton.enable_pdl")
+    torch.compiler.reset()
+    block, _, _ = blocks(torch.float16)
+    x = inputs(1, torch.float16)
+    edges = []
+    for options in (None, {"triton.enable_pdl": True}):
+        compiled = torch.compile(block, fullgraph=True, options=options)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.no_grad(), torch.cuda.stream(side):
+            expected = compiled(x)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        with torch.no_grad(), torch.cuda.graph(graph):
+            captured = compiled(x)
+        for _ in range(100):
+            captured.zero_()
+            graph.replay()
+            assert torch.equal(captured, expected), "outside a capture all launches are ordinary"
+        edges.append(programmatic_edges(graph.raw_cuda_graph()))
+    assert edges[1] >= edges[0] + 3, "three products of the block follow a norm or the gate"
 
 
 @pytest.mark.usefixtures("kernels")

@@ -84,8 +84,7 @@ class CallCache {
     if (found == kernels.end()) return py::none();
     if (!find_packed(packed, &arguments)) return py::none();
     if (!read_alpha(alpha, &arguments.alpha)) return py::none();
-    arguments.dependent_launch = dependent_launch.ptr() == Py_True ? 1 : 0;
-    if (arguments.dependent_launch == 0 && dependent_launch.ptr() != Py_False) return py::none();
+    if (!read_launch(dependent_launch, &arguments.dependent_launch)) return py::none();
     arguments.activations = a.begin();
     if (!bias.is_none()) {
       dlpack::Tensor added{};
@@ -147,6 +146,15 @@ class CallCache {
     if (!describe(packed, tensor_type(packed), dlpack::kUint, 8, 1, &weight)) return false;
     arguments->packed = weight.begin();
     return static_cast<size_t>(weight.shape[0]) == packed_bytes_;
+  }
+
+  // Reads False, True or "auto". The slow path converts or refuses everything else.
+  static bool read_launch(const py::object& object, int32_t* launch) {
+    static PyObject* const automatic = PyUnicode_InternFromString("auto");
+    *launch = object.ptr() == Py_True     ? W4A16_DEPENDENT_LAUNCH
+              : object.ptr() == automatic ? W4A16_AUTO_LAUNCH
+                                          : W4A16_ORDINARY_LAUNCH;
+    return *launch != W4A16_ORDINARY_LAUNCH || object.ptr() == Py_False;
   }
 
   // Reads a float or an int that fp32 can represent, also infinity. The slow path converts or refuses everything else.

@@ -33,7 +33,7 @@ inline Outcome grouped_gemm(const KernelLibrary& library, int kernel, int64_t m,
                             int64_t group_size, uintptr_t activations, uintptr_t packed, size_t packed_bytes,
                             uintptr_t bias, uintptr_t output, float alpha, int activation, uintptr_t residual,
                             int64_t experts, size_t packed_stride, uintptr_t token_tiles, size_t token_tiles_bytes,
-                            int64_t tile_tokens, uintptr_t stream, bool dependent_launch, int device) {
+                            int64_t tile_tokens, uintptr_t stream, int dependent_launch, int device) {
   const w4a16_problem problem{m, n, k, group_size};
   w4a16_gemm_arguments arguments{};
   arguments.activations = pointer(activations);
@@ -45,7 +45,7 @@ inline Outcome grouped_gemm(const KernelLibrary& library, int kernel, int64_t m,
   arguments.alpha = alpha;
   arguments.activation = activation;
   arguments.residual = pointer(residual);
-  arguments.dependent_launch = dependent_launch ? 1 : 0;
+  arguments.dependent_launch = dependent_launch;
   w4a16_experts grouped{};
   grouped.count = experts;
   grouped.packed_stride = packed_stride;
@@ -61,11 +61,11 @@ inline Outcome route(const KernelLibrary& library, uintptr_t ids, int id_bytes, 
                      int64_t global_experts, int64_t experts, int64_t tokens, int64_t slots, int64_t tile_tokens,
                      uintptr_t offsets, uintptr_t routes_of_rows, uintptr_t rows_of_routes, uintptr_t token_tiles,
                      size_t token_tiles_bytes, uintptr_t hidden, uintptr_t weights, uintptr_t rows, int64_t columns,
-                     uintptr_t stream, bool dependent_launch, int device) {
+                     uintptr_t stream, int dependent_launch, int device) {
   w4a16_route_arguments arguments{};
   arguments.ids = pointer(ids);
   arguments.id_bytes = id_bytes;
-  arguments.dependent_launch = dependent_launch ? 1 : 0;
+  arguments.dependent_launch = dependent_launch;
   arguments.expert_map = pointer(expert_map);
   arguments.global_experts = global_experts;
   arguments.experts = experts;
@@ -87,7 +87,7 @@ inline Outcome route(const KernelLibrary& library, uintptr_t ids, int id_bytes, 
 
 inline Outcome list_token_tiles(const KernelLibrary& library, uintptr_t offsets, uintptr_t counts, int64_t stride,
                                 int64_t experts, int64_t rows, int64_t tile_tokens, uintptr_t token_tiles,
-                                size_t token_tiles_bytes, uintptr_t stream, bool dependent_launch, int device) {
+                                size_t token_tiles_bytes, uintptr_t stream, int dependent_launch, int device) {
   w4a16_listing_arguments arguments{};
   arguments.offsets = pointer(offsets);
   arguments.counts = pointer(counts);
@@ -98,14 +98,14 @@ inline Outcome list_token_tiles(const KernelLibrary& library, uintptr_t offsets,
   arguments.token_tiles = pointer(token_tiles);
   arguments.token_tiles_bytes = token_tiles_bytes;
   arguments.stream = pointer(stream);
-  arguments.dependent_launch = dependent_launch ? 1 : 0;
+  arguments.dependent_launch = dependent_launch;
   return launched_on(device,
                      [&](char* message, size_t bytes) { return library.list_token_tiles(&arguments, message, bytes); });
 }
 
 inline Outcome gather_rows(const KernelLibrary& library, uintptr_t hidden, uintptr_t row_count,
                            uintptr_t routes_of_rows, uintptr_t weights, uintptr_t rows, int64_t tokens, int64_t slots,
-                           int64_t columns, uintptr_t stream, bool dependent_launch, int device) {
+                           int64_t columns, uintptr_t stream, int dependent_launch, int device) {
   w4a16_gather_arguments arguments{};
   arguments.hidden = pointer(hidden);
   arguments.row_count = pointer(row_count);
@@ -116,14 +116,14 @@ inline Outcome gather_rows(const KernelLibrary& library, uintptr_t hidden, uintp
   arguments.slots = slots;
   arguments.columns = columns;
   arguments.stream = pointer(stream);
-  arguments.dependent_launch = dependent_launch ? 1 : 0;
+  arguments.dependent_launch = dependent_launch;
   return launched_on(device,
                      [&](char* message, size_t bytes) { return library.gather_rows(&arguments, message, bytes); });
 }
 
 inline Outcome activate_rows(const KernelLibrary& library, uintptr_t gates_and_factors, uintptr_t row_count,
                              uintptr_t output, int64_t rows, int64_t columns, int activation, uintptr_t stream,
-                             bool dependent_launch, int device) {
+                             int dependent_launch, int device) {
   w4a16_activate_arguments arguments{};
   arguments.gates_and_factors = pointer(gates_and_factors);
   arguments.row_count = pointer(row_count);
@@ -132,14 +132,14 @@ inline Outcome activate_rows(const KernelLibrary& library, uintptr_t gates_and_f
   arguments.columns = columns;
   arguments.stream = pointer(stream);
   arguments.activation = activation;
-  arguments.dependent_launch = dependent_launch ? 1 : 0;
+  arguments.dependent_launch = dependent_launch;
   return launched_on(device,
                      [&](char* message, size_t bytes) { return library.activate_rows(&arguments, message, bytes); });
 }
 
 inline Outcome combine_rows(const KernelLibrary& library, uintptr_t rows, uintptr_t rows_of_routes, uintptr_t weights,
                             uintptr_t output, int64_t tokens, int64_t slots, int64_t columns, uintptr_t stream,
-                            bool dependent_launch, int device) {
+                            int dependent_launch, int device) {
   w4a16_combine_arguments arguments{};
   arguments.rows = pointer(rows);
   arguments.rows_of_routes = pointer(rows_of_routes);
@@ -149,7 +149,7 @@ inline Outcome combine_rows(const KernelLibrary& library, uintptr_t rows, uintpt
   arguments.slots = slots;
   arguments.columns = columns;
   arguments.stream = pointer(stream);
-  arguments.dependent_launch = dependent_launch ? 1 : 0;
+  arguments.dependent_launch = dependent_launch;
   return launched_on(device,
                      [&](char* message, size_t bytes) { return library.combine_rows(&arguments, message, bytes); });
 }

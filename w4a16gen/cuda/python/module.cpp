@@ -69,7 +69,7 @@ Outcome workspace_bytes(const KernelLibrary& library, int kernel, int64_t m, int
 Outcome gemm(const KernelLibrary& library, int kernel, int64_t m, int64_t n, int64_t k, int64_t group_size,
              uintptr_t activations, uintptr_t packed, size_t packed_bytes, uintptr_t bias, uintptr_t output,
              float alpha, int activation, uintptr_t residual, uintptr_t workspace, size_t workspace_bytes,
-             uintptr_t stream, bool dependent_launch, int device) {
+             uintptr_t stream, int dependent_launch, int device) {
   const w4a16_problem problem{m, n, k, group_size};
   w4a16_gemm_arguments arguments{};
   arguments.activations = pointer(activations);
@@ -83,7 +83,7 @@ Outcome gemm(const KernelLibrary& library, int kernel, int64_t m, int64_t n, int
   arguments.alpha = alpha;
   arguments.activation = activation;
   arguments.residual = pointer(residual);
-  arguments.dependent_launch = dependent_launch ? 1 : 0;
+  arguments.dependent_launch = dependent_launch;
   Message message;
   w4a16_status status = W4A16_OK;
   cudaError_t error = cudaSuccess;

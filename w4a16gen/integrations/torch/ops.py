@@ -20,7 +20,7 @@ from w4a16gen.integrations.torch.apart import apart_from
 from w4a16gen.integrations.torch.upload import device_of
 from w4a16gen.kernels.config import QuantMode, Target
 from w4a16gen.kernels.epilogue import Activation, CallEpilogue, check_epilogue
-from w4a16gen.runtime.calls import GemmOptions, checked_alpha, checked_weight
+from w4a16gen.runtime.calls import AUTO, GemmOptions, checked_alpha, checked_weight
 from w4a16gen.runtime.default import library_in_use
 from w4a16gen.runtime.host import gemm_on_host
 from w4a16gen.weights.packed import GATED_LAYOUT, LAYOUT_TARGETS, PackedWeight
@@ -211,9 +211,11 @@ def _on_gpu(  # noqa: PLR0913  (the operator's)
             return apart_from(partial(plain, x, weight), bias, n, layout, call, residual)
     shape = _shape_of(n, k, group_size, mode, layout, x.get_device())
     more = activation, _residual_rows(x, residual, shape.outputs)
-    out = library.calls.try_fast_path(rows, shape, added, None, alpha, False, *more, data=weight)
+    out = library.calls.try_fast_path(rows, shape, added, None, alpha, AUTO, *more, data=weight)
     if out is None:
-        options = GemmOptions(added, alpha, activation=more[0], residual=more[1], remembered=shape)
+        options = GemmOptions(
+            added, alpha, dependent_launch=AUTO, activation=more[0], residual=more[1], remembered=shape
+        )
         out = library.launcher.run(rows, replace(shape, data=weight), options)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], shape.outputs)  # noqa: PLR2004
 
