@@ -27,8 +27,11 @@ from w4a16gen.measure.rival_products import Product, cublas_products
 from w4a16gen.measure.rivals import CUBLAS, Rival
 from w4a16gen.measure.step import (
     OWN,
+    OWN_AUTO,
     OWN_DEPENDENT,
     OWN_FUSED,
+    OWN_FUSED_AUTO,
+    OWN_FUSED_AUTO_PDL,
     OWN_FUSED_DEPENDENT_PDL,
     OWN_PDL,
     Machine,
@@ -63,7 +66,7 @@ class HostLibrary:
     def __init__(self) -> None:
         self.factor = 1.0
         self.fails_if_dependent = False
-        self.launches: list[bool] = []
+        self.launches: list[bool | str] = []
 
     def hopper_device(self) -> Any:
         return H100
@@ -77,10 +80,10 @@ class HostLibrary:
         return replace(packed, data=torch.from_numpy(packed.data))
 
     def gemm(
-        self, a: Any, w: Any, *, out: Any, dependent_launch: bool, activation: str = "none", residual: Any = None
+        self, a: Any, w: Any, *, out: Any, dependent_launch: bool | str, activation: str = "none", residual: Any = None
     ) -> None:
         self.launches.append(dependent_launch)
-        if dependent_launch and self.fails_if_dependent:
+        if dependent_launch is True and self.fails_if_dependent:
             raise RuntimeError("no such launch")
         facts = *facts_of(w), 1.0, str(activation), residual
         out.copy_(torch.ops.w4a16gen.gemm(a, w.data, None, *facts) * self.factor)
@@ -185,11 +188,12 @@ def test_decoding_a_token_continues_the_prefill_of_those_before() -> None:
 def test_all_entrants_compute_the_same_and_are_timed() -> None:
     library = HostLibrary()
     found = measured(library)
-    own = ("w4a16gen" + rest for rest in ("", "_dependent", "_pdl", "_dependent_pdl", "_fused", "_fused_dependent_pdl"))
-    assert [timing.name for timing in found.timings] == [CUBLAS, *own]
+    plain = ["", "_dependent", "_auto", "_pdl", "_dependent_pdl", "_auto_pdl"]
+    fused = ["_fused", "_fused_auto", "_fused_dependent_pdl", "_fused_auto_pdl"]
+    assert [timing.name for timing in found.timings] == [CUBLAS, *(f"w4a16gen{rest}" for rest in plain + fused)]
     assert all(len(timing.microseconds.isolated) == 3 for timing in found.timings)
     assert all(timing.difference < 0.01 for timing in found.timings)
-    assert set(library.launches) == {False, True}
+    assert set(library.launches) == {False, True, "auto"}
     assert not found.left_out
     assert not found.wrong
     assert found.floor is None  # of a GPU only
@@ -211,7 +215,7 @@ def test_a_wrong_result_of_ours_is_an_error_and_a_rivals_is_left_out() -> None:
     found = measured(library, rivals=[Rival("bad", "bad-package", "float16", 0.01, wrong)])
     assert [timing.name for timing in found.timings] == [CUBLAS]
     assert "what rounding explains" in found.left_out["bad"]
-    assert set(found.wrong) == {OWN, OWN_DEPENDENT, OWN_FUSED}
+    assert set(found.wrong) == {OWN, OWN_DEPENDENT, OWN_AUTO, OWN_FUSED, OWN_FUSED_AUTO}
 
 
 def test_what_is_not_installed_or_fails_is_left_out_with_its_reason() -> None:
@@ -372,7 +376,8 @@ def test_fused_entrants_need_kernels_with_both_epilogues(left_out: Epilogue) -> 
     epilogues = [epilogue for epilogue in Epilogue if epilogue is not left_out]
     library = FakeLibrary(with_epilogues(enumerate_space("default"), epilogues))
     fused = {entrant.name for entrant in entrants_of(library, [], MODE) if entrant.is_fused}
-    assert fused == ({OWN_FUSED, OWN_FUSED_DEPENDENT_PDL} if left_out is Epilogue.NONE else set())
+    names = {OWN_FUSED, OWN_FUSED_AUTO, OWN_FUSED_DEPENDENT_PDL, OWN_FUSED_AUTO_PDL}
+    assert fused == (names if left_out is Epilogue.NONE else set())
 
 
 def test_long_steps_are_timed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

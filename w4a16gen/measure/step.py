@@ -26,14 +26,17 @@ from w4a16gen.measure.stage import copies_for
 from w4a16gen.measure.timing import Contender
 from w4a16gen.measure.torch_weight import TorchWeight
 from w4a16gen.progress import Progress
+from w4a16gen.runtime.calls import AUTO
 from w4a16gen.runtime.library import Library
+from w4a16gen.runtime.typing import DependentLaunch
 from w4a16gen.weights.packed import PackedWeight
 
-OWN, OWN_DEPENDENT = "w4a16gen", "w4a16gen_dependent"
-"""This package's products with ordinary and with dependent launches."""
-OWN_PDL, OWN_DEPENDENT_PDL = "w4a16gen_pdl", "w4a16gen_dependent_pdl"
+OWN, OWN_DEPENDENT, OWN_AUTO = "w4a16gen", "w4a16gen_dependent", "w4a16gen_auto"
+"""This package's products: with ordinary launches, with dependent ones, and as the operators of torch launch them."""
+OWN_PDL, OWN_DEPENDENT_PDL, OWN_AUTO_PDL = "w4a16gen_pdl", "w4a16gen_dependent_pdl", "w4a16gen_auto_pdl"
 """The same between parts that take part in dependent launches (Inductor's `triton.enable_pdl`)."""
-OWN_FUSED, OWN_FUSED_DEPENDENT_PDL = "w4a16gen_fused", "w4a16gen_fused_dependent_pdl"
+OWN_FUSED, OWN_FUSED_AUTO = "w4a16gen_fused", "w4a16gen_fused_auto"
+OWN_FUSED_DEPENDENT_PDL, OWN_FUSED_AUTO_PDL = "w4a16gen_fused_dependent_pdl", "w4a16gen_fused_auto_pdl"
 """Products that compute SwiGLU and add to the residual themselves."""
 FUSED_BUILD = "w4a16gen build --epilogue none --epilogue elementwise --epilogue gated"
 """The command that builds their kernels."""
@@ -111,7 +114,8 @@ class StepBench:
     @property
     def wrong(self) -> Mapping[str, str]:
         """This package's entrants that were left out for a wrong result or a failure, with the reason."""
-        return {name: self.left_out[name] for name in (OWN, OWN_DEPENDENT, OWN_FUSED) if name in self.left_out}
+        names = OWN, OWN_DEPENDENT, OWN_AUTO, OWN_FUSED, OWN_FUSED_AUTO
+        return {name: self.left_out[name] for name in names if name in self.left_out}
 
     def timing(self, name: str) -> StepTiming | None:
         """Return the timing of an entrant, or None."""
@@ -239,18 +243,22 @@ def entrants_of(library: Library, rivals: Sequence[Rival], mode: QuantMode) -> l
     Fused ones need a build with kernels of the mode that have epilogues.
     """
     own = OwnProducts(library)
-    dependent = partial(own.prepare, dependent=True)
+    dependent, auto = (partial(own.prepare, dependent=kind) for kind in (True, AUTO))
     fused = [
         Entrant(OWN_FUSED, own.prepare, is_fused=True),
+        Entrant(OWN_FUSED_AUTO, auto, is_fused=True),
         Entrant(OWN_FUSED_DEPENDENT_PDL, dependent, parts_take_part=True, is_fused=True),
+        Entrant(OWN_FUSED_AUTO_PDL, auto, parts_take_part=True, is_fused=True),
     ]
     can_fuse = all(library.has_epilogue(mode, epilogue) for epilogue in (Epilogue.ELEMENTWISE, Epilogue.GATED))
     return [
         Entrant(CUBLAS, cublas_products),
         Entrant(OWN, own.prepare),
         Entrant(OWN_DEPENDENT, dependent),
+        Entrant(OWN_AUTO, auto),
         Entrant(OWN_PDL, own.prepare, parts_take_part=True),
         Entrant(OWN_DEPENDENT_PDL, dependent, parts_take_part=True),
+        Entrant(OWN_AUTO_PDL, auto, parts_take_part=True),
         *(fused if can_fuse else []),
         *(Entrant(rival.name, rival.prepare, rival.dtype, rival.package) for rival in rivals),
     ]
@@ -270,7 +278,7 @@ class OwnProducts:
         weight: TorchWeight,
         copies: int,
         *,
-        dependent: bool = False,
+        dependent: DependentLaunch = False,
         out: Any = None,
         activation: Activation = Activation.NONE,
         residual: Any = None,
@@ -281,7 +289,7 @@ class OwnProducts:
             a: activations, fp16 [m, k] on the weight's device.
             weight: the weight.
             copies: how many products.
-            dependent: whether launches are dependent ones.
+            dependent: the kind of launches.
             out: where they write; None allocates one tensor for all.
             activation: the activation.
             residual: what they add, possibly `out` itself.
