@@ -11,7 +11,7 @@ from w4a16gen.errors import InvalidValueError
 from w4a16gen.integrations.torch import given
 from w4a16gen.integrations.torch.device_weights import dense_weight
 from w4a16gen.integrations.torch.nibbles import Tensor
-from w4a16gen.integrations.torch.packed_module import Operands, PackedModule, product
+from w4a16gen.integrations.torch.packed_module import Operands, PackedModule, has_hooks, product
 from w4a16gen.integrations.torch.state import check_tensors, powers_of_two, read_facts, write_state
 from w4a16gen.kernels.config import QuantMode
 from w4a16gen.kernels.integers import integer
@@ -88,6 +88,13 @@ class ExpertProjection(PackedModule):
         order, scale = (None if part is None else part[expert] for part in (self.permutation, self.input_scale))
         packed = self.packed[expert, : self.nbytes_of_expert]
         return product(self, x, Operands(packed, self.alphas[expert], order, scale))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether products are x W[e]: without order of columns, scales, factors, hooks, or a counter of overflows."""
+        optional = self.permutation, self.input_scale, self.non_finite
+        scales = self.activation_scale, self.output_scale, *self.alphas
+        return not has_hooks(self) and all(part is None for part in optional) and all(scale == 1 for scale in scales)
 
     def weights_of(self) -> PackedExperts:
         """Return the packed experts, which share the memory of this module."""

@@ -12,12 +12,20 @@ from w4a16gen.errors import InvalidValueError
 from w4a16gen.integrations.torch import given
 from w4a16gen.integrations.torch.apart import FUNCTIONS
 from w4a16gen.integrations.torch.expert_projection import ExpertProjection
+from w4a16gen.integrations.torch.experts_op import sum_of_experts
 from w4a16gen.integrations.torch.nibbles import INTEGERS, Tensor
 from w4a16gen.integrations.torch.upload import device_of
+from w4a16gen.kernels.config import Target
 from w4a16gen.kernels.epilogue import Activation
+from w4a16gen.runtime.experts import GATED_ACTIVATIONS
 from w4a16gen.weights.experts import PackedExperts
+from w4a16gen.weights.packed import LAYOUT_TARGETS
 
 _MATRIX = 2
+_OTHER = "other"
+"""The name of an activation that is none of `ACTIVATIONS`."""
+_KERNEL_INTEGERS = (torch.int32, torch.int64)
+"""Dtypes of ids that kernels read."""
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": FUNCTIONS[Activation.SILU],
     "gelu": FUNCTIONS[Activation.GELU_ERF],
@@ -33,11 +41,11 @@ class W4A16Experts(torch.nn.Module):
     It takes the place of the modules of experts that transformers has, and is called like them. x may be fp16, bf16 or
     fp32. It is cast to fp16 before the products, and the result is cast to the dtype of x. Products are rounded to
     fp16; the activation is computed in fp32 and rounded to fp16 once; the routes of a token are added in fp32, in the
-    order of the slots. Equal inputs give equal bits.
+    order of the slots, and the sum is rounded to fp16. Equal inputs give equal bits.
 
-    **Each call waits for the device:** it asks how many tokens each expert has, and then launches two kernels for each
-    expert that has any. A call cannot be captured in a CUDA graph, and compilers leave it as it is. A call that is
-    traced or exported is refused. Where a model has few tokens, most of the time goes into launches.
+    With grouped kernels in the build (`w4a16gen build --space default --space experts`), a call waits for nothing, and
+    can be compiled, captured and exported. Otherwise, and where `is_grouped` says no, experts are computed one by one.
+    **Such a call waits for the device**, because it asks how many tokens each expert has. CUDA graphs cannot hold it.
 
     `.to(device)`, `state_dict`, `copy.deepcopy` and pickle work as with other modules. `.half()`, `.bfloat16()` and
     `.to(dtype)` change nothing.
@@ -46,6 +54,7 @@ class W4A16Experts(torch.nn.Module):
         gate_up: the gate and up projections, joined: the rows of the gate first.
         down: the down projections.
         activation: the function of the gate.
+        activation_name: its name in `ACTIVATIONS`, or `other`.
         num_experts: number of experts.
 
     Example:
@@ -87,6 +96,7 @@ class W4A16Experts(torch.nn.Module):
             )
         self.gate_up, self.down = gate_up, down
         self.activation = activation if callable(activation) else ACTIVATIONS[activation]
+        self.activation_name = _name_of(self.activation)
         self.num_experts, self.hidden_dim, self.intermediate_dim = down.experts, down.n, down.k
 
     @classmethod
@@ -112,7 +122,6 @@ class W4A16Experts(torch.nn.Module):
         """
         return cls(ExpertProjection(_on_torch(gate_up, device)), ExpertProjection(_on_torch(down, device)), activation)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the sum of each token's experts, [tokens, hidden], in the dtype of the activations.
 
@@ -123,31 +132,57 @@ class W4A16Experts(torch.nn.Module):
             top_k_weights: weight of each route, floating point [tokens, slots]. Those of skipped routes do not matter.
 
         Raises:
-            InvalidValueError: if a tensor has another dtype, shape or device. If the call is traced or exported, which
-                would keep the number of tokens that each expert has in this call for all later ones.
+            InvalidValueError: if a tensor has another dtype, shape or device. If experts that are computed one by one
+                are traced or exported, which would keep the number of tokens that each has in this call.
         """
+        is_grouped = self.is_grouped
+        if not is_grouped and (torch.jit.is_tracing() or torch.compiler.is_exporting()):
+            raise InvalidValueError(
+                "experts that are computed one by one cannot be traced or exported, because each call asks how many "
+                "tokens each expert has: use torch.compile, which leaves them as they are"
+            )
         self._check(hidden_states, top_k_index, top_k_weights)
         if hidden_states.is_meta:
             return torch.empty(hidden_states.shape, dtype=hidden_states.dtype, device="meta")
-        tokens, slots = top_k_index.shape
-        ids = top_k_index.to(torch.int64)
-        is_local = (ids >= 0) & (ids < self.num_experts)
-        ids = torch.where(is_local, ids, self.num_experts).reshape(-1)
-        order = torch.argsort(ids, stable=True)
-        counts = torch.bincount(ids, minlength=self.num_experts + 1)[: self.num_experts].tolist()
+        records = torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)
+        if records or not is_grouped:
+            return self._one_by_one(hidden_states, top_k_index, top_k_weights)
+        ids = top_k_index if top_k_index.dtype in _KERNEL_INTEGERS else top_k_index.to(torch.int64)
+        out: Tensor = torch.ops.w4a16gen.moe(
+            hidden_states.to(torch.float16),
+            ids,
+            top_k_weights.to(torch.float32),
+            self.gate_up.packed,
+            self.down.packed,
+            self.hidden_dim,
+            self.intermediate_dim,
+            self.gate_up.group_size,
+            self.down.group_size,
+            self.down.mode,
+            self.down.layout,
+            self.activation_name,
+        )
+        return out.to(hidden_states.dtype)
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether grouped kernels can compute the layer, if the build has any; otherwise it is computed one by one.
+
+        They compute SiLU and GELU, and know no order of columns, no scales, no counter of overflows and no hooks of the
+        projections. Where gradients are recorded, experts are computed one by one in any case.
+        """
+        parts = self.gate_up, self.down
+        return (
+            self.activation_name in GATED_ACTIVATIONS
+            and (self.gate_up.mode, self.gate_up.layout) == (self.down.mode, self.down.layout)
+            and LAYOUT_TARGETS[self.down.layout] is Target.NATIVE
+            and all(part.is_plain for part in parts)
+        )
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+    def _one_by_one(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         x = hidden_states.float()  # fp32 keeps what fp16 and bf16 hold; products round it to fp16
-        rows = torch.zeros((tokens * slots, self.hidden_dim), dtype=torch.float32, device=x.device)
-        start = 0
-        for expert, count in enumerate(counts):
-            if count:
-                routes = order[start : start + count]
-                rows[routes] = self._expert(x[routes // slots], expert)
-                start += count
-        by_slot = rows.view(tokens, slots, self.hidden_dim).unbind(1)
-        weights = torch.where(is_local, top_k_weights.float(), 0.0).unbind(1)
-        out = torch.zeros((tokens, self.hidden_dim), dtype=torch.float32, device=x.device)
-        for row, weight in zip(by_slot, weights, strict=True):
-            out = out + row * weight[:, None]
+        out = sum_of_experts(x, top_k_index, top_k_weights, self.num_experts, self._expert)
         return out.to(hidden_states.dtype)
 
     def _expert(self, x: Tensor, expert: int) -> Tensor:
@@ -162,11 +197,6 @@ class W4A16Experts(torch.nn.Module):
         Raises:
             InvalidValueError: naming the tensor.
         """
-        if torch.jit.is_tracing() or torch.compiler.is_exporting():
-            raise InvalidValueError(
-                "experts cannot be traced or exported, because each call asks how many tokens each expert has: "
-                "use torch.compile, which leaves them as they are"
-            )
         if not isinstance(hidden_states, torch.Tensor) or not hidden_states.is_floating_point():
             raise InvalidValueError(f"hidden_states of {given.kind_of(hidden_states)} must be a floating point tensor")
         if hidden_states.dim() != _MATRIX or hidden_states.shape[1] != self.hidden_dim:
@@ -196,6 +226,20 @@ class W4A16Experts(torch.nn.Module):
     def extra_repr(self) -> str:
         """Return what `print` shows of the experts, beside the projections."""
         return f"num_experts={self.num_experts}"
+
+
+def _name_of(function: Callable[[Any], Any]) -> str:
+    """Return the name of the activation that a function computes, or `other`. Models have modules of their own."""
+    x = torch.linspace(-6, 6, 128, dtype=torch.float32, device="cpu")
+    with torch.no_grad():
+        try:
+            got = function(x)
+        except Exception:  # noqa: BLE001  (a function of somebody else may raise anything)
+            return _OTHER
+        for name, known in ACTIVATIONS.items():
+            if isinstance(got, torch.Tensor) and got.shape == x.shape and torch.equal(got, known(x)):
+                return name
+    return _OTHER
 
 
 def _on_torch(weights: PackedExperts, device: Any) -> PackedExperts:

@@ -14,6 +14,7 @@ from w4a16gen.integrations.torch.apart import FUNCTIONS
 from w4a16gen.integrations.torch.fuse import fuse_gated
 from w4a16gen.integrations.torch.linear import W4A16Linear
 from w4a16gen.integrations.torch.nibbles import Tensor
+from w4a16gen.integrations.torch.packed_module import has_hooks
 from w4a16gen.kernels.epilogue import Activation
 
 _PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
@@ -169,7 +170,7 @@ def _fused_or_reason(module: Any) -> W4A16MLP | str:
         return "its layers are not all W4A16Linear: call replace_linears before"
     if {name for name, _ in module.named_children()} - set(_PARTS):
         return f"it has more parts than {', '.join(_PARTS)}"
-    if any(_has_hooks(one) for one in (module, *layers, module.act_fn)):
+    if any(has_hooks(one) for one in (module, *layers, module.act_fn)):
         return "it has hooks, which would be lost: register them after fuse_mlps"
     activation = _activation_of(module)
     if activation is None:
@@ -181,13 +182,6 @@ def _fused_or_reason(module: Any) -> W4A16MLP | str:
         return str(error)
     made.train(module.training)
     return made
-
-
-def _has_hooks(module: Any) -> bool:
-    """Return whether calls of a module run more than its class says; accelerate sets `forward` itself."""
-    if not isinstance(module, torch.nn.Module):
-        return False
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))  # noqa: SLF001
 
 
 def _activation_of(module: Any) -> Activation | None:

@@ -93,6 +93,13 @@ class PackedModule(torch.nn.Module):
         return super()._apply(lambda tensor: moved_only(fn, tensor), *arguments, **keywords)
 
 
+def has_hooks(module: Any) -> bool:
+    """Return whether calls of a module run more than its class says; accelerate sets `forward` itself."""
+    if not isinstance(module, torch.nn.Module):
+        return False
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))  # noqa: SLF001
+
+
 class Operands(NamedTuple):
     """The tensors of a product beside the activations.
 

@@ -1,0 +1,182 @@
+"""The operator `w4a16gen::moe`: a layer of experts for torch's dispatcher, compiler, exporter and graphs.
+
+On a GPU it launches the grouped kernels of the default build, and waits for nothing. Without grouped kernels in the
+build, and in host memory, it computes one expert after the other. Every fact of a call is a plain argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from w4a16gen.errors import InvalidValueError
+from w4a16gen.integrations.torch import ops
+from w4a16gen.integrations.torch.apart import FUNCTIONS
+from w4a16gen.integrations.torch.nibbles import Tensor
+from w4a16gen.kernels.config import QuantMode
+from w4a16gen.runtime.default import library_in_use
+from w4a16gen.runtime.experts import GATED_ACTIVATIONS
+from w4a16gen.weights.experts import GATE_FIRST, PackedExperts
+
+_ARGUMENTS = (
+    "(Tensor hidden, Tensor topk_ids, Tensor topk_weights, Tensor w13, Tensor w2, int hidden_size, int "
+    "intermediate_size, int gate_up_group_size, int down_group_size, str mode, str layout, str activation) -> Tensor"
+)
+
+
+def sum_of_experts(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    experts: int,
+    one_expert: Callable[[Tensor, int], Tensor],
+) -> Tensor:
+    """Return the sum over each token's routes of weight * expert(x), fp32 [tokens, hidden], expert by expert.
+
+    It waits for the device, to ask how many tokens each expert has.
+
+    Args:
+        x: floating point [tokens, hidden].
+        topk_ids: integers [tokens, slots]; numbers that name no expert are skipped.
+        topk_weights: floating point [tokens, slots].
+        experts: number of experts.
+        one_expert: returns the result of an expert for some rows, fp32 [m, hidden].
+    """
+    tokens, slots = topk_ids.shape
+    ids = topk_ids.to(torch.int64)
+    is_local = (ids >= 0) & (ids < experts)
+    ids = torch.where(is_local, ids, experts).reshape(-1)
+    order = torch.argsort(ids, stable=True)
+    counts = torch.bincount(ids, minlength=experts + 1)[:experts].tolist()
+    rows = torch.zeros((tokens * slots, x.shape[1]), dtype=torch.float32, device=x.device)
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            routes = order[start : start + count]
+            rows[routes] = one_expert(x[routes // slots], expert)
+            start += count
+    by_slot = rows.view(tokens, slots, x.shape[1]).unbind(1)
+    weights = torch.where(is_local, topk_weights.float(), 0.0).unbind(1)
+    out = torch.zeros((tokens, x.shape[1]), dtype=torch.float32, device=x.device)
+    for row, weight in zip(by_slot, weights, strict=True):
+        out = out + row * weight[:, None]
+    return out
+
+
+def _packed(
+    w13: Any, w2: Any, sizes: tuple[int, int], groups: tuple[int, int], mode: str, layout: str
+) -> tuple[PackedExperts, PackedExperts]:
+    hidden, inner = sizes
+    kind = QuantMode.parse(mode)
+    return (
+        PackedExperts(w13, layout, 2 * inner, hidden, groups[0], kind, GATE_FIRST),
+        PackedExperts(w2, layout, hidden, inner, groups[1], kind),
+    )
+
+
+def _check(hidden: Any, topk_ids: Any, topk_weights: Any, hidden_size: int) -> None:
+    """Raise unless the tensors of a call have the dtypes and the shapes of the operator's."""
+    if hidden.dtype != torch.float16 or hidden.dim() != 2 or hidden.shape[1] != hidden_size:  # noqa: PLR2004
+        found = f"{str(hidden.dtype).removeprefix('torch.')} {list(hidden.shape)}"
+        raise InvalidValueError(f"hidden states of {found} must be float16 [tokens, {hidden_size}]")
+    if topk_ids.dtype not in {torch.int32, torch.int64} or topk_weights.dtype != torch.float32:
+        raise InvalidValueError("topk_ids must be int32 or int64, and topk_weights float32")
+
+
+def _on_gpu(  # noqa: PLR0913  (the operator's)
+    hidden: Any,
+    topk_ids: Any,
+    topk_weights: Any,
+    w13: Any,
+    w2: Any,
+    hidden_size: int,
+    intermediate_size: int,
+    gate_up_group_size: int,
+    down_group_size: int,
+    mode: str,
+    layout: str,
+    activation: str,
+) -> Any:
+    """Launch the grouped kernels of the default build on the current stream."""
+    _check(hidden, topk_ids, topk_weights, hidden_size)
+    library = library_in_use()
+    if not any(str(config.mode) == mode for config in library.experts.configs):
+        return _one_by_one(
+            hidden,
+            topk_ids,
+            topk_weights,
+            w13,
+            w2,
+            hidden_size,
+            intermediate_size,
+            gate_up_group_size,
+            down_group_size,
+            mode,
+            layout,
+            activation,
+        )
+    sizes, groups = (hidden_size, intermediate_size), (gate_up_group_size, down_group_size)
+    first, second = _packed(w13, w2, sizes, groups, mode, layout)
+    operands = (tensor.detach().contiguous() for tensor in (topk_ids, topk_weights))
+    return library.moe(hidden.detach().contiguous(), first, second, *operands, activation=activation)
+
+
+def _one_by_one(  # noqa: PLR0913  (the operator's)
+    hidden: Any,
+    topk_ids: Any,
+    topk_weights: Any,
+    w13: Any,
+    w2: Any,
+    hidden_size: int,
+    intermediate_size: int,
+    gate_up_group_size: int,
+    down_group_size: int,
+    mode: str,
+    layout: str,
+    activation: str,
+) -> Any:
+    """Compute one expert after the other."""
+    _check(hidden, topk_ids, topk_weights, hidden_size)
+    sizes, groups = (hidden_size, intermediate_size), (gate_up_group_size, down_group_size)
+    packed = _packed(w13, w2, sizes, groups, mode, layout)
+    function = FUNCTIONS[GATED_ACTIVATIONS[activation].function]
+
+    def product(x: Any, weights: PackedExperts, expert: int) -> Any:
+        weight = weights.expert(expert)
+        return torch.ops.w4a16gen.gemm(x, weight.data, None, *ops.facts_of(weight), 1.0).float()
+
+    def one_expert(x: Any, expert: int) -> Any:
+        gate, up = product(x, packed[0], expert).chunk(2, dim=-1)
+        return product((function(gate) * up).half(), packed[1], expert)
+
+    return sum_of_experts(hidden, topk_ids, topk_weights, packed[0].experts, one_expert).half()
+
+
+def _fake(hidden: Any, topk_ids: Any, topk_weights: Any, w13: Any, w2: Any, hidden_size: int, *facts: Any) -> Any:
+    """Return a tensor of the result's shape, for tracing."""
+    del facts
+    _check(hidden, topk_ids, topk_weights, hidden_size)
+    for name, tensor in (("topk_ids", topk_ids), ("topk_weights", topk_weights), ("w13", w13), ("w2", w2)):
+        if tensor.device != hidden.device:
+            raise InvalidValueError(
+                f"hidden states are on {hidden.device}, but {name} on {tensor.device}: move them to one device"
+            )
+    return torch.empty_like(hidden)
+
+
+def _register() -> Any:
+    """Define the operator once per process, and return the object that keeps it."""
+    if hasattr(torch.ops.w4a16gen, "moe"):
+        return None
+    library = torch.library.Library(ops.NAMESPACE, "FRAGMENT")
+    library.define("moe" + _ARGUMENTS, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_contiguous_strides))
+    library.impl("moe", _on_gpu, "CUDA")
+    library.impl("moe", _one_by_one, "CPU")
+    torch.library.register_fake(f"{ops.NAMESPACE}::moe", _fake, lib=library)
+    return library
+
+
+_library = _register() or globals().get("_library")
+"""Keeps the operator registered; a module that is loaded again keeps the first."""
