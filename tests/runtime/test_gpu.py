@@ -13,7 +13,7 @@ from graph_edges import programmatic_edges
 
 from w4a16gen import KernelConfig, Library, PackedWeight, Problem, QuantMode, Target, pack_weight
 from w4a16gen.errors import InvalidValueError, UnsupportedProblemError
-from w4a16gen.kernels.config import Scheduler
+from w4a16gen.kernels.config import Epilogue, Scheduler
 from w4a16gen.kernels.spaces import enumerate_space
 from w4a16gen.measure.probes import probe_multiply, probe_read
 from w4a16gen.runtime.arrays import DeviceArray
@@ -75,7 +75,7 @@ class Layer:
         return [
             config
             for config in self.library.configs()
-            if config.target is self.target and config.mode is self.weight.mode
+            if (config.target, config.mode) == (self.target, self.weight.mode) and config.epilogue is not Epilogue.GATED
         ]
 
     def run(self, **arguments: Any) -> DeviceArray:

@@ -31,6 +31,14 @@ SHAPES = ((272, 768, 128), (208, 352, 32), (592, 192, 64))
 EXPERTS = (1, 7, 64)
 NOBODY = (-1, 1 << 20)
 """Ids that no expert has."""
+RANDOM_SHAPE = (80, 96, 32)
+"""Channels, K and group size of random routings."""
+RANDOM_EXPERTS = (4, 32, 128, 512)
+"""The most experts of a random routing; one of these is drawn."""
+MOST_RANDOM_EXPERTS = max(RANDOM_EXPERTS)
+REPORTED = 50
+"""Random routings from one report of progress to the next."""
+_ALPHAS = (1.0, -0.75)
 LAYER_SIZES = ((256, 192, 64), (512, 352, 32))
 """Hidden size, intermediate size and group size of layers."""
 LAYER_TOKENS = (1, 5, 40, 300)
@@ -69,6 +77,14 @@ class _Weights:
                 for gated in ((False, True) if n % 16 == 0 else (False,))
             },
         )
+
+    def first(self, count: int) -> _Weights:
+        """Return the weights of the first experts, which share the memory."""
+        packed = {
+            gated: replace(every, data=Window(every.data, (count, every.stride), "|u1", 0))
+            for gated, every in self.packed.items()
+        }
+        return _Weights(self.weights[:count], packed)
 
 
 def on_gpu(library: Library, packed: PackedExperts, device: int = 0) -> PackedExperts:
@@ -115,7 +131,7 @@ def prove_experts(
 def _prove_products(
     gpu: GuardedGpu, config: KernelConfig, proof: NumericProof, given: _Weights, rng: np.random.Generator
 ) -> None:
-    """Run one kernel on two routings, each of them twice and in a graph, and judge the results."""
+    """Run one kernel on two routings, each of them twice and then in a graph."""
     gated = config.epilogue is Epilogue.GATED
     first, count = given.weights[0], len(given.weights)
     if gated not in given.packed or why_cannot_run(config, Problem(1, first.n, first.k, first.group_size)) is not None:
@@ -123,29 +139,78 @@ def _prove_products(
     for turn in range(2):
         tokens = int(rng.integers(1, 2 * config.cta.tokens + 2)) if turn else int(rng.integers(1, 60))
         ids = draw_ids(rng, tokens, int(rng.integers(1, 9)), count)
-        a = rng.standard_normal((ids.size, first.k)).astype(np.float16)
-        bias = rng.standard_normal((count, first.n)).astype(np.float16) if turn else None
-        alpha = (1.0, -0.75)[turn]
-        activation = _ACTIVATIONS[gated][int(rng.integers(len(_ACTIVATIONS[gated])))]
-        what = f"n={first.n} k={first.k} group={first.group_size} experts={count} ids {list(ids.shape)} {activation}"
-        try:
-            routed = _Product(gpu, config, given.packed[gated], ids, a, bias, alpha, activation)
-            results = [routed.run(in_graph=in_graph) for in_graph in (False, False, True)]
-        except (W4A16Error, RuntimeError) as error:
-            proof.failures.append(f"{PRODUCT} {what}: {error}")
-            continue
-        offsets, rows = route_reference(ids, count)
-        proof.record(ROUTING, f"{ROUTING} {what}", _routing_fault(routed.offsets, routed.rows, offsets, rows))
-        worst = 0.0
-        for expert, weight in enumerate(given.weights):
-            own = slice(offsets[expert], offsets[expert + 1])
-            added = None if bias is None else bias[expert]
-            extra = Extra(activation)
-            ratio = error_over_bound(results[0][own], Expectation(a[own], weight), alpha, added, extra)
-            worst = max(worst, ratio)
-        _judge(proof, f"{PRODUCT} {what}", worst, results)
-        if not np.isnan(results[0][offsets[-1] :]).all():
-            proof.failures.append(f"{PRODUCT} {what}: rows of no expert were written")
+        _prove_routing(gpu, config, proof, given, ids, rng, in_graph=(False, False, True))
+
+
+def _prove_routing(
+    gpu: GuardedGpu,
+    config: KernelConfig,
+    proof: NumericProof,
+    given: _Weights,
+    ids: npt.NDArray[Any],
+    rng: np.random.Generator,
+    *,
+    in_graph: Sequence[bool],
+) -> None:
+    """Run one kernel on one routing, once for each entry of `in_graph`, and judge the results."""
+    gated = config.epilogue is Epilogue.GATED
+    first, count = given.weights[0], len(given.weights)
+    a = rng.standard_normal((ids.size, first.k)).astype(np.float16)
+    bias = rng.standard_normal((count, first.n)).astype(np.float16) if rng.integers(2) else None
+    alpha = float(rng.choice(_ALPHAS))
+    activation = _ACTIVATIONS[gated][int(rng.integers(len(_ACTIVATIONS[gated])))]
+    what = f"n={first.n} k={first.k} group={first.group_size} experts={count} ids {list(ids.shape)} {activation}"
+    try:
+        routed = _Product(gpu, config, given.packed[gated], ids, a, bias, alpha, activation)
+        results = [routed.run(in_graph=one) for one in in_graph]
+    except (W4A16Error, RuntimeError) as error:
+        proof.failures.append(f"{PRODUCT} {what}: {error}")
+        return
+    offsets, rows = route_reference(ids, count)
+    proof.record(ROUTING, f"{ROUTING} {what}", _routing_fault(routed.offsets, routed.rows, offsets, rows))
+    worst = 0.0
+    for expert in map(int, np.flatnonzero(np.diff(offsets))):
+        own = slice(offsets[expert], offsets[expert + 1])
+        added = None if bias is None else bias[expert]
+        expected = Expectation(a[own], given.weights[expert])
+        worst = max(worst, error_over_bound(results[0][own], expected, alpha, added, Extra(activation)))
+    _judge(proof, f"{PRODUCT} {what}", worst, results)
+    if not np.isnan(results[0][offsets[-1] :]).all():
+        proof.failures.append(f"{PRODUCT} {what}: rows of no expert were written")
+
+
+def prove_random_routings(
+    library: Library,
+    proofs: Mapping[KernelConfig, NumericProof],
+    count: int,
+    *,
+    device: int = 0,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> None:
+    """Run random grouped kernels on random routings of 1 to 512 experts, and add the outcomes to the kernels' proofs.
+
+    Args:
+        library: the loaded build.
+        proofs: the grouped kernels to run, with the proofs to add to.
+        count: routings.
+        device: the GPU.
+        seed: of the random numbers.
+        progress: called after some routings.
+    """
+    gpu, rng, kernels = GuardedGpu(library, device), np.random.default_rng(seed), sorted(proofs)
+    if not kernels:
+        return
+    modes = sorted({config.mode for config in kernels})
+    weights = {mode: _Weights.draw(library, rng, mode, RANDOM_SHAPE, MOST_RANDOM_EXPERTS) for mode in modes}
+    for done in range(1, count + 1):
+        config = kernels[int(rng.integers(len(kernels)))]
+        experts = int(rng.integers(1, int(rng.choice(RANDOM_EXPERTS)) + 1))
+        ids = draw_ids(rng, int(rng.integers(1, 41)), int(rng.integers(1, 9)), experts)
+        given = weights[config.mode].first(experts)
+        _prove_routing(gpu, config, proofs[config], given, ids, rng, in_graph=(bool(rng.integers(2)),))
+        if done % REPORTED == 0 or done == count:
+            progress(done, count, f"random routings of {config.mode}")
 
 
 def _routing_fault(

@@ -126,7 +126,7 @@ def verify(
         library: the loaded build.
         generated: the folder that its sources were emitted to; None takes the one that the build's manifest names.
         sampled: those of `numeric.sample` on small problems only, and short chains.
-        drawn_problems: random problems to run beside the fixed cases.
+        drawn_problems: random problems to run beside the fixed cases, and as many random routings of grouped kernels.
         progress: called as the numerical proofs advance.
     """
     proof = static.prove(library, generated)
@@ -164,6 +164,7 @@ def _numerics(library: Library, *, sampled: bool, drawn_problems: int, progress:
     kernels += grouped.values()
     if drawn_problems:
         random_problems.prove_random(library, proofs, drawn_problems, device=gpu.index, progress=progress)
+        experts.prove_random_routings(library, grouped, drawn_problems, device=gpu.index, progress=progress)
     return {
         "status": "failed" if any(kernel.failures for kernel in kernels) else "passed",
         "gpu": gpu.name,

@@ -120,7 +120,8 @@ def _on_gpu(  # noqa: PLR0913  (the operator's)
     sizes, groups = (hidden_size, intermediate_size), (gate_up_group_size, down_group_size)
     first, second = _packed(w13, w2, sizes, groups, mode, layout)
     operands = (tensor.detach().contiguous() for tensor in (topk_ids, topk_weights))
-    return library.moe(hidden.detach().contiguous(), first, second, *operands, activation=activation)
+    states = hidden.detach().contiguous()
+    return library.moe(states, first, second, *operands, activation=activation, dependent_launch="auto")
 
 
 def _one_by_one(  # noqa: PLR0913  (the operator's)
