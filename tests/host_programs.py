@@ -15,7 +15,7 @@ from w4a16gen.kernels.config import KernelConfig
 from w4a16gen.kernels.render import render_unit, source_name
 
 
-def compile_for_host(name: str, folder: Path, configs: Iterable[KernelConfig] = ()) -> Path:
+def compile_for_host(name: str, folder: Path, configs: Iterable[KernelConfig] = (), optimisation: str = "-O2") -> Path:
     """Compile a program with the host compiler, without CUDA.
 
     Args:
@@ -23,10 +23,11 @@ def compile_for_host(name: str, folder: Path, configs: Iterable[KernelConfig] = 
         folder: where the program goes.
         configs: kernels whose rendered sources the program includes as `UNIT`; tests/cpp/on_host stands in for the
             header that would launch them.
+        optimisation: an option of the compiler.
     """
     tools = toolchain.find_toolchain()
     program = folder / name
-    command = [str(tools.host_compiler), "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror"]
+    command = [str(tools.host_compiler), "-std=c++17", optimisation, "-Wall", "-Wextra", "-Werror"]
     command += ["-Wno-unknown-pragmas", "-pthread"]  # the kernels ask nvcc to unroll loops
     if kernels := sorted(configs):
         emit(kernels, folder)

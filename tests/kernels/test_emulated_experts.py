@@ -35,6 +35,8 @@ EXPERTS = 5
 NOBODY = (-1, EXPERTS, 1 << 30)
 """Ids that no expert has."""
 
+pytestmark = [pytest.mark.compile, pytest.mark.xdist_group("emulated experts")]
+
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> EmulatedExperts:
@@ -72,7 +74,6 @@ def drawn_ids(rng: np.random.Generator, experts: int, largest: int) -> npt.NDArr
     return ids
 
 
-@pytest.mark.compile
 @pytest.mark.parametrize("experts", [1, 2, 31, 128, 512, 1024])
 def test_routing_sorts_stably(emulated: EmulatedExperts, experts: int) -> None:
     rng = np.random.default_rng(experts)
@@ -95,7 +96,6 @@ def test_routing_sorts_stably(emulated: EmulatedExperts, experts: int) -> None:
         assert routes.tiles == tiles_of(rows, tile_tokens)
 
 
-@pytest.mark.compile
 @pytest.mark.parametrize("tokens", [1, 5, 70, 1100])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_routing_gathers_rows_as_a_second_kernel_would(emulated: EmulatedExperts, tokens: int, weighted: bool) -> None:
@@ -116,7 +116,6 @@ def test_routing_gathers_rows_as_a_second_kernel_would(emulated: EmulatedExperts
     assert np.isnan(gathered[len(wanted) :]).all()
 
 
-@pytest.mark.compile
 def test_many_routes_are_sorted_in_rounds(emulated: EmulatedExperts) -> None:
     rng = np.random.default_rng(5)
     ids = rng.integers(-1, EXPERTS + 1, (3100, 3))  # ten rounds of a warp: two readings ahead, and a last warp without
@@ -125,7 +124,6 @@ def test_many_routes_are_sorted_in_rounds(emulated: EmulatedExperts) -> None:
     assert routes.routes_of_rows.tolist() == [route for one in wanted for route in one]
 
 
-@pytest.mark.compile
 def test_tiles_of_given_rows(emulated: EmulatedExperts) -> None:
     offsets = np.array([0, 0, 17, 17, 24, 40], np.int32)
     pairs = list(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True))
@@ -135,7 +133,6 @@ def test_tiles_of_given_rows(emulated: EmulatedExperts) -> None:
     assert entries(listed) == tiles_of([(0, 0), (16, 19), (32, 48), (48, 57), (64, 80)], 8)
 
 
-@pytest.mark.compile
 def test_rows_outside_the_activations_are_left_out(emulated: EmulatedExperts) -> None:
     offsets = np.array([-5, 3, 1, 2000, 9], np.int32)
     rows = [(0, 3), (3, 3), (1, 40), (40, 40)]
@@ -149,7 +146,6 @@ def drawn_weights(rng: np.random.Generator, mode: QuantMode, n: int, k: int, gro
     return [random_weight(rng, n, k, group if mode.is_grouped else k, mode) for _ in range(EXPERTS)]
 
 
-@pytest.mark.compile
 @pytest.mark.parametrize("config", KERNELS, ids=lambda config: config.short_name)
 def test_each_row_is_multiplied_by_its_expert(emulated: EmulatedExperts, config: KernelConfig) -> None:
     rng = np.random.default_rng(3)
@@ -174,7 +170,6 @@ def test_each_row_is_multiplied_by_its_expert(emulated: EmulatedExperts, config:
         assert np.isnan(got[routes.offsets[-1] :]).all()
 
 
-@pytest.mark.compile
 def test_a_layer_equals_its_experts_one_by_one(emulated: EmulatedExperts) -> None:
     config = KERNELS[1]
     rng = np.random.default_rng(9)

@@ -55,6 +55,8 @@ MUTANTS = {
 }
 """Faults of synchronisation: a header, a statement of it, and what takes its place."""
 
+pytestmark = [pytest.mark.compile, pytest.mark.xdist_group("emulated kernels")]
+
 
 @pytest.fixture(scope="module")
 def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
@@ -77,14 +79,12 @@ def largest_error(emulation: Emulation, config: KernelConfig, problem: tuple[int
     return error_over_bound(first, Expectation(a, weight), 1.25, bias)
 
 
-@pytest.mark.compile
 @pytest.mark.parametrize("config", KERNELS, ids=lambda config: config.short_name)
 def test_any_order_of_threads_gives_the_product(emulation: Emulation, config: KernelConfig) -> None:
     for seed, problem in enumerate(PROBLEMS):
         assert largest_error(emulation, config, problem, seed) < 1
 
 
-@pytest.mark.compile
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_the_emulation_sees_missing_synchronisation(tmp_path: Path, mutant: str) -> None:
     config = KernelConfig.parse("w4a16_sm90_native_fgs_cta64x32x64_cluster1x1x2_warpgroups4_persistent")

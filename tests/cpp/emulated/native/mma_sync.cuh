@@ -39,12 +39,19 @@ inline void multiply_by_warp(float (&sum)[4], const uint32_t (&weights)[4], uint
   emulation::meet_as("mma", 32, mine, [](Lane* const* all) {
     const uint32_t* fragments[32];
     for (int i = 0; i < 32; ++i) fragments[i] = all[i]->weights;
+    float activations[8][16];
+    for (int token = 0; token < 8; ++token) {
+      for (int k = 0; k < 16; ++k) {
+        activations[token][k] = half_at(all[token * 4 + k % 8 / 2]->activations[k / 8], k % 2);
+      }
+    }
     for (int channel = 0; channel < 16; ++channel) {
+      float weights_of_channel[16];
+      for (int k = 0; k < 16; ++k) weights_of_channel[k] = weight_at(fragments, channel, k);
       for (int token = 0; token < 8; ++token) {
         double exact = 0;
         for (int k = 0; k < 16; ++k) {
-          const float activation = half_at(all[token * 4 + k % 8 / 2]->activations[k / 8], k % 2);
-          exact += static_cast<double>(weight_at(fragments, channel, k)) * activation;
+          exact += static_cast<double>(weights_of_channel[k]) * activations[token][k];
         }
         float& to = all[channel % 8 * 4 + token / 2]->sum[channel / 8 * 2 + token % 2];
         to = static_cast<float>(to + exact);
