@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # small products: more threads only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # those of torch too
 os.environ["W4A16GEN_CACHE_DIR"] = "/nonexistent"  # a build of the user must not be found
 
 import hypothesis
@@ -19,7 +21,7 @@ from fakes.workshop import Workshop
 import w4a16gen
 from w4a16gen import QuantMode
 from w4a16gen.build import toolchain, versions
-from w4a16gen.build.pipeline import build
+from w4a16gen.build.pipeline import BuildReport, build
 from w4a16gen.choose.overrides import kernels_of_environment
 from w4a16gen.kernels.config import ClusterShape, CtaShape, Epilogue, KernelConfig
 from w4a16gen.kernels.spaces import Filter, enumerate_space, select, with_epilogues
@@ -142,9 +144,15 @@ def fake_library(fake_build: Build) -> Library:
 
 @pytest.fixture(scope="session")
 def real_build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """Return a real build of one kernel per mode."""
+    """Return a real build of one kernel per mode: by one compiler, which reads CUTLASS's headers once for all three."""
     folder = tmp_path_factory.mktemp("real")
-    return build(one_per_mode(), generated=folder / GENERATED, folder=folder / BUILD).build
+    return build(one_per_mode(), generated=folder / GENERATED, folder=folder / BUILD, jobs=1).build
+
+
+def build_again(start: Build, configs: Iterable[KernelConfig], folder: Path) -> BuildReport:
+    """Build other kernels in a copy of a build, which has the compiled module already."""
+    shutil.copytree(start.folder, folder / BUILD, symlinks=True)
+    return build(configs, generated=folder / GENERATED, folder=folder / BUILD)
 
 
 @pytest.fixture(scope="session")

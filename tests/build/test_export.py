@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from conftest import build_again
 from packaging.metadata import Metadata
 from paths import EXAMPLES
 
 from w4a16gen import Library
 from w4a16gen.build import toolchain
 from w4a16gen.build.export import export_prefix, export_wheel, licenses
-from w4a16gen.build.pipeline import build
 from w4a16gen.cli import main
 from w4a16gen.errors import InvalidValueError, NoHopperGpuError, UnsupportedProblemError
 from w4a16gen.kernels.config import CtaShape
@@ -32,12 +32,11 @@ EXAMPLE = EXAMPLES / "cpp"
 
 
 @pytest.fixture(scope="session")
-def native_build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+def native_build(real_build: Build, tmp_path_factory: pytest.TempPathFactory) -> Build:
     """Return a real build of three native kernels, one per mode."""
-    folder = tmp_path_factory.mktemp("native")
     configs = select("default", Filter([CtaShape.parse("128x128x64")]))
     one = [next(config for config in configs if config.mode is mode) for mode in {config.mode for config in configs}]
-    return build(one, generated=folder / "generated", folder=folder / "build").build
+    return build_again(real_build, one, tmp_path_factory.mktemp("native")).build
 
 
 @pytest.fixture(scope="session")
