@@ -31,7 +31,7 @@ from w4a16gen.kernels.problem import why_cannot_run
 from w4a16gen.kernels.spaces import enumerate_space, with_epilogues
 from w4a16gen.measure.models import MODELS
 
-pytestmark = pytest.mark.compile
+pytestmark = [pytest.mark.compile, pytest.mark.xdist_group("C++ chooser")]
 
 DEFAULT = enumerate_space("default")
 HASHES = build_of(DEFAULT).content_hashes

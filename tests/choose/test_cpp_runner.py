@@ -23,7 +23,7 @@ from w4a16gen.kernels.config import Target
 from w4a16gen.kernels.device import Device
 from w4a16gen.kernels.spaces import enumerate_space
 
-pytestmark = pytest.mark.compile
+pytestmark = [pytest.mark.compile, pytest.mark.xdist_group("C++ runner")]
 
 CUDA = ROOT / "w4a16gen" / "cuda"
 FGS = QuantMode.FINEGRAINED_SCALE_ONLY

@@ -47,6 +47,8 @@ TILINGS = (
 )
 """Kernels of every way to divide work: schedulers, clusters, two CTAs on an SM, overlapping token tiles."""
 
+pytestmark = pytest.mark.xdist_group("headers")
+
 
 @pytest.mark.compile
 def test_headers_derive_the_arrangement_that_python_chose_for_every_native_kernel(tmp_path: Path) -> None:
