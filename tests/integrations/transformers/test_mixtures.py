@@ -131,8 +131,11 @@ def test_formats_dtypes_and_loaders_agree(kind: str, route: str, dtype: Any, tmp
     dense = model.dequantize(torch.float32).float()
     assert not any(isinstance(module, (W4A16Experts, W4A16Linear)) for module in dense.modules())
     wanted = dense(tiny.tokens()).logits
-    close = (logits - wanted).abs().amax(-1) < (0.02 if dtype == torch.float16 else 0.05) * wanted.abs().max()
-    assert close.all() if dtype == torch.float16 else close.sum() > close.numel() // 2, "bf16 moves a few routes"
+    close = (logits - wanted).abs().amax(-1) < (0.005 if dtype == torch.float16 else 0.05) * wanted.abs().max()
+    moved = (
+        1 if dtype == torch.float16 else close.numel() // 2 - 1
+    )  # rounding decides between experts that are equally good
+    assert close.sum() >= close.numel() - moved
 
 
 def mlx_tensors(_module: str, values: Any) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class W4A16Experts(torch.nn.Module):
     It takes the place of the modules of experts that transformers has, and is called like them. x may be fp16, bf16 or
     fp32. It is cast to fp16 before the products, and the result is cast to the dtype of x. Products are rounded to
     fp16; the activation is computed in fp32 and rounded to fp16 once; the routes of a token are added in fp32, in the
-    order of the slots, and the sum is rounded to fp16. Equal inputs give equal bits.
+    order of the slots. The sum is rounded to fp16 where `is_grouped` says yes. Equal inputs give equal bits.
 
     With grouped kernels in the build (`w4a16gen build --space default --space experts`), a call waits for nothing, and
     can be compiled, captured and exported. Otherwise, and where `is_grouped` says no, experts are computed one by one.
@@ -146,9 +146,11 @@ class W4A16Experts(torch.nn.Module):
             return torch.empty(hidden_states.shape, dtype=hidden_states.dtype, device="meta")
         records = torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)
         if records or not is_grouped:
-            return self._one_by_one(hidden_states, top_k_index, top_k_weights)
+            out = self._one_by_one(hidden_states, top_k_index, top_k_weights)
+            out = out.to(torch.float16) if is_grouped else out  # as where no gradients are recorded
+            return out.to(hidden_states.dtype)
         ids = top_k_index if top_k_index.dtype in _KERNEL_INTEGERS else top_k_index.to(torch.int64)
-        out: Tensor = torch.ops.w4a16gen.moe(
+        out = torch.ops.w4a16gen.moe(
             hidden_states.to(torch.float16),
             ids,
             top_k_weights.to(torch.float32),
@@ -181,9 +183,9 @@ class W4A16Experts(torch.nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def _one_by_one(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Return the sum of each token's experts, fp32 [tokens, hidden]."""
         x = hidden_states.float()  # fp32 keeps what fp16 and bf16 hold; products round it to fp16
-        out = sum_of_experts(x, top_k_index, top_k_weights, self.num_experts, self._expert)
-        return out.to(hidden_states.dtype)
+        return sum_of_experts(x, top_k_index, top_k_weights, self.num_experts, self._expert)
 
     def _expert(self, x: Tensor, expert: int) -> Tensor:
         """Return one expert's result for some rows, fp32 [m, hidden], without the weights of the routes."""
