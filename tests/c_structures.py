@@ -93,6 +93,7 @@ class CExperts(ctypes.Structure):
         *_pointers("token_tiles"),
         ("token_tiles_bytes", ctypes.c_size_t),
         *_sizes("tile_tokens"),
+        *_flags("list_is_complete"),
     )
 
 

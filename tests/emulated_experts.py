@@ -156,10 +156,13 @@ class EmulatedExperts:
         weights: Sequence[QuantizedWeight],
         token_tiles: Ints,
         launch: Launch,
+        *,
+        list_is_complete: bool = False,
     ) -> Half:
         """Return activation(a [rows, k] times each row's expert); rows of no expert stay NaN.
 
-        The bias is [experts, n].
+        The bias is [experts, n]. Before a dependent launch, a kernel still writes the activations, and the list too
+        unless that is complete.
         """
         (rows, k), n = a.shape, weights[0].n
         gated = launch.activation.is_gated
@@ -176,6 +179,13 @@ class EmulatedExperts:
         for buffer in (activations, everything, bias):
             if buffer is not None:
                 self.library.emulation_add_buffer(buffer.ctypes.data, buffer.nbytes)
+        late = []
+        if launch.is_dependent:
+            token_tiles = token_tiles.copy()
+            late = [(array, array.copy()) for array in (activations, *([] if list_is_complete else [token_tiles]))]
+            for array, values in late:
+                array.view(np.uint8)[:] = 0xFF
+                self.library.emulation_add_previous(at(array), at(values), array.nbytes)
         arguments = CGemmArguments(
             activations=at(activations),
             packed=at(everything),
@@ -193,6 +203,7 @@ class EmulatedExperts:
             token_tiles=at(token_tiles),
             token_tiles_bytes=token_tiles.nbytes,
             tile_tokens=config.cta.tokens,
+            list_is_complete=list_is_complete,
         )
         kernel = self.library.w4a16_find_kernel(config.name.encode())
         self.call("w4a16_grouped_gemm", kernel, *map(ctypes.byref, (problem, arguments, experts)))

@@ -162,6 +162,12 @@ def test_each_row_is_multiplied_by_its_expert(emulated: EmulatedExperts, config:
             for number in range(2)
         )
         assert np.array_equal(got.view(np.uint16), again.view(np.uint16)), "the order decides the bits"
+        for complete in (False, True):
+            behind = replace(launch, seed=2, is_dependent=True)
+            got_behind = emulated.grouped_gemm(
+                config, a, weights, routes.token_tiles, behind, list_is_complete=complete
+            )
+            assert np.array_equal(got.view(np.uint16), got_behind.view(np.uint16))
         for expert, weight in enumerate(weights):
             rows = slice(routes.offsets[expert], routes.offsets[expert + 1])
             expected = Expectation(a[rows], weight)

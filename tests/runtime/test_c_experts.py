@@ -411,7 +411,7 @@ def test_the_module_makes_the_same_calls(emulated: EmulatedExperts, fake_library
         together = aligned(np.stack(packed))
         out = aligned(np.full((routes, n // 2 if activation.is_gated else n), np.nan, np.float16))
         numbers = (kernel, routes, n, a.shape[1], 64, at(a), at(together), together[0].size, 0, at(out), 1.0)
-        grouped = (experts, together[0].size, at(tiles), tiles_bytes, 8)
+        grouped = (experts, together[0].size, at(tiles), tiles_bytes, 8, False)
         check(opened.grouped_gemm(*numbers, activation.number, 0, *grouped, *on))
         return out
 

@@ -171,6 +171,9 @@ typedef struct {
   const void* token_tiles;  /* the list, of as many rows as the activations have */
   size_t token_tiles_bytes; /* at least w4a16_token_tiles_bytes of m rows */
   int64_t tile_tokens;      /* that the list was made for: cta[1] of the kernel */
+  int32_t list_is_complete; /* 1: the previous kernel of the stream waited for what wrote the list, as grouped products
+                               and the functions below do. A dependent launch then fetches weights before that kernel
+                               has ended */
 } w4a16_experts;
 
 /* rows[row] = hidden[token of the row] */

@@ -230,7 +230,7 @@ class ExpertLauncher:
             *(self._indices[kernel], *numbers_of(problem)),
             *(activations.pointer, packed.pointer, w.nbytes_of_expert),
             *(0 if added is None else added.pointer, output.pointer, factor, kind.number, 0),
-            *(w.experts, w.stride, tiles.pointer, tiles.nbytes, rows.tile_tokens, address, launch, device),
+            *(w.experts, w.stride, tiles.pointer, tiles.nbytes, rows.tile_tokens, False, address, launch, device),
         )
         self._bindings.result_of(outcome)
         return result
@@ -274,8 +274,8 @@ class ExpertLauncher:
     ) -> Any:
         """Launch a layer of experts; see `Library.moe`."""
         module, library = self._bindings.module, self._bindings.library
-        first, second = self._packed("w13", w13), self._packed("w2", w2)
-        device = first.device or 0
+        packed13, packed2 = self._packed("w13", w13), self._packed("w2", w2)
+        device = packed13.device or 0
         kind = _gate_function(activation)
         on_input = checked_flag("weight_on_input", weight_on_input)
         size = w2.n
@@ -319,20 +319,21 @@ class ExpertLauncher:
         products, kernel = (plan.gated, kind) if sizes.gated else (plan.products, Activation.NONE)
 
         def multiply(
-            config: KernelConfig, w: PackedExperts, packed: ArrayView, a: int, c: int, act: Activation
+            config: KernelConfig, w: PackedExperts, packed: ArrayView, a: int, c: int, act: Activation, *, first: bool
         ) -> None:
             outcome = library.grouped_gemm(
                 *(self._indices[config], routes, w.n, w.k, w.group_size),
                 *(base + a, packed.pointer, w.nbytes_of_expert, 0, base + c, 1.0, act.number, 0),
-                *(w.experts, w.stride, *list_of_tiles, config.cta.tokens, *on),
+                *(w.experts, w.stride, *list_of_tiles, config.cta.tokens, not first, *on),
             )
             result_of(outcome)
 
-        multiply(plan.gate_up, w13, first, plan.rows, products, kernel)
+        multiply(plan.gate_up, w13, packed13, plan.rows, products, kernel, first=True)
         if not sizes.gated:
             gated, both = base + plan.gated, base + plan.products
             result_of(library.activate_rows(both, count, gated, routes, w2.k, kind.number, *on))
-        multiply(plan.down, w2, second, plan.gated, plan.rows, Activation.NONE)
+        # The list was there before the first product began, so this one may fetch weights while that one ends.
+        multiply(plan.down, w2, packed2, plan.gated, plan.rows, Activation.NONE, first=False)
         result_of(
             library.combine_rows(
                 *(base + plan.rows, base + plan.rows_of_routes, 0 if on_input else factors, output.pointer),

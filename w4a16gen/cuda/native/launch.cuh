@@ -195,6 +195,7 @@ cudaError_t launch(const Launch& launch) {
     tiled_tokens = max_token_tiles(m, experts.count, S::Tokens) * S::Tokens;
     parameters.expert_bytes = static_cast<int64_t>(experts.packed_stride);
     parameters.token_tiles = static_cast<const TokenTiles*>(experts.token_tiles);
+    parameters.list_is_complete = experts.list_is_complete != 0;
   }
   const int ctas = make_tiling<S>(&parameters.tiling, tiled_tokens, layout.channel_blocks, layout.k_blocks,
                                   clusters_at_once, !in_place);

@@ -30,19 +30,21 @@ struct Parameters {
   uint64_t epoch;                 // stream-K: the value of a flag whose sums are complete, unique to this launch
   const TokenTiles* token_tiles;  // grouped
   int64_t expert_bytes;           // grouped: from one expert's packed weight to the next
+  bool list_is_complete;          // grouped: before the previous kernel asked for this one
   // Of kernels with an epilogue. They come last, so that the others find theirs where they were.
   CUtensorMap residual;          // of the output's boxes
   const half* residual_pointer;  // of the output's shape, possibly the output itself; or null
   Activation activation;
 };
 
-// What a CTA works on. Grouped products read the list, which an earlier kernel has written.
+// What a CTA works on. Grouped products read the list, which an earlier kernel has written. Where that is not the
+// previous one, weights are fetched while the previous one still runs.
 template <class S>
 __device__ inline Work work_of(const Parameters& p, int rank) {
   const auto cta = static_cast<int>(blockIdx.x);
   const auto ctas = static_cast<int>(gridDim.x);
   if constexpr (S::Grouped) {
-    wait_for_prerequisites();
+    if (!p.list_is_complete) wait_for_prerequisites();
     return S::Scheduler::template work_of<S>(p.tiling, cta, ctas, rank, *p.token_tiles);
   } else {
     return work_of<S>(p.tiling, cta, ctas, rank);

@@ -33,7 +33,8 @@ inline Outcome grouped_gemm(const KernelLibrary& library, int kernel, int64_t m,
                             int64_t group_size, uintptr_t activations, uintptr_t packed, size_t packed_bytes,
                             uintptr_t bias, uintptr_t output, float alpha, int activation, uintptr_t residual,
                             int64_t experts, size_t packed_stride, uintptr_t token_tiles, size_t token_tiles_bytes,
-                            int64_t tile_tokens, uintptr_t stream, int dependent_launch, int device) {
+                            int64_t tile_tokens, bool list_is_complete, uintptr_t stream, int dependent_launch,
+                            int device) {
   const w4a16_problem problem{m, n, k, group_size};
   w4a16_gemm_arguments arguments{};
   arguments.activations = pointer(activations);
@@ -52,6 +53,7 @@ inline Outcome grouped_gemm(const KernelLibrary& library, int kernel, int64_t m,
   grouped.token_tiles = pointer(token_tiles);
   grouped.token_tiles_bytes = token_tiles_bytes;
   grouped.tile_tokens = tile_tokens;
+  grouped.list_is_complete = list_is_complete ? 1 : 0;
   return launched_on(device, [&](char* message, size_t bytes) {
     return library.grouped_gemm(kernel, &problem, &arguments, &grouped, message, bytes);
   });
