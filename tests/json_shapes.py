@@ -105,6 +105,43 @@ STEP = {
     ],
     "left_out": {str: str},
 }
+MOE = {
+    "model": {
+        "name": str,
+        "hidden_size": int,
+        "intermediate_size": int,
+        "num_experts": int,
+        "num_experts_per_tok": int,
+        "group_size": int,
+        "gpus": int,
+    },
+    "gpu": GPU,
+    "mode": str,
+    "points": [
+        {
+            "tokens": int,
+            "rows": NUMBER,
+            "experts_hit": NUMBER,
+            "weight_bytes": int,
+            "floor_us": OPTIONAL_NUMBER,
+            "kernels": {"gate_up": str, "down": str},
+            "timings": [
+                {
+                    "name": str,
+                    "microseconds": [NUMBER],
+                    "median_us": NUMBER,
+                    "least_us": NUMBER,
+                    "most_us": NUMBER,
+                    "share_of_floor": OPTIONAL_NUMBER,
+                    "tflops": NUMBER,
+                    "error": NUMBER,
+                }
+            ],
+            "parts_us": {str: NUMBER},
+            "left_out": {str: str},
+        }
+    ],
+}
 SCHEMAS: dict[str, dict[str, Any]] = {
     "list": {"built": bool, "spaces": [str], "kernels": [KERNEL]},
     "emit": {
@@ -182,6 +219,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "peak_tflops": {"burst": NUMBER, "sustained": NUMBER},
         "random": (dict, type(None)),
         "steps": list,
+        "moe": list,
         "comparisons": [
             {
                 "problem": PROBLEM,

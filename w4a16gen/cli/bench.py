@@ -14,6 +14,7 @@ from w4a16gen.cli.cluster import ClusterChoice, cluster_options, tell_nodes
 from w4a16gen.cli.first_build import load_or_build
 from w4a16gen.cli.gpus import GpuChoice, card_option, one_kind_of
 from w4a16gen.cli.help import METHOD, OUTPUT, ExampleCommand, option
+from w4a16gen.cli.moe_bench import MOE_TOKENS, MoeChoice, moe_bench, moe_option
 from w4a16gen.cli.options import (
     Parsed,
     build_option,
@@ -57,7 +58,10 @@ COLUMNS = (
     Column("vs other 4-bit", right=True),
 )
 
-_OF_PROBLEMS = ("problems", "models", "files", "tokens")
+_NAMED = ("problems", "models", "files")
+_OF_PROBLEMS = (*_NAMED, "tokens")
+_OF_STEPS = ("sequences", "context", "prefill", "layers")
+_OF_RIVALS = ("rivals", "rival_names")
 _OF_DRAWS = ("seed", "budget", "choose_from")
 _OF_SINGLES = ("slack", "report_folder")
 _OF_CLUSTERS = ("ray", "ray_env", "card")
@@ -73,6 +77,7 @@ _FRONT = 4
         ("w4a16gen bench --model llama-3-8b --tokens 1 --tokens 16 --report out", "a model's layers, with plots"),
         ("w4a16gen bench --random 150 --seed 1 --budget 10", "layers and token counts drawn at random"),
         ("w4a16gen bench --step llama-3-8b --sequences 1 --sequences 8", "a decoder's step in one CUDA graph"),
+        ("w4a16gen bench --moe qwen3-30b-a3b --tokens 16", "a layer of experts, with grouped kernels"),
         ("w4a16gen build --space default --space trtllm", "TensorRT-LLM's set beside ours; then bench shows both"),
     ),
 )
@@ -80,6 +85,7 @@ _FRONT = 4
 @epilogues_option
 @random_options
 @step_options
+@moe_option
 @count_option("--finalists", section=METHOD, help="Kernels to time in alternation.  [default: 4; with --random 2]")
 @count_option(
     "--rounds",
@@ -138,6 +144,7 @@ def command(
     context: int,
     prefill: int | None,
     layers: int | None,
+    mixtures: Sequence[str],
     finalists: int | None,
     rounds: int,
     rivals: bool | None,
@@ -161,11 +168,23 @@ def command(
 
     With --step, a whole decoder's step is timed in one CUDA graph: this package's products, cuBLAS FP16 and other 4-bit
     kernels, with the same norms, attention and SwiGLU between them.
+
+    With --moe, a layer of experts is timed: grouped kernels that `w4a16gen build --space default --space experts`
+    builds, and dense experts in BF16 with torch. The routing, each product and the combination are timed by themselves
+    too.
     """
     from w4a16gen.measure.bench import BenchOptions
     from w4a16gen.measure.rivals import RIVALS, RIVALS_OF_DRAWS
 
     named_rivals = _named_rivals(rival_names, rivals)
+    if mixtures:
+        _refuse("--moe runs on this machine", *_OF_CLUSTERS)
+        _refuse("--moe lets the kernels apply the gate if the build has such ones", "epilogues")
+        _refuse("--moe times the kernels that calls get", *_OF_SINGLES, "finalists")
+        _refuse("--moe times dense experts beside this package's, and no rivals", *_OF_RIVALS)
+        _refuse("--moe times layers of experts", "random", *_NAMED, *_OF_DRAWS, "steps", *_OF_STEPS)
+        counts = tokens if _is_given("tokens") else MOE_TOKENS
+        return moe_bench(MoeChoice(mixtures, counts, mode, rounds), folder, wide=wide, as_json=as_json)
     if steps:
         _refuse("--step runs on this machine", *_OF_CLUSTERS)
         _refuse("--step times products with SwiGLU and residual if the build has them", "epilogues")
@@ -173,7 +192,7 @@ def command(
         of_steps = named_rivals or (RIVALS_OF_DRAWS if rivals else ())
         choice = StepChoice(steps, sequences, context, prefill, layers, mode, rounds, of_steps)
         return step_bench(choice, folder, wide=wide, as_json=as_json)
-    _refuse("only --step takes them", "sequences", "context", "prefill", "layers")
+    _refuse("only --step takes them", *_OF_STEPS)
     where = GpuChoice(ClusterChoice(ray, ray_env), card=card)
     if random is not None:
         _refuse("--random runs on this machine", *_OF_CLUSTERS)
@@ -248,14 +267,18 @@ def _named_rivals(names: Sequence[str], rivals: bool | None) -> tuple[Rival, ...
 
 def _refuse(reason: str, *parameters: str) -> None:
     """Raise a usage error if the user named one of some parameters, which do not go with another one."""
-    context = click.get_current_context()
     given = [
         parameter.opts[0]
-        for parameter in context.command.params
-        if parameter.name in parameters and context.get_parameter_source(parameter.name) is not ParameterSource.DEFAULT
+        for parameter in click.get_current_context().command.params
+        if parameter.name in parameters and _is_given(parameter.name)
     ]
     if given:
         raise click.UsageError(f"{reason}: drop {' and '.join(given)}")
+
+
+def _is_given(parameter: str) -> bool:
+    """Whether the user named a parameter."""
+    return click.get_current_context().get_parameter_source(parameter) is not ParameterSource.DEFAULT
 
 
 def _show(measured: Bench, mode: QuantMode, *, wide: bool) -> None:

@@ -62,6 +62,12 @@ def _step_bench(*args: Any, **options: Any) -> Any:
     return run_step_bench(*args, **options)
 
 
+def _moe_bench(*args: Any, **options: Any) -> Any:
+    from w4a16gen.measure.moe import run_moe_bench
+
+    return run_moe_bench(*args, **options)
+
+
 def _build(*args: Any, **options: Any) -> Any:
     from w4a16gen.build.pipeline import build
 
@@ -100,6 +106,7 @@ class Services:
     bench: Callable[..., Any] = _bench
     random_bench: Callable[..., Any] = _random_bench
     step_bench: Callable[..., Any] = _step_bench
+    moe_bench: Callable[..., Any] = _moe_bench
     connect: Callable[..., AbstractContextManager[Any]] = _connect
     show_progress: Callable[..., AbstractContextManager[Progress]] = show_progress
 

@@ -18,7 +18,6 @@ from w4a16gen.errors import BuildError
 
 if TYPE_CHECKING:
     from w4a16gen.kernels.config import QuantMode
-    from w4a16gen.kernels.device import Device
     from w4a16gen.measure.decoder import Step
     from w4a16gen.measure.rivals import Rival
     from w4a16gen.measure.step import StepBench, StepTiming
@@ -111,6 +110,8 @@ def step_options(command: _Command) -> _Command:
 
 def step_bench(choice: StepChoice, folder: Path | None, *, wide: bool, as_json: bool) -> int:
     """Time steps, show them, and return the exit status."""
+    from w4a16gen.measure.bench import nothing_measured
+
     library = load_or_build(folder)
     measured: list[StepBench] = []
     for step in choice.steps():
@@ -128,24 +129,12 @@ def step_bench(choice: StepChoice, folder: Path | None, *, wide: bool, as_json: 
             rows = [_cells(found, timing) for timing in found.timings]
             print_table(f"{step}; {found.gpu.name}, mode {choice.mode}, one CUDA graph", COLUMNS, rows, wide=wide)
     if as_json:
-        print_result("bench", _as_json(library.hopper_device(), measured))
+        nothing = nothing_measured(library.hopper_device())
+        print_result("bench", nothing | {"steps": [found.as_json() for found in measured]})
     wrong = {name: reason for found in measured for name, reason in found.wrong.items()}
     for name, reason in wrong.items():
         note(f"{name}: {reason}", label="error:")
     return BuildError.exit_code if wrong else 0
-
-
-def _as_json(gpu: Device, measured: Sequence[StepBench]) -> dict[str, Any]:
-    """Return the object of the command, as without `--step`."""
-    nothing: dict[str, object] = {
-        "random": None,
-        "comparisons": [],
-        "smallest_set": [],
-        "wrong": {},
-        "written": [],
-        "nodes": [],
-    }
-    return {"gpu": gpu.as_json(), "peak_tflops": None, **nothing, "steps": [found.as_json() for found in measured]}
 
 
 def _cells(found: StepBench, timing: StepTiming) -> tuple[str, ...]:

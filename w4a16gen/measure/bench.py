@@ -62,15 +62,28 @@ class Bench:
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that JSON output carries."""
-        return {
-            "gpu": self.gpu.as_json(),
+        return nothing_measured(self.gpu) | {
             "peak_tflops": None if self.peak is None else vars(self.peak),
-            "random": None,
-            "steps": [],
             "comparisons": [found.as_json() for found in self.comparisons],
             "smallest_set": list(self.smallest_set),
             "wrong": self.wrong,
         }
+
+
+def nothing_measured(gpu: Device) -> dict[str, Any]:
+    """Return the object that JSON output carries, without a result: each kind of bench adds its own."""
+    return {
+        "gpu": gpu.as_json(),
+        "peak_tflops": None,
+        "random": None,
+        "steps": [],
+        "moe": [],
+        "comparisons": [],
+        "smallest_set": [],
+        "wrong": {},
+        "written": [],
+        "nodes": [],
+    }
 
 
 def run_bench(

@@ -1,4 +1,4 @@
-"""The linear layers of known models, as problems for `bench --model` and `tune --model`."""
+"""The linear layers of known models, as problems for `bench --model` and `tune --model`, and layers of experts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from w4a16gen.errors import InvalidValueError
+from w4a16gen.kernels.config import QuantMode
 from w4a16gen.kernels.problem import Problem
 
 
@@ -67,6 +68,43 @@ MODELS = {
 }
 """From the models' config.json on Hugging Face. In a mixture of experts, gate_up and down are one expert's, and m
 counts the tokens that are routed to it."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The sizes that decide a layer of experts, named as in Hugging Face's config.json.
+
+    GPUs divide the experts among them, and each computes the tokens of all.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    """Of one expert."""
+    num_experts: int
+    """On all GPUs."""
+    num_experts_per_tok: int
+    group_size: int = 128
+    gpus: int = 1
+
+    @property
+    def experts(self) -> int:
+        """Experts on one GPU."""
+        return self.num_experts // self.gpus
+
+    def problems(self, mode: QuantMode) -> tuple[Problem, Problem]:
+        """Return the products of one expert, gate_up and down, with m of 1."""
+        sizes = (2 * self.intermediate_size, self.hidden_size), (self.hidden_size, self.intermediate_size)
+        first, second = (Problem(1, n, k, self.group_size if mode.is_grouped else k) for n, k in sizes)
+        return first, second
+
+
+MIXTURES = {
+    "qwen3-30b-a3b": Mixture(2048, 768, 128, 8),
+    "mixtral-8x7b": Mixture(4096, 14336, 8, 2),
+    "kimi-k2-ep8": Mixture(7168, 2048, 384, 8, group_size=32, gpus=8),
+    "deepseek-v3-ep8": Mixture(7168, 2048, 256, 8, gpus=8),
+}
+"""From the models' config.json on Hugging Face. In names that end in `ep8`, eight GPUs divide the experts."""
 
 
 def model_problems(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,25 +21,56 @@ from w4a16gen.measure.timing import (
 from w4a16gen.runtime.arrays import view
 from w4a16gen.runtime.library import Library
 from w4a16gen.runtime.streams import stream_pointer
-from w4a16gen.weights.packed import PackedWeight
 
 BURST_ROUNDS = 150
 """Rounds of the tensor-core probe. They take 0.1 ms, too short for the power limit to act."""
 
+READS = 20
+"""Reads per graph, at least."""
+READ_REPLAYS = 5
 
-def probe_read(library: Library, w: PackedWeight, *, stream: Any, dependent_launch: bool = False) -> None:
-    """Launch a kernel that only reads a packed weight. Its time is a lower bound for every kernel.
+
+def probe_read(library: Library, packed: Any, *, stream: Any, dependent_launch: bool = False) -> None:
+    """Launch a kernel that only reads packed weights. Its time is a lower bound for every kernel that needs them.
+
+    Args:
+        library: the loaded build.
+        packed: uint8 array of a positive multiple of 16 bytes, on a Hopper GPU.
+        stream: a CUDA stream object or address.
+        dependent_launch: whether the launch is dependent.
 
     Raises:
         UnsupportedProblemError: if the build holds no native kernel, with which the probes come.
-        NoHopperGpuError: if the weight is on another kind of GPU.
+        NoHopperGpuError: if the array is on another kind of GPU.
     """
-    data = view("packed weight", w.data, library.module)
-    address = stream_pointer(stream, w.data)
+    data = view("packed weights", packed, library.module)
+    address = stream_pointer(stream, packed)
     bindings = library.bindings
     bindings.result_of(
         bindings.library.probe_read(data.pointer, data.nbytes, dependent_launch, address, data.device or 0)
     )
+
+
+def cold_read_microseconds(library: Library, copies: Sequence[Any], device: int) -> float:
+    """Return the median microseconds of reading an array, in a graph of launches that take copies in turn.
+
+    Args:
+        library: the loaded build.
+        copies: arrays as `probe_read` takes them, enough of them that a copy has left L2 at its next turn.
+        device: the CUDA device number.
+    """
+    stream = library.module.Stream(device)
+    reads = max(READS, len(copies))
+    stream.begin_capture()
+    for turn in range(reads):
+        probe_read(library, copies[turn % len(copies)], stream=stream)
+    stream.end_capture()
+    milliseconds = []
+    for _ in range(READ_REPLAYS):
+        stream.start_timer()
+        stream.replay()
+        milliseconds.append(float(stream.stop_timer()))
+    return statistics.median(milliseconds) * 1000 / reads
 
 
 def probe_multiply(library: Library, rounds: int, *, stream: Any, device: int = 0) -> int:

@@ -24,6 +24,7 @@ from w4a16gen.kernels.problem import Problem
 from w4a16gen.kernels.spaces import enumerate_space
 from w4a16gen.measure.alone import alone
 from w4a16gen.measure.bands import Band, bands_of, fastest_fp16_rival
+from w4a16gen.measure.bench import nothing_measured
 from w4a16gen.measure.cell import Attempts, CellOptions, time_cell
 from w4a16gen.measure.cell_record import Cell, CellRecord
 from w4a16gen.measure.compile_ahead import compile_ahead
@@ -94,8 +95,7 @@ class RandomBench:
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that JSON output carries."""
-        return {
-            "gpu": self.gpu.as_json(),
+        return nothing_measured(self.gpu) | {
             "peak_tflops": None if self.peak is None else vars(self.peak),
             "random": {
                 "seed": self.draw.seed,
@@ -109,9 +109,7 @@ class RandomBench:
                     for (rival, reason), cells in self.rivals_left_out.items()
                 ],
             },
-            "steps": [],
             "comparisons": [found.as_json() for found in self.comparisons],
-            "smallest_set": [],
             "wrong": self.wrong,
         }
 

@@ -146,7 +146,7 @@ class Stage(ABC):
         """Record a graph of launches that only read the packed weight."""
 
         def launch(weight: PackedWeight, stream: Any) -> None:
-            probe_read(self.library, weight, stream=stream, dependent_launch=dependent)
+            probe_read(self.library, weight.data, stream=stream, dependent_launch=dependent)
 
         return self._record(launch, Target.NATIVE, None)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
@@ -18,7 +17,7 @@ from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.measure.compare import attempt
 from w4a16gen.measure.decoder import Decoder, Parts, Step
 from w4a16gen.measure.kernel_kinds import Shares, shares_of
-from w4a16gen.measure.probes import probe_read
+from w4a16gen.measure.probes import cold_read_microseconds
 from w4a16gen.measure.results import Timing
 from w4a16gen.measure.rival_products import Product, cublas_products
 from w4a16gen.measure.rivals import CUBLAS, Rival, find_torch
@@ -48,7 +47,6 @@ SIZE = 0.2
 layers leaves fp16."""
 LONG_STEP = 20e3
 """Microseconds. A longer step is at the power limit, and is timed in blocks."""
-READS = 20
 Prepare = Callable[..., Sequence[Product]]
 """Takes activations [m, k], a weight and a number of copies; of fused entrants also `out` and an epilogue."""
 
@@ -395,18 +393,8 @@ def _floor(library: Library, machine: Machine, step: Step, weights: Mapping[str,
     torch, total = machine.torch, 0.0
     for weight in weights.values():
         packed = weight.packed(library)
-        copies = [replace(packed, data=packed.data.clone()) for _ in range(copies_for(packed.nbytes))]
-        stream = library.module.Stream(machine.device.index)
-        stream.begin_capture()
-        for turn in range(READS):
-            probe_read(library, copies[turn % len(copies)], stream=stream)
-        stream.end_capture()
-        times = []
-        for _ in range(5):
-            stream.start_timer()
-            stream.replay()
-            times.append(float(stream.stop_timer()))
-        total += step.depth * statistics.median(times) * 1000 / READS
+        copies = [packed.data.clone() for _ in range(copies_for(packed.nbytes))]
+        total += step.depth * cold_read_microseconds(library, copies, machine.device.index)
         del copies
         torch.cuda.empty_cache()
     return total

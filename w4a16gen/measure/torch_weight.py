@@ -102,10 +102,18 @@ class TorchWeight:
             scales = scales.reshape(-1)
         return QuantizedWeight(values(self.q[chosen]), scales, zeros, self.group_size, self.mode)
 
+    def _spread(self, by_group: Any) -> Any:
+        """Return values of groups [k / group_size, n] as fp32 [n, k]."""
+        return by_group.T.float().repeat_interleave(self.group_size, 1)
+
     def dense(self) -> Any:
         """Return the weight as fp16 [n, k], less its zeros: zeros take no time in a dense product."""
-        spread = self.scales.T.float().repeat_interleave(self.group_size, 1)
-        return spread.mul_(self.q.float() - OFFSET).half()
+        return self._spread(self.scales).mul_(self.q.float() - OFFSET).half()
+
+    def exact(self) -> Any:
+        """Return the weight as fp32 [n, k], zeros included."""
+        scaled = self._spread(self.scales).mul_(self.q.float() - OFFSET)
+        return scaled if self.zeros is None else scaled.add_(self._spread(self.zeros))
 
     def gptq_words(self) -> Any:
         """Return int32 [k / 8, n]: eight values along K in a word, the first lowest, as in GPTQ's checkpoints."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -31,6 +32,9 @@ _HALF_BYTES = 2
 _INT_BYTES = 4
 _MATRIX = 2
 _GATHERS_NOTHING = (0, 0, 0, 0)
+ROUTING, GATE_UP, ACTIVATION, DOWN, COMBINING = MOE_PARTS = ("routing", "gate_up", "activation", "down", "combining")
+"""The launches of a layer of experts, in order. Routing gathers the rows too. Kernels that apply the gate themselves
+leave out the activation."""
 _IDS = {"<i4": 4, "<i8": 8}
 """Bytes of the dtypes of ids."""
 
@@ -271,8 +275,12 @@ class ExpertLauncher:
         workspace: Any,
         stream: Any,
         launch: int,
+        parts: Collection[str] = MOE_PARTS,
     ) -> Any:
-        """Launch a layer of experts; see `Library.moe`."""
+        """Launch a layer of experts; see `Library.moe`.
+
+        With some of `parts` only, launch those: what they read is in the workspace of an earlier, whole call.
+        """
         module, library = self._bindings.module, self._bindings.library
         packed13, packed2 = self._packed("w13", w13), self._packed("w2", w2)
         device = packed13.device or 0
@@ -308,14 +316,15 @@ class ExpertLauncher:
         list_of_tiles = (base + plan.token_tiles, plan.token_tiles_bytes)
         count = base + plan.offsets + _INT_BYTES * w13.experts
         factors, result_of = weights.pointer, self._bindings.result_of
-        result_of(
-            library.route(
-                *(ids.pointer, _IDS[ids.dtype], 0 if mapped is None else mapped.pointer),
-                *(0 if mapped is None else mapped.shape[0], w13.experts, tokens, slots, plan.gate_up.cta.tokens),
-                *(base + plan.offsets, base + plan.routes_of_rows, base + plan.rows_of_routes, *list_of_tiles),
-                *(states.pointer, factors if on_input else 0, base + plan.rows, size, address, launch, device),
+        if ROUTING in parts:
+            result_of(
+                library.route(
+                    *(ids.pointer, _IDS[ids.dtype], 0 if mapped is None else mapped.pointer),
+                    *(0 if mapped is None else mapped.shape[0], w13.experts, tokens, slots, plan.gate_up.cta.tokens),
+                    *(base + plan.offsets, base + plan.routes_of_rows, base + plan.rows_of_routes, *list_of_tiles),
+                    *(states.pointer, factors if on_input else 0, base + plan.rows, size, address, launch, device),
+                )
             )
-        )
         products, kernel = (plan.gated, kind) if sizes.gated else (plan.products, Activation.NONE)
 
         def multiply(
@@ -328,18 +337,21 @@ class ExpertLauncher:
             )
             result_of(outcome)
 
-        multiply(plan.gate_up, w13, packed13, plan.rows, products, kernel, first=True)
-        if not sizes.gated:
+        if GATE_UP in parts:
+            multiply(plan.gate_up, w13, packed13, plan.rows, products, kernel, first=True)
+        if not sizes.gated and ACTIVATION in parts:
             gated, both = base + plan.gated, base + plan.products
             result_of(library.activate_rows(both, count, gated, routes, w2.k, kind.number, *on))
-        # The list was there before the first product began, so this one may fetch weights while that one ends.
-        multiply(plan.down, w2, packed2, plan.gated, plan.rows, Activation.NONE, first=False)
-        result_of(
-            library.combine_rows(
-                *(base + plan.rows, base + plan.rows_of_routes, 0 if on_input else factors, output.pointer),
-                *(tokens, slots, size, *on),
+        if DOWN in parts:
+            # The list was there before the first product began, so this one may fetch weights while that one ends.
+            multiply(plan.down, w2, packed2, plan.gated, plan.rows, Activation.NONE, first=False)
+        if COMBINING in parts:
+            result_of(
+                library.combine_rows(
+                    *(base + plan.rows, base + plan.rows_of_routes, 0 if on_input else factors, output.pointer),
+                    *(tokens, slots, size, *on),
+                )
             )
-        )
         return result
 
     def plan(self, sizes: MoeSizes, device: int, *, invariant: bool = False) -> MoePlan:
