@@ -35,6 +35,7 @@ GENERATED = "generated"
 BUILD = "build"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep tests that share a real build, or a GPU, in one of xdist's workers."""
     for item in items:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import resource
 import shutil
@@ -49,6 +50,12 @@ def generated(build: Build) -> Path:
     """Return the folder that a build's sources were emitted to."""
     folder: Path = build.folder.parent / "generated"
     return folder
+
+
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="there is one process")
+def test_xdist_builds_once(real_build: Build, request: pytest.FixtureRequest) -> None:
+    assert real_build
+    assert request.node.nodeid.endswith("@real build")
 
 
 def test_every_static_proof_holds(real_library: Library) -> None:
