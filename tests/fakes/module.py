@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import weakref
 import zlib
 from collections.abc import Callable, Sequence
@@ -14,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fakes.experts import Call, ExpertCalls, Work
+from fakes.memory import memory_at
 from w4a16gen import KernelConfig, PackedWeight, Problem
 from w4a16gen.kernels.device import Device
 from w4a16gen.kernels.epilogue import Activation, CallEpilogue
@@ -47,15 +48,6 @@ class Buffer:
         data[:] = self.memory[offset : offset + data.size]
 
 
-def memory_at(pointer: int, shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
-    """See memory as an array; it is the buffer's own, not a copy."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    if size == 0:
-        return np.empty(shape, dtype)
-    seen: npt.NDArray[Any] = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer))
-    return seen.view(dtype).reshape(shape)
-
-
 class FakeStream:
     """Runs what is launched on it at once, or keeps it for replays of a graph."""
 
@@ -64,9 +56,9 @@ class FakeStream:
         self.pointer = id(self)
         self.replays = 0
         self.is_capturing = False
-        self._recorded: list[Launched] = []
+        self._recorded: list[Work] = []
 
-    def launch(self, work: Launched) -> None:
+    def launch(self, work: Work) -> None:
         """Run a launch now, or at each replay."""
         if self.is_capturing:
             self._recorded.append(work)
@@ -165,12 +157,22 @@ def compute(launched: Launched) -> None:
     launched.out[...] = launched.reference()
 
 
-class Kernels:
+class Kernels(ExpertCalls):
     """The opened library of kernels, with the interface of the module's `KernelLibrary`."""
+
+    invalid, unsupported = INVALID, UNSUPPORTED
 
     def __init__(self, module: FakeModule, _path: str) -> None:
         self.module, self.configs = module, module.configs
         self.unpacked: dict[object, QuantizedWeight] = {}
+        self.accept = self._accept
+
+    def _accept(self, call: Call) -> Outcome:
+        if self.module.refusal is not None:
+            return self.module.refusal
+        self.module.expert_calls.append(call)
+        self.module.stream_at(call.stream).launch(call)
+        return OK
 
     def kernels(self) -> list[dict[str, object]]:
         return [
@@ -180,6 +182,7 @@ class Kernels:
                 "stages": 4,
                 "threads": 384,
                 "shared_memory_bytes": 100_000,
+                "grouped": config.is_grouped,
             }
             for config in self.configs
         ]
@@ -202,6 +205,7 @@ class Kernels:
         return (status, message, 0) if status else (0, "", self.module.workspace if numbers[0] else 0)
 
     def gemm(self, kernel: int, m: int, n: int, k: int, group_size: int, *arguments: Any) -> Outcome:
+        assert not self.configs[kernel].is_grouped, "gemm runs no grouped kernel"
         launched = Launched(self, self.configs[kernel], Problem(m, n, k, group_size), *arguments)
         status, message, needed = self.workspace_bytes(kernel, m, n, k, group_size, 0, launched.device)
         if status:
@@ -271,15 +275,17 @@ class FakeModule(ModuleType):
         """What the library answers instead of launching."""
         self.compute: Callable[[Launched], None] = compute
         """What a kernel does when it runs."""
-        self.order: Callable[[Sequence[Launched]], Sequence[Launched]] = lambda recorded: recorded
+        self.order: Callable[[Sequence[Work]], Sequence[Work]] = lambda recorded: recorded
         """The order in which a replay runs what a graph holds."""
         self.milliseconds = 1.0
         """What timing a replay gives."""
         self.launches: list[Launched] = []
-        """Every launch, in the order of the calls."""
+        """Every launch of `gemm`, in the order of the calls."""
+        self.expert_calls: list[Call] = []
+        """Every call of the functions of experts, in their order."""
         self.repeated: list[tuple[Any, ...]] = []
         """The arguments of every call by the fast path."""
-        self.graphs: list[list[Launched]] = []
+        self.graphs: list[list[Work]] = []
         """The launches of every captured graph."""
         self.streams: list[FakeStream] = [FakeStream(self, 0)]
         """The default stream, then those that were made."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from fakes.library import FakeLibrary
-from fakes.module import Launched, memory_at
+from fakes.memory import memory_at
+from fakes.module import Launched
 
 from w4a16gen import KernelConfig, pack_weight
 from w4a16gen.verify.guards import GuardedGpu, Launch

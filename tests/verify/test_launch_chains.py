@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
+from fakes.experts import Work
 from fakes.library import FakeLibrary
-from fakes.module import Launched
 
 from w4a16gen import KernelConfig, QuantMode
 from w4a16gen.kernels.spaces import enumerate_space
@@ -35,17 +35,17 @@ def library_of(names: Sequence[str] = NAMES[:1]) -> FakeLibrary:
     return FakeLibrary(map(KernelConfig.parse, names))
 
 
-def failures_of(order: Callable[[Sequence[Launched]], Sequence[Launched]]) -> list[str]:
+def failures_of(order: Callable[[Sequence[Work]], Sequence[Work]]) -> list[str]:
     """Return the failures of the first kernel where a graph's launches run in this order."""
     library = library_of()
     library.module.order = order
     return run(library)[NAMES[0]].failures
 
 
-def swapped(first: int) -> Callable[[Sequence[Launched]], Sequence[Launched]]:
+def swapped(first: int) -> Callable[[Sequence[Work]], Sequence[Work]]:
     """Return an order in which a launch comes before the one that it should follow."""
 
-    def order(launches: Sequence[Launched]) -> Sequence[Launched]:
+    def order(launches: Sequence[Work]) -> Sequence[Work]:
         result = list(launches)
         result[first], result[first + 1] = result[first + 1], result[first]
         return result

@@ -213,7 +213,8 @@ def _view_dlpack(array: Any, module: Any) -> ArrayView:
     return ArrayView(pointer, shape, dtype, device, is_contiguous(shape, strides), (array, owner))
 
 
-def _dtype_name(typestr: str) -> str:
+def dtype_name(typestr: str) -> str:
+    """Return numpy's name of a dtype, for messages; a text that numpy does not know is its own name."""
     try:
         return str(np.dtype(typestr))
     except TypeError:
@@ -234,8 +235,8 @@ def check(
     Raises:
         InvalidValueError: naming what is off and what it must be.
     """
-    if seen.dtype != dtype and _dtype_name(seen.dtype) != _dtype_name(dtype):
-        raise InvalidValueError(f"{name} of dtype {_dtype_name(seen.dtype)} must be {_dtype_name(dtype)}")
+    if seen.dtype != dtype and dtype_name(seen.dtype) != dtype_name(dtype):
+        raise InvalidValueError(f"{name} of dtype {dtype_name(seen.dtype)} must be {dtype_name(dtype)}")
     if seen.shape != shape:
         raise InvalidValueError(f"{name} of shape {list(seen.shape)} must be {list(shape)}")
     if not seen.contiguous:

@@ -15,17 +15,18 @@ from w4a16gen.kernels.config import Epilogue, KernelConfig, QuantMode, Target
 from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.kernels.integers import integer
 from w4a16gen.kernels.problem import Problem
-from w4a16gen.runtime.arrays import ArrayView, check, check_activations_shape, view
+from w4a16gen.runtime.arrays import ArrayView, check, check_activations_shape, dtype_name, view
 from w4a16gen.runtime.bindings import Bindings, numbers_of
 from w4a16gen.runtime.calls import checked_alpha
 from w4a16gen.runtime.streams import empty_like_library, is_torchs_stream, stream_pointer
 from w4a16gen.weights.experts import PackedExperts
-from w4a16gen.weights.importers.stored import MAX_EXPERTS
 from w4a16gen.weights.layouts.geometry import align
 from w4a16gen.weights.packed import LAYOUT_TARGETS, checked_flag
 
 GATED_ACTIVATIONS = {"silu": Activation.SWIGLU, "gelu": Activation.GEGLU_ERF, "gelu_tanh": Activation.GEGLU_TANH}
 """The functions of the gate that kernels compute, by name."""
+MAX_EXPERTS = 1024
+"""Experts that grouped kernels serve: routing has a thread for each, in one CTA."""
 INVARIANT_TOKENS = 64
 """The number of tokens that kernels are chosen for where results must not depend on it."""
 _HALF_BYTES = 2
@@ -282,12 +283,13 @@ class ExpertLauncher:
         With some of `parts` only, launch those: what they read is in the workspace of an earlier, whole call.
         """
         module, library = self._bindings.module, self._bindings.library
-        packed13, packed2 = self._packed("w13", w13), self._packed("w2", w2)
+        packed13 = self._packed("w13", w13)
         device = packed13.device or 0
+        packed2 = self._packed("w2", w2, device)
         kind = _gate_function(activation)
         on_input = checked_flag("weight_on_input", weight_on_input)
-        size = w2.n
         _check_pair(w13, w2)
+        size = w2.n
         states = view("hidden", hidden, module)
         check_activations_shape(states.shape, size)
         tokens = states.shape[0]
@@ -354,6 +356,28 @@ class ExpertLauncher:
             )
         return result
 
+    def workspace_bytes(
+        self,
+        tokens: int,
+        slots: int,
+        w13: PackedExperts,
+        w2: PackedExperts,
+        *,
+        global_experts: int | None,
+        invariant: bool,
+        device: int,
+    ) -> int:
+        """Return the workspace of a layer of experts; see `Library.moe_workspace_bytes`."""
+        for name, w in (("w13", w13), ("w2", w2)):
+            _check_packed(name, w)
+        _check_pair(w13, w2)
+        rows = integer("tokens", tokens)
+        if rows < 0:
+            raise InvalidValueError(f"tokens of {rows} must be 0 or more")
+        every = None if global_experts is None else _positive("global_experts", global_experts)
+        sizes = moe_sizes(rows, _positive("slots", slots), w13, w2, every)
+        return self.plan(sizes, integer("device", device), invariant=checked_flag("invariant", invariant)).nbytes
+
     def plan(self, sizes: MoeSizes, device: int, *, invariant: bool = False) -> MoePlan:
         """Return how a layer of experts runs on a GPU.
 
@@ -401,18 +425,15 @@ class ExpertLauncher:
             nbytes=ends[-1],
         )
 
-    def _packed(self, name: str, w: Any) -> ArrayView:
+    def _packed(self, name: str, w: Any, device: int | None = None) -> ArrayView:
         """Return the buffer of packed experts, checked.
 
         Raises:
-            InvalidValueError: if they are no packed experts for native kernels, or not on a GPU.
+            InvalidValueError: if they are no packed experts for native kernels, or not on a GPU, or not on this one.
         """
-        if not isinstance(w, PackedExperts):
-            raise InvalidValueError(f"{name} of type {type(w).__name__} must be PackedExperts: see pack_experts")
-        if LAYOUT_TARGETS[w.layout] is not Target.NATIVE:
-            raise InvalidValueError(f"{name} is packed as {w.layout}, but grouped kernels are native: pack it for them")
+        _check_packed(name, w)
         packed = view(name, w.data, self._bindings.module)
-        check(name, packed, dtype="|u1", shape=(w.experts, w.stride))
+        check(name, packed, dtype="|u1", shape=(w.experts, w.stride), device=device)
         return packed
 
     def _ids(self, topk_ids: Any) -> ArrayView:
@@ -424,7 +445,8 @@ class ExpertLauncher:
         ids = view("topk_ids", topk_ids, self._bindings.module)
         if ids.dtype not in _IDS or len(ids.shape) != _MATRIX or ids.shape[1] == 0:
             raise InvalidValueError(
-                f"topk_ids of dtype {ids.dtype} and shape {list(ids.shape)} must be int32 or int64 [tokens, slots]"
+                f"topk_ids of dtype {dtype_name(ids.dtype)} and shape {list(ids.shape)} must be int32 or int64 "
+                "[tokens, slots]"
             )
         check("topk_ids", ids, dtype=ids.dtype, shape=ids.shape)
         return ids
@@ -480,6 +502,19 @@ def moe_sizes(
         Problem(1, w2.n, w2.k, w2.group_size),
         w13.gated,
     )
+
+
+def _check_packed(name: str, w: Any) -> None:
+    """Raise unless grouped kernels can read packed experts.
+
+    Raises:
+        InvalidValueError: if they are no packed experts for native kernels, or too many.
+    """
+    if not isinstance(w, PackedExperts):
+        raise InvalidValueError(f"{name} of type {type(w).__name__} must be PackedExperts: see pack_experts")
+    if LAYOUT_TARGETS[w.layout] is not Target.NATIVE:
+        raise InvalidValueError(f"{name} is packed as {w.layout}, but grouped kernels are native: pack it for them")
+    _experts(w.experts)
 
 
 def _check_pair(w13: PackedExperts, w2: PackedExperts) -> None:

@@ -23,7 +23,7 @@ from w4a16gen.runtime.artifact import Build
 from w4a16gen.runtime.bindings import Bindings, KernelInfo, numbers_of
 from w4a16gen.runtime.calls import CallCache, GemmOptions, Launch, check_weight, checked_launch, checked_weight
 from w4a16gen.runtime.devices import first_hopper, why_no_device
-from w4a16gen.runtime.experts import ExpertLauncher, ExpertRows, moe_sizes
+from w4a16gen.runtime.experts import ExpertLauncher, ExpertRows
 from w4a16gen.runtime.launcher import Launcher
 from w4a16gen.runtime.packing import GpuPacker
 from w4a16gen.runtime.typing import DependentLaunch
@@ -525,11 +525,13 @@ class Library:
             device: the CUDA device number.
 
         Raises:
+            InvalidValueError: if a size is out of range, or the weights do not fit together.
             NotBuiltError: if the build has no grouped kernels for it.
             UnsupportedProblemError: if no kernel can run a product.
         """
-        sizes = moe_sizes(integer("tokens", tokens), integer("slots", slots), w13, w2, global_experts)
-        return self.experts.plan(sizes, integer("device", device), invariant=invariant).nbytes
+        return self.experts.workspace_bytes(
+            tokens, slots, w13, w2, global_experts=global_experts, invariant=invariant, device=device
+        )
 
     @cache  # noqa: B019  (libraries live as long as their process)
     def _card_of(self, index: int) -> Card:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from w4a16gen import InvalidValueError, QuantizedWeight, QuantMode
+from w4a16gen.runtime.experts import MAX_EXPERTS
 from w4a16gen.weights.experts import PackedExperts, pack_experts
 from w4a16gen.weights.moe_reference import MoeExpectation
 from w4a16gen.weights.reference import random_weight
@@ -327,6 +328,9 @@ def test_what_grouped_kernels_cannot_do_is_computed_one_by_one(rng: np.random.Ge
         assert not W4A16Experts(experts.gate_up, projection(weights[2], **change)).is_grouped
     experts.down.overflow = "check"
     assert not experts.is_grouped
+    many = [random_weight(rng, 32, 32, 32, QuantMode.FINEGRAINED_SCALE_ONLY)]
+    for count in (MAX_EXPERTS, MAX_EXPERTS + 1):
+        assert experts_of([many * count] * 3).is_grouped == (count == MAX_EXPERTS)
 
 
 def test_experts_can_be_compiled_whole_and_exported(rng: np.random.Generator) -> None:

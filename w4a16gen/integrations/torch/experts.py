@@ -17,7 +17,7 @@ from w4a16gen.integrations.torch.nibbles import INTEGERS, Tensor
 from w4a16gen.integrations.torch.upload import device_of
 from w4a16gen.kernels.config import Target
 from w4a16gen.kernels.epilogue import Activation
-from w4a16gen.runtime.experts import GATED_ACTIVATIONS
+from w4a16gen.runtime.experts import GATED_ACTIVATIONS, MAX_EXPERTS
 from w4a16gen.weights.experts import PackedExperts
 from w4a16gen.weights.packed import LAYOUT_TARGETS
 
@@ -170,12 +170,14 @@ class W4A16Experts(torch.nn.Module):
     def is_grouped(self) -> bool:
         """Whether grouped kernels can compute the layer, if the build has any; otherwise it is computed one by one.
 
-        They compute SiLU and GELU, and know no order of columns, no scales, no counter of overflows and no hooks of the
-        projections. Where gradients are recorded, experts are computed one by one in any case.
+        They compute SiLU and GELU, for at most 1,024 experts. They know no order of columns, no scales, no counter of
+        overflows and no hooks of the projections. Where gradients are recorded, experts are computed one by one in any
+        case.
         """
         parts = self.gate_up, self.down
         return (
             self.activation_name in GATED_ACTIVATIONS
+            and self.num_experts <= MAX_EXPERTS
             and (self.gate_up.mode, self.gate_up.layout) == (self.down.mode, self.down.layout)
             and LAYOUT_TARGETS[self.down.layout] is Target.NATIVE
             and all(part.is_plain for part in parts)
