@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from w4a16gen.weights.division import Axis, divide
 from w4a16gen.weights.experts import PackedExperts, expert_stride, pack_experts
 from w4a16gen.weights.importers.stored import MAX_EXPERTS
 from w4a16gen.weights.layouts.geometry import WeightGeometry
-from w4a16gen.weights.packed import LAYOUTS
+from w4a16gen.weights.packed import GATED_LAYOUT, LAYOUTS
 from w4a16gen.weights.reference import random_weight
 
 MODES = pytest.mark.parametrize("mode", QuantMode, ids=str)
@@ -65,6 +66,41 @@ def test_gate_and_up_are_joined_with_the_rows_of_the_gate_first(
     again = pack_experts(stacked, gate_up=True)
     assert (again.n, again.order) == (2 * n, "gate_first")
     np.testing.assert_array_equal(again.data, packed.data)
+
+
+@MODES
+@pytest.mark.parametrize(("n", "k", "group_size"), [(64, 256, 64), (704, 352, 32), (40, 192, 64)])
+def test_gates_and_factors_alternate_for_gated_kernels(
+    n: int, k: int, group_size: int, mode: QuantMode, rng: np.random.Generator
+) -> None:
+    gate, up = experts(rng, 3, n, k, group_size, mode), experts(rng, 3, n, k, group_size, mode)
+    plain, packed = pack_experts(gate, up), pack_experts(gate, up, gated=True)
+    assert (packed.gated, packed.layout, packed.order) == (True, GATED_LAYOUT, "gate_first")
+    assert (packed.n, packed.stride, packed.nbytes_of_expert) == (plain.n, plain.stride, plain.nbytes_of_expert)
+    assert not plain.gated
+    for index in range(3):
+        joined, expert = plain.expert(index).unpack(), packed.expert(index)
+        assert (expert.gated, expert.outputs) == (True, n)
+        np.testing.assert_array_equal(expert.data, pack_weight(joined, gated=True).data)
+        np.testing.assert_array_equal(expert.unpack().dequantize(), joined.dequantize())
+        assert not packed.data[index, packed.nbytes_of_expert :].any()
+    joined_already = pack_experts([plain.expert(index).unpack() for index in range(3)], gate_up=True, gated=True)
+    np.testing.assert_array_equal(joined_already.data, packed.data)
+
+
+def test_experts_that_gated_kernels_cannot_read_are_refused(rng: np.random.Generator) -> None:
+    good = experts(rng, 2)
+    for arguments, options, message in (
+        ((good,), {}, "gated experts are gate and up projections: pass both, or gate_up=True"),
+        ((good, good), {"gated": 1}, "gated of type int must be True or False"),
+        ((good, good), {"target": "cutlass"}, "target cutlass compute no activations"),
+        ((experts(rng, 2, n=24),), {"gate_up": True}, "expert 0 cannot be packed: n of 24 must be a multiple of 16"),
+    ):
+        with pytest.raises(InvalidValueError, match=message):
+            pack_experts(*arguments, **{"gated": True} | options)
+    packed = pack_experts(good, good, gated=True)
+    with pytest.raises(InvalidValueError, match="n of 24 must be a multiple of 16"):
+        replace(packed, n=24)
 
 
 def test_groups_that_straddle_two_gpus_become_smaller(rng: np.random.Generator) -> None:

@@ -229,6 +229,10 @@ def test_projections_that_do_not_fit_together_are_refused(rng: np.random.Generat
         ((pack_experts(down), joint), "must be joined"),
         ((joint, pack_experts(down), "tanh"), "activation 'tanh' must be a function, or one of silu"),
         ((joint, down), "experts of type list must be PackedExperts"),
+        (
+            (pack_experts(gate, up, gated=True), pack_experts(down)),
+            "packed with gated=True, for Library.moe: pack them",
+        ),
     )
     for arguments, message in cases:
         with pytest.raises(InvalidValueError, match=message):

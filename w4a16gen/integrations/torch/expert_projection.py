@@ -54,6 +54,8 @@ class ExpertProjection(PackedModule):
         super().__init__()
         if not isinstance(weights, PackedExperts):
             raise InvalidValueError(f"weights of type {type(weights).__name__} must be PackedExperts: see pack_experts")
+        if weights.gated:
+            raise InvalidValueError("weights are packed with gated=True, for Library.moe: pack them without it")
         given.check_tensor("data of the experts", weights.data, (weights.experts, weights.stride), torch.uint8)
         self.experts, self.order = weights.experts, weights.order
         self.n, self.k, self.group_size = weights.n, weights.k, weights.group_size
