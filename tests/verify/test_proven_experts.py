@@ -1,0 +1,232 @@
+"""The proofs of grouped kernels and layers of experts: what they run, and that wrong ones are found, without a GPU."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import experts as faked
+from fakes.experts import Activating, Combining, Grouped, Routing
+from fakes.library import FakeLibrary
+from fakes.memory import memory_at
+
+from w4a16gen import KernelConfig
+from w4a16gen.kernels.epilogue import Activation
+from w4a16gen.runtime.experts import GATED_ACTIVATIONS
+from w4a16gen.verify import epilogues, experts, launch_chains, numeric, report, static
+from w4a16gen.verify.numeric import NumericProof
+from w4a16gen.verify.static import StaticProof
+
+NAMES = [
+    "w4a16_sm90_native_fgs_cta64x8x128_cluster1x1x1_warps8_grouped",
+    "w4a16_sm90_native_fgs_cta64x8x128_cluster1x1x1_warps8_grouped_gated",
+]
+OTHERS = [
+    "w4a16_sm90_native_cs_cta64x16x128_cluster1x1x1_warps8_grouped",
+    "w4a16_sm90_native_fgsz_cta256x64x128_cluster1x1x1_warpgroups2_grouped",
+]
+KINDS = {experts.ROUTING, experts.PRODUCT}
+
+
+@pytest.fixture(autouse=True)
+def small_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prove layers of one size."""
+    monkeypatch.setattr(experts, "LAYER_SIZES", ((64, 96, 32),))
+    monkeypatch.setattr(experts, "LAYER_TOKENS", (1, 9))
+
+
+def run(names: list[str] | None = None) -> dict[str, NumericProof]:
+    """Prove kernels on small products."""
+    library = FakeLibrary(map(KernelConfig.parse, NAMES if names is None else names))
+    proofs = {config: NumericProof(config.name) for config in library.grouped_configs()}
+    experts.prove_experts(library, proofs, shapes=((48, 64, 32),), experts=(1, 5))
+    return {proof.name: proof for proof in proofs.values()}
+
+
+def test_right_kernels_pass_every_kind_of_check() -> None:
+    proofs = run([*NAMES, *OTHERS])
+    assert [proof.failures for proof in proofs.values()] == [[]] * 4
+    assert all(0 < proof.worst_error_over_bound <= 1 for proof in proofs.values())
+    layers = {name: proof.passed.pop(experts.LAYER, 0) for name, proof in proofs.items()}
+    assert all(proof.passed == dict.fromkeys(KINDS, 4) for proof in proofs.values())
+    cases = 2 * len(GATED_ACTIVATIONS)
+    assert layers == dict.fromkeys([*NAMES, *OTHERS], cases), "those of a gated layer count for its first kernel"
+
+
+def test_gated_layers_need_kernels_of_both_kinds() -> None:
+    (proof,) = run(NAMES[1:]).values()
+    assert proof.failures == []
+    assert experts.LAYER not in proof.passed
+
+
+Fault = Callable[[pytest.MonkeyPatch], None]
+
+
+def _in(kind: type[Any], change: Callable[[Any], None]) -> Fault:
+    """Return what makes a call do something else after its work."""
+
+    def install(patch: pytest.MonkeyPatch) -> None:
+        right = kind.run
+
+        def run(call: Any) -> None:
+            right(call)
+            change(call)
+
+        patch.setattr(kind, "run", run)
+
+    return install
+
+
+def _products(call: Grouped) -> Any:
+    n = call.problem.n // 2 if call.activation.is_gated else call.problem.n
+    return memory_at(call.output, (call.problem.m, n), "<f2")
+
+
+def _halve_last_expert(call: Grouped) -> None:
+    rows = faked.rows_of_tiles(call.token_tiles, call.token_tiles_bytes)
+    if rows:
+        _products(call)[rows[max(rows)]] *= np.float16(0.5)
+
+
+def _write_rows_of_nobody(call: Grouped) -> None:
+    out = _products(call)
+    out[np.isnan(out)] = 0
+
+
+def _write_behind(call: Grouped) -> None:
+    memory_at(call.output + _products(call).nbytes, (1,), "|u1")[0] = 0
+
+
+class _Alternating:
+    """Changes the result of every other launch by the last bit."""
+
+    def __init__(self) -> None:
+        self.launches = 0
+
+    def __call__(self, call: Grouped) -> None:
+        self.launches += 1
+        if self.launches % 2:
+            out = _products(call)
+            out.view("<u2")[...] ^= np.isfinite(out).astype(np.uint16)
+
+
+def _swap_routes(call: Routing) -> None:
+    rows = memory_at(call.routes_of_rows, (call.tokens * call.slots,), "<i4")
+    rows[:2] = rows[:2][::-1].copy()
+
+
+def _shift_offsets(call: Routing) -> None:
+    memory_at(call.offsets, (1,), "<i4")[0] += 1
+
+
+def _another_gate(patch: pytest.MonkeyPatch) -> None:
+    right = Activating.run
+    numbers = [Activation.GEGLU_TANH.number, Activation.SWIGLU.number]
+
+    def run(call: Activating) -> None:
+        right(replace(call, activation_number=numbers[call.activation_number != numbers[1]]))
+
+    patch.setattr(Activating, "run", run)
+
+
+def _add_twice(call: Combining) -> None:
+    memory_at(call.output, (call.tokens, call.columns), "<f2")[...] *= np.float16(2)
+
+
+FAULTS: dict[str, tuple[Fault, str, str]] = {
+    "one expert": (_in(Grouped, _halve_last_expert), NAMES[0], "grouped .*: error is .* times the bound"),
+    "rows of nobody": (_in(Grouped, _write_rows_of_nobody), NAMES[0], "grouped .*: rows of no expert were written"),
+    "behind the output": (_in(Grouped, _write_behind), NAMES[1], "grouped .*: wrote beyond the output"),
+    "bits": (_in(Grouped, _Alternating()), NAMES[0], "grouped .*: (the bits differ when it runs again|error is)"),
+    "order": (_in(Routing, _swap_routes), NAMES[1], "routing .*: rows are not in the order of their routes"),
+    "offsets": (_in(Routing, _shift_offsets), NAMES[1], "routing .*: offsets are wrong"),
+    "gate": (_another_gate, NAMES[0], "layer .* gated=False .*: error is .* times the bound"),
+    "sum": (_in(Combining, _add_twice), NAMES[1], "layer .* gated=True .*: error is .* times the bound"),
+}
+
+
+@pytest.mark.parametrize(("fault", "name", "text"), FAULTS.values(), ids=FAULTS.keys())
+def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch, fault: Fault, name: str, text: str) -> None:
+    fault(monkeypatch)
+    failures = run()[name].failures
+    assert any(re.match(text, failure) for failure in failures), failures
+
+
+def test_launches_that_fail_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_out(_call: Any) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(Combining, "run", run_out)
+    proof = run()[NAMES[0]]
+    assert proof.passed == dict.fromkeys(KINDS, 4)
+    assert all(failure.startswith("layer ") and failure.endswith("out of luck") for failure in proof.failures)
+    assert len(proof.failures) == 2 * len(GATED_ACTIVATIONS)
+
+
+def drawn(seed: int, experts_here: int) -> Iterator[np.ndarray[Any, Any]]:
+    rng = np.random.default_rng(seed)
+    for _ in range(300):
+        yield experts.draw_ids(rng, int(rng.integers(1, 40)), int(rng.integers(1, 9)), experts_here)
+
+
+@pytest.mark.parametrize("count", [1, 7, 64])
+def test_routings_of_every_kind_are_drawn(count: int) -> None:
+    found = list(drawn(0, count))
+    assert {str(ids.dtype) for ids in found} == {"int32", "int64"}
+    assert all(ids.ndim == 2 and ids.flags.c_contiguous for ids in found)
+    local = [ids[(ids >= 0) & (ids < count)] for ids in found]
+    strangers = [set(ids.ravel().tolist()) - set(range(count)) for ids in found]
+    assert set().union(*strangers) == set(experts.NOBODY)
+    assert any(here.size == 0 for here in local), "all to nobody"
+    assert any(here.size == ids.size for here, ids in zip(local, found, strict=True)), "none to nobody"
+    assert any(
+        len(set(here.tolist())) == 1 and here.size == ids.size > 8 for here, ids in zip(local, found, strict=True)
+    )
+    if count > 1:
+        assert any(len(set(here.tolist())) > 1 for here in local)
+        assert set(np.concatenate(local).tolist()) == set(range(count))
+    assert all(np.array_equal(one, other) for one, other in zip(found, drawn(0, count), strict=True))
+
+
+@pytest.mark.parametrize(("sampled", "counts"), [(False, (1, 7, 64)), (True, (1, 7))])
+def test_verify_counts_grouped_kernels_and_runs_their_proofs(
+    monkeypatch: pytest.MonkeyPatch, sampled: bool, counts: tuple[int, ...]
+) -> None:
+    ordinary = KernelConfig.parse("w4a16_sm90_native_cs_cta64x8x128_cluster1x1x2_warps8_persistent")
+    grouped = [KernelConfig.parse(name) for name in NAMES]
+    asked: list[Any] = []
+
+    def prove_experts(_library: object, proofs: dict[KernelConfig, NumericProof], **given: Any) -> None:
+        asked.append(given["experts"])
+        for proof in proofs.values():
+            proof.record(experts.PRODUCT, "a product", None)
+        proofs[grouped[1]].record(experts.LAYER, "a layer", "wrong")
+
+    library = FakeLibrary([ordinary, *grouped])
+    every = [config.as_json() for config in (ordinary, *grouped)]
+    monkeypatch.setattr(static, "prove", lambda _library, _folder: StaticProof(every, []))
+    monkeypatch.setattr(numeric, "prove", lambda _library, **_given: [NumericProof(ordinary.name)])
+    monkeypatch.setattr(launch_chains, "prove_chains", lambda *_, **_given: None)
+    monkeypatch.setattr(epilogues, "prove_epilogues", lambda *_, **_given: None)
+    monkeypatch.setattr(experts, "prove_experts", prove_experts)
+    found = report.verify(library, Path("nowhere"), sampled=sampled)
+    assert asked == [counts]
+    assert not found.ok
+    assert found.violations() == [f"{NAMES[1]}: a layer: wrong"]
+    assert found.summary() == (
+        "Static proofs hold for 3 kernels. Numerics of 2 of them on NVIDIA H100 80GB HBM3: 2 checks passed, 1 failed."
+    )
+
+
+def test_static_proofs_compare_packed_sizes_of_grouped_kernels() -> None:
+    library = FakeLibrary(map(KernelConfig.parse, NAMES))
+    kernels: Any = library.bindings.library
+    assert static._packing_violations(library) == []  # noqa: SLF001
+    right = kernels.packed_bytes
+    kernels.packed_bytes = lambda *arguments: (0, "", right(*arguments)[2] + 128)
+    assert [text.split(" ", 1)[0] for text in static._packing_violations(library)] == NAMES  # noqa: SLF001
