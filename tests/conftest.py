@@ -164,7 +164,7 @@ def real_library(real_build: Build) -> Library:
 
 @pytest.fixture(scope="session")
 def gpu_library(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    """Return a build of the spaces trtllm, trtllm-native and default, of the last with every epilogue.
+    """Return a build of the spaces trtllm, trtllm-native, default and experts, of the last two with every epilogue.
 
     It skips without a Hopper GPU.
 
@@ -179,6 +179,7 @@ def gpu_library(tmp_path_factory: pytest.TempPathFactory) -> Library:
         folder = tmp_path_factory.mktemp("gpu")
         every = {kernel for space in ("trtllm", "trtllm-native") for kernel in enumerate_space(space)}
         every |= set(with_epilogues(enumerate_space("default"), list(Epilogue)))
+        every |= set(with_epilogues(enumerate_space("experts"), [Epilogue.NONE, Epilogue.GATED]))
         found = Library(build(sorted(every), generated=folder / GENERATED, folder=folder / BUILD).build)
     if not found.hopper_devices():
         pytest.skip("this machine has no Hopper GPU")
