@@ -50,8 +50,20 @@ if TYPE_CHECKING:
     )
     from w4a16gen.kernels.epilogue import Activation
     from w4a16gen.kernels.problem import Problem
-    from w4a16gen.runtime.default import configs, gemm, load, pack, to_device
+    from w4a16gen.runtime.default import (
+        configs,
+        gemm,
+        grouped_gemm,
+        list_rows,
+        load,
+        moe,
+        pack,
+        route_tokens,
+        to_device,
+    )
+    from w4a16gen.runtime.experts import ExpertRows
     from w4a16gen.runtime.library import Library
+    from w4a16gen.weights.experts import PackedExperts, pack_experts
     from w4a16gen.weights.importers.checkpoint import open_checkpoint
     from w4a16gen.weights.packed import PackedWeight, pack_weight
     from w4a16gen.weights.packed_checkpoint import open_packed
@@ -69,12 +81,14 @@ __all__ = [
     "CtaShape",
     "CudaError",
     "Epilogue",
+    "ExpertRows",
     "InvalidValueError",
     "KernelConfig",
     "Library",
     "MissingToolError",
     "NoHopperGpuError",
     "NotBuiltError",
+    "PackedExperts",
     "PackedWeight",
     "Problem",
     "QuantMode",
@@ -87,12 +101,17 @@ __all__ = [
     "__version__",
     "configs",
     "gemm",
+    "grouped_gemm",
+    "list_rows",
     "load",
+    "moe",
     "open_checkpoint",
     "open_packed",
     "pack",
+    "pack_experts",
     "pack_weight",
     "quantize",
+    "route_tokens",
     "to_device",
     "use_kernels",
 ]
@@ -108,8 +127,12 @@ _MODULES = {
     ),
     "kernels.epilogue": ("Activation",),
     "kernels.problem": ("Problem",),
-    "runtime.default": ("configs", "gemm", "load", "pack", "to_device"),
+    "runtime.default": (
+        *("configs", "gemm", "grouped_gemm", "list_rows", "load", "moe", "pack", "route_tokens", "to_device"),
+    ),
+    "runtime.experts": ("ExpertRows",),
     "runtime.library": ("Library",),
+    "weights.experts": ("PackedExperts", "pack_experts"),
     "weights.importers.checkpoint": ("open_checkpoint",),
     "weights.packed": ("PackedWeight", "pack_weight"),
     "weights.packed_checkpoint": ("open_packed",),

@@ -22,6 +22,8 @@ from w4a16gen.weights.reference import gemm_reference
 ENTRY_INTS = 4
 """int32 numbers of an entry of the list of token tiles; the list begins with its length, in the room of one."""
 NOBODY = -1
+QUIETLY = np.errstate(all="ignore")
+"""GPUs warn of nothing."""
 
 
 class Work(Protocol):
@@ -87,6 +89,7 @@ class Routing:
     dependent: int
     device: int
 
+    @QUIETLY
     def run(self) -> None:
         """Sort the routes, and gather their rows."""
         routes = self.tokens * self.slots
@@ -174,6 +177,7 @@ class Grouped:
         layout = layout_for(self.config.target, gated=self.activation.is_gated)
         return PackedWeight(data, layout, n, k, group_size, self.config.mode)
 
+    @QUIETLY
     def run(self) -> None:
         """Multiply the rows of each expert."""
         m, n, k, _ = vars(self.problem).values()
@@ -205,6 +209,7 @@ class Activating:
     dependent: int
     device: int
 
+    @QUIETLY
     def run(self) -> None:
         """Apply the gates."""
         count = int(memory_at(self.row_count, (1,), "<i4")[0]) if self.row_count else self.rows
@@ -228,6 +233,7 @@ class Combining:
     dependent: int
     device: int
 
+    @QUIETLY
     def run(self) -> None:
         """Add the rows of each token."""
         routes = self.tokens * self.slots

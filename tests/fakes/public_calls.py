@@ -16,9 +16,11 @@ from w4a16gen import (
     Activation,
     ClusterShape,
     CtaShape,
+    ExpertRows,
     InvalidValueError,
     KernelConfig,
     Library,
+    PackedExperts,
     PackedWeight,
     Problem,
     QuantizedWeight,
@@ -26,11 +28,13 @@ from w4a16gen import (
     W4A16Error,
 )
 from w4a16gen.weights.activations import activated
+from w4a16gen.weights.moe_reference import MoeExpectation
 from w4a16gen.weights.packed import TARGET_LAYOUTS
 from w4a16gen.weights.writers.convert import convert
 
 Arguments = dict[str, Any]
 HALF_ULP = 2.0**-11
+MAX_HALF = 65504
 
 
 class Source:
@@ -70,6 +74,18 @@ class Source:
 
     def packed(self) -> PackedWeight:
         return w4a16gen.pack_weight(self.quantized(), target=self.target)
+
+    def experts(self) -> tuple[list[QuantizedWeight], list[QuantizedWeight], list[QuantizedWeight]]:
+        """Return gate, up and down projections of three experts with equal sizes."""
+        zero_points = bool(self.rng.integers(2))
+
+        def weights(n: int, k: int) -> list[QuantizedWeight]:
+            return [
+                w4a16gen.quantize(self.rng.standard_normal((n, k)) * 0.1, group_size=32, zero_points=zero_points)
+                for _ in range(3)
+            ]
+
+        return weights(32, self.k), weights(32, self.k), weights(self.k, 32)
 
     def problem(self) -> Problem:
         return Problem(4, self.n, self.k, self.group)
@@ -159,6 +175,44 @@ def check_gemm_on_gpu(arguments: Arguments, result: Any) -> None:
     check_gemm({name: value for name, value in arguments.items() if name != "out"}, result)
 
 
+def check_moe(arguments: Arguments, result: Any) -> None:
+    w13, w2 = arguments["w13"], arguments["w2"]
+    both = [w13.expert(index).unpack() for index in range(w13.experts)]
+    gate, up = ([weight.channels(part) for weight in both] for part in (slice(0, w2.k), slice(w2.k, 2 * w2.k)))
+    down = [w2.expert(index).unpack() for index in range(w2.experts)]
+    operands = (np.asarray(arguments[name]) for name in ("hidden", "topk_ids", "topk_weights"))
+    hidden, ids, weights = operands
+    options = {name: arguments[name] for name in ("activation", "weight_on_input") if name in arguments}
+    places = arguments.get("expert_map")
+    expected = MoeExpectation(
+        hidden, gate, up, down, ids, weights, expert_map=None if places is None else np.asarray(places), **options
+    )
+    got = np.asarray(result)
+    tame = np.isfinite(expected.result) & np.isfinite(expected.bound) & (np.abs(expected.result) < MAX_HALF / 2)
+    assert got.shape == expected.result.shape
+    assert (np.abs(got.astype(np.float64) - expected.result)[tame] <= expected.bound[tame]).all()
+    assert arguments.get("out") is None or result is arguments["out"]
+
+
+def moe_on(gpu: Library) -> Callable[..., Any]:
+    """Return a call of `moe` whose arrays are moved to a GPU first."""
+
+    def call(**arguments: Any) -> Any:
+        if any(isinstance(value, GpuArray) for value in arguments.values()):
+            raise InvalidValueError("the library refuses arrays without memory; its stand-in does not")
+        movable = (np.ndarray, PackedExperts)
+        moved: Arguments = {
+            name: gpu.to_device(part) if isinstance(part, movable) else part for name, part in arguments.items()
+        }
+        return gpu.moe(**moved).to_host()
+
+    return call
+
+
+def check_moe_on_gpu(arguments: Arguments, result: Any) -> None:
+    check_moe({name: value for name, value in arguments.items() if name != "out"}, result)
+
+
 def check_quantize(arguments: Arguments, result: Any) -> None:
     weight = np.asarray(arguments["weight"]).astype(np.float64)
     step = np.repeat(np.atleast_2d(result.scales).astype(np.float64), result.group_size, axis=0).T
@@ -224,6 +278,30 @@ def public_calls(library: Library, gpu: Library) -> dict[str, Call]:
             optional |= {"activation": "silu", "residual": source.half(m, w.n)}
         return result | {name: value for name, value in optional.items() if source.rng.integers(3) == 0}
 
+    def moe_arguments(source: Source) -> Arguments:
+        gate, up, down = source.experts()
+        tokens, slots = int(source.rng.integers(0, 4)), int(source.rng.integers(1, 3))
+        result: Arguments = {
+            "hidden": source.half(tokens, source.k),
+            "w13": w4a16gen.pack_experts(gate, up, gated=bool(source.rng.integers(2))),
+            "w2": w4a16gen.pack_experts(down),
+            "topk_ids": source.rng.integers(-1, 4, (tokens, slots)),
+            "topk_weights": source.rng.random((tokens, slots)).astype(np.float32),
+        }
+        optional = {"activation": "gelu", "weight_on_input": True, "invariant": True, "stream": None}
+        optional |= {"expert_map": np.array([2, -1, 0, 1], np.int32), "out": source.half(tokens, source.k)}
+        return result | {name: value for name, value in optional.items() if source.rng.integers(3) == 0}
+
+    def product_arguments(source: Source) -> Arguments:
+        rows = ExpertRows(3, 4, 8, np.zeros(16, np.uint8))
+        return {"a": source.half(4, 32), "w": w4a16gen.pack_experts(source.experts()[2]), "rows": rows, "alpha": 1.0}
+
+    def routing_arguments(source: Source) -> Arguments:
+        return {"topk_ids": source.rng.integers(0, 3, (4, 2)), "experts": 3, "tile_tokens": 8, "stream": None}
+
+    def listing_arguments(_source: Source) -> Arguments:
+        return {"rows": 9, "tile_tokens": 8, "offsets": np.array([0, 4, 9], np.int32), "stream": None}
+
     def pack_arguments(source: Source) -> Arguments:
         parts = source.parts()
         return parts | {"group_size": source.group, "target": source.target}
@@ -235,6 +313,34 @@ def public_calls(library: Library, gpu: Library) -> dict[str, Call]:
     calls: dict[str, Call] = {
         "gemm": (w4a16gen.gemm, gemm_arguments, check_gemm, OURS),
         "pack": (w4a16gen.pack, pack_arguments, check_pack, OURS),
+        "moe": (w4a16gen.moe, moe_arguments, check_moe, OURS),
+        "Library.moe on a GPU": (moe_on(gpu), moe_arguments, check_moe_on_gpu, OURS),
+        "grouped_gemm": (w4a16gen.grouped_gemm, product_arguments, nothing, OURS),
+        "route_tokens": (w4a16gen.route_tokens, routing_arguments, nothing, OURS),
+        "list_rows": (w4a16gen.list_rows, listing_arguments, nothing, OURS),
+        "Library.grouped_gemm on a GPU": (gpu.grouped_gemm, product_arguments, nothing, OURS),
+        "ExpertRows": (ExpertRows, lambda source: dict(vars(product_arguments(source)["rows"])), nothing, OURS),
+        "pack_experts": (
+            w4a16gen.pack_experts,
+            lambda source: dict(zip(("weights", "up"), source.experts()[:2], strict=True)),
+            nothing,
+            OURS,
+        ),
+        "PackedExperts": (
+            lambda **fields: PackedExperts(**fields).expert(0).unpack(),
+            lambda source: dict(vars(w4a16gen.pack_experts(source.experts()[2]))),
+            nothing,
+            OURS,
+        ),
+        "Library.moe_workspace_bytes": (
+            gpu.moe_workspace_bytes,
+            lambda source: (
+                {"tokens": 4, "slots": 2, "global_experts": 9, "invariant": False, "device": 0}
+                | {name: moe_arguments(source)[name] for name in ("w13", "w2")}
+            ),
+            nothing,
+            OURS,
+        ),
         "pack_weight": (
             w4a16gen.pack_weight,
             lambda source: {"weight": source.quantized(), "target": str(source.target)},

@@ -18,20 +18,26 @@ import w4a16gen
 FUNCTIONS = [
     "configs",
     "gemm",
+    "grouped_gemm",
+    "list_rows",
     "load",
+    "moe",
     "open_checkpoint",
     "open_packed",
     "pack",
+    "pack_experts",
     "pack_weight",
     "quantize",
+    "route_tokens",
     "to_device",
     "use_kernels",
 ]
-CLASSES = ["PackedWeight", "QuantizedWeight"]
+CLASSES = ["PackedExperts", "PackedWeight", "QuantizedWeight"]
 MODULES = [
     "",
     "runtime.default",
     "weights.division",
+    "weights.experts",
     "weights.importers.checkpoint",
     "weights.importers.rounding",
     "weights.importers.words",

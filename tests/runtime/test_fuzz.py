@@ -42,6 +42,7 @@ def compute_quietly(launched: Launched) -> None:
 def gpu() -> Library:
     """Return a library on a machine whose GPU is made of host memory."""
     kernels = [*with_epilogues(enumerate_space("default"), list(Epilogue)), *enumerate_space("trtllm")]
+    kernels += with_epilogues(enumerate_space("experts"), [Epilogue.NONE, Epilogue.GATED])
     return FakeLibrary(kernels, compute=compute_quietly)
 
 
@@ -88,7 +89,10 @@ def test_odd_calls_raise_documented_errors_and_give_no_wrong_number(
     monkeypatch.setattr(default, "_InUse", type("InUse", (), {"library": None}))
     rng, pool = np.random.default_rng(SEED), odd_values()
     calls = public_calls(fake_library, gpu)
-    names = [*calls, *["gemm", "Library.gemm on a GPU", "pack", "quantize", "QuantizedWeight"] * 6]
+    names = [
+        *calls,
+        *["gemm", "Library.gemm on a GPU", "moe", "Library.moe on a GPU", "pack", "quantize", "QuantizedWeight"] * 6,
+    ]
     outcomes: Counter[str] = Counter()
     failures: list[str] = []
     deadline = time.monotonic() + SECONDS

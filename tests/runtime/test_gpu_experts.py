@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +14,7 @@ from w4a16gen.kernels.spaces import enumerate_space, with_epilogues
 from w4a16gen.runtime.experts import MAX_EXPERTS, ExpertRows
 from w4a16gen.verify import experts
 from w4a16gen.verify.numeric import NumericProof
-from w4a16gen.weights.experts import PackedExperts, pack_experts
+from w4a16gen.weights.experts import pack_experts
 from w4a16gen.weights.moe_reference import MoeExpectation, route_reference
 from w4a16gen.weights.quantized import Half
 from w4a16gen.weights.reference import Expectation, error_over_bound, random_weight
@@ -63,12 +62,8 @@ class Layer:
             [random_weight(rng, n, k, group or k, mode, size=0.03) for _ in range(EXPERTS)]
             for n, k in ((INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER))
         )
-        self.w13 = {gated: self.on_gpu(pack_experts(self.gate, self.up, gated=gated)) for gated in (False, True)}
-        self.w2 = self.on_gpu(pack_experts(self.down))
-
-    def on_gpu(self, packed: PackedExperts) -> PackedExperts:
-        """Copy packed experts to the GPU."""
-        return replace(packed, data=self.library.to_device(packed.data))
+        self.w13 = {gated: library.to_device(pack_experts(self.gate, self.up, gated=gated)) for gated in (False, True)}
+        self.w2 = library.to_device(pack_experts(self.down))
 
     def drawn(self, tokens: int) -> tuple[Half, Any, Any]:
         """Draw the operands of a call."""

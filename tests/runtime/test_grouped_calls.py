@@ -68,7 +68,7 @@ class Layer:
 
     def moved(self, packed: PackedExperts) -> PackedExperts:
         """Copy packed experts to the GPU."""
-        return replace(packed, data=self.on(packed.data))
+        return self.library.to_device(packed, self.device)
 
     def on(self, array: npt.NDArray[Any]) -> Any:
         """Copy an array to the GPU."""
@@ -575,7 +575,7 @@ MOE: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("another mode", {"w2": "mode"}, "w13 of mode fgs must be of mode fgsz, as w2 is"),
     ("relu", {"activation": "relu"}, "activation 'relu' must be one of silu, gelu, gelu_tanh"),
-    ("no activation", {"activation": None}, "activation None must be one of silu, gelu, gelu_tanh"),
+    ("no activation", {"activation": None}, "activation a value of type NoneType must be one of silu"),
     ("a number for a flag", {"weight_on_input": 1}, "weight_on_input of type int must be True or False"),
     ("text for a flag", {"invariant": "yes"}, "invariant of type str must be True or False"),
     ("hidden of another size", {"hidden": GpuArray((TOKENS, 64))}, r"activations of shape \[7, 64\] must be \[m, 96\]"),

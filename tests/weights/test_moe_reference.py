@@ -335,7 +335,7 @@ def test_wrong_arguments_are_refused(rng: np.random.Generator) -> None:
         ({"down": DOWN[:2]}, "gate, up and down of 5, 5, 2 experts"),
         ({"topk_ids": ids.tolist()}, r"topk_ids of no array must be integers \[tokens, slots\]"),
         ({"topk_ids": np.array(0), "topk_weights": np.array(1, np.float32)}, r"topk_ids of .* and shape \[\] must be"),
-        ({"activation": ["silu"]}, r"activation \['silu'\] must be one of silu"),
+        ({"activation": ["silu"]}, r"activation a value of type list must be one of silu"),
         ({"gate": None}, "gate of type NoneType must be a sequence of QuantizedWeight"),
         ({"up": (weight for weight in UP)}, "up of type generator must be a sequence"),
         ({"gate": [None, *GATE[1:]]}, "gate of expert 0 of type NoneType must be a QuantizedWeight"),

@@ -14,11 +14,14 @@ from w4a16gen.kernels.config import KernelConfig, Target
 from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.runtime.arrays import DeviceArray, is_on_gpu
 from w4a16gen.runtime.artifact import Build, load_build
-from w4a16gen.runtime.calls import GemmOptions, checked_weight
+from w4a16gen.runtime.calls import GemmOptions, checked_launch, checked_weight
+from w4a16gen.runtime.experts import ExpertRows, check_packed
 from w4a16gen.runtime.folders import load_default_build
 from w4a16gen.runtime.host import gemm_on_host
+from w4a16gen.runtime.host_experts import moe_on_host
 from w4a16gen.runtime.library import Library
 from w4a16gen.weights import packed as packing
+from w4a16gen.weights.experts import PackedExperts
 from w4a16gen.weights.packed import PackedWeight
 from w4a16gen.weights.storage import as_path
 
@@ -100,18 +103,22 @@ def to_device(value: PackedWeight, device: int = 0) -> PackedWeight: ...
 
 
 @overload
+def to_device(value: PackedExperts, device: int = 0) -> PackedExperts: ...
+
+
+@overload
 def to_device(value: npt.NDArray[Any] | Tensor, device: int = 0) -> DeviceArray: ...
 
 
 def to_device(value: Any, device: int = 0) -> Any:
-    """Copy a packed weight, or an array, from the host to a GPU, through the default build's module.
+    """Copy a packed weight, packed experts or an array from the host to a GPU, through the default build's module.
 
     Args:
-        value: a PackedWeight, a numpy array, or a torch tensor in host memory.
+        value: a PackedWeight, PackedExperts, a numpy array, or a torch tensor in host memory.
         device: the CUDA device number.
 
     Returns:
-        A PackedWeight for a packed weight, else a DeviceArray. Torch and CuPy read both without a copy.
+        A PackedWeight or PackedExperts for what is packed, else a DeviceArray. Torch and CuPy read all without a copy.
 
     Raises:
         InvalidValueError: if it is no array, or on a GPU already.
@@ -175,6 +182,219 @@ def pack(
     if family is not Target.NATIVE:
         raise InvalidValueError(f"weights for target {family} are packed on the host only: copy q there")
     return library_in_use().pack(q, scales, zeros, zero_points=zero_points, group_size=group_size, gated=gated)
+
+
+def route_tokens(
+    topk_ids: Any,
+    experts: int,
+    tile_tokens: int,
+    *,
+    expert_map: Any = None,
+    stream: Any = None,
+    dependent_launch: DependentLaunch = False,
+) -> ExpertRows:
+    """Launch the sorting of routes by expert with the default build, for `grouped_gemm`; do not wait for it.
+
+    `Library.route_tokens` has the details and the errors.
+
+    Args:
+        topk_ids: int32 or int64 [tokens, slots] on a Hopper GPU: the expert of each route. Others are skipped.
+        experts: number of experts here, at most 1024.
+        tile_tokens: CTA tokens of the kernels that will read the rows.
+        expert_map: int32 [all experts]: the expert here for each id, or -1; None if ids are those.
+        stream: a CUDA stream object or address; None is the current stream of torch or CuPy, else the default.
+        dependent_launch: see `gemm`.
+
+    Example:
+        >>> import torch, w4a16gen  # doctest: +SKIP
+        >>> ids = torch.tensor([[2, 0], [0, -1]], device="cuda")  # doctest: +SKIP
+        >>> w4a16gen.route_tokens(ids, experts=3, tile_tokens=8).offsets.to_host()  # doctest: +SKIP
+        array([0, 2, 2, 3], dtype=int32)
+    """
+    return library_in_use().route_tokens(
+        topk_ids, experts, tile_tokens, expert_map=expert_map, stream=stream, dependent_launch=dependent_launch
+    )
+
+
+def list_rows(
+    rows: int,
+    tile_tokens: int,
+    *,
+    offsets: Any = None,
+    counts: Any = None,
+    stride: int | None = None,
+    stream: Any = None,
+    dependent_launch: DependentLaunch = False,
+) -> ExpertRows:
+    """Launch the listing of experts' rows that are known with the default build, for `grouped_gemm`; do not wait.
+
+    `Library.list_rows` has the details and the errors.
+
+    Args:
+        rows: rows of the activations.
+        tile_tokens: CTA tokens of the kernels that will read the list.
+        offsets: int32 [experts + 1] on a Hopper GPU: expert e has the rows offsets[e] to offsets[e + 1] - 1.
+        counts: int32 [experts] there instead: expert e has counts[e] rows, from row e * stride on.
+        stride: rows from one expert to the next, with counts.
+        stream: a CUDA stream object or address; None is the current stream of torch or CuPy, else the default.
+        dependent_launch: see `gemm`.
+
+    Example:
+        >>> import torch, w4a16gen  # doctest: +SKIP
+        >>> counts = torch.tensor([3, 0, 7], dtype=torch.int32, device="cuda")  # doctest: +SKIP
+        >>> w4a16gen.list_rows(rows=48, tile_tokens=8, counts=counts, stride=16).experts  # doctest: +SKIP
+        3
+    """
+    return library_in_use().list_rows(
+        rows,
+        tile_tokens,
+        offsets=offsets,
+        counts=counts,
+        stride=stride,
+        stream=stream,
+        dependent_launch=dependent_launch,
+    )
+
+
+def grouped_gemm(  # noqa: PLR0913  (the options of one call)
+    a: Any,
+    w: PackedExperts,
+    rows: ExpertRows,
+    *,
+    bias: Any = None,
+    alpha: float | np.floating[Any] = 1.0,
+    config: KernelConfig | str | None = None,
+    activation: Activation | str | None = None,
+    out: Any = None,
+    stream: Any = None,
+    dependent_launch: DependentLaunch = False,
+) -> Any:
+    """Launch the product of each row with the weight of its expert with the default build; do not wait for it.
+
+    `Library.grouped_gemm` has the details and the errors.
+
+    Args:
+        a: fp16 [rows, k], contiguous, on a Hopper GPU.
+        w: the packed experts, on the same GPU.
+        rows: what `route_tokens` or `list_rows` returned.
+        bias: fp16 [experts, n], or None.
+        alpha: factor of the products, fp32.
+        config: the kernel, or its name; None chooses one. Its CTA tokens must be those of `rows`.
+        activation: swiglu, geglu_tanh or geglu_erf for experts that are packed with gated=True, otherwise None.
+        out: fp16 [rows, n], or of gated experts [rows, n / 2]; None allocates. Rows of no expert are not written.
+        stream: a CUDA stream object or address; None is the current stream of torch or CuPy, else the default.
+        dependent_launch: see `gemm`.
+
+    Example:
+        >>> import torch, w4a16gen  # doctest: +SKIP
+        >>> rows = w4a16gen.route_tokens(topk_ids, experts=w.experts, tile_tokens=16)  # doctest: +SKIP
+        >>> w4a16gen.grouped_gemm(a, w, rows).shape  # doctest: +SKIP
+        torch.Size([32, 1536])
+    """
+    return library_in_use().grouped_gemm(
+        a,
+        w,
+        rows,
+        bias=bias,
+        alpha=alpha,
+        config=config,
+        activation=activation,
+        out=out,
+        stream=stream,
+        dependent_launch=dependent_launch,
+    )
+
+
+def moe(  # noqa: PLR0913  (the options of one call)
+    hidden: Any,
+    w13: PackedExperts,
+    w2: PackedExperts,
+    topk_ids: Any,
+    topk_weights: Any,
+    *,
+    expert_map: Any = None,
+    activation: str = "silu",
+    weight_on_input: bool = False,
+    invariant: bool = False,
+    out: Any = None,
+    workspace: Any = None,
+    stream: Any = None,
+    dependent_launch: DependentLaunch = False,
+) -> Any:
+    """Compute a layer of experts: the sum over a token's slots of weight * (act(x Wg) * (x Wu)) Wd.
+
+    On arrays in GPU memory this launches grouped kernels of the default build and waits for nothing; `Library.moe` has
+    the roundings. On arrays in host memory, numpy's or torch's, it runs the numpy reference (float64, rounded once to
+    fp16), on any machine and without a build; invariant, workspace, stream and dependent_launch have no effect there.
+
+    Args:
+        hidden: fp16 [tokens, hidden], contiguous.
+        w13: gate and up projections, in the same memory: `pack_experts(gate, up)`. Packed with gated=True, the kernels
+            apply the gate themselves.
+        w2: down projections of the same experts, of the same mode.
+        topk_ids: int32 or int64 [tokens, slots]: the expert of each route. Other numbers, such as -1, are skipped.
+        topk_weights: fp32 [tokens, slots].
+        expert_map: int32 [all experts]: the expert here for each id, or -1; None if ids are those.
+        activation: function of the gate: silu, gelu or gelu_tanh.
+        weight_on_input: multiply the hidden states by the weights instead of the results.
+        invariant: choose the kernels without regard to the number of tokens, so that a token's result does not depend
+            on the others.
+        out: fp16 [tokens, hidden] to write into; None allocates.
+        workspace: uint8 array of at least `Library.moe_workspace_bytes`; None allocates it for the call.
+        stream: a CUDA stream object or address; None is the current stream of torch or CuPy, else the default.
+        dependent_launch: see `gemm`; that of the first kernel. The others always are.
+
+    Returns:
+        `out` if it was passed. Otherwise a new array: a torch tensor for a torch tensor, a numpy array for a numpy
+        array, else a DeviceArray.
+
+    Raises:
+        InvalidValueError: if the arrays do not fit together, or some are on the host and some on a GPU.
+        UnsupportedProblemError: if no kernel can run a product.
+        NotBuiltError: if the arrays are on a GPU and the build has no grouped kernels for it.
+        NoHopperGpuError: if the arrays are on another kind of GPU.
+        CudaError: if a launch fails.
+
+    Example:
+        >>> import numpy as np
+        >>> import w4a16gen
+        >>> weights = [w4a16gen.quantize(np.eye(64) * (1 + i), group_size=32) for i in range(4)]
+        >>> w13, w2 = w4a16gen.pack_experts(weights, weights), w4a16gen.pack_experts(weights)
+        >>> ids, weights = np.array([[0, 3], [2, -1]]), np.full((2, 2), 0.5, np.float32)
+        >>> w4a16gen.moe(np.ones((2, 64), np.float16), w13, w2, ids, weights).shape
+        (2, 64)
+    """
+    check_packed("w13", w13)
+    check_packed("w2", w2)
+    if any(is_on_gpu(array) for array in (hidden, w13.data, w2.data)):
+        return library_in_use().moe(
+            hidden,
+            w13,
+            w2,
+            topk_ids,
+            topk_weights,
+            expert_map=expert_map,
+            activation=activation,
+            weight_on_input=weight_on_input,
+            invariant=invariant,
+            out=out,
+            workspace=workspace,
+            stream=stream,
+            dependent_launch=dependent_launch,
+        )
+    packing.checked_flag("invariant", invariant)
+    checked_launch(dependent_launch)
+    return moe_on_host(
+        hidden,
+        w13,
+        w2,
+        topk_ids,
+        topk_weights,
+        expert_map=expert_map,
+        activation=activation,
+        weight_on_input=weight_on_input,
+        out=out,
+    )
 
 
 @overload

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from w4a16gen.choose import experts as choosing
 from w4a16gen.choose.cards import Card
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.kernels.config import Epilogue, KernelConfig, QuantMode, Target
+from w4a16gen.kernels.config import Epilogue, KernelConfig, QuantMode, Target, shown
 from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.kernels.integers import integer
 from w4a16gen.kernels.problem import Problem
@@ -286,9 +286,9 @@ class ExpertLauncher:
         packed13 = self._packed("w13", w13)
         device = packed13.device or 0
         packed2 = self._packed("w2", w2, device)
-        kind = _gate_function(activation)
+        kind = gate_function(activation)
         on_input = checked_flag("weight_on_input", weight_on_input)
-        _check_pair(w13, w2)
+        check_pair(w13, w2)
         size = w2.n
         states = view("hidden", hidden, module)
         check_activations_shape(states.shape, size)
@@ -369,8 +369,8 @@ class ExpertLauncher:
     ) -> int:
         """Return the workspace of a layer of experts; see `Library.moe_workspace_bytes`."""
         for name, w in (("w13", w13), ("w2", w2)):
-            _check_packed(name, w)
-        _check_pair(w13, w2)
+            check_packed(name, w)
+        check_pair(w13, w2)
         rows = integer("tokens", tokens)
         if rows < 0:
             raise InvalidValueError(f"tokens of {rows} must be 0 or more")
@@ -431,7 +431,7 @@ class ExpertLauncher:
         Raises:
             InvalidValueError: if they are no packed experts for native kernels, or not on a GPU, or not on this one.
         """
-        _check_packed(name, w)
+        check_packed(name, w)
         packed = view(name, w.data, self._bindings.module)
         check(name, packed, dtype="|u1", shape=(w.experts, w.stride), device=device)
         return packed
@@ -504,7 +504,7 @@ def moe_sizes(
     )
 
 
-def _check_packed(name: str, w: Any) -> None:
+def check_packed(name: str, w: Any) -> None:
     """Raise unless grouped kernels can read packed experts.
 
     Raises:
@@ -517,7 +517,7 @@ def _check_packed(name: str, w: Any) -> None:
     _experts(w.experts)
 
 
-def _check_pair(w13: PackedExperts, w2: PackedExperts) -> None:
+def check_pair(w13: PackedExperts, w2: PackedExperts) -> None:
     """Raise unless two projections are of the same experts.
 
     Raises:
@@ -547,14 +547,14 @@ def _check_activation(kind: Activation, w: PackedExperts) -> None:
         raise InvalidValueError(f"activation {kind} must be one of {kinds}: the experts are packed {packed}")
 
 
-def _gate_function(name: Any) -> Activation:
+def gate_function(name: Any) -> Activation:
     """Return the gated activation of a function's name.
 
     Raises:
         InvalidValueError: if kernels do not compute it.
     """
     if not isinstance(name, str) or name not in GATED_ACTIVATIONS:
-        raise InvalidValueError(f"activation {name!r} must be one of {', '.join(GATED_ACTIVATIONS)}")
+        raise InvalidValueError(f"activation {shown(name)} must be one of {', '.join(GATED_ACTIVATIONS)}")
     return GATED_ACTIVATIONS[name]
 
 

@@ -32,12 +32,12 @@ def gemm_on_host(a: Any, w: PackedWeight, options: GemmOptions) -> Any:
     """
     alpha, kernel, _ = options.scalars()
     epilogue = options.epilogue(w)
-    activations = _operand("activations", a)
+    activations = operand("activations", a)
     check_activations_shape(activations.shape, w.k)
     shape = activations.shape[0], epilogue.outputs(w.n)
-    bias = None if options.bias is None else _operand("bias", options.bias)
-    residual = None if options.residual is None else _operand("residual", options.residual)
-    out = None if options.out is None else _operand("output", options.out, written=True)
+    bias = None if options.bias is None else operand("bias", options.bias)
+    residual = None if options.residual is None else operand("residual", options.residual)
+    out = None if options.out is None else operand("output", options.out, written=True)
     for name, array, wanted in (("bias", bias, (w.n,)), ("residual", residual, shape), ("output", out, shape)):
         if array is not None and array.shape != wanted:
             raise InvalidValueError(f"{name} of shape {list(array.shape)} must be {list(wanted)}")
@@ -69,7 +69,7 @@ def gemm_on_host(a: Any, w: PackedWeight, options: GemmOptions) -> Any:
     return options.out
 
 
-def _operand(name: str, array: Any, *, written: bool = False) -> npt.NDArray[Any]:
+def operand(name: str, array: Any, *, written: bool = False) -> npt.NDArray[Any]:
     """Return a numpy array, or a torch tensor in host memory, as the fp16 numpy array that shares its memory.
 
     Raises:

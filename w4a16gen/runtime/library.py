@@ -219,13 +219,16 @@ class Library:
     def to_device(self, value: PackedWeight, device: int = 0) -> PackedWeight: ...
 
     @overload
+    def to_device(self, value: PackedExperts, device: int = 0) -> PackedExperts: ...
+
+    @overload
     def to_device(self, value: Any, device: int = 0) -> DeviceArray: ...
 
     def to_device(self, value: Any, device: int = 0) -> Any:
-        """Copy a numpy array, or a packed weight, to a GPU; see `w4a16gen.to_device`.
+        """Copy a numpy array, a packed weight or packed experts to a GPU; see `w4a16gen.to_device`.
 
         Raises:
-            InvalidValueError: if it is neither, or on a GPU already.
+            InvalidValueError: if it is none of them, or on a GPU already.
             NoHopperGpuError: if there is no such GPU.
         """
         indices = {found.index for found in self.devices()}
@@ -233,6 +236,10 @@ class Library:
             raise NoHopperGpuError(f"no GPU can be used: {reason}")
         if isinstance(value, QuantizedWeight):
             raise InvalidValueError("a QuantizedWeight is not read by kernels: pass w4a16gen.pack_weight(w)")
+        if isinstance(value, PackedExperts):
+            if is_on_gpu(value.data):
+                raise InvalidValueError("the packed experts are on a GPU already")
+            return replace(value, data=upload(self.module, "packed experts", value.data, device, indices))
         if not isinstance(value, PackedWeight):
             return upload(self.module, "value", value, device, indices)
         if is_on_gpu(value.data):

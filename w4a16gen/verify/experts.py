@@ -73,7 +73,7 @@ class _Weights:
         return cls(
             weights,
             {
-                gated: on_gpu(library, pack_experts(weights, gate_up=True, gated=gated))
+                gated: library.to_device(pack_experts(weights, gate_up=True, gated=gated))
                 for gated in ((False, True) if n % 16 == 0 else (False,))
             },
         )
@@ -85,11 +85,6 @@ class _Weights:
             for gated, every in self.packed.items()
         }
         return _Weights(self.weights[:count], packed)
-
-
-def on_gpu(library: Library, packed: PackedExperts, device: int = 0) -> PackedExperts:
-    """Copy packed experts to a GPU."""
-    return replace(packed, data=library.to_device(packed.data, device))
 
 
 def prove_experts(
@@ -327,12 +322,12 @@ def _prove_layers(
         [random_weight(rng, n, k, group if mode.is_grouped else k, mode, size=0.05) for _ in range(count)]
         for n, k in ((inner, hidden), (inner, hidden), (hidden, inner))
     )
-    w2 = on_gpu(library, pack_experts(down), gpu.device)
+    w2 = library.to_device(pack_experts(down), gpu.device)
     able = {config.epilogue for config in proofs if config.mode is mode}
     for gated in (False, True):
         if not {Epilogue.NONE, Epilogue.GATED if gated else Epilogue.NONE} <= able:
             continue
-        w13 = on_gpu(library, pack_experts(gate, up, gated=gated), gpu.device)
+        w13 = library.to_device(pack_experts(gate, up, gated=gated), gpu.device)
         for case in _cases():
             layer = _Layer(gpu, (w13, w2), case, slots, rng)
             plan = library.experts.plan(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.kernels.config import QuantMode, Target
+from w4a16gen.kernels.config import QuantMode, Target, shown
 from w4a16gen.kernels.integers import integer
 from w4a16gen.weights.importers.stored import MAX_EXPERTS
 from w4a16gen.weights.layouts.geometry import WeightGeometry, align
@@ -142,8 +142,8 @@ def check_order(order: Any, n: int) -> None:
     Raises:
         InvalidValueError: naming the order or n.
     """
-    if order not in ORDERS:
-        raise InvalidValueError(f"order of {order!r} must be one of {', '.join(ORDERS)}")
+    if not isinstance(order, str) or order not in ORDERS:
+        raise InvalidValueError(f"order of {shown(order)} must be one of {', '.join(ORDERS)}")
     if n % 2 != 0:
         raise InvalidValueError(f"n of {n} must be even: the rows of the gate, and as many of the up projection")
 

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from w4a16gen.errors import InvalidValueError
+from w4a16gen.kernels.config import shown
 from w4a16gen.kernels.integers import integer
 from w4a16gen.weights.gate_functions import ACTIVATIONS
 from w4a16gen.weights.importers.stored import MAX_EXPERTS
@@ -59,7 +60,7 @@ class MoeExpectation:
         """Compute the result and the bound. Arguments and errors are those of `moe_reference`."""
         shape = _checked_shape(hidden, topk_ids, topk_weights, (gate, up, down))
         if not isinstance(activation, str) or activation not in ACTIVATIONS:
-            raise InvalidValueError(f"activation {activation!r} must be one of {', '.join(ACTIVATIONS)}")
+            raise InvalidValueError(f"activation {shown(activation)} must be one of {', '.join(ACTIVATIONS)}")
         ids = local_ids(topk_ids, len(gate), expert_map)
         exact, carried, size = np.zeros(shape), np.zeros(shape), np.zeros(shape)
         for expert in np.unique(ids[ids >= 0]):
