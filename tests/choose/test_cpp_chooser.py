@@ -230,6 +230,32 @@ def test_a_build_without_plain_kernels_names_the_command(program: Path, tmp_path
     assert str(refused.value) == text
 
 
+def test_grouped_kernels_are_never_chosen(program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    choice_file = tmp_path / "choice.txt"
+    grouped = dict.fromkeys(enumerate_space("experts"), "hash")
+    plain = choice_text(HASHES, tmp_path / TABLE)
+    assert choice_text({**HASHES, **grouped}, tmp_path / TABLE) == plain
+    question = (FGS, Problem(16, 4096, 4096, 128), H100)
+    choice_file.write_text(plain)
+    (chosen,) = ask_cpp(program, choice_file, [question])
+    lines = [line for line in plain.splitlines() if not line.startswith("end ")]
+    name = chosen.split(" ")[0]
+    choice_file.write_text(with_end([line.replace(name, name.replace("persistent", "grouped")) for line in lines]))
+    (other,) = ask_cpp(program, choice_file, [question])
+    assert other.split(" ")[0] not in {name, name.replace("persistent", "grouped")}
+    every = [line.replace("_persistent", "_grouped").replace("_streamk", "_grouped") for line in lines]
+    choice_file.write_text(with_end(every))
+    assert ask_cpp(program, choice_file, [question]) == ["error the build holds no native kernel of mode fgs"]
+    named = next(config.name for config in grouped if config.mode is FGS)
+    choice_file.write_text(plain)
+    monkeypatch.setenv(KERNELS_VARIABLE, named)
+    (answer,) = ask_cpp(program, choice_file, [question])
+    sentence = f"{named} computes grouped products: name it in the call of grouped_gemm"
+    assert answer == f"error {sentence}"
+    with pytest.raises(W4A16Error, match=sentence):
+        ask_python(Chooser(HASHES, tmp_path / TABLE), question)
+
+
 @pytest.mark.skipif(shutil.which("localedef") is None, reason="localedef makes the locale")
 def test_a_locale_with_a_decimal_comma_changes_nothing(
     program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -28,6 +28,7 @@ pytestmark = [pytest.mark.compile, pytest.mark.xdist_group("C++ runner")]
 CUDA = ROOT / "w4a16gen" / "cuda"
 FGS = QuantMode.FINEGRAINED_SCALE_ONLY
 KERNELS = [*enumerate_space("default"), *enumerate_space("trtllm")[:3]]
+GROUPED = enumerate_space("experts")
 PROBLEMS = [Problem(m, n, 4096, 128) for m in (0, 1, 16, 100, 4000) for n in (4096, 4104)]
 
 
@@ -99,6 +100,20 @@ def test_the_runner_honours_the_environment(prefix: Prefix) -> None:
     assert prefix.choose(PROBLEMS[2], W4A16GEN_KERNELS=named.name) == named.name
     refused = prefix.choose(PROBLEMS[2], W4A16GEN_KERNELS="fast")
     assert refused.startswith("error 1 'fast' is not a kernel name such as ")
+
+
+def test_the_runner_leaves_grouped_kernels_out(prefix: Prefix) -> None:
+    prefix.export([*KERNELS, *GROUPED])
+    for problem in PROBLEMS:
+        assert prefix.choose(problem) == in_python(problem, H100)
+    named = next(config for config in GROUPED if config.mode is FGS)
+    refused = prefix.choose(PROBLEMS[2], W4A16GEN_KERNELS=named.name)
+    assert refused == f"error 1 {named.name} computes grouped products: name it in the call of grouped_gemm"
+    prefix.export(GROUPED)
+    assert prefix.choose(PROBLEMS[2]) == (
+        "error 2 the library holds no kernel of mode fgs: this runner needs a native one, as `w4a16gen build` without "
+        "--space builds; see w4a16_gemm for the others"
+    )
 
 
 def test_a_problem_that_no_kernel_can_run_is_refused(prefix: Prefix) -> None:

@@ -28,8 +28,8 @@ cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaErrorNotSupported; 
 }  // extern "C"
 
 int main(int, char** arguments) {
-  const w4a16::FinegrainedRunner runner;
   try {
+    const w4a16::FinegrainedRunner runner;
     const auto number = [&](int at) { return std::atoi(arguments[at]); };
     std::printf("%s\n", runner.chooseConfig(number(1), number(2), number(3), number(4)).name().c_str());
   } catch (const w4a16::Error& error) {

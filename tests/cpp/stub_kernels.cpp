@@ -37,6 +37,7 @@ w4a16_status w4a16_get_kernel_info(int index, w4a16_kernel_info* info) {
   info->mode = kernel.mode == "cs" ? 0 : kernel.mode == "fgs" ? 1 : 2;
   info->group_multiple = 32;
   info->epilogue = kernel.epilogue == "gated" ? 2 : kernel.epilogue == "elementwise" ? 1 : 0;
+  info->grouped = kernel.is_grouped ? 1 : 0;
   return W4A16_OK;
 }
 

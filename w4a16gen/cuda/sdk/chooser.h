@@ -76,7 +76,10 @@ class Chooser {
       throw ChoiceError("m of " + std::to_string(m) + " must be 0 or more, and n of " + std::to_string(n) + ", k of " +
                         std::to_string(k) + " and group size " + std::to_string(group_size) + " must be above 0");
     }
-    for (const std::string& name : overrides) choosing::parse_kernel(name);
+    for (const std::string& name : overrides) {
+      if (!choosing::parse_kernel(name).is_grouped) continue;
+      throw ChoiceError(name + " computes grouped products: name it in the call of grouped_gemm");
+    }
     for (const std::string& name : overrides) {
       const choosing::Kernel kernel = choosing::parse_kernel(name);
       if (kernel.mode != mode || kernel.epilogue != epilogue || kernel.target != "native") continue;
@@ -105,7 +108,7 @@ class Chooser {
  private:
   bool has_mode(const std::string& mode) const {
     return std::any_of(file_.kernels.begin(), file_.kernels.end(),
-                       [&](const choosing::Kernel& kernel) { return kernel.mode == mode; });
+                       [&](const choosing::Kernel& kernel) { return kernel.mode == mode && !kernel.is_grouped; });
   }
 
   int64_t steps(int64_t m) const {
@@ -144,8 +147,8 @@ class Chooser {
     for (const choosing::Tuned& row : file_.tuned) {
       const choosing::Problem& at = row.problem;
       const choosing::Kernel& kernel = file_.kernels[row.kernel];
-      if (kernel.mode == mode && kernel.epilogue == epilogue && at.n == problem.n && at.k == problem.k &&
-          at.group_size == problem.group_size && steps(at.m) == steps(problem.m)) {
+      if (kernel.mode == mode && kernel.epilogue == epilogue && !kernel.is_grouped && at.n == problem.n &&
+          at.k == problem.k && at.group_size == problem.group_size && steps(at.m) == steps(problem.m)) {
         nearest.add(at.m, row.microseconds, row.kernel);
       }
     }
@@ -159,7 +162,7 @@ class Chooser {
     const double oversized = 2 * std::max(static_cast<double>(problem.m), file_.constants.smallest_tile_tokens);
     bool best_is_oversized = true;
     for (const choosing::Kernel& kernel : file_.kernels) {
-      if (kernel.mode != mode || kernel.epilogue != epilogue) continue;
+      if (kernel.mode != mode || kernel.epilogue != epilogue || kernel.is_grouped) continue;
       const double microseconds = choosing::estimate(file_.constants, file_.h100, kernel, problem, card);
       const bool is_oversized = kernel.cta[1] >= oversized;
       const bool is_better = is_oversized == best_is_oversized ? microseconds < best->microseconds : best_is_oversized;

@@ -31,6 +31,7 @@ struct Kernel {
   int cta[3];            // channels, tokens, k
   int cluster[3];
   bool is_stream_k;
+  bool is_grouped;      // computes the products of several experts, and is never chosen here
   int ctas_per_sm = 1;  // CTAs that share an SM
   // The kernel's measured constants: Rates of choose/cost_model.py.
   double launch_cycles = 0, tile_cycles = 0, block_cycles = 0, split_cycles = 0, long_factor = 1;
@@ -69,7 +70,7 @@ inline Kernel parse_kernel(const std::string& name) {
               *std::min_element(kernel.cluster, kernel.cluster + 3) > 0 && is_one_of(target, {"cutlass", "native"}) &&
               is_one_of(mode, {"cs", "fgs", "fgsz"}) &&
               is_one_of(schedule, {"pingpong", "cooperative", "warpgroups2", "warpgroups4", "warps8"}) &&
-              is_one_of(scheduler, {"persistent", "streamk"});
+              is_one_of(scheduler, {"persistent", "streamk", "grouped"});
   }
   if (!is_name) {
     throw ChoiceError("'" + name + "' is not a kernel name such as " +
@@ -80,6 +81,7 @@ inline Kernel parse_kernel(const std::string& name) {
   kernel.mode = mode;
   kernel.shape = shape;
   kernel.is_stream_k = scheduler == std::string("streamk");
+  kernel.is_grouped = scheduler == std::string("grouped");
   return kernel;
 }
 
