@@ -63,6 +63,7 @@ class Chooser:
             table: path of the build's tuning table; it need not exist.
         """
         self._hashes = {config: digest for config, digest in content_hashes.items() if not config.is_grouped}
+        self._holds_grouped_only = bool(content_hashes) and not self._hashes
         self._epilogues = {(config.mode, config.epilogue) for config in self._hashes}
         self._path = table
         self._tables: dict[Device | None, TuningTable | None] = {}
@@ -121,8 +122,13 @@ class Chooser:
         """Raise if the build has no kernel of a mode with an epilogue. A mode without any kernel is not judged here.
 
         Raises:
-            NotBuiltError: naming the command that builds such kernels.
+            NotBuiltError: naming the command that builds such kernels; also if all kernels are grouped ones.
         """
+        if self._holds_grouped_only:
+            raise NotBuiltError(
+                "the build holds grouped kernels only, which gemm does not call: run `w4a16gen build --space default "
+                "--space experts`"
+            )
         has_mode = any(self.has(mode, other) for other in Epilogue)
         if not self.has(mode, epilogue) and (epilogue is not Epilogue.NONE or has_mode):
             raise NotBuiltError(why_not_built(mode, epilogue))

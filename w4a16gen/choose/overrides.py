@@ -38,7 +38,7 @@ def use_kernels(*kernels: KernelConfig | str) -> Iterator[None]:
         >>> with use_kernels("w4a16_sm90_native_fgs_cta64x16x128_cluster1x1x1_warps8_persistent"):
         ...     c = gemm(a, w)
     """
-    token = _used.set(tuple(_of_gemm(KernelConfig.of(kernel)) for kernel in kernels))
+    token = _used.set(tuple(of_gemm(KernelConfig.of(kernel)) for kernel in kernels))
     try:
         yield
     finally:
@@ -71,12 +71,12 @@ def kernels_of_environment() -> tuple[KernelConfig, ...]:
     """
     text = os.environ.get(KERNELS_VARIABLE, "")
     try:
-        return tuple(_of_gemm(KernelConfig.parse(name.strip())) for name in text.split(",") if name.strip())
+        return tuple(of_gemm(KernelConfig.parse(name.strip())) for name in text.split(",") if name.strip())
     except InvalidValueError as error:
         raise InvalidValueError(f"{KERNELS_VARIABLE}: {error}") from None
 
 
-def _of_gemm(kernel: KernelConfig) -> KernelConfig:
+def of_gemm(kernel: KernelConfig) -> KernelConfig:
     """Return a kernel of `gemm`.
 
     Raises:

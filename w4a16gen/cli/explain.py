@@ -25,7 +25,7 @@ from w4a16gen.cli.services import services
 from w4a16gen.cli.tables import Column, print_table
 from w4a16gen.errors import NotBuiltError
 from w4a16gen.kernels.config import KernelConfig, QuantMode
-from w4a16gen.kernels.named_spaces import SPACES
+from w4a16gen.kernels.named_spaces import GEMM_SPACES
 
 if TYPE_CHECKING:
     from w4a16gen.choose.chooser import Choice, Chooser
@@ -47,10 +47,10 @@ choice_space_option = option(
     "--space",
     "spaces",
     multiple=True,
-    type=click.Choice(list(SPACES)),
+    type=click.Choice(list(GEMM_SPACES)),
     metavar="SPACE",
     section=WHICH_KERNELS,
-    help=f"Choose among a named set instead of the build: {', '.join(SPACES)}. Repeatable: the union.",
+    help=f"Choose among a named set instead of the build: {', '.join(GEMM_SPACES)}. Repeatable: the union.",
 )
 
 

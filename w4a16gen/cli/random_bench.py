@@ -18,7 +18,7 @@ from w4a16gen.cli.report import write_pages
 from w4a16gen.cli.services import services
 from w4a16gen.cli.tables import Column, print_table
 from w4a16gen.errors import BuildError
-from w4a16gen.kernels.named_spaces import SPACES
+from w4a16gen.kernels.named_spaces import GEMM_SPACES
 
 if TYPE_CHECKING:
     from w4a16gen.kernels.config import QuantMode
@@ -65,7 +65,7 @@ def random_options(command: _Command) -> _Command:
     for add in (
         option(
             "--choose-from",
-            type=click.Choice(list(SPACES)),
+            type=click.Choice(list(GEMM_SPACES)),
             metavar="SPACE",
             section=METHOD,
             help="With --random: choose the call's kernel among those of SPACE, such as default, in a larger build.",

@@ -25,7 +25,7 @@ from w4a16gen.cli.output import note, print_result
 from w4a16gen.cli.problems import checkpoint_option, checkpoint_problems, named_problems, problems_options
 from w4a16gen.cli.tuning import How, build_and_tune, table_of, tune_build
 from w4a16gen.kernels.config import Epilogue
-from w4a16gen.kernels.named_spaces import SPACES
+from w4a16gen.kernels.named_spaces import GEMM_SPACES
 
 if TYPE_CHECKING:
     from w4a16gen.kernels.config import QuantMode
@@ -50,7 +50,7 @@ SECONDS_PER_MINUTE = 60
 @checkpoint_option
 @option(
     "--space",
-    type=click.Choice(list(SPACES)),
+    type=click.Choice(list(GEMM_SPACES)),
     metavar="SPACE",
     section=WHICH_KERNELS,
     help="Also build the kernels of a space, such as native, that are estimated to be near the fastest. Leaves a "

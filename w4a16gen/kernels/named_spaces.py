@@ -181,3 +181,5 @@ SPACES: Mapping[str, Space] = {
     "experts": Space("grouped kernels, for mixtures of experts", (Target.NATIVE,), _not_in_experts, is_grouped=True),
 }
 """The named spaces, in the order in which filters without `--space` look for kernels."""
+GEMM_SPACES = tuple(name for name, space in SPACES.items() if not space.is_grouped)
+"""The spaces of kernels that `gemm` calls."""

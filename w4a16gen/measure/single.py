@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from w4a16gen.choose.overrides import of_gemm
 from w4a16gen.errors import UnsupportedProblemError
 from w4a16gen.kernels.config import KernelConfig, QuantMode
 from w4a16gen.kernels.device import Device
@@ -64,14 +65,14 @@ def plan(library: Library, problem: Problem, mode: QuantMode, name: str | None) 
 
     Raises:
         UnsupportedProblemError: if the named kernel, or every built one, cannot run it.
-        InvalidValueError: if the name is not a kernel name.
+        InvalidValueError: if the name is not a kernel name, or that of a grouped kernel.
         NotBuiltError: if the named kernel is not built.
     """
     built = library.configs()
     candidates = runnable(built, mode, problem)
     if name is None:
         return Plan(problem, mode, library.choose(problem, mode).kernel, candidates, len(built))
-    config = KernelConfig.parse(name)
+    config = of_gemm(KernelConfig.parse(name))
     if config.mode is not mode:
         raise UnsupportedProblemError(f"{name} is of mode {config.mode}, not {mode}: pass --mode {config.mode}")
     reason = library.why_cannot_run(config, problem)

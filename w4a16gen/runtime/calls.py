@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from w4a16gen.choose.overrides import is_in_block
+from w4a16gen.choose.overrides import is_in_block, of_gemm
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.config import Epilogue, KernelConfig
 from w4a16gen.kernels.epilogue import Activation, CallEpilogue, activation_numbers, check_epilogue, why_not_by
@@ -220,8 +220,7 @@ def check_weight(kernel: KernelConfig, w: PackedWeight) -> None:
     Raises:
         InvalidValueError: naming both.
     """
-    if kernel.is_grouped:
-        raise InvalidValueError(f"{kernel.name} computes the products of several experts: call grouped_gemm")
+    of_gemm(kernel)
     if kernel.mode is not w.mode:
         raise InvalidValueError(f"the weight is of mode {w.mode}, but {kernel.name} is of mode {kernel.mode}")
     if LAYOUT_TARGETS[w.layout] is not kernel.target:
