@@ -132,7 +132,7 @@ def counts(least: int, most: int = MAX_DIMENSION) -> Parsed:
 MODE = Parsed("MODE", parse_mode, lambda _: [mode.value for mode in QuantMode])
 MODE_HELP = "cs: one scale per channel; fgs: one scale per group; fgsz: scales and zeros per group."
 TARGETS = [target.value for target in Target]
-SPACE_SUMMARIES = "; ".join(f"{name}: {space.summary}" for name, space in SPACES.items())
+SPACE_SUMMARIES = ". ".join(f"{name}: {space.summary}" for name, space in SPACES.items())
 
 cta_option = option(
     "--cta",
