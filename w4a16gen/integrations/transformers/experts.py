@@ -37,6 +37,8 @@ _TRAITS = {
     "is_transposed": (False, "their weights are stored as [k, n]"),
 }
 """What transformers says of a class of experts: what it must be, and why others are not served."""
+_LATER_TRAITS = {"has_post_expert_norm": False}
+"""Traits that transformers before 5.24 does not know, and what holds for all of its experts."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,9 @@ def why_not_served(module: Any) -> str | None:
     """
     kind = type(module).__name__
     for trait, (wanted, reason) in _TRAITS.items():
-        if getattr(module, trait, None) is not wanted:
-            return f"experts of {kind} are not served: {reason if hasattr(module, trait) else 'their kind is unknown'}"
+        found = getattr(module, trait, _LATER_TRAITS.get(trait))
+        if found is not wanted:
+            return f"experts of {kind} are not served: {'their kind is unknown' if found is None else reason}"
     default = getattr(_moe_of_transformers(), "_default_apply_gate", None)
     if default is None or getattr(type(module), "_apply_gate", None) is not default:
         return f"experts of {kind} are not served: their result is not act(gate) * up"
