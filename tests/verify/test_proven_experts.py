@@ -168,6 +168,23 @@ def test_launches_that_fail_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(proof.failures) == 2 * len(GATED_ACTIVATIONS)
 
 
+def test_random_routings_run_on_some_of_the_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "RANDOM_EXPERTS", (1, 9))
+    monkeypatch.setattr(experts, "MOST_RANDOM_EXPERTS", 9)
+    library = FakeLibrary(map(KernelConfig.parse, [*NAMES, *OTHERS]))
+    proofs = {config: NumericProof(config.name) for config in library.grouped_configs()}
+    experts.prove_random_routings(library, proofs, 40)
+    assert [proof.failures for proof in proofs.values()] == [[]] * len(proofs)
+    assert sum(proof.passed[experts.PRODUCT] for proof in proofs.values()) == 40
+    assert all(proof.passed[experts.PRODUCT] == proof.passed[experts.ROUTING] for proof in proofs.values())
+    made = [call for call in library.module.expert_calls if isinstance(call, Grouped)]
+    assert {call.experts for call in made} > {1, 9}
+    experts.prove_random_routings(library, {}, 40)
+    _in(Grouped, _halve_last_expert)(monkeypatch)
+    experts.prove_random_routings(library, proofs, 20)
+    assert any(proof.failures for proof in proofs.values())
+
+
 def drawn(seed: int, experts_here: int) -> Iterator[np.ndarray[Any, Any]]:
     rng = np.random.default_rng(seed)
     for _ in range(300):
