@@ -73,10 +73,10 @@ def test_loads_at_the_ends() -> None:
 QWEN, MIXTRAL = (2048, 768, 128, 8), (4096, 14336, 8, 2)
 """Hidden size, intermediate size, experts and experts of a token."""
 MEASURED = [
-    *((QWEN, tokens, layer) for tokens, layer in ((16, 72), (64, 99), (256, 125))),
-    *((MIXTRAL, tokens, layer) for tokens, layer in ((16, 196), (64, 239), (256, 502), (1024, 1233))),
+    *((QWEN, tokens, layer) for tokens, layer in ((16, 66.4), (64, 93), (256, 119))),
+    *((MIXTRAL, tokens, layer) for tokens, layer in ((16, 196), (64, 225), (256, 483), (1024, 1406))),
 ]
-"""Microseconds of whole layers in groups of 128, with the kernels that were chosen then (H200, 2026-11)."""
+"""Microseconds of whole layers in groups of 128 (`bench --moe`, H200, 2026-11)."""
 
 
 def layer_of(

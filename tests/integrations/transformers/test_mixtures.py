@@ -293,8 +293,8 @@ def test_what_transformers_says_of_experts_is_heeded(trait: str, value: Any, rea
     assert why_not_served(module) is None
     setattr(module, trait, value)
     assert reason.replace("\\", "") in str(why_not_served(module))
-    delattr(module, trait)
-    assert "their kind is unknown" in str(why_not_served(module))
+    delattr(module, trait)  # older versions of transformers have no such norms, and do not say so
+    assert ("their kind is unknown" in str(why_not_served(module))) == (trait != "has_post_expert_norm")
 
 
 def test_experts_that_are_called_in_another_way_are_not_served(monkeypatch: pytest.MonkeyPatch) -> None:

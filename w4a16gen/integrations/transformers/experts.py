@@ -38,7 +38,7 @@ _TRAITS = {
 }
 """What transformers says of a class of experts: what it must be, and why others are not served."""
 _LATER_TRAITS = {"has_post_expert_norm": False}
-"""Traits that transformers before 5.24 does not know, and what holds for all of its experts."""
+"""Traits that older versions of transformers, such as 5.17, do not know, and what is true of all experts there."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,8 @@ def why_not_served(module: Any) -> str | None:
     """
     kind = type(module).__name__
     for trait, (wanted, reason) in _TRAITS.items():
-        found = getattr(module, trait, _LATER_TRAITS.get(trait))
-        if found is not wanted:
-            return f"experts of {kind} are not served: {'their kind is unknown' if found is None else reason}"
+        if getattr(module, trait, _LATER_TRAITS.get(trait)) is not wanted:
+            return f"experts of {kind} are not served: {reason if hasattr(module, trait) else 'their kind is unknown'}"
     default = getattr(_moe_of_transformers(), "_default_apply_gate", None)
     if default is None or getattr(type(module), "_apply_gate", None) is not default:
         return f"experts of {kind} are not served: their result is not act(gate) * up"
