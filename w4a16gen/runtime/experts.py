@@ -307,11 +307,7 @@ class ExpertLauncher:
         output = view("output", result, module)
         check("output", output, dtype="<f2", shape=(tokens, size), device=device, written=True)
         given = self._empty(hidden, (plan.nbytes,), "|u1", device, address) if workspace is None else workspace
-        room = view("workspace", given, module)
-        check("workspace", room, dtype="|u1", shape=room.shape, device=device, written=True)
-        if room.nbytes < plan.nbytes:
-            raise InvalidValueError(f"workspace of {room.nbytes} bytes must be at least {plan.nbytes} bytes")
-        base, routes = room.pointer, tokens * slots
+        base, routes = self._workspace(given, plan.nbytes, device), tokens * slots
         if routes == 0:
             return result
         on = (address, True, device)
@@ -377,6 +373,18 @@ class ExpertLauncher:
         every = None if global_experts is None else _positive("global_experts", global_experts)
         sizes = moe_sizes(rows, _positive("slots", slots), w13, w2, every)
         return self.plan(sizes, integer("device", device), invariant=checked_flag("invariant", invariant)).nbytes
+
+    def _workspace(self, given: Any, needed: int, device: int) -> int:
+        """Return the address of a workspace.
+
+        Raises:
+            InvalidValueError: if it is no array of bytes on the GPU, or too short.
+        """
+        room = view("workspace", given, self._bindings.module)
+        check("workspace", room, dtype="|u1", shape=room.shape, device=device, written=True)
+        if room.nbytes < needed:
+            raise InvalidValueError(f"workspace of {room.nbytes} bytes must be at least {needed} bytes")
+        return room.pointer
 
     def plan(self, sizes: MoeSizes, device: int, *, invariant: bool = False) -> MoePlan:
         """Return how a layer of experts runs on a GPU.
