@@ -7,7 +7,7 @@ build, and in host memory, it computes one expert after the other. Every fact of
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -65,15 +65,24 @@ def sum_of_experts(
     return out
 
 
-def _packed(
-    w13: Any, w2: Any, sizes: tuple[int, int], groups: tuple[int, int], mode: str, layout: str
-) -> tuple[PackedExperts, PackedExperts]:
-    hidden, inner = sizes
-    kind = QuantMode.parse(mode)
-    return (
-        PackedExperts(w13, layout, 2 * inner, hidden, groups[0], kind, GATE_FIRST),
-        PackedExperts(w2, layout, hidden, inner, groups[1], kind),
-    )
+class _Facts(NamedTuple):
+    """The arguments of the operator behind its tensors."""
+
+    hidden_size: int
+    intermediate_size: int
+    gate_up_group_size: int
+    down_group_size: int
+    mode: str
+    layout: str
+    activation: str
+
+    def packed(self, w13: Any, w2: Any) -> tuple[PackedExperts, PackedExperts]:
+        """Return the projections of all experts: gate and up, and down."""
+        hidden, inner, mode = self.hidden_size, self.intermediate_size, QuantMode.parse(self.mode)
+        return (
+            PackedExperts(w13, self.layout, 2 * inner, hidden, self.gate_up_group_size, mode, GATE_FIRST),
+            PackedExperts(w2, self.layout, hidden, inner, self.down_group_size, mode),
+        )
 
 
 def _check(hidden: Any, topk_ids: Any, topk_weights: Any, hidden_size: int) -> None:
@@ -85,64 +94,22 @@ def _check(hidden: Any, topk_ids: Any, topk_weights: Any, hidden_size: int) -> N
         raise InvalidValueError("topk_ids must be int32 or int64, and topk_weights float32")
 
 
-def _on_gpu(  # noqa: PLR0913  (the operator's)
-    hidden: Any,
-    topk_ids: Any,
-    topk_weights: Any,
-    w13: Any,
-    w2: Any,
-    hidden_size: int,
-    intermediate_size: int,
-    gate_up_group_size: int,
-    down_group_size: int,
-    mode: str,
-    layout: str,
-    activation: str,
-) -> Any:
+def _on_gpu(hidden: Any, topk_ids: Any, topk_weights: Any, w13: Any, w2: Any, *given: Any) -> Any:
     """Launch the grouped kernels of the default build on the current stream."""
-    _check(hidden, topk_ids, topk_weights, hidden_size)
-    library = library_in_use()
-    if not any(str(config.mode) == mode for config in library.experts.configs):
-        return _one_by_one(
-            hidden,
-            topk_ids,
-            topk_weights,
-            w13,
-            w2,
-            hidden_size,
-            intermediate_size,
-            gate_up_group_size,
-            down_group_size,
-            mode,
-            layout,
-            activation,
-        )
-    sizes, groups = (hidden_size, intermediate_size), (gate_up_group_size, down_group_size)
-    first, second = _packed(w13, w2, sizes, groups, mode, layout)
-    operands = (tensor.detach().contiguous() for tensor in (topk_ids, topk_weights))
-    states = hidden.detach().contiguous()
-    return library.moe(states, first, second, *operands, activation=activation, dependent_launch="auto")
+    facts, library = _Facts(*given), library_in_use()
+    _check(hidden, topk_ids, topk_weights, facts.hidden_size)
+    if not any(str(config.mode) == facts.mode for config in library.experts.configs):
+        return _one_by_one(hidden, topk_ids, topk_weights, w13, w2, *given)
+    states, ids, weights = (tensor.detach().contiguous() for tensor in (hidden, topk_ids, topk_weights))
+    first, second = facts.packed(w13, w2)
+    return library.moe(states, first, second, ids, weights, activation=facts.activation, dependent_launch="auto")
 
 
-def _one_by_one(  # noqa: PLR0913  (the operator's)
-    hidden: Any,
-    topk_ids: Any,
-    topk_weights: Any,
-    w13: Any,
-    w2: Any,
-    hidden_size: int,
-    intermediate_size: int,
-    gate_up_group_size: int,
-    down_group_size: int,
-    mode: str,
-    layout: str,
-    activation: str,
-) -> Any:
+def _one_by_one(hidden: Any, topk_ids: Any, topk_weights: Any, w13: Any, w2: Any, *given: Any) -> Any:
     """Compute one expert after the other."""
-    _check(hidden, topk_ids, topk_weights, hidden_size)
-    sizes, groups = (hidden_size, intermediate_size), (gate_up_group_size, down_group_size)
-    packed = _packed(w13, w2, sizes, groups, mode, layout)
-    function = FUNCTIONS[GATED_ACTIVATIONS[activation].function]
+    facts = _Facts(*given)
+    _check(hidden, topk_ids, topk_weights, facts.hidden_size)
+    packed, function = facts.packed(w13, w2), FUNCTIONS[GATED_ACTIVATIONS[facts.activation].function]
 
     def product(x: Any, weights: PackedExperts, expert: int) -> Any:
         weight = weights.expert(expert)
