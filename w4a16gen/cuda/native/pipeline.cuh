@@ -26,11 +26,11 @@ struct Parameters {
   int activation_bytes;  // of a stage, where out-of-bounds rows are not copied
   bool is_dependent;
   bool dependents_start_early;
+  bool list_is_complete;          // grouped: before the previous kernel asked for this one
   uint8_t* workspace;             // stream-K: the partial sums of every work unit
   uint64_t epoch;                 // stream-K: the value of a flag whose sums are complete, unique to this launch
   const TokenTiles* token_tiles;  // grouped
   int64_t expert_bytes;           // grouped: from one expert's packed weight to the next
-  bool list_is_complete;          // grouped: before the previous kernel asked for this one
   // Of kernels with an epilogue. They come last, so that the others find theirs where they were.
   CUtensorMap residual;          // of the output's boxes
   const half* residual_pointer;  // of the output's shape, possibly the output itself; or null
