@@ -30,6 +30,7 @@ from w4a16gen.measure.probes import READS, cold_read_microseconds
 from w4a16gen.measure.results import Timing
 from w4a16gen.measure.step import Machine
 from w4a16gen.measure.timing import Contender
+from w4a16gen.runtime.expert_calls import MoeOptions
 from w4a16gen.runtime.experts import MOE_PARTS, MoePlan
 from w4a16gen.weights.quantized import QuantizedWeight
 
@@ -82,14 +83,16 @@ class HostLibrary:
         pair = choose_pair(self.configs, sizes.mode, (sizes.gate_up, epilogue), sizes.down, routing, CARD)
         return MoePlan(*pair, 0, 0, 0, 0, 0, 0, 0, 0, WORKSPACE)
 
-    def _moe(self, hidden: Any, w13: Any, w2: Any, ids: Any, weights: Any, **options: Any) -> Any:
+    def _moe(
+        self, hidden: Any, w13: Any, w2: Any, ids: Any, weights: Any, options: MoeOptions, parts: Collection[str]
+    ) -> Any:
         if self.failure is not None:
             raise self.failure
-        assert options["workspace"].nbytes == WORKSPACE
-        self.parts.append(options["parts"])
+        assert options.workspace.nbytes == WORKSPACE
+        self.parts.append(parts)
         self.gated.add(w13.gated)
-        if options["expert_map"] is not None:
-            ids = options["expert_map"][ids]
+        if options.expert_map is not None:
+            ids = options.expert_map[ids]
         experts = range(w13.experts)
         out = torch.zeros(hidden.shape, dtype=torch.float32)
         for expert in experts:
@@ -101,8 +104,8 @@ class HostLibrary:
                 gate, up = torch.ops.w4a16gen.gemm(hidden, first.data, None, *facts_of(first), 1.0).chunk(2, 1)
                 inner = torch.nn.functional.silu(gate) * up
             out += factors * torch.ops.w4a16gen.gemm(inner.contiguous(), second.data, None, *facts_of(second), 1.0)
-        options["out"].copy_(out * self.factor)
-        return options["out"]
+        options.out.copy_(out * self.factor)
+        return options.out
 
 
 def host_machine() -> Machine:

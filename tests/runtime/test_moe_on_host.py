@@ -13,7 +13,7 @@ import w4a16gen
 from w4a16gen import Epilogue, InvalidValueError, QuantMode
 from w4a16gen.kernels.spaces import enumerate_space, with_epilogues
 from w4a16gen.runtime import default
-from w4a16gen.runtime.experts import GATED_ACTIVATIONS
+from w4a16gen.runtime.expert_calls import GATED_ACTIVATIONS
 from w4a16gen.weights.experts import PackedExperts, pack_experts
 from w4a16gen.weights.moe_reference import moe_reference, route_reference
 from w4a16gen.weights.reference import random_weight

@@ -11,6 +11,7 @@ from fakes.library import FakeLibrary
 
 from w4a16gen import Epilogue, KernelConfig
 from w4a16gen.kernels.spaces import enumerate_space, with_epilogues
+from w4a16gen.runtime.expert_calls import MoeOptions
 from w4a16gen.runtime.experts import MOE_PARTS
 from w4a16gen.weights.experts import PackedExperts, pack_experts
 from w4a16gen.weights.quantize import quantize
@@ -46,9 +47,7 @@ def called(configs: Sequence[KernelConfig], parts: Collection[str] | None) -> li
     if parts is None:
         library.moe(hidden, w13, w2, ids, weights)
     else:
-        options = {"expert_map": None, "activation": "silu", "weight_on_input": False, "invariant": False}
-        nothing = {"out": None, "workspace": None, "stream": None, "launch": 0}
-        library.experts.moe(hidden, w13, w2, ids, weights, **options, **nothing, parts=parts)  # type: ignore[arg-type]
+        library.experts.moe(hidden, w13, w2, ids, weights, MoeOptions(), parts=parts)
     return names
 
 

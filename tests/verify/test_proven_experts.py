@@ -17,7 +17,7 @@ from fakes.memory import memory_at
 
 from w4a16gen import KernelConfig
 from w4a16gen.kernels.epilogue import Activation
-from w4a16gen.runtime.experts import GATED_ACTIVATIONS
+from w4a16gen.runtime.expert_calls import GATED_ACTIVATIONS
 from w4a16gen.verify import epilogues, experts, launch_chains, numeric, report, static
 from w4a16gen.verify.numeric import NumericProof
 from w4a16gen.verify.static import StaticProof

@@ -16,7 +16,7 @@ from w4a16gen.kernels.problem import Problem
 from w4a16gen.measure.models import Mixture
 from w4a16gen.measure.stage import copies_for, evenly
 from w4a16gen.measure.torch_weight import TorchWeight
-from w4a16gen.runtime.calls import checked_launch
+from w4a16gen.runtime.expert_calls import MoeOptions
 from w4a16gen.runtime.experts import ACTIVATION, MOE_PARTS, MoePlan, MoeSizes, moe_sizes
 from w4a16gen.runtime.library import Library
 from w4a16gen.weights.experts import GATE_FIRST, PackedExperts, expert_stride
@@ -274,14 +274,7 @@ class OwnLayers:
             return partial(
                 self._library.experts.moe,
                 *(work.hidden, *layer.halves, routing.ids, routing.weights),
-                expert_map=self._drawn.expert_map,
-                activation="silu",
-                weight_on_input=False,
-                invariant=False,
-                out=out,
-                workspace=workspaces[turn % len(workspaces)],
-                stream=None,
-                launch=checked_launch(False),
+                MoeOptions(self._drawn.expert_map, out=out, workspace=workspaces[turn % len(workspaces)]),
                 parts=parts,
             )
 

@@ -14,8 +14,9 @@ from w4a16gen.kernels.config import KernelConfig, Target
 from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.runtime.arrays import DeviceArray, is_on_gpu
 from w4a16gen.runtime.artifact import Build, load_build
-from w4a16gen.runtime.calls import GemmOptions, checked_launch, checked_weight
-from w4a16gen.runtime.experts import ExpertRows, check_packed
+from w4a16gen.runtime.calls import GemmOptions, checked_weight
+from w4a16gen.runtime.expert_calls import MoeOptions, check_packed
+from w4a16gen.runtime.experts import ExpertRows
 from w4a16gen.runtime.folders import load_default_build
 from w4a16gen.runtime.host import gemm_on_host
 from w4a16gen.runtime.host_experts import moe_on_host
@@ -291,18 +292,8 @@ def grouped_gemm(  # noqa: PLR0913  (the options of one call)
         >>> w4a16gen.grouped_gemm(a, w, rows).shape  # doctest: +SKIP
         torch.Size([32, 1536])
     """
-    return library_in_use().grouped_gemm(
-        a,
-        w,
-        rows,
-        bias=bias,
-        alpha=alpha,
-        config=config,
-        activation=activation,
-        out=out,
-        stream=stream,
-        dependent_launch=dependent_launch,
-    )
+    options = GemmOptions(bias, alpha, config, out, None, stream, dependent_launch, activation)
+    return library_in_use().experts.grouped_gemm(a, w, rows, options)
 
 
 def moe(  # noqa: PLR0913  (the options of one call)
@@ -364,37 +355,12 @@ def moe(  # noqa: PLR0913  (the options of one call)
         >>> w4a16gen.moe(np.ones((2, 64), np.float16), w13, w2, ids, weights).shape
         (2, 64)
     """
+    options = MoeOptions(expert_map, activation, weight_on_input, invariant, out, workspace, stream, dependent_launch)
     check_packed("w13", w13)
     check_packed("w2", w2)
     if any(is_on_gpu(array) for array in (hidden, w13.data, w2.data)):
-        return library_in_use().moe(
-            hidden,
-            w13,
-            w2,
-            topk_ids,
-            topk_weights,
-            expert_map=expert_map,
-            activation=activation,
-            weight_on_input=weight_on_input,
-            invariant=invariant,
-            out=out,
-            workspace=workspace,
-            stream=stream,
-            dependent_launch=dependent_launch,
-        )
-    packing.checked_flag("invariant", invariant)
-    checked_launch(dependent_launch)
-    return moe_on_host(
-        hidden,
-        w13,
-        w2,
-        topk_ids,
-        topk_weights,
-        expert_map=expert_map,
-        activation=activation,
-        weight_on_input=weight_on_input,
-        out=out,
-    )
+        return library_in_use().experts.moe(hidden, w13, w2, topk_ids, topk_weights, options)
+    return moe_on_host(hidden, w13, w2, topk_ids, topk_weights, options)
 
 
 @overload

@@ -11,22 +11,27 @@ from typing import Any, NamedTuple
 from w4a16gen.choose import experts as choosing
 from w4a16gen.choose.cards import Card
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.kernels.config import Epilogue, KernelConfig, QuantMode, Target, shown
+from w4a16gen.kernels.config import Epilogue, KernelConfig, QuantMode
 from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.kernels.integers import integer
 from w4a16gen.kernels.problem import Problem
 from w4a16gen.runtime.arrays import ArrayView, check, check_activations_shape, dtype_name, view
 from w4a16gen.runtime.bindings import Bindings, numbers_of
-from w4a16gen.runtime.calls import checked_alpha
+from w4a16gen.runtime.calls import GemmOptions
+from w4a16gen.runtime.expert_calls import (
+    MoeOptions,
+    MoeScalars,
+    check_activation,
+    check_packed,
+    check_pair,
+    checked_experts,
+    positive,
+)
 from w4a16gen.runtime.streams import empty_like_library, is_torchs_stream, stream_pointer
 from w4a16gen.weights.experts import PackedExperts
 from w4a16gen.weights.layouts.geometry import align
-from w4a16gen.weights.packed import LAYOUT_TARGETS, checked_flag
+from w4a16gen.weights.packed import checked_flag
 
-GATED_ACTIVATIONS = {"silu": Activation.SWIGLU, "gelu": Activation.GEGLU_ERF, "gelu_tanh": Activation.GEGLU_TANH}
-"""The functions of the gate that kernels compute, by name."""
-MAX_EXPERTS = 1024
-"""Experts that grouped kernels serve: routing has a thread for each, in one CTA."""
 INVARIANT_TOKENS = 64
 """The number of tokens that kernels are chosen for where results must not depend on it."""
 _HALF_BYTES = 2
@@ -97,6 +102,68 @@ class MoePlan(NamedTuple):
     nbytes: int
 
 
+class _ExpertChoice(NamedTuple):
+    """The expert of each route, as routing reads it."""
+
+    ids: ArrayView
+    expert_map: ArrayView | None
+
+    @property
+    def global_experts(self) -> int | None:
+        """Entries of the map of experts; None without a map."""
+        return None if self.expert_map is None else self.expert_map.shape[0]
+
+    @property
+    def arguments(self) -> tuple[int, int, int, int]:
+        """The arguments with which the module's `route` begins."""
+        mapped = self.expert_map
+        return self.ids.pointer, _IDS[self.ids.dtype], 0 if mapped is None else mapped.pointer, self.global_experts or 0
+
+
+class _Weights(NamedTuple):
+    """The packed experts of a product, and where they are."""
+
+    experts: PackedExperts
+    pointer: int
+
+
+class _Layer(NamedTuple):
+    """What the launches of a call of `moe` read and write, checked. Arrays are addresses."""
+
+    sizes: MoeSizes
+    plan: MoePlan
+    scalars: MoeScalars
+    gate_up: _Weights
+    down: _Weights
+    choice: _ExpertChoice
+    hidden: int
+    weights: int
+    """Of the routes."""
+    output: int
+    workspace: int
+    stream: int
+    device: int
+    out: Any
+    """What the call returns."""
+    room: Any
+    """The workspace. It must not be freed before all is launched."""
+
+    @property
+    def routes(self) -> int:
+        """The rows that there may be: tokens * slots."""
+        return self.sizes.tokens * self.sizes.slots
+
+    @property
+    def token_tiles(self) -> tuple[int, int]:
+        """The list of token tiles, and its bytes."""
+        return self.workspace + self.plan.token_tiles, self.plan.token_tiles_bytes
+
+    @property
+    def behind(self) -> tuple[int, int, int]:
+        """The last arguments of launches behind the first one, on which they are dependent."""
+        return self.stream, int(True), self.device
+
+
 class ExpertLauncher:
     """Launches of the grouped kernels of one build. Several threads may launch at once, for several GPUs."""
 
@@ -121,12 +188,11 @@ class ExpertLauncher:
         self, topk_ids: Any, experts: int, tile_tokens: int, expert_map: Any, stream: Any, *, launch: int
     ) -> ExpertRows:
         """Sort routes by expert; see `Library.route_tokens`."""
-        count, tile = _experts(experts), _positive("tile_tokens", tile_tokens)
-        ids = self._ids(topk_ids)
-        device = ids.device or 0
-        tokens, slots = ids.shape
+        count, tile = checked_experts(experts), positive("tile_tokens", tile_tokens)
+        choice = self._choice(topk_ids, expert_map)
+        device = choice.ids.device or 0
+        tokens, slots = choice.ids.shape
         routes = tokens * slots
-        mapped = self._expert_map(expert_map, device)
         address = stream_pointer(stream, topk_ids)
         size = self._token_tiles_bytes(routes, count, tile)
 
@@ -147,8 +213,7 @@ class ExpertLauncher:
             for made in (found.token_tiles, found.offsets, found.routes_of_rows, found.rows_of_routes)
         )
         outcome = self._bindings.library.route(
-            *(ids.pointer, _IDS[ids.dtype], 0 if mapped is None else mapped.pointer),
-            *(0 if mapped is None else mapped.shape[0], count, tokens, slots, tile),
+            *(*choice.arguments, count, tokens, slots, tile),
             *(offsets.pointer, by_row.pointer, by_route.pointer, tiles.pointer, size, *_GATHERS_NOTHING),
             *(address, launch, device),
         )
@@ -176,34 +241,22 @@ class ExpertLauncher:
             raise InvalidValueError(f"{name} of shape {list(seen.shape)} must have one dimension")
         device = seen.device or 0
         check(name, seen, dtype="<i4", shape=seen.shape, device=device)
-        count = _experts(seen.shape[0] - (offsets is not None))
-        length, tile = integer("rows", rows), _positive("tile_tokens", tile_tokens)
+        count = checked_experts(seen.shape[0] - (offsets is not None))
+        length, tile = integer("rows", rows), positive("tile_tokens", tile_tokens)
         size = self._token_tiles_bytes(length, count, tile)
         address = stream_pointer(stream, given)
         made = self._empty(given, (size,), "|u1", device, address)
         tiles = view("routing", made, self._bindings.module)
         outcome = self._bindings.library.list_token_tiles(
-            *((seen.pointer, 0, 0) if counts is None else (0, seen.pointer, _positive("stride", stride))),
+            *((seen.pointer, 0, 0) if counts is None else (0, seen.pointer, positive("stride", stride))),
             *(count, length, tile, tiles.pointer, size, address, launch, device),
         )
         self._bindings.result_of(outcome)
         return ExpertRows(count, length, tile, made)
 
-    def grouped_gemm(  # noqa: PLR0913  (the options of one call)
-        self,
-        a: Any,
-        w: PackedExperts,
-        rows: ExpertRows,
-        bias: Any,
-        alpha: Any,
-        config: KernelConfig | str | None,
-        activation: Any,
-        out: Any,
-        stream: Any,
-        *,
-        launch: int,
-    ) -> Any:
+    def grouped_gemm(self, a: Any, w: PackedExperts, rows: ExpertRows, options: GemmOptions) -> Any:
         """Launch the product of each row with its expert; see `Library.grouped_gemm`."""
+        factor, named, launch = options.scalars()
         packed = self._packed("w", w)
         if not isinstance(rows, ExpertRows):
             raise InvalidValueError(
@@ -212,145 +265,176 @@ class ExpertLauncher:
         if rows.experts != w.experts:
             raise InvalidValueError(f"rows of {rows.experts} experts must be of {w.experts}, as w is")
         device = packed.device or 0
-        factor = checked_alpha(alpha)
-        kind = Activation.of(activation)
-        _check_activation(kind, w)
+        applied = Activation.of(options.activation)
+        check_activation(applied, w)
         activations = view("activations", a, self._bindings.module)
         check_activations_shape(activations.shape, w.k)
         m = rows.rows
         check("activations", activations, dtype="<f2", shape=(m, w.k), device=device)
-        added = None if bias is None else view("bias", bias, self._bindings.module)
-        if added is not None:
-            check("bias", added, dtype="<f2", shape=(w.experts, w.n), device=device)
+        bias = None if options.bias is None else view("bias", options.bias, self._bindings.module)
+        if bias is not None:
+            check("bias", bias, dtype="<f2", shape=(w.experts, w.n), device=device)
         problem = Problem(m, w.n, w.k, w.group_size)
-        kernel = self._kernel(config, w, problem, rows, device)
-        address = stream_pointer(stream, a)
-        columns = w.n // 2 if w.gated else w.n
-        result = self._empty(a, (m, columns), "<f2", device, address) if out is None else out
-        output = view("output", result, self._bindings.module)
-        check("output", output, dtype="<f2", shape=(m, columns), device=device, written=True)
+        kernel = self._kernel(named, w, problem, rows, device)
+        stream = stream_pointer(options.stream, a)
+        shape = m, w.n // 2 if w.gated else w.n
+        out = self._empty(a, shape, "<f2", device, stream) if options.out is None else options.out
+        output = view("output", out, self._bindings.module)
+        check("output", output, dtype="<f2", shape=shape, device=device, written=True)
         tiles = view("rows", rows.token_tiles, self._bindings.module)
         check("rows", tiles, dtype="|u1", shape=tiles.shape, device=device)
         outcome = self._bindings.library.grouped_gemm(
             *(self._indices[kernel], *numbers_of(problem)),
             *(activations.pointer, packed.pointer, w.nbytes_of_expert),
-            *(0 if added is None else added.pointer, output.pointer, factor, kind.number, 0),
-            *(w.experts, w.stride, tiles.pointer, tiles.nbytes, rows.tile_tokens, False, address, launch, device),
+            *(0 if bias is None else bias.pointer, output.pointer, factor, applied.number, 0),
+            *(w.experts, w.stride, tiles.pointer, tiles.nbytes, rows.tile_tokens, False, stream, launch, device),
         )
         self._bindings.result_of(outcome)
-        return result
+        return out
 
     def _kernel(
-        self, config: KernelConfig | str | None, w: PackedExperts, problem: Problem, rows: ExpertRows, device: int
+        self, named: KernelConfig | None, w: PackedExperts, problem: Problem, rows: ExpertRows, device: int
     ) -> KernelConfig:
         epilogue = Epilogue.GATED if w.gated else Epilogue.NONE
-        if config is None:
+        if named is None:
             routing = choosing.Routing(rows.rows, 1, w.experts, w.experts)
             return choosing.choose_kernel(
                 self._indices, w.mode, replace(problem, m=1), epilogue, routing, self._card_of(device), rows.tile_tokens
             )
-        kernel = KernelConfig.of(config)
-        if kernel not in self._indices:
-            kind = "is not built" if kernel.is_grouped else "computes one product: call gemm"
-            raise InvalidValueError(f"{kernel.name} {kind}")
-        if (kernel.mode, kernel.epilogue) != (w.mode, epilogue):
+        if named not in self._indices:
+            kind = "is not built" if named.is_grouped else "computes one product: call gemm"
+            raise InvalidValueError(f"{named.name} {kind}")
+        if (named.mode, named.epilogue) != (w.mode, epilogue):
             raise InvalidValueError(
-                f"{kernel.name} is of mode {kernel.mode} and epilogue {kernel.epilogue}, but the experts need "
+                f"{named.name} is of mode {named.mode} and epilogue {named.epilogue}, but the experts need "
                 f"{w.mode} and {epilogue}"
             )
-        return kernel
+        return named
 
-    def moe(  # noqa: PLR0913  (the options of one call)
+    def moe(
         self,
         hidden: Any,
         w13: PackedExperts,
         w2: PackedExperts,
         topk_ids: Any,
         topk_weights: Any,
+        options: MoeOptions,
         *,
-        expert_map: Any,
-        activation: str,
-        weight_on_input: bool,
-        invariant: bool,
-        out: Any,
-        workspace: Any,
-        stream: Any,
-        launch: int,
         parts: Collection[str] = MOE_PARTS,
     ) -> Any:
         """Launch a layer of experts; see `Library.moe`.
 
         With some of `parts` only, launch those: what they read is in the workspace of an earlier, whole call.
         """
-        module, library = self._bindings.module, self._bindings.library
+        layer = self._checked_layer(hidden, w13, w2, topk_ids, topk_weights, options)
+        if layer.routes > 0:
+            for part, step in (
+                (ROUTING, self._route),
+                (GATE_UP, self._multiply_gate_up),
+                (ACTIVATION, self._activate),
+                (DOWN, self._multiply_down),
+                (COMBINING, self._combine),
+            ):
+                if part in parts and not (part == ACTIVATION and layer.sizes.gated):
+                    step(layer)
+        return layer.out
+
+    def _checked_layer(
+        self, hidden: Any, w13: PackedExperts, w2: PackedExperts, topk_ids: Any, topk_weights: Any, options: MoeOptions
+    ) -> _Layer:
+        """Return what the launches of a call read and write, checked.
+
+        Raises:
+            InvalidValueError: if an argument is not what it must be, or the arrays do not fit together.
+        """
+        module, scalars = self._bindings.module, options.scalars()
         packed13 = self._packed("w13", w13)
         device = packed13.device or 0
         packed2 = self._packed("w2", w2, device)
-        kind = gate_function(activation)
-        on_input = checked_flag("weight_on_input", weight_on_input)
         check_pair(w13, w2)
-        size = w2.n
         states = view("hidden", hidden, module)
-        check_activations_shape(states.shape, size)
+        check_activations_shape(states.shape, w2.n)
+        check("hidden", states, dtype="<f2", shape=states.shape, device=device)
         tokens = states.shape[0]
-        check("hidden", states, dtype="<f2", shape=(tokens, size), device=device)
-        ids = self._ids(topk_ids)
-        slots = ids.shape[1]
-        check("topk_ids", ids, dtype=ids.dtype, shape=(tokens, slots), device=device)
+        choice = self._choice(topk_ids, options.expert_map, device, tokens)
+        slots = choice.ids.shape[1]
         weights = view("topk_weights", topk_weights, module)
         check("topk_weights", weights, dtype="<f4", shape=(tokens, slots), device=device)
-        mapped = self._expert_map(expert_map, device)
-        sizes = moe_sizes(tokens, slots, w13, w2, None if mapped is None else mapped.shape[0])
-        plan = self.plan(sizes, device, invariant=checked_flag("invariant", invariant))
-        address = stream_pointer(stream, hidden)
-        result = self._empty(hidden, (tokens, size), "<f2", device, address) if out is None else out
-        output = view("output", result, module)
-        check("output", output, dtype="<f2", shape=(tokens, size), device=device, written=True)
-        given = self._empty(hidden, (plan.nbytes,), "|u1", device, address) if workspace is None else workspace
-        base, routes = self._workspace(given, plan.nbytes, device), tokens * slots
-        if routes == 0:
-            return result
-        on = (address, True, device)
-        list_of_tiles = (base + plan.token_tiles, plan.token_tiles_bytes)
-        count = base + plan.offsets + _INT_BYTES * w13.experts
-        factors, result_of = weights.pointer, self._bindings.result_of
-        if ROUTING in parts:
-            result_of(
-                library.route(
-                    *(ids.pointer, _IDS[ids.dtype], 0 if mapped is None else mapped.pointer),
-                    *(0 if mapped is None else mapped.shape[0], w13.experts, tokens, slots, plan.gate_up.cta.tokens),
-                    *(base + plan.offsets, base + plan.routes_of_rows, base + plan.rows_of_routes, *list_of_tiles),
-                    *(states.pointer, factors if on_input else 0, base + plan.rows, size, address, launch, device),
-                )
-            )
-        products, kernel = (plan.gated, kind) if sizes.gated else (plan.products, Activation.NONE)
+        sizes = moe_sizes(tokens, slots, w13, w2, choice.global_experts)
+        plan = self.plan(sizes, device, invariant=scalars.invariant)
+        stream = stream_pointer(options.stream, hidden)
+        out = self._empty(hidden, states.shape, "<f2", device, stream) if options.out is None else options.out
+        output = view("output", out, module)
+        check("output", output, dtype="<f2", shape=states.shape, device=device, written=True)
+        given = options.workspace
+        room = self._empty(hidden, (plan.nbytes,), "|u1", device, stream) if given is None else given
+        base = self._workspace(room, plan.nbytes, device)
+        first, second = _Weights(w13, packed13.pointer), _Weights(w2, packed2.pointer)
+        arrays = states.pointer, weights.pointer, output.pointer, base
+        return _Layer(sizes, plan, scalars, first, second, choice, *arrays, stream, device, out, room)
 
-        def multiply(
-            config: KernelConfig, w: PackedExperts, packed: ArrayView, a: int, c: int, act: Activation, *, first: bool
-        ) -> None:
-            outcome = library.grouped_gemm(
-                *(self._indices[config], routes, w.n, w.k, w.group_size),
-                *(base + a, packed.pointer, w.nbytes_of_expert, 0, base + c, 1.0, act.number, 0),
-                *(w.experts, w.stride, *list_of_tiles, config.cta.tokens, not first, *on),
-            )
-            result_of(outcome)
+    def _route(self, layer: _Layer) -> None:
+        """Launch the sorting of the routes by expert, and the gathering of their rows."""
+        sizes, plan, base = layer.sizes, layer.plan, layer.workspace
+        outcome = self._bindings.library.route(
+            *(*layer.choice.arguments, sizes.experts, sizes.tokens, sizes.slots, plan.gate_up.cta.tokens),
+            *(base + plan.offsets, base + plan.routes_of_rows, base + plan.rows_of_routes, *layer.token_tiles),
+            *(layer.hidden, layer.weights if layer.scalars.weight_on_input else 0, base + plan.rows, sizes.down.n),
+            *(layer.stream, layer.scalars.launch, layer.device),
+        )
+        self._bindings.result_of(outcome)
 
-        if GATE_UP in parts:
-            multiply(plan.gate_up, w13, packed13, plan.rows, products, kernel, first=True)
-        if not sizes.gated and ACTIVATION in parts:
-            gated, both = base + plan.gated, base + plan.products
-            result_of(library.activate_rows(both, count, gated, routes, w2.k, kind.number, *on))
-        if DOWN in parts:
-            # The list was there before the first product began, so this one may fetch weights while that one ends.
-            multiply(plan.down, w2, packed2, plan.gated, plan.rows, Activation.NONE, first=False)
-        if COMBINING in parts:
-            result_of(
-                library.combine_rows(
-                    *(base + plan.rows, base + plan.rows_of_routes, 0 if on_input else factors, output.pointer),
-                    *(tokens, slots, size, *on),
-                )
-            )
-        return result
+    def _multiply_gate_up(self, layer: _Layer) -> None:
+        """Launch the first product, with the gate if its kernels apply it."""
+        plan = layer.plan
+        products, applied = (plan.gated, layer.scalars.gate) if layer.sizes.gated else (plan.products, Activation.NONE)
+        self._multiply(layer, plan.gate_up, layer.gate_up, (plan.rows, products), applied, is_complete=False)
+
+    def _multiply_down(self, layer: _Layer) -> None:
+        """Launch the second product."""
+        plan = layer.plan
+        places = plan.gated, plan.rows
+        # The list was there before the first product began, so this one may fetch weights while that one ends.
+        self._multiply(layer, plan.down, layer.down, places, Activation.NONE, is_complete=True)
+
+    def _multiply(
+        self,
+        layer: _Layer,
+        kernel: KernelConfig,
+        weights: _Weights,
+        places: tuple[int, int],
+        applied: Activation,
+        *,
+        is_complete: bool,
+    ) -> None:
+        """Launch a product from one place of the workspace to another."""
+        w, (read, written) = weights.experts, (layer.workspace + place for place in places)
+        outcome = self._bindings.library.grouped_gemm(
+            *(self._indices[kernel], layer.routes, w.n, w.k, w.group_size),
+            *(read, weights.pointer, w.nbytes_of_expert, 0, written, 1.0, applied.number, 0),
+            *(w.experts, w.stride, *layer.token_tiles, kernel.cta.tokens, is_complete, *layer.behind),
+        )
+        self._bindings.result_of(outcome)
+
+    def _activate(self, layer: _Layer) -> None:
+        """Launch the gates behind a first product whose kernels do not apply them."""
+        plan, base = layer.plan, layer.workspace
+        row_count = base + plan.offsets + _INT_BYTES * layer.sizes.experts
+        outcome = self._bindings.library.activate_rows(
+            *(base + plan.products, row_count, base + plan.gated, layer.routes, layer.sizes.down.k),
+            *(layer.scalars.gate.number, *layer.behind),
+        )
+        self._bindings.result_of(outcome)
+
+    def _combine(self, layer: _Layer) -> None:
+        """Launch the sums over the slots of each token."""
+        sizes, plan, base = layer.sizes, layer.plan, layer.workspace
+        weights = 0 if layer.scalars.weight_on_input else layer.weights
+        outcome = self._bindings.library.combine_rows(
+            *(base + plan.rows, base + plan.rows_of_routes, weights, layer.output),
+            *(sizes.tokens, sizes.slots, sizes.down.n, *layer.behind),
+        )
+        self._bindings.result_of(outcome)
 
     def workspace_bytes(
         self,
@@ -370,8 +454,8 @@ class ExpertLauncher:
         rows = integer("tokens", tokens)
         if rows < 0:
             raise InvalidValueError(f"tokens of {rows} must be 0 or more")
-        every = None if global_experts is None else _positive("global_experts", global_experts)
-        sizes = moe_sizes(rows, _positive("slots", slots), w13, w2, every)
+        every = None if global_experts is None else positive("global_experts", global_experts)
+        sizes = moe_sizes(rows, positive("slots", slots), w13, w2, every)
         return self.plan(sizes, integer("device", device), invariant=checked_flag("invariant", invariant)).nbytes
 
     def _workspace(self, given: Any, needed: int, device: int) -> int:
@@ -444,11 +528,20 @@ class ExpertLauncher:
         check(name, packed, dtype="|u1", shape=(w.experts, w.stride), device=device)
         return packed
 
-    def _ids(self, topk_ids: Any) -> ArrayView:
-        """Return the ids of a call.
+    def _choice(
+        self, topk_ids: Any, expert_map: Any, device: int | None = None, tokens: int | None = None
+    ) -> _ExpertChoice:
+        """Return the experts of a call's routes, checked.
+
+        Args:
+            topk_ids: the ids.
+            expert_map: the map, or None.
+            device: where both must be; None is where the ids are.
+            tokens: their number; None is that of the ids.
 
         Raises:
-            InvalidValueError: if they are not int32 or int64 [tokens, slots], contiguous.
+            InvalidValueError: if the ids are not int32 or int64 [tokens, slots], contiguous, or the map is not int32
+                [all experts] on the same GPU.
         """
         ids = view("topk_ids", topk_ids, self._bindings.module)
         if ids.dtype not in _IDS or len(ids.shape) != _MATRIX or ids.shape[1] == 0:
@@ -456,22 +549,16 @@ class ExpertLauncher:
                 f"topk_ids of dtype {dtype_name(ids.dtype)} and shape {list(ids.shape)} must be int32 or int64 "
                 "[tokens, slots]"
             )
-        check("topk_ids", ids, dtype=ids.dtype, shape=ids.shape)
-        return ids
-
-    def _expert_map(self, expert_map: Any, device: int) -> ArrayView | None:
-        """Return the map of a call, or None.
-
-        Raises:
-            InvalidValueError: if it is not int32 [all experts] on the GPU.
-        """
+        shape = ids.shape[0] if tokens is None else tokens, ids.shape[1]
+        check("topk_ids", ids, dtype=ids.dtype, shape=shape, device=device)
         if expert_map is None:
-            return None
+            return _ExpertChoice(ids, None)
         mapped = view("expert_map", expert_map, self._bindings.module)
         if len(mapped.shape) != 1 or mapped.shape[0] == 0:
             raise InvalidValueError(f"expert_map of shape {list(mapped.shape)} must be [all experts]")
-        check("expert_map", mapped, dtype="<i4", shape=mapped.shape, device=device)
-        return mapped
+        there = ids.device or 0 if device is None else device
+        check("expert_map", mapped, dtype="<i4", shape=mapped.shape, device=there)
+        return _ExpertChoice(ids, mapped)
 
     def _token_tiles_bytes(self, rows: int, experts: int, tile_tokens: int) -> int:
         return int(self._bindings.result_of(self._bindings.library.token_tiles_bytes(rows, experts, tile_tokens)))
@@ -510,71 +597,3 @@ def moe_sizes(
         Problem(1, w2.n, w2.k, w2.group_size),
         w13.gated,
     )
-
-
-def check_packed(name: str, w: Any) -> None:
-    """Raise unless grouped kernels can read packed experts.
-
-    Raises:
-        InvalidValueError: if they are no packed experts for native kernels, or too many.
-    """
-    if not isinstance(w, PackedExperts):
-        raise InvalidValueError(f"{name} of type {type(w).__name__} must be PackedExperts: see pack_experts")
-    if LAYOUT_TARGETS[w.layout] is not Target.NATIVE:
-        raise InvalidValueError(f"{name} is packed as {w.layout}, but grouped kernels are native: pack it for them")
-    _experts(w.experts)
-
-
-def check_pair(w13: PackedExperts, w2: PackedExperts) -> None:
-    """Raise unless two projections are of the same experts.
-
-    Raises:
-        InvalidValueError: naming both.
-    """
-    if w13.order is None:
-        raise InvalidValueError("w13 must hold gate and up projections: see pack_experts(gate, up)")
-    found, wanted = (w13.experts, w13.n, w13.k), (w2.experts, 2 * w2.k, w2.n)
-    if found != wanted:
-        raise InvalidValueError(
-            f"w13 of {found[0]} experts of {list(found[1:])} must be of {wanted[0]} experts of "
-            f"{list(wanted[1:])}, for w2"
-        )
-    if w13.mode is not w2.mode:
-        raise InvalidValueError(f"w13 of mode {w13.mode} must be of mode {w2.mode}, as w2 is")
-
-
-def _check_activation(kind: Activation, w: PackedExperts) -> None:
-    """Raise unless experts are packed for an activation.
-
-    Raises:
-        InvalidValueError: naming both.
-    """
-    if kind.is_gated != w.gated or (kind is not Activation.NONE and not kind.is_gated):
-        kinds = ", ".join(str(one) for one in GATED_ACTIVATIONS.values()) if w.gated else Activation.NONE
-        packed = "for gated activations" if w.gated else "without gated=True"
-        raise InvalidValueError(f"activation {kind} must be one of {kinds}: the experts are packed {packed}")
-
-
-def gate_function(name: Any) -> Activation:
-    """Return the gated activation of a function's name.
-
-    Raises:
-        InvalidValueError: if kernels do not compute it.
-    """
-    if not isinstance(name, str) or name not in GATED_ACTIVATIONS:
-        raise InvalidValueError(f"activation {shown(name)} must be one of {', '.join(GATED_ACTIVATIONS)}")
-    return GATED_ACTIVATIONS[name]
-
-
-def _experts(count: Any) -> int:
-    number = integer("experts", count)
-    if not 0 < number <= MAX_EXPERTS:
-        raise InvalidValueError(f"experts of {number} must be 1 to {MAX_EXPERTS}")
-    return number
-
-
-def _positive(name: str, value: Any) -> int:
-    number = integer(name, value)
-    if number < 1:
-        raise InvalidValueError(f"{name} of {number} must be 1 or more")
-    return number

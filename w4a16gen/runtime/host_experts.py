@@ -10,39 +10,29 @@ import numpy.typing as npt
 
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.runtime.arrays import check_activations_shape, why_not_contiguous, why_overlaps
-from w4a16gen.runtime.experts import check_packed, check_pair, gate_function
+from w4a16gen.runtime.expert_calls import MoeOptions, check_packed, check_pair
 from w4a16gen.runtime.host import operand
 from w4a16gen.weights.experts import PackedExperts
 from w4a16gen.weights.host import host_array, is_tensor
 from w4a16gen.weights.moe_reference import local_ids, moe_reference
-from w4a16gen.weights.packed import checked_flag
 from w4a16gen.weights.quantized import Double, QuantizedWeight
 
 
 def moe_on_host(
-    hidden: Any,
-    w13: PackedExperts,
-    w2: PackedExperts,
-    topk_ids: Any,
-    topk_weights: Any,
-    *,
-    expert_map: Any,
-    activation: str,
-    weight_on_input: bool,
-    out: Any,
+    hidden: Any, w13: PackedExperts, w2: PackedExperts, topk_ids: Any, topk_weights: Any, options: MoeOptions
 ) -> Any:
     """Compute a call of `moe` in float64, rounded once to fp16, behind the checks of a call on a GPU.
 
     Raises:
         InvalidValueError: if the arrays do not fit together.
     """
+    on_input = options.scalars().weight_on_input
     for name, w in (("w13", w13), ("w2", w2)):
         check_packed(name, w)
     check_pair(w13, w2)
-    gate_function(activation)
     states = operand("hidden", hidden)
     check_activations_shape(states.shape, w2.n)
-    result = None if out is None else operand("output", out, written=True)
+    result = None if options.out is None else operand("output", options.out, written=True)
     if result is not None and result.shape != states.shape:
         raise InvalidValueError(f"output of shape {list(result.shape)} must be {list(states.shape)}")
     for name, array in (("hidden", states), ("output", result)):
@@ -51,14 +41,13 @@ def moe_on_host(
     if result is not None and np.may_share_memory(result, states):
         raise InvalidValueError(why_overlaps("hidden states"))
     ids, factors = (_array(name, given) for name, given in (("topk_ids", topk_ids), ("topk_weights", topk_weights)))
-    places = None if expert_map is None else _array("expert_map", expert_map)
-    on_input = checked_flag("weight_on_input", weight_on_input)
+    places = None if options.expert_map is None else _array("expert_map", options.expert_map)
     with np.errstate(over="ignore", invalid="ignore"):  # beyond 65504 is infinity, as on the GPU
-        exact = _exact(states, (w13, w2), local_ids(ids, w13.experts, places), factors, activation, on_input)
+        exact = _exact(states, (w13, w2), local_ids(ids, w13.experts, places), factors, options.activation, on_input)
         rounded = exact.astype(np.float16)
     if result is not None:
         result[...] = rounded
-        return out
+        return options.out
     return sys.modules["torch"].from_numpy(rounded) if is_tensor(hidden) else rounded
 
 

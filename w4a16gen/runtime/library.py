@@ -23,6 +23,7 @@ from w4a16gen.runtime.artifact import Build
 from w4a16gen.runtime.bindings import Bindings, KernelInfo, numbers_of
 from w4a16gen.runtime.calls import CallCache, GemmOptions, Launch, check_weight, checked_launch, checked_weight
 from w4a16gen.runtime.devices import first_hopper, why_no_device
+from w4a16gen.runtime.expert_calls import MoeOptions
 from w4a16gen.runtime.experts import ExpertLauncher, ExpertRows
 from w4a16gen.runtime.launcher import Launcher
 from w4a16gen.runtime.packing import GpuPacker
@@ -440,8 +441,8 @@ class Library:
             NoHopperGpuError: if the arrays are on another kind of GPU.
             CudaError: if the launch fails.
         """
-        kind = checked_launch(dependent_launch)
-        return self.experts.grouped_gemm(a, w, rows, bias, alpha, config, activation, out, stream, launch=kind)
+        options = GemmOptions(bias, alpha, config, out, None, stream, dependent_launch, activation)
+        return self.experts.grouped_gemm(a, w, rows, options)
 
     def moe(  # noqa: PLR0913  (the options of one call)
         self,
@@ -493,21 +494,10 @@ class Library:
             NoHopperGpuError: if the arrays are on another kind of GPU.
             CudaError: if a launch fails.
         """
-        return self.experts.moe(
-            hidden,
-            w13,
-            w2,
-            topk_ids,
-            topk_weights,
-            expert_map=expert_map,
-            activation=activation,
-            weight_on_input=weight_on_input,
-            invariant=invariant,
-            out=out,
-            workspace=workspace,
-            stream=stream,
-            launch=checked_launch(dependent_launch),
+        options = MoeOptions(
+            expert_map, activation, weight_on_input, invariant, out, workspace, stream, dependent_launch
         )
+        return self.experts.moe(hidden, w13, w2, topk_ids, topk_weights, options)
 
     def moe_workspace_bytes(
         self,

@@ -15,7 +15,8 @@ from w4a16gen.kernels.config import Epilogue, KernelConfig, QuantMode
 from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.kernels.problem import Problem, why_cannot_run
 from w4a16gen.progress import Progress, no_progress
-from w4a16gen.runtime.experts import GATED_ACTIVATIONS, moe_sizes
+from w4a16gen.runtime.expert_calls import GATED_ACTIVATIONS
+from w4a16gen.runtime.experts import moe_sizes
 from w4a16gen.runtime.library import Library
 from w4a16gen.verify.guards import CANARY, GUARD_BYTES, POISON, GuardedGpu, Window
 from w4a16gen.verify.numeric import NumericProof

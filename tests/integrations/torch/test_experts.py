@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from w4a16gen import InvalidValueError, QuantizedWeight, QuantMode
-from w4a16gen.runtime.experts import MAX_EXPERTS
+from w4a16gen.runtime.expert_calls import MAX_EXPERTS
 from w4a16gen.weights.experts import PackedExperts, pack_experts
 from w4a16gen.weights.moe_reference import MoeExpectation
 from w4a16gen.weights.reference import random_weight

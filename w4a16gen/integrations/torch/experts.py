@@ -17,7 +17,7 @@ from w4a16gen.integrations.torch.nibbles import INTEGERS, Tensor
 from w4a16gen.integrations.torch.upload import device_of
 from w4a16gen.kernels.config import Target
 from w4a16gen.kernels.epilogue import Activation
-from w4a16gen.runtime.experts import GATED_ACTIVATIONS, MAX_EXPERTS
+from w4a16gen.runtime.expert_calls import GATED_ACTIVATIONS, MAX_EXPERTS
 from w4a16gen.weights.experts import PackedExperts
 from w4a16gen.weights.packed import LAYOUT_TARGETS
 

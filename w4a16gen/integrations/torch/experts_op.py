@@ -17,7 +17,7 @@ from w4a16gen.integrations.torch.apart import FUNCTIONS
 from w4a16gen.integrations.torch.nibbles import Tensor
 from w4a16gen.kernels.config import QuantMode
 from w4a16gen.runtime.default import library_in_use
-from w4a16gen.runtime.experts import GATED_ACTIVATIONS
+from w4a16gen.runtime.expert_calls import GATED_ACTIVATIONS
 from w4a16gen.weights.experts import GATE_FIRST, PackedExperts
 
 _ARGUMENTS = (
