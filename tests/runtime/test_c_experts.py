@@ -18,7 +18,7 @@ from c_structures import (
     CProblem,
     CRouteArguments,
 )
-from emulated_experts import EmulatedExperts, at, build_experts
+from emulated_experts import EmulatedExperts, Ints, at, build_experts
 from emulation import aligned
 
 from w4a16gen import KernelConfig, Library, QuantMode
@@ -212,11 +212,48 @@ def test_null_arguments_are_refused_and_nothing_to_do_is_done(emulated: Emulated
     assert refusal(emulated.library, name, None) == (INVALID, "arguments must not be null")
     size = "rows" if isinstance(BASES[name], CListingArguments | CActivateArguments) else "tokens"
     nothing = type(BASES[name]).from_buffer_copy(BASES[name])
+    written = {field: aligned(np.zeros(TILES, np.uint8)) for field in ("offsets", "token_tiles")}
     for field, kind, *_ in nothing._fields_:
-        if kind is ctypes.c_void_p and field not in ("offsets", "stream"):
-            setattr(nothing, field, None)
+        if kind is ctypes.c_void_p:
+            setattr(nothing, field, at(written.get(field)))
     setattr(nothing, size, 0)
     assert refusal(emulated.library, name, ctypes.byref(nothing)) == (OK, "")
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("kind", ["i4", "i8"])
+@pytest.mark.parametrize("expert_map", [None, np.arange(3, dtype=np.int32)], ids=["plain", "mapped"])
+def test_without_rows_offsets_are_0_and_the_list_is_empty(
+    emulated: EmulatedExperts, kind: str, expert_map: Ints | None
+) -> None:
+    routes = emulated.route(np.zeros((0, 2), kind), 3, 8, expert_map)
+    assert routes.offsets.tolist() == [0, 0, 0, 0]
+    assert (routes.token_tiles[0], routes.tiles) == (0, [])
+    assert emulated.list_token_tiles(8, 0, offsets=np.zeros(4, np.int32))[0] == 0
+    assert emulated.list_token_tiles(8, 0, counts=np.zeros(3, np.int32), stride=16)[0] == 0
+
+
+NOTHING: list[tuple[str, dict[str, Any], str]] = [
+    ("w4a16_route", {"tokens": 0, "offsets": None}, "offsets must not be null"),
+    ("w4a16_route", {"tokens": 0, "token_tiles": None}, "list of token tiles must not be null"),
+    ("w4a16_route", {"tokens": 0, "token_tiles_bytes": 0}, "list of token tiles of 0 bytes must be at least 16 bytes"),
+    ("w4a16_route", {"tokens": 0, "offsets": 6 * STEP}, "offsets overlaps the list of token tiles"),
+    ("w4a16_list_token_tiles", {"rows": 0, "token_tiles": None}, "list of token tiles must not be null"),
+    (
+        "w4a16_list_token_tiles",
+        {"rows": 0, "token_tiles_bytes": 9},
+        "list of token tiles of 9 bytes must be at least 16",
+    ),
+]
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(("name", "change", "text"), NOTHING, ids=str)
+def test_what_an_empty_call_writes_is_checked(
+    emulated: EmulatedExperts, name: str, change: dict[str, Any], text: str
+) -> None:
+    status, message = refusal(emulated.library, name, ctypes.byref(changed(BASES[name], change)))
+    assert (status, text in message) == (INVALID, True), message
 
 
 @pytest.mark.parametrize("name", BASES)

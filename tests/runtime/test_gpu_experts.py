@@ -127,6 +127,23 @@ def test_large_routings_are_sorted(library: Library, count: int, tokens: int, sl
         assert np.array_equal(listed[used], tiles[used])
 
 
+def test_without_tokens_offsets_are_0_and_the_list_is_empty_in_graphs_too(library: Library) -> None:
+    torch = pytest.importorskip("torch")
+    ids = torch.zeros((0, SLOTS), dtype=torch.int32, device="cuda")
+    bounds = torch.zeros(EXPERTS + 1, dtype=torch.int32, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = library.route_tokens(ids, EXPERTS, 8), library.list_rows(0, 8, offsets=bounds)
+    for rows in captured:
+        for array in (rows.token_tiles, rows.offsets):
+            if array is not None:
+                array.fill_(-1 if array.dtype == torch.int32 else 255)
+    graph.replay()
+    for rows in (*captured, library.route_tokens(ids, EXPERTS, 8), library.list_rows(0, 8, offsets=bounds)):
+        assert not rows.token_tiles[:4].any()
+        assert rows.offsets is None or not rows.offsets.any()
+
+
 @pytest.mark.parametrize("tile", sorted({config.cta.tokens for config in GROUPED}))
 def test_rows_of_offsets_and_of_counts_are_multiplied(library: Library, tile: int) -> None:
     layer = Layer(library)

@@ -285,6 +285,7 @@ def test_no_tokens_launch_nothing(library: FakeLibrary, gated: bool) -> None:
     assert layer.moe().shape == (0, HIDDEN)
     assert calls(library) == []
     rows = library.route_tokens(layer.on(layer.ids), EXPERTS, 8)
+    assert rows.offsets.to_host().tolist() == [0] * (EXPERTS + 1)
     a = layer.on(np.zeros((0, HIDDEN), np.float16))
     result = library.grouped_gemm(a, layer.w13, rows, activation="swiglu" if gated else None)
     assert result.shape == (0, INNER if gated else 2 * INNER)

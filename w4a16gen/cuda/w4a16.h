@@ -135,7 +135,7 @@ typedef struct {
   const void* expert_map;   /* int32 [global_experts]: the expert of each id, -1 for none; null if ids are experts */
   int64_t global_experts;   /* entries of expert_map; without it ignored */
   int64_t experts;          /* that get rows */
-  int64_t tokens;           /* 0: nothing is launched */
+  int64_t tokens;           /* 0: offsets and the length of the list are set to 0, and no other array is needed */
   int64_t slots;            /* experts of a token */
   int64_t tile_tokens;      /* cta[1] of the grouped kernels that read the list */
   void* offsets;            /* int32 [experts + 1], written: the first row of each expert, then the number of rows */
@@ -156,7 +156,7 @@ typedef struct {
   const void* counts;  /* int32 [experts]; null if offsets are given */
   int64_t stride;      /* of counts, which are at most this */
   int64_t experts;
-  int64_t rows;             /* of the activations; others are left out. 0: nothing is launched */
+  int64_t rows;             /* of the activations; others are left out. 0: the length of the list is set to 0 */
   int64_t tile_tokens;      /* cta[1] of the grouped kernels that read the list */
   void* token_tiles;        /* the list, written; 16-byte aligned */
   size_t token_tiles_bytes; /* at least w4a16_token_tiles_bytes */

@@ -360,7 +360,7 @@ class Library:
             dependent_launch: see `gemm`.
 
         Returns:
-            The rows. Their arrays are on the GPU and are complete when the launch is.
+            The rows. Their arrays are on the GPU and are complete when the launch is. Without tokens all offsets are 0.
 
         Raises:
             InvalidValueError: if an array's dtype, shape, layout or device is off, or a number is out of range.

@@ -588,6 +588,12 @@ cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return c
 cudaError_t cudaGetFuncBySymbol(cudaFunction_t*, const void*) { return cudaErrorNotSupported; }
 cudaError_t cudaGetLastError(void) { return cudaSuccess; }
 
+// Launches are done when they return, so this one is in order too.
+cudaError_t cudaMemsetAsync(void* written, int value, size_t bytes, cudaStream_t) {
+  std::memset(written, value, bytes);
+  return cudaSuccess;
+}
+
 const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorLaunchFailure ? settings().error.c_str() : "an error of the emulation";
 }

@@ -39,7 +39,8 @@ struct Number {
 
 std::string why_not_arrays(std::initializer_list<Array> arrays) {
   for (const Array& array : arrays) {
-    if (array.use == Use::kReadIfGiven && array.pointer == nullptr) continue;
+    const bool may_be_null = array.use == Use::kReadIfGiven || array.bytes == 0;
+    if (may_be_null && array.pointer == nullptr) continue;
     std::string sentence = why_not_pointer(array.name, array.pointer, array.alignment);
     if (!sentence.empty()) return sentence;
   }
@@ -104,7 +105,7 @@ std::string why_not(const w4a16_route_arguments& given) {
   const bool gathers = given.hidden != nullptr;
   if (sentence.empty() && gathers) sentence = why_not_numbers({{"columns", given.columns, 1, kMaxDimension}});
   if (sentence.empty() && gathers) sentence = why_not_columns(given.columns);
-  if (!sentence.empty() || given.tokens == 0) return sentence;
+  if (!sentence.empty()) return sentence;
   const int64_t routes = given.tokens * given.slots;
   const auto id_bytes = static_cast<uint64_t>(given.id_bytes);
   sentence = why_not_arrays({
@@ -133,7 +134,7 @@ std::string why_not(const w4a16_listing_arguments& given) {
   if (sentence.empty() && given.counts != nullptr) {
     sentence = why_not_numbers({{"stride", given.stride, 1, kMaxDimension}});
   }
-  if (!sentence.empty() || given.rows == 0) return sentence;
+  if (!sentence.empty()) return sentence;
   sentence = why_not_arrays({
       {Use::kReadIfGiven, "offsets", given.offsets, kIntBytes, bytes_of(given.experts + 1, 1, kIntBytes)},
       {Use::kReadIfGiven, "counts", given.counts, kIntBytes, bytes_of(given.experts, 1, kIntBytes)},
@@ -205,7 +206,26 @@ std::string why_not_experts(const Kernel& kernel, const Problem& problem, const 
   return why_not_room(experts.token_tiles_bytes, problem.m, experts.count, experts.tile_tokens);
 }
 
-// Checks a call of one of the functions of experts, and makes it. A call with nothing to do succeeds.
+cudaError_t clear(void* written, uint64_t bytes, void* stream) {
+  return cudaMemsetAsync(written, 0, bytes, static_cast<cudaStream_t>(stream));
+}
+
+// Does what is left to do of a call of size 0: an empty list has a length, and offsets have values.
+template <class Arguments>
+cudaError_t finish_empty(const Arguments&) {
+  return cudaSuccess;
+}
+
+cudaError_t finish_empty(const w4a16_listing_arguments& given) {
+  return clear(given.token_tiles, kTokenTileBytes, given.stream);
+}
+
+cudaError_t finish_empty(const w4a16_route_arguments& given) {
+  const cudaError_t error = clear(given.offsets, bytes_of(given.experts + 1, 1, kIntBytes), given.stream);
+  return error == cudaSuccess ? clear(given.token_tiles, kTokenTileBytes, given.stream) : error;
+}
+
+// Checks a call of one of the functions of experts, and makes it. A call of size 0 launches no kernel.
 template <class Arguments, class Call>
 w4a16_status call(const char* what, const Arguments* arguments, int64_t Arguments::* size, const Call& launch,
                   char* message, size_t message_bytes) {
@@ -213,7 +233,7 @@ w4a16_status call(const char* what, const Arguments* arguments, int64_t Argument
   std::string sentence = why_not(*arguments);
   if (sentence.empty()) sentence = why_not_launch(arguments->dependent_launch);
   if (!sentence.empty()) return report(W4A16_INVALID_ARGUMENT, sentence, message, message_bytes);
-  if (arguments->*size == 0) return report(W4A16_OK, {}, message, message_bytes);
+  if (arguments->*size == 0) return report_launch(what, finish_empty(*arguments), message, message_bytes);
   const auto is_grouped = [](const Kernel* kernel) { return kernel->experts != nullptr; };
   const Kernel* const* const found = std::find_if(kKernels, kKernels + kKernelCount, is_grouped);
   if (found == kKernels + kKernelCount) {
