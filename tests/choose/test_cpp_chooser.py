@@ -23,7 +23,7 @@ from w4a16gen.choose.chooser import Chooser
 from w4a16gen.choose.cost_model import CostModel, Rates, default_cost_model
 from w4a16gen.choose.overrides import KERNELS_VARIABLE, kernels_of_environment
 from w4a16gen.choose.timing_table import TABLE, Measured, add_times, one_time
-from w4a16gen.errors import NotBuiltError, W4A16Error
+from w4a16gen.errors import InvalidValueError, NotBuiltError, W4A16Error
 from w4a16gen.kernels.config import Target
 from w4a16gen.kernels.device import HOPPER, Device
 from w4a16gen.kernels.epilogue import why_not_gated
@@ -192,6 +192,22 @@ def test_cpp_refuses_the_names_that_python_refuses(
         assert answer == f"error {text}, which {KERNELS_VARIABLE} names, is not in the build"
     else:
         assert answer.startswith(f"error '{text}' is not a kernel name such as ")
+
+
+@pytest.mark.parametrize(
+    "end", ["persistent_gated", "persistent_elementwise", "streamk_gated", "grouped", "grouped_gated"]
+)
+def test_cpp_refuses_kernels_that_no_target_has_in_the_words_of_python(
+    program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    choice_file = tmp_path / "choice.txt"
+    choice_file.write_text(choice_text(HASHES, tmp_path / TABLE))
+    question = (FGS, Problem(16, 4096, 4096, 128), H100)
+    monkeypatch.setenv(KERNELS_VARIABLE, f"w4a16_sm90_cutlass_fgs_cta128x16x64_cluster1x1x1_cooperative_{end}")
+    with pytest.raises(InvalidValueError, match="only native kernels") as refused:
+        ask_python(Chooser(HASHES, tmp_path / TABLE), question)
+    sentence = str(refused.value).removeprefix(f"{KERNELS_VARIABLE}: ")
+    assert ask_cpp(program, choice_file, [question]) == [f"error {sentence}"]
 
 
 @pytest.mark.parametrize("sizes", ["-1 64 128 128", "1 0 128 128", "1 64 0 128", "1 64 128 0", "1 64 -128 -128"])

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from w4a16gen import ClusterShape, CtaShape, KernelConfig, QuantMode, Schedule, Scheduler, Target
+from w4a16gen.cli.options import parse_kernel
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.kernels.config import PREFIX, Epilogue
+from w4a16gen.kernels.config import PREFIX, Epilogue, why_not_of_target
 from w4a16gen.kernels.spaces import SPACES, enumerate_space
 
 counts = st.integers(1, 1024)
@@ -23,7 +24,7 @@ configs = st.builds(
     st.sampled_from(Schedule),
     st.sampled_from(Scheduler),
     st.sampled_from(Epilogue),
-)
+).filter(lambda config: why_not_of_target(config) is None)
 
 
 @given(configs)
@@ -31,6 +32,22 @@ def test_a_name_parses_back_to_its_configuration(config: KernelConfig) -> None:
     assert KernelConfig.parse(config.name) == config
     assert config.name == PREFIX + config.short_name
     assert re.fullmatch(r"[a-z][a-z0-9_]*", config.name), "the name is a C++ identifier and a file stem"
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        ("persistent_gated", "epilogue gated: only native kernels have epilogues"),
+        ("streamk_elementwise", "epilogue elementwise: only native kernels have epilogues"),
+        ("grouped", "scheduler grouped: only native kernels compute the products of several experts"),
+    ],
+)
+def test_names_of_kernels_that_no_target_has_do_not_parse(end: str, reason: str) -> None:
+    start = "cutlass_fgs_cta128x16x64_cluster1x1x1_cooperative_"
+    name = f"{PREFIX}{start}{end}"
+    for parse, text in ((KernelConfig.parse, name), (parse_kernel, name), (parse_kernel, f"{start}{end}")):
+        with pytest.raises(InvalidValueError, match=f"'{name}' is no kernel: {reason}"):
+            parse(text)
 
 
 @pytest.mark.parametrize("space", SPACES)

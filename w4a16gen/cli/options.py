@@ -12,7 +12,7 @@ from click.shell_completion import CompletionItem
 
 from w4a16gen.cli.help import FILES, METHOD, OUTPUT, WHICH_KERNELS, option
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.kernels.config import ClusterShape, CtaShape, Epilogue, KernelConfig, QuantMode, Target
+from w4a16gen.kernels.config import NAME_PATTERN, ClusterShape, CtaShape, Epilogue, KernelConfig, QuantMode, Target
 from w4a16gen.kernels.named_spaces import SPACES
 from w4a16gen.kernels.problem import MAX_DIMENSION, Problem
 
@@ -87,10 +87,8 @@ def parse_target(text: str) -> Target:
 
 def parse_kernel(text: str) -> KernelConfig:
     """Read a kernel's name, with or without the prefix that all kernels share."""
-    try:
-        return KernelConfig.parse(f"{KERNEL_NAME_START}{text}")
-    except InvalidValueError:
-        return KernelConfig.parse(text)
+    whole = f"{KERNEL_NAME_START}{text}"
+    return KernelConfig.parse(whole if NAME_PATTERN.fullmatch(whole) else text)
 
 
 def _shapes(axis: str) -> list[str]:

@@ -20,6 +20,7 @@ from w4a16gen.kernels.axes import (
 )
 
 __all__ = [
+    "NAME_PATTERN",
     "PREFIX",
     "ClusterShape",
     "CtaShape",
@@ -31,6 +32,7 @@ __all__ = [
     "Scheduler",
     "Target",
     "shown",
+    "why_not_of_target",
 ]
 
 PREFIX = "w4a16_sm90_"
@@ -83,13 +85,13 @@ class KernelConfig:
         """Read a canonical name, the exact inverse of `name`.
 
         Raises:
-            InvalidValueError: if the text is not a canonical name.
+            InvalidValueError: if the text is not a canonical name, or its target has no such kernels.
         """
-        match = _NAME.fullmatch(name) if isinstance(name, str) else None
+        match = NAME_PATTERN.fullmatch(name) if isinstance(name, str) else None
         if match is None:
             example = f"{PREFIX}native_fgs_cta64x16x128_cluster1x1x1_warps8_persistent"
             raise InvalidValueError(f"{shown(name)} is not a kernel name such as {example}")
-        return cls(
+        config = cls(
             target=Target(match["target"]),
             mode=QuantMode(match["mode"]),
             cta=CtaShape.parse(match["cta"]),
@@ -98,6 +100,10 @@ class KernelConfig:
             scheduler=Scheduler(match["scheduler"]),
             epilogue=Epilogue(match["epilogue"] or Epilogue.NONE),
         )
+        reason = why_not_of_target(config)
+        if reason is not None:
+            raise InvalidValueError(f"{shown(name)} is no kernel: {reason}")
+        return config
 
     @classmethod
     def of(cls, value: KernelConfig | str) -> KernelConfig:
@@ -128,14 +134,26 @@ class KernelConfig:
         }
 
 
+def why_not_of_target(config: KernelConfig) -> str | None:
+    """Return why no kernel of the target is like this configuration, or None; sdk/cost_model.h says the same."""
+    if config.target is Target.NATIVE:
+        return None
+    if config.is_grouped:
+        return "scheduler grouped: only native kernels compute the products of several experts"
+    if config.epilogue is not Epilogue.NONE:
+        return f"epilogue {config.epilogue}: only native kernels have epilogues, CUTLASS's compute the plain product"
+    return None
+
+
 def _alternatives(members: type[OrderedEnum]) -> str:
     return "|".join(re.escape(str(member)) for member in members)
 
 
 _SUFFIXES = "|".join(re.escape(str(epilogue)) for epilogue in Epilogue if epilogue is not Epilogue.NONE)
-_NAME = re.compile(
+NAME_PATTERN = re.compile(
     rf"{PREFIX}(?P<target>{_alternatives(Target)})_(?P<mode>{_alternatives(QuantMode)})"
     rf"_cta(?P<cta>{TRIPLE_PATTERN.pattern})_cluster(?P<cluster>{TRIPLE_PATTERN.pattern})"
     rf"_(?P<schedule>{_alternatives(Schedule)})_(?P<scheduler>{_alternatives(Scheduler)})"
     rf"(?:_(?P<epilogue>{_SUFFIXES}))?"
 )
+"""The words of canonical names."""

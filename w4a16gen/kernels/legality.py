@@ -10,7 +10,7 @@ from w4a16gen.kernels.arrangement import (
     Arrangement,
     native_arrangement,
 )
-from w4a16gen.kernels.config import Epilogue, KernelConfig, Schedule, Scheduler, Target
+from w4a16gen.kernels.config import Epilogue, KernelConfig, Schedule, Scheduler, Target, why_not_of_target
 
 CTA_CHANNELS = (64, 128, 256)
 CTA_TOKENS = (8, 16, 32, 64, 128, 256)
@@ -70,20 +70,16 @@ def why_forbidden(config: KernelConfig) -> str | None:
     ):
         if value not in allowed:
             return f"{shape} {name} of {value} must be one of {', '.join(map(str, allowed))}"
-    reason = _forbidden_grouped(config) if config.is_grouped else None
+    reason = why_not_of_target(config)
+    if reason is None and config.is_grouped:
+        reason = _forbidden_grouped(config)
     if reason is not None:
         return reason
-    if config.target is Target.NATIVE:
-        return _forbidden_native(config)
-    if config.epilogue is not Epilogue.NONE:
-        return f"epilogue {config.epilogue}: only native kernels have epilogues, CUTLASS's compute the plain product"
-    return _forbidden_cutlass(config)
+    return _forbidden_native(config) if config.target is Target.NATIVE else _forbidden_cutlass(config)
 
 
 def _forbidden_grouped(config: KernelConfig) -> str | None:
     """Return why no grouped kernel can have this configuration, or None if its rules allow it."""
-    if config.target is not Target.NATIVE:
-        return "scheduler grouped: only native kernels compute the products of several experts"
     if config.cluster.tokens > 1:
         return f"cluster {config.cluster}: token tiles of grouped kernels may belong to experts with other weights"
     if config.epilogue is Epilogue.ELEMENTWISE:

@@ -76,6 +76,15 @@ inline Kernel parse_kernel(const std::string& name) {
     throw ChoiceError("'" + name + "' is not a kernel name such as " +
                       "w4a16_sm90_native_fgs_cta64x16x128_cluster1x1x1_warps8_persistent");
   }
+  const bool is_native = target == std::string("native");
+  if (!is_native && scheduler == std::string("grouped")) {
+    throw ChoiceError("'" + name + "' is no kernel: scheduler grouped: only native kernels compute the products of " +
+                      "several experts");
+  }
+  if (!is_native && kernel.epilogue != "none") {
+    throw ChoiceError("'" + name + "' is no kernel: epilogue " + kernel.epilogue +
+                      ": only native kernels have epilogues, CUTLASS's compute the plain product");
+  }
   kernel.name = name;
   kernel.target = target;
   kernel.mode = mode;
