@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from paths import DATA
 
-from w4a16gen import KernelConfig, Library, Problem, QuantMode
+from w4a16gen import Epilogue, KernelConfig, Library, Problem, QuantMode
 from w4a16gen.choose.cost_model import default_cost_model
 from w4a16gen.errors import UnsupportedProblemError
 from w4a16gen.kernels.problem import MAX_DIMENSION, runnable, why_cannot_run
-from w4a16gen.kernels.spaces import enumerate_space
+from w4a16gen.kernels.spaces import enumerate_space, with_epilogues
 from w4a16gen.weights.packed import LAYOUTS, TARGET_LAYOUTS, PackedWeight
 
 DIMENSIONS = (-8, 0, 1, 4, 8, 12, 64, 72, 576, 1024, MAX_DIMENSION, MAX_DIMENSION + 8)
@@ -46,6 +46,17 @@ def test_the_library_and_python_agree_on_packed_bytes(fake_library: Library, mod
         if problem.m == 0 and max(problem.n, problem.k) <= 1024 and why_cannot_run(config, problem) is None:
             weight = PackedWeight(None, layout, problem.n, problem.k, problem.group_size, mode).geometry
             assert fake_library.packed_bytes(config, problem) == LAYOUTS[layout].packed_bytes(weight)
+
+
+@pytest.mark.parametrize("mode", QuantMode, ids=str)
+def test_native_kernels_of_a_mode_run_the_same_problems_whatever_their_epilogue(mode: QuantMode) -> None:
+    # Operators of torch ask whether an epilogue is built, and then trust that one of its kernels can run the problem.
+    of_mode = [config for config in enumerate_space("native") if config.mode is mode]
+    one_each = [next(iter(with_epilogues(of_mode, [epilogue]))) for epilogue in Epilogue]
+    assert {config.epilogue for config in one_each} == set(Epilogue)
+    kernels = [*one_each, *with_epilogues(of_mode, list(Epilogue))[::50]]
+    for problem in GRID:
+        assert len({why_cannot_run(config, problem) for config in kernels}) == 1
 
 
 def choose(configs: Iterable[KernelConfig], mode: QuantMode, problem: Problem) -> KernelConfig:

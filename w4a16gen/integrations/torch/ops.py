@@ -203,7 +203,7 @@ def _on_gpu(  # noqa: PLR0913  (the operator's)
     library = library_in_use()
     if apart:
         call = CallEpilogue(Activation.of(activation), has_residual=residual is not None)
-        if not library.has_epilogue(mode, call.kernels):
+        if not library.has_epilogue(mode, call.kernels):  # any kernel that has it runs what the plain ones run
             check_epilogue(call, LAYOUT_TARGETS[layout], gated_weight=layout == GATED_LAYOUT)
             if residual is not None:
                 _check_residual(x, residual, call.outputs(n))
