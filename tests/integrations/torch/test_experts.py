@@ -9,15 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fakes.library import FakeLibrary
 
 from w4a16gen import InvalidValueError, QuantizedWeight, QuantMode
+from w4a16gen.kernels.spaces import enumerate_space
 from w4a16gen.runtime.expert_calls import MAX_EXPERTS
 from w4a16gen.weights.experts import PackedExperts, pack_experts
 from w4a16gen.weights.moe_reference import MoeExpectation
 from w4a16gen.weights.reference import random_weight
 
 torch = pytest.importorskip("torch")
-from w4a16gen.integrations.torch import W4A16Experts, calibrate, check_overflow, first_overflow  # noqa: E402
+from w4a16gen.integrations.torch import W4A16Experts, calibrate, check_overflow, experts_op, first_overflow  # noqa: E402
 from w4a16gen.integrations.torch.expert_projection import ExpertProjection  # noqa: E402
 
 HIDDEN, INTERMEDIATE, EXPERTS = 96, 64, 5
@@ -335,6 +337,25 @@ def test_what_grouped_kernels_cannot_do_is_computed_one_by_one(rng: np.random.Ge
     many = [random_weight(rng, 32, 32, 32, QuantMode.FINEGRAINED_SCALE_ONLY)]
     for count in (MAX_EXPERTS, MAX_EXPERTS + 1):
         assert experts_of([many * count] * 3).is_grouped == (count == MAX_EXPERTS)
+
+
+def test_calls_wait_unless_grouped_kernels_serve_them(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = experts_of(weights_of(rng))
+    assert not experts.waits, "on the CPU"
+    assert experts_of(weights_of(rng), "relu").waits
+
+    class OnGpu(torch.Tensor):  # type: ignore[misc, name-defined]
+        is_cuda = True
+
+    experts.down.packed = experts.down.packed.as_subclass(OnGpu)
+    grouped = [config for config in enumerate_space("experts") if str(config.mode) == experts.down.mode]
+    others = [config for config in enumerate_space("experts") if str(config.mode) != experts.down.mode]
+    for configs, waits in ((grouped, False), (others, True), (enumerate_space("default"), True)):
+        library = FakeLibrary(configs)
+        monkeypatch.setattr(experts_op, "library_in_use", lambda library=library: library)
+        assert experts.waits is waits
 
 
 def test_experts_can_be_compiled_whole_and_exported(rng: np.random.Generator) -> None:

@@ -172,19 +172,57 @@ def test_experts_that_a_file_stores_together_are_served(tmp_path: Path, *, is_jo
     assert torch.equal(model(tiny.tokens()).logits, gptq(tiny.tokens()).logits)
 
 
-def test_a_model_generates_and_is_not_compiled_as_a_whole(tmp_path: Path) -> None:
-    folder = gptq_folder(tiny.tiny_model("mixtral"), tmp_path)
+def generated(model: Any, **options: Any) -> Any:
+    """Generate six tokens."""
+    return model.generate(tiny.tokens(), max_new_tokens=6, do_sample=False, eos_token_id=None, **options)
+
+
+def graphs_of_generate(model: Any) -> int:
+    """Return how many graphs `generate` compiles, whose tokens must be those of the model itself."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    config = transformers.CompileConfig(backend=backend, mode=None, fullgraph=True)
+    config._compile_all_devices = True  # noqa: SLF001  (transformers' own tests compile on the CPU so)
+    got = generated(model, cache_implementation="static", compile_config=config)
+    assert torch.equal(got, generated(model))
+    return len(graphs)
+
+
+@KINDS
+def test_a_model_generates_and_is_compiled_as_a_whole(kind: str, tmp_path: Path) -> None:
+    folder = gptq_folder(tiny.tiny_model(kind), tmp_path)
     convert(folder, tmp_path / "packed")
-    for model in (
-        from_pretrained(folder, device="cpu"),
-        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed"),
-    ):
-        greedy = model.generate(tiny.tokens(), max_new_tokens=3, min_new_tokens=3, do_sample=False)
-        assert torch.equal(greedy[:, 12], model(tiny.tokens()).logits[:, -1].argmax(-1))
-        assert not model.hf_quantizer.is_compileable
-        compiled = torch.compile(model, backend="aot_eager")
-        with torch.no_grad():
-            assert torch.equal(compiled(tiny.tokens(), use_cache=False).logits, model(tiny.tokens()).logits)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    model = from_pretrained(folder, device="cpu")
+    for one in (model, theirs):
+        assert torch.equal(generated(one)[:, 12], one(tiny.tokens()).logits[:, -1].argmax(-1))
+        assert one.hf_quantizer.is_compileable
+        assert len(one.hf_quantizer.experts) == 2
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(tiny.tokens(), use_cache=False).logits, model(tiny.tokens()).logits)
+    assert graphs_of_generate(model) == 1
+
+
+def test_experts_that_are_computed_one_by_one_keep_generate_from_compiling(tmp_path: Path) -> None:
+    model = from_pretrained(
+        folder_with(tmp_path / "int4", tiny.tiny_model("mixtral"), *ROUTES["act-order"]), device="cpu"
+    )
+    for own in (model, copy.deepcopy(model)):
+        assert not own.hf_quantizer.is_compileable
+        assert graphs_of_generate(own) == 0
+    copied = copy.deepcopy(model)
+    mine = {module for module in copied.modules() if isinstance(module, W4A16Experts)}
+    assert set(copied.hf_quantizer.experts) == mine, "those of the copy, not of the model"
+    quantizer = model.hf_quantizer
+    model.dequantize(torch.float16)
+    assert quantizer.experts == (), "which would keep their memory"
 
 
 def changed(folder: Path, change: Any) -> Path:

@@ -12,7 +12,7 @@ from w4a16gen.errors import InvalidValueError
 from w4a16gen.integrations.torch import given
 from w4a16gen.integrations.torch.apart import FUNCTIONS
 from w4a16gen.integrations.torch.expert_projection import ExpertProjection
-from w4a16gen.integrations.torch.experts_op import sum_of_experts
+from w4a16gen.integrations.torch.experts_op import has_grouped_kernels, sum_of_experts
 from w4a16gen.integrations.torch.nibbles import INTEGERS, Tensor
 from w4a16gen.integrations.torch.upload import device_of
 from w4a16gen.kernels.config import Target
@@ -182,6 +182,15 @@ class W4A16Experts(torch.nn.Module):
             and LAYOUT_TARGETS[self.down.layout] is Target.NATIVE
             and all(part.is_plain for part in parts)
         )
+
+    @property
+    def waits(self) -> bool:
+        """Whether a call without gradients waits for the device, so that CUDA graphs cannot hold it.
+
+        Raises:
+            NotBuiltError: if the experts are on a GPU, and there is no usable build.
+        """
+        return not self.is_grouped or (self.down.packed.is_cuda and not has_grouped_kernels(self.down.mode))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def _one_by_one(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -94,15 +94,25 @@ def _check(hidden: Any, topk_ids: Any, topk_weights: Any, hidden_size: int) -> N
         raise InvalidValueError("topk_ids must be int32 or int64, and topk_weights float32")
 
 
+def has_grouped_kernels(mode: str) -> bool:
+    """Return whether the default build has grouped kernels of a quantisation mode.
+
+    Raises:
+        NotBuiltError: if there is no usable build.
+    """
+    return any(str(config.mode) == mode for config in library_in_use().experts.configs)
+
+
 def _on_gpu(hidden: Any, topk_ids: Any, topk_weights: Any, w13: Any, w2: Any, *given: Any) -> Any:
     """Launch the grouped kernels of the default build on the current stream."""
-    facts, library = _Facts(*given), library_in_use()
+    facts = _Facts(*given)
     _check(hidden, topk_ids, topk_weights, facts.hidden_size)
-    if not any(str(config.mode) == facts.mode for config in library.experts.configs):
+    if not has_grouped_kernels(facts.mode):
         return _one_by_one(hidden, topk_ids, topk_weights, w13, w2, *given)
     states, ids, weights = (tensor.detach().contiguous() for tensor in (hidden, topk_ids, topk_weights))
     first, second = facts.packed(w13, w2)
-    return library.moe(states, first, second, ids, weights, activation=facts.activation, dependent_launch="auto")
+    call = states, first, second, ids, weights
+    return library_in_use().moe(*call, activation=facts.activation, dependent_launch="auto")
 
 
 def _one_by_one(hidden: Any, topk_ids: Any, topk_weights: Any, w13: Any, w2: Any, *given: Any) -> Any:

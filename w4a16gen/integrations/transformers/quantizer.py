@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +128,8 @@ class W4A16Quantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
     """
 
     requires_calibration = False
-    has_experts = False
-    """Whether the model has layers of experts, whose calls wait for the device."""
+    experts: Sequence[W4A16Experts] = ()
+    """The model's layers of experts."""
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_more: Any) -> Any:
         folder = Path(checkpoint_files[0]).parent if checkpoint_files else Path(model.config.name_or_path)
@@ -148,10 +148,11 @@ class W4A16Quantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         for name, module in list(model.named_modules()):
             if isinstance(module, PackedLinear):
                 model.set_submodule(name, module.finished(name).train(model.training))
-        self.has_experts = bool(places)
+        self.experts = _experts_in(model)
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        self.experts = ()  # which would keep their memory
         return dequantized(model, dtype or torch.float16)
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -165,8 +166,12 @@ class W4A16Quantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
 
     @property
     def is_compileable(self) -> bool:
-        """Whether `generate` may compile the model as a whole: not with experts, whose calls wait for the device."""
-        return not self.has_experts
+        """Whether `generate` may compile the model as a whole: not with experts whose calls wait for the device."""
+        return not any(experts.waits for experts in self.experts)
+
+
+def _experts_in(model: Any) -> list[W4A16Experts]:
+    return [module for module in model.modules() if isinstance(module, W4A16Experts)]
 
 
 def placed(model: Any, packed: PackedCheckpoint, experts: Iterable[ExpertNames] = ()) -> list[str]:
@@ -231,7 +236,7 @@ def dequantized(model: Any, dtype: Any) -> Any:
 def mark(model: Any, config: W4A16Config) -> None:
     """Tell transformers that a model is quantized, as its own loader does."""
     model.hf_quantizer = W4A16Quantizer(config)
-    model.hf_quantizer.has_experts = any(isinstance(module, W4A16Experts) for module in model.modules())
+    model.hf_quantizer.experts = _experts_in(model)
     model.is_quantized = True
     model.quantization_method = METHOD
     model.config.quantization_config = config
