@@ -401,6 +401,20 @@ def test_offsets_that_decrease_do_not_leave_the_list(emulated: EmulatedExperts) 
 
 
 @pytest.mark.compile
+def test_the_module_passes_the_kind_of_launch(emulated: EmulatedExperts, fake_library: Library) -> None:
+    opened, on = fake_library.module.KernelLibrary(str(emulated.path)), (0, 3, 0)
+    written = (3 * STEP, 4 * STEP, 5 * STEP, 6 * STEP, TILES)
+    for outcome in (
+        opened.route(STEP, 4, 0, 0, 3, 4, 2, 8, *written, 0, 0, 0, 0, *on),
+        opened.list_token_tiles(STEP, 0, 0, 3, 8, 8, 2 * STEP, TILES, *on),
+        opened.gather_rows(STEP, 2 * STEP, 3 * STEP, 0, 5 * STEP, 4, 2, 16, *on),
+        opened.activate_rows(STEP, 2 * STEP, 3 * STEP, 8, 16, Activation.SWIGLU.number, *on),
+        opened.combine_rows(STEP, 2 * STEP, 0, 4 * STEP, 4, 2, 16, *on),
+    ):
+        assert outcome == (INVALID, "dependent_launch of 3 must be a w4a16_launch, 0 to 2")
+
+
+@pytest.mark.compile
 def test_the_module_makes_the_same_calls(emulated: EmulatedExperts, fake_library: Library) -> None:
     """A layer, call by call, by the module that Python opens libraries with."""
     opened = fake_library.module.KernelLibrary(str(emulated.path))

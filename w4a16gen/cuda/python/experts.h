@@ -21,6 +21,15 @@ Outcome launched_on(int device, const Call& call) {
   return py::make_tuple(static_cast<int>(status), message.data());
 }
 
+// Makes a call of a function whose arguments say how it is launched.
+template <class Arguments>
+Outcome launched(w4a16_status (*function)(const Arguments*, char*, size_t), Arguments arguments, uintptr_t stream,
+                 int dependent_launch, int device) {
+  arguments.stream = pointer(stream);
+  arguments.dependent_launch = dependent_launch;
+  return launched_on(device, [&](char* message, size_t bytes) { return function(&arguments, message, bytes); });
+}
+
 inline Outcome token_tiles_bytes(const KernelLibrary& library, int64_t rows, int64_t experts, int64_t tile_tokens) {
   Message message;
   size_t bytes = 0;
@@ -67,7 +76,6 @@ inline Outcome route(const KernelLibrary& library, uintptr_t ids, int id_bytes, 
   w4a16_route_arguments arguments{};
   arguments.ids = pointer(ids);
   arguments.id_bytes = id_bytes;
-  arguments.dependent_launch = dependent_launch;
   arguments.expert_map = pointer(expert_map);
   arguments.global_experts = global_experts;
   arguments.experts = experts;
@@ -83,8 +91,7 @@ inline Outcome route(const KernelLibrary& library, uintptr_t ids, int id_bytes, 
   arguments.weights = pointer(weights);
   arguments.rows = pointer(rows);
   arguments.columns = columns;
-  arguments.stream = pointer(stream);
-  return launched_on(device, [&](char* message, size_t bytes) { return library.route(&arguments, message, bytes); });
+  return launched(library.route, arguments, stream, dependent_launch, device);
 }
 
 inline Outcome list_token_tiles(const KernelLibrary& library, uintptr_t offsets, uintptr_t counts, int64_t stride,
@@ -99,10 +106,7 @@ inline Outcome list_token_tiles(const KernelLibrary& library, uintptr_t offsets,
   arguments.tile_tokens = tile_tokens;
   arguments.token_tiles = pointer(token_tiles);
   arguments.token_tiles_bytes = token_tiles_bytes;
-  arguments.stream = pointer(stream);
-  arguments.dependent_launch = dependent_launch;
-  return launched_on(device,
-                     [&](char* message, size_t bytes) { return library.list_token_tiles(&arguments, message, bytes); });
+  return launched(library.list_token_tiles, arguments, stream, dependent_launch, device);
 }
 
 inline Outcome gather_rows(const KernelLibrary& library, uintptr_t hidden, uintptr_t row_count,
@@ -117,10 +121,7 @@ inline Outcome gather_rows(const KernelLibrary& library, uintptr_t hidden, uintp
   arguments.tokens = tokens;
   arguments.slots = slots;
   arguments.columns = columns;
-  arguments.stream = pointer(stream);
-  arguments.dependent_launch = dependent_launch;
-  return launched_on(device,
-                     [&](char* message, size_t bytes) { return library.gather_rows(&arguments, message, bytes); });
+  return launched(library.gather_rows, arguments, stream, dependent_launch, device);
 }
 
 inline Outcome activate_rows(const KernelLibrary& library, uintptr_t gates_and_factors, uintptr_t row_count,
@@ -132,11 +133,8 @@ inline Outcome activate_rows(const KernelLibrary& library, uintptr_t gates_and_f
   arguments.output = pointer(output);
   arguments.rows = rows;
   arguments.columns = columns;
-  arguments.stream = pointer(stream);
   arguments.activation = activation;
-  arguments.dependent_launch = dependent_launch;
-  return launched_on(device,
-                     [&](char* message, size_t bytes) { return library.activate_rows(&arguments, message, bytes); });
+  return launched(library.activate_rows, arguments, stream, dependent_launch, device);
 }
 
 inline Outcome combine_rows(const KernelLibrary& library, uintptr_t rows, uintptr_t rows_of_routes, uintptr_t weights,
@@ -150,10 +148,7 @@ inline Outcome combine_rows(const KernelLibrary& library, uintptr_t rows, uintpt
   arguments.tokens = tokens;
   arguments.slots = slots;
   arguments.columns = columns;
-  arguments.stream = pointer(stream);
-  arguments.dependent_launch = dependent_launch;
-  return launched_on(device,
-                     [&](char* message, size_t bytes) { return library.combine_rows(&arguments, message, bytes); });
+  return launched(library.combine_rows, arguments, stream, dependent_launch, device);
 }
 
 }  // namespace w4a16
