@@ -29,7 +29,10 @@ _FLOAT_MAX = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True, eq=False)
 class GemmOptions:
-    """Everything of a call of `gemm` beside its activations and weight; see `Library.gemm`."""
+    """Everything of a call of `gemm` beside its activations and weight; see `Library.gemm`.
+
+    Calls of `grouped_gemm` have them too, except for `workspace`, `residual` and `remembered`.
+    """
 
     bias: Any = None
     alpha: float | np.floating[Any] = 1.0
