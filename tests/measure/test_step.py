@@ -344,9 +344,11 @@ def test_the_command_prints_an_object(cli: Runner) -> None:
 
 def test_a_wrong_result_ends_the_command_with_an_error(cli: Runner) -> None:
     Command(cli, {OWN: "its error is 3 times what rounding explains"})
-    done = cli.run("bench --step tiny")
+    done = cli.run("bench --step tiny --sequences 1 --sequences 8")
     assert done.exit_code == 1
-    assert "w4a16gen: its error is 3 times" in " ".join(done.stderr.split())
+    errors = " ".join(done.stderr.split())
+    for count in ("1 sequence,", "8 sequences,"):
+        assert f"{count} context 512, w4a16gen: its error is 3 times" in errors
 
 
 @pytest.mark.parametrize(

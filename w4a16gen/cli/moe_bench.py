@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from w4a16gen.cli.help import WHICH_PROBLEMS, option
 from w4a16gen.cli.options import Parsed, shortened
-from w4a16gen.cli.output import note, print_result
+from w4a16gen.cli.output import end_of_bench, note
 from w4a16gen.cli.services import services
 from w4a16gen.cli.tables import Column, print_table
-from w4a16gen.errors import BuildError, InvalidValueError
+from w4a16gen.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from w4a16gen.kernels.config import QuantMode
@@ -79,7 +79,6 @@ def moe_option(command: _Command) -> _Command:
 
 def moe_bench(choice: MoeChoice, folder: Path | None, *, wide: bool, as_json: bool) -> int:
     """Time layers of experts, show them, and return the exit status."""
-    from w4a16gen.measure.bench import nothing_measured
     from w4a16gen.measure.models import MIXTURES
 
     library = services().load(folder)
@@ -98,13 +97,8 @@ def moe_bench(choice: MoeChoice, folder: Path | None, *, wide: bool, as_json: bo
         if not as_json:
             rows = [_cells(point, timing) for point in found.points for timing in point.timings]
             print_table(_title(found), _columns(), rows, wide=wide)
-    if as_json:
-        nothing = nothing_measured(library.hopper_device())
-        print_result("bench", nothing | {"moe": [found.as_json() for found in measured]})
     wrong = [f"{found.name}, {tokens} tokens: {reason}" for found in measured for tokens, reason in found.wrong.items()]
-    for sentence in wrong:
-        note(sentence, label="error:")
-    return BuildError.exit_code if wrong else 0
+    return end_of_bench("moe", measured, wrong, library, as_json=as_json)
 
 
 def _columns() -> Sequence[Column]:

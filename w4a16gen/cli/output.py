@@ -8,11 +8,16 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
+
+from w4a16gen.errors import BuildError
+
+if TYPE_CHECKING:
+    from w4a16gen.runtime.library import Library
 
 SCHEMA_VERSIONS = {
     "list": 1,
@@ -120,6 +125,27 @@ def _finite(value: Any) -> Any:
 def print_result(command: str, value: Mapping[str, Any]) -> None:
     """Print the JSON object of a command, or of an error; see `result`."""
     click.echo(json.dumps(result(command, value), indent=2))
+
+
+def end_of_bench(kind: str, measured: Sequence[Any], wrong: Sequence[str], library: Library, *, as_json: bool) -> int:
+    """Print what a bench of one kind has measured if JSON is asked for, say what is wrong, and return the exit status.
+
+    Args:
+        kind: the member of the object that lists measurements of this kind.
+        measured: the measurements, which have `as_json`.
+        wrong: sentences about wrong results of this package.
+        library: the build.
+        as_json: whether JSON is asked for.
+    """
+    if as_json:
+        from w4a16gen.measure.bench import nothing_measured
+
+        print_result(
+            "bench", nothing_measured(library.hopper_device()) | {kind: [found.as_json() for found in measured]}
+        )
+    for sentence in wrong:
+        note(sentence, label="error:")
+    return BuildError.exit_code if wrong else 0
 
 
 def is_terminal(stream: TextIO | None) -> bool:

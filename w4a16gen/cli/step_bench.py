@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from w4a16gen.cli.first_build import load_or_build
 from w4a16gen.cli.help import WHICH_PROBLEMS, option
 from w4a16gen.cli.options import Parsed, count_option, counts
-from w4a16gen.cli.output import note, print_result
+from w4a16gen.cli.output import end_of_bench, note
 from w4a16gen.cli.problems import model_names, parse_model
 from w4a16gen.cli.services import services
 from w4a16gen.cli.tables import Column, print_table
-from w4a16gen.errors import BuildError
 
 if TYPE_CHECKING:
     from w4a16gen.kernels.config import QuantMode
@@ -110,8 +109,6 @@ def step_options(command: _Command) -> _Command:
 
 def step_bench(choice: StepChoice, folder: Path | None, *, wide: bool, as_json: bool) -> int:
     """Time steps, show them, and return the exit status."""
-    from w4a16gen.measure.bench import nothing_measured
-
     library = load_or_build(folder)
     measured: list[StepBench] = []
     for step in choice.steps():
@@ -128,13 +125,8 @@ def step_bench(choice: StepChoice, folder: Path | None, *, wide: bool, as_json: 
         if not as_json:
             rows = [_cells(found, timing) for timing in found.timings]
             print_table(f"{step}; {found.gpu.name}, mode {choice.mode}, one CUDA graph", COLUMNS, rows, wide=wide)
-    if as_json:
-        nothing = nothing_measured(library.hopper_device())
-        print_result("bench", nothing | {"steps": [found.as_json() for found in measured]})
-    wrong = {name: reason for found in measured for name, reason in found.wrong.items()}
-    for name, reason in wrong.items():
-        note(f"{name}: {reason}", label="error:")
-    return BuildError.exit_code if wrong else 0
+    wrong = [f"{found.step}, {name}: {reason}" for found in measured for name, reason in found.wrong.items()]
+    return end_of_bench("steps", measured, wrong, library, as_json=as_json)
 
 
 def _cells(found: StepBench, timing: StepTiming) -> tuple[str, ...]:
