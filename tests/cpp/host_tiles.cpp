@@ -1,7 +1,7 @@
 // Divides problems among CTAs with the native kernels' own functions, on the CPU, and counts what the CTAs would sum.
 //
 // Compiled with -DUNIT="file", a compile unit of kernels.
-// host_tiles > a line per kernel and problem, which ends in "ok" or in the fault
+// host_tiles > a line about divisors, and one per kernel and problem, which ends in "ok" or in the fault
 // host_tiles NAME CTAS CLUSTERS > the grid of a dependent launch with work for CTAS, where CLUSTERS run at once
 #include <cstdio>
 #include <cstdlib>
@@ -108,6 +108,26 @@ bool refuses_too_many_parts() {
          native::make_tiling<S>(&tiling, m, blocks * 65536, 1, 1) == 0;
 }
 
+// Multiples of a divisor and their neighbours, up to the largest number.
+bool divides_as_the_cpu(int number) {
+  const native::Divisor divisor = native::Divisor::of(number);
+  const int64_t step = number * (INT32_MAX / number / 1000 + int64_t{1});
+  for (int64_t multiple = 0; multiple <= INT32_MAX; multiple += step) {
+    for (int64_t dividend = multiple - 1; dividend <= multiple + 1; ++dividend) {
+      if (dividend < 0 || dividend > INT32_MAX) continue;
+      if (divisor.quotient(static_cast<int>(dividend)) != dividend / number) return false;
+    }
+  }
+  return divisor.quotient(INT32_MAX) == INT32_MAX / number;
+}
+
+const char* fault_of_divisors() {
+  for (int64_t number = 1; number <= INT32_MAX; number += number / 300 + 1) {
+    if (!divides_as_the_cpu(static_cast<int>(number))) return "a wrong quotient";
+  }
+  return divides_as_the_cpu(INT32_MAX) ? "ok" : "a wrong quotient";
+}
+
 template <class S>
 void check(const char* name) {
   std::printf("%s, too many parts: %s\n", name, refuses_too_many_parts<S>() ? "ok" : "not refused");
@@ -148,6 +168,7 @@ void visit(const char* name) {
 #include UNIT
 
 int main(int count, char** arguments) {
+  if (count == 1) std::printf("divisors: %s\n", fault_of_divisors());
   for (const Entry& entry : entries()) {
     if (count == 1) entry.check(entry.name.c_str());
     if (count == 4 && entry.name == arguments[1]) {

@@ -69,12 +69,9 @@ __device__ inline void store_through_shared(const Parameters& p, const Shared<S>
         store_transposed(to, matrices);
       }
     }
-  }
-  async_proxy_fence();
-  named_barrier(barrier, kThreads);
-  if (stores) {
-#pragma unroll
-    for (int f = 0; f < S::Fragments; ++f) {
+    async_proxy_fence();
+    named_barrier(barrier, kThreads);
+    if (stores) {
       const int token = tile.token + (S::ClusterK > 1 ? rank * S::StoredTokens : 0);
       tensor_store(&p.output, first_channel<S>(tile, me, f), token, boxes + f * S::BoxBytes);
     }

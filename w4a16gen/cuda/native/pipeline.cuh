@@ -45,6 +45,8 @@ __device__ inline Work work_of(const Parameters& p, int rank) {
   const auto ctas = static_cast<int>(gridDim.x);
   if constexpr (S::Grouped) {
     if (!p.list_is_complete) wait_for_prerequisites();
+    // The entry of the first tile comes with the number of entries, not after it.
+    prefetch_line(S::Scheduler::template first_entry<S>(p.tiling, cta, *p.token_tiles));
     return S::Scheduler::template work_of<S>(p.tiling, cta, ctas, rank, *p.token_tiles);
   } else {
     return work_of<S>(p.tiling, cta, ctas, rank);

@@ -19,15 +19,24 @@ __device__ inline Multicast activation_multicast(int rank) {  // among its chann
           rank % S::ClusterChannels};
 }
 
-// Initialises the barriers and fetches the first weights. The first bytes are a launch's longest wait, so the warps of
+// The stages whose activations the prologue fetches: none where the previous kernel may still write them. A grouped
+// product has waited for that one if it made the list.
+template <class S>
+__device__ inline int activation_stages_of_prologue(const Parameters& p) {
+  const bool may_be_written = p.is_dependent && !(S::Grouped && !p.list_is_complete);
+  return may_be_written ? 0 : S::PrologueStages;
+}
+
+// Initialises the barriers and fetches the first stages. The first bytes are a launch's longest wait, so the warps of
 // the producer warpgroup request them before anything else is ready, each for its own stages. CTAs that multicast do
-// not: they would drift apart, which takes up to 8 % longer. Activations come later, since they may have to wait for
-// the previous kernel, and L2 usually holds them.
+// not: they would drift apart, which takes up to 8 % longer.
 template <class S>
 __device__ inline void prologue(const Parameters& p, const Shared<S>& shared, const Work& work, int warp) {
   constexpr int kProducerWarps = kWarpgroup / kWarp;
   if (warp < kProducerWarps && S::PrologueStages > 0) {
-    const Tile tile = tile_at<S>(p, work, work.first_tile);
+    // Only of grouped products the number of tiles is not known when the grid is.
+    const bool has_work = !S::Grouped || work.first_tile < work.end_tile;
+    const Tile tile = has_work ? tile_at<S>(p, work, work.first_tile) : Tile{};
     const WeightRows<S> rows(p, tile);
     const int stages = min(S::PrologueStages, tile.blocks * S::StagesPerBlock);
     if (elected()) {
@@ -35,6 +44,11 @@ __device__ inline void prologue(const Parameters& p, const Shared<S>& shared, co
         barrier_init(shared.full(stage), 2);
         async_proxy_fence();
         if (stage < stages) fetch_weights<S>(p, shared, rows, stage, stage, true, 0);
+      }
+      const int with_activations = min(activation_stages_of_prologue<S>(p), stages);
+      for (int stage = warp; stage < with_activations; stage += kProducerWarps) {
+        expect_activations<S>(p, shared, stage);
+        copy_activations<S>(p, shared, tile, stage, stage, Multicast{0, 1, 0});
       }
     }
   } else {
@@ -110,7 +124,7 @@ __device__ inline void produce_weights(const Parameters& p, const Shared<S>& sha
 template <class S>
 __device__ inline void produce_activations(const Parameters& p, const Shared<S>& shared, const Work& work) {
   const Multicast multicast = activation_multicast<S>(work.rank);
-  int skip = 0;
+  int skip = activation_stages_of_prologue<S>(p);
   if (S::CtasPerSm == 2 && !S::Grouped && p.is_dependent) {
     // The weights are there when the previous kernel ends. The barriers already expect all activations of the ring, so
     // that only their copies remain: requesting 16 stages takes 0.5 us instead of 1.8 (4096x4096, one token).

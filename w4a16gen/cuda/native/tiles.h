@@ -9,6 +9,28 @@ namespace w4a16::native {
 
 constexpr int kRasterTokens = 8;  // token tiles that are swept together over all channels, to share L2
 
+// Divides numbers below 2^31 by a positive one that the host knows. A multiplication and a shift take a few cycles; a
+// division takes about 150, before the first copy of a launch (Granlund and Montgomery, "Division by invariant integers
+// using multiplication", 1994, figure 4.1).
+struct Divisor {
+  uint32_t multiplier;
+  int shift;
+
+  static Divisor of(int number) {
+    const auto divisor = static_cast<uint32_t>(number);
+    int shift = 0;
+    while ((uint64_t{1} << shift) < divisor) ++shift;
+    const uint64_t excess = (uint64_t{1} << shift) - divisor;
+    return {static_cast<uint32_t>((excess << 32) / divisor + 1), shift};
+  }
+
+  W4A16_HOST_DEVICE int quotient(int number) const {
+    const auto dividend = static_cast<uint32_t>(number);
+    const auto product = static_cast<uint32_t>(uint64_t{dividend} * multiplier >> 32);
+    return static_cast<int>((product + dividend) >> shift);
+  }
+};
+
 // How a problem is divided among CTAs.
 struct Tiling {
   int k_blocks;
@@ -19,6 +41,10 @@ struct Tiling {
   int unit_blocks;   // stream-K: k blocks of a work unit
   int longer_units;  // stream-K: how many units, from the first on, have one more
   int clusters;      // that have work
+  Divisor by_k_blocks;
+  Divisor by_channel_tiles;
+  Divisor by_sweep;                  // the tiles of kRasterTokens token tiles
+  Divisor by_tokens[kRasterTokens];  // by 1 and more token tiles
 };
 
 // One output tile, and the range of k blocks that this CTA sums.
@@ -64,12 +90,11 @@ struct Place {
 };
 
 // A sweep covers all channels for a few token tiles, which share activations and weights in L2.
-W4A16_HOST_DEVICE inline Place place_in_sweeps(const Tiling& tiling, int tile) {
-  const int per_sweep = kRasterTokens * tiling.channel_tiles;
-  const int sweep = tile / per_sweep;
-  const int within = tile - sweep * per_sweep;
-  const int tokens = min_of(tiling.token_tiles - sweep * kRasterTokens, kRasterTokens);
-  const int channel = within / tokens;
+W4A16_HOST_DEVICE inline Place place_in_sweeps(const Tiling& tiling, int token_tiles, int tile) {
+  const int sweep = tiling.by_sweep.quotient(tile);
+  const int within = tile - sweep * kRasterTokens * tiling.channel_tiles;
+  const int tokens = min_of(token_tiles - sweep * kRasterTokens, kRasterTokens);
+  const int channel = tiling.by_tokens[tokens - 1].quotient(within);
   return {channel, sweep * kRasterTokens + within - channel * tokens};
 }
 
@@ -117,6 +142,12 @@ struct persistent {
 
   template <class S>
   W4A16_HOST_DEVICE static Tile tile_at(const Tiling& tiling, const Work& work, int index) {
+    return tile_among<S>(tiling, tiling.token_tiles, work, index);
+  }
+
+  // The same among a number of token tiles.
+  template <class S>
+  W4A16_HOST_DEVICE static Tile tile_among(const Tiling& tiling, int token_tiles, const Work& work, int index) {
     int first = 0;
     int blocks = tiling.k_blocks;
     int channel_tile = index;
@@ -125,9 +156,8 @@ struct persistent {
       first = tiling.k_blocks * work.rank / S::ClusterK;
       blocks = tiling.k_blocks * (work.rank + 1) / S::ClusterK - first;
     }
-    // A division takes hundreds of cycles before the first copy, and one token tile needs none.
-    if (tiling.token_tiles > 1) {
-      const Place place = place_in_sweeps(tiling, index);
+    if (token_tiles > 1) {
+      const Place place = place_in_sweeps(tiling, token_tiles, index);
       channel_tile = place.channel;
       token_tile = place.token;
     }
@@ -163,7 +193,7 @@ struct streamk {
     const int cluster = cta / S::ClusterSize;
     // A cluster waits for sums of the units after its own. They belong to clusters that started before it.
     const int unit = tiling.clusters - 1 - cluster;
-    const int first = tiling.split_tiles == 0 ? cluster : unit_begin(tiling, unit) / tiling.k_blocks;
+    const int first = tiling.split_tiles == 0 ? cluster : tiling.by_k_blocks.quotient(unit_begin(tiling, unit));
     return {first, 1, tiling.channel_tiles * tiling.token_tiles, rank, unit};
   }
 
@@ -186,10 +216,10 @@ struct streamk {
     int channel_tile = index;
     int token_tile = 0;
     if (tiling.token_tiles > 1) {
-      Place place = place_in_sweeps(tiling, index);
+      Place place = place_in_sweeps(tiling, tiling.token_tiles, index);
       if (tiling.split_tiles == tiling.channel_tiles * tiling.token_tiles) {
         // Token tiles in turn: clusters a part of the grid apart then read the same weights at about the same time.
-        place.token = index / tiling.channel_tiles;
+        place.token = tiling.by_channel_tiles.quotient(index);
         place.channel = index - place.token * tiling.channel_tiles;
       }
       channel_tile = place.channel;
@@ -218,15 +248,21 @@ struct grouped {
     return {cta / S::ClusterSize, ctas / S::ClusterSize, tiling.channel_tiles * list.count, rank, 0};
   }
 
+  // The entry of a CTA's first tile, if it has one. It lies in the memory of the list in any case.
+  template <class S>
+  W4A16_HOST_DEVICE static const TokenTile* first_entry(const Tiling& tiling, int cta, const TokenTiles& list) {
+    return &list.first + tiling.by_channel_tiles.quotient(cta / S::ClusterSize);
+  }
+
   W4A16_HOST_DEVICE static int next_tile(const Tiling&, const Work& work, int tile) { return tile + work.tile_step; }
 
   // An expert's tiles follow one another, in sweeps as in an ordinary product: its weights are read once.
   template <class S>
   W4A16_HOST_DEVICE static Tile tile_at(const Tiling& tiling, const Work& work, int index, const TokenTiles& list) {
-    const TokenTile entry = (&list.first)[index / tiling.channel_tiles];
-    Tiling of_expert = tiling;
-    of_expert.token_tiles = (entry.end_token - entry.first_token + S::Tokens - 1) / S::Tokens;
-    Tile tile = persistent::tile_at<S>(of_expert, work, index - entry.first_entry * tiling.channel_tiles);
+    const TokenTile entry = (&list.first)[tiling.by_channel_tiles.quotient(index)];
+    const int token_tiles = (entry.end_token - entry.first_token + S::Tokens - 1) / S::Tokens;
+    const int within = index - entry.first_entry * tiling.channel_tiles;
+    Tile tile = persistent::tile_among<S>(tiling, token_tiles, work, within);
     tile.token += entry.first_token;
     tile.expert = entry.expert;
     tile.end_token = entry.end_token;
@@ -273,6 +309,10 @@ int make_tiling(Tiling* tiling, int64_t m, int channel_blocks, int k_blocks, int
   const int split_blocks = tiling->split_tiles * k_blocks;
   tiling->unit_blocks = split_blocks / clusters;
   tiling->longer_units = split_blocks % clusters;
+  tiling->by_k_blocks = Divisor::of(k_blocks);
+  tiling->by_channel_tiles = Divisor::of(tiling->channel_tiles);
+  tiling->by_sweep = Divisor::of(tiling->channel_tiles * kRasterTokens);
+  for (int tokens = 1; tokens <= kRasterTokens; ++tokens) tiling->by_tokens[tokens - 1] = Divisor::of(tokens);
   return clusters * S::ClusterSize;
 }
 

@@ -222,6 +222,7 @@ void wait_for_store_reads() {
 
 inline void async_proxy_fence() {}
 inline void prefetch_tensor_map(const void*) {}
+inline void prefetch_line(const void*) {}
 template <int Registers>
 void deallocate_registers() {}
 template <int Registers>
