@@ -84,6 +84,16 @@ class CListingArguments(ctypes.Structure):
     )
 
 
+class CIds(ctypes.Structure):
+    """`w4a16_ids`."""
+
+    _fields_ = (
+        *_pointers("ids expert_map"),
+        *_sizes("global_experts"),
+        *_flags("id_bytes"),
+    )
+
+
 class CExperts(ctypes.Structure):
     """`w4a16_experts`."""
 
@@ -93,7 +103,9 @@ class CExperts(ctypes.Structure):
         *_pointers("token_tiles"),
         ("token_tiles_bytes", ctypes.c_size_t),
         *_sizes("tile_tokens"),
-        *_flags("list_is_complete"),
+        *_flags("list_is_complete rows_are_shared"),
+        ("unsorted", CIds),
+        *_sizes("slots"),
     )
 
 
@@ -127,4 +139,6 @@ class CCombineArguments(ctypes.Structure):
         *_sizes("tokens slots columns"),
         *_pointers("stream"),
         *_flags("dependent_launch"),
+        ("unsorted", CIds),
+        *_sizes("experts"),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from c_structures import (
     CExperts,
     CGatherArguments,
     CGemmArguments,
+    CIds,
     CListingArguments,
     CProblem,
     CRouteArguments,
@@ -28,6 +29,8 @@ from w4a16gen.weights.packed import pack_weight
 from w4a16gen.weights.quantized import QuantizedWeight
 
 Ints = npt.NDArray[np.int32]
+UNSORTED_TOKENS = 8
+"""Rows of each expert that unsorted routes choose."""
 ENTRY_INTS = 4
 """int32 numbers of an entry of the list of token tiles; the list begins with its length, in the room of one."""
 
@@ -35,6 +38,26 @@ ENTRY_INTS = 4
 def at(array: npt.NDArray[Any] | None) -> int | None:
     """Return the address of an array's first element."""
     return None if array is None else int(array.ctypes.data)
+
+
+@dataclass(frozen=True)
+class Unsorted:
+    """Routes that nothing has sorted."""
+
+    ids: npt.NDArray[Any]
+    expert_map: Ints | None = None
+    rows_are_shared: bool = False
+    """Whether all experts multiply the same rows."""
+
+    @property
+    def structure(self) -> CIds:
+        """The argument."""
+        places = self.expert_map
+        return CIds(at(self.ids), at(places), 0 if places is None else places.size, self.ids.itemsize)
+
+    def rows(self, experts: int) -> int:
+        """Return the rows of outputs."""
+        return UNSORTED_TOKENS * min(self.ids.size, experts)
 
 
 @dataclass(frozen=True)
@@ -154,17 +177,21 @@ class EmulatedExperts:
         config: KernelConfig,
         a: Half,
         weights: Sequence[QuantizedWeight],
-        token_tiles: Ints,
+        token_tiles: Ints | Unsorted,
         launch: Launch,
         *,
         list_is_complete: bool = False,
     ) -> Half:
         """Return activation(a [rows, k] times each row's expert); rows of no expert stay NaN.
 
-        The bias is [experts, n]. Before a dependent launch, a kernel still writes the activations, and the list too
-        unless that is complete.
+        The bias is [experts, n]. Before a dependent launch, a kernel still writes the activations, and the list or the
+        ids too unless they are complete.
         """
-        (rows, k), n = a.shape, weights[0].n
+        (m, k), n = a.shape, weights[0].n
+        rows, unsorted = m, None
+        if isinstance(token_tiles, Unsorted):
+            unsorted, m = token_tiles, len(token_tiles.ids)
+            rows, token_tiles = unsorted.rows(len(weights)), unsorted.ids
         gated = launch.activation.is_gated
         columns = n // 2 if gated else n
         packed = [pack_weight(weight, gated=gated).data for weight in weights]
@@ -181,7 +208,7 @@ class EmulatedExperts:
                 self.library.emulation_add_buffer(buffer.ctypes.data, buffer.nbytes)
         late = []
         if launch.is_dependent:
-            token_tiles = token_tiles.copy()
+            token_tiles = aligned(token_tiles)
             late = [(array, array.copy()) for array in (activations, *([] if list_is_complete else [token_tiles]))]
             for array, values in late:
                 array.view(np.uint8)[:] = 0xFF
@@ -196,20 +223,39 @@ class EmulatedExperts:
             dependent_launch=int(launch.is_dependent),
             activation=launch.activation.number,
         )
-        problem = CProblem(rows, n, k, weights[0].group_size)
+        problem = CProblem(m, n, k, weights[0].group_size)
         experts = CExperts(
             count=len(weights),
             packed_stride=stride,
-            token_tiles=at(token_tiles),
-            token_tiles_bytes=token_tiles.nbytes,
             tile_tokens=config.cta.tokens,
             list_is_complete=list_is_complete,
         )
+        if unsorted is None:
+            experts.token_tiles, experts.token_tiles_bytes = at(token_tiles), token_tiles.nbytes
+        else:
+            experts.unsorted = replace(unsorted, ids=token_tiles).structure
+            experts.slots, experts.rows_are_shared = token_tiles.shape[1], unsorted.rows_are_shared
         kernel = self.library.w4a16_find_kernel(config.name.encode())
         self.call("w4a16_grouped_gemm", kernel, *map(ctypes.byref, (problem, arguments, experts)))
         if not (output[-CANARY:] == 0xFF).all():
             raise EmulationError("the kernel wrote behind its output")
         return output[:-CANARY].view(np.float16).reshape(rows, columns)
+
+    def combine(
+        self, rows: Half, routes: Ints | Unsorted, shape: tuple[int, int], weights: npt.NDArray[Any], experts: int = 0
+    ) -> Half:
+        """Return the sums over the slots of tokens of a shape [tokens, slots]."""
+        (tokens, slots), columns = shape, rows.shape[1]
+        out = aligned(np.full((tokens, columns), np.nan, np.float16))
+        combine = CCombineArguments(
+            rows=at(rows), weights=at(weights), output=at(out), tokens=tokens, slots=slots, columns=columns
+        )
+        if isinstance(routes, Unsorted):
+            combine.unsorted, combine.experts = routes.structure, experts
+        else:
+            combine.rows_of_routes = at(routes)
+        self.call("w4a16_combine_rows", ctypes.byref(combine))
+        return out
 
     def moe(
         self,
@@ -252,15 +298,4 @@ class EmulatedExperts:
         )
         self.call("w4a16_activate_rows", ctypes.byref(activate))
         down = self.grouped_gemm(config, act, w2, routes.token_tiles, launch)
-        out = aligned(np.full((tokens, size), np.nan, np.float16))
-        combine = CCombineArguments(
-            rows=at(down),
-            rows_of_routes=at(routes.rows_of_routes),
-            weights=at(weights),
-            output=at(out),
-            tokens=tokens,
-            slots=slots,
-            columns=size,
-        )
-        self.call("w4a16_combine_rows", ctypes.byref(combine))
-        return out
+        return self.combine(down, routes.rows_of_routes, (tokens, slots), weights)

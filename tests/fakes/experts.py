@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from fakes.memory import memory_at
 from w4a16gen import Epilogue, KernelConfig, PackedWeight, Problem
 from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.kernels.problem import MAX_DIMENSION
+from w4a16gen.runtime.experts import UNSORTED_TOKENS
 from w4a16gen.weights.activations import activated
 from w4a16gen.weights.moe_reference import local_ids, route_reference
 from w4a16gen.weights.packed import layout_for
@@ -55,6 +56,43 @@ def write_tiles(pointer: int, nbytes: int, tile_tokens: int, rows_of: Sequence[t
     assert len(memory) >= ENTRY_INTS * (len(found) + 1), "the list of token tiles is too short"
     memory[0] = len(found)
     memory[ENTRY_INTS : ENTRY_INTS * (len(found) + 1)] = np.array(found, np.int32).reshape(-1)
+
+
+class Chooses(Protocol):
+    """A call with ids of unsorted routes."""
+
+    @property
+    def ids(self) -> int:
+        """Their address."""
+
+    @property
+    def id_bytes(self) -> int:
+        """Bytes of each."""
+
+    @property
+    def expert_map(self) -> int:
+        """The address of the map of experts, or 0."""
+
+    @property
+    def global_experts(self) -> int:
+        """The entries of the map."""
+
+    @property
+    def experts(self) -> int:
+        """Experts here."""
+
+
+def chosen_experts(call: Chooses, tokens: int, slots: int) -> npt.NDArray[np.int64]:
+    """Return the expert here of each route, below 0 for none."""
+    ids = memory_at(call.ids, (tokens, slots), f"<i{call.id_bytes}")
+    places = memory_at(call.expert_map, (call.global_experts,), "<i4") if call.expert_map else None
+    return local_ids(ids, call.experts, places)
+
+
+def numbers_of_experts(call: Chooses, tokens: int, slots: int) -> dict[int, int]:
+    """Return the number of each expert that is chosen, in the order in which routes first choose them."""
+    chosen = [int(expert) for expert in chosen_experts(call, tokens, slots).flat if expert >= 0]
+    return {expert: number for number, expert in enumerate(dict.fromkeys(chosen))}
 
 
 def rows_of_tiles(pointer: int, nbytes: int) -> dict[int, slice]:
@@ -161,6 +199,12 @@ class Grouped:
     token_tiles_bytes: int
     tile_tokens: int
     list_is_complete: bool
+    ids: int
+    id_bytes: int
+    expert_map: int
+    global_experts: int
+    slots: int
+    rows_are_shared: bool
     stream: int
     dependent: int
     device: int
@@ -181,12 +225,20 @@ class Grouped:
     def run(self) -> None:
         """Multiply the rows of each expert."""
         m, n, k, _ = vars(self.problem).values()
-        a = memory_at(self.activations, (m, k), "<f2")
-        out = memory_at(self.output, (m, n // 2 if self.activation.is_gated else n), "<f2")
+        rows = m
+        owners: Mapping[int, Any]
+        if self.ids:
+            numbers = numbers_of_experts(self, m, self.slots)
+            rows = UNSORTED_TOKENS * min(m * self.slots, self.experts)
+            owners = {expert: UNSORTED_TOKENS * number + np.arange(m) for expert, number in numbers.items()}
+        else:
+            owners = rows_of_tiles(self.token_tiles, self.token_tiles_bytes)
+        a = memory_at(self.activations, (m if self.rows_are_shared else rows, k), "<f2")
+        out = memory_at(self.output, (rows, n // 2 if self.activation.is_gated else n), "<f2")
         bias = memory_at(self.bias, (self.experts, n), "<f2") if self.bias else None
-        for expert, own in rows_of_tiles(self.token_tiles, self.token_tiles_bytes).items():
+        for expert, own in owners.items():
             product = gemm_reference(
-                a[own],
+                a if self.rows_are_shared else a[own],
                 self.weight(expert).unpack(),
                 alpha=self.alpha,
                 bias=None if bias is None else bias[expert],
@@ -229,6 +281,11 @@ class Combining:
     tokens: int
     slots: int
     columns: int
+    ids: int
+    id_bytes: int
+    expert_map: int
+    global_experts: int
+    experts: int
     stream: int
     dependent: int
     device: int
@@ -237,8 +294,17 @@ class Combining:
     def run(self) -> None:
         """Add the rows of each token."""
         routes = self.tokens * self.slots
-        rows = memory_at(self.rows, (routes, self.columns), "<f2")
-        places = memory_at(self.rows_of_routes, (self.tokens, self.slots), "<i4")
+        count = routes if self.rows_of_routes else UNSORTED_TOKENS * min(routes, self.experts)
+        rows = memory_at(self.rows, (count, self.columns), "<f2")
+        if self.rows_of_routes:
+            places = memory_at(self.rows_of_routes, (self.tokens, self.slots), "<i4")
+        else:
+            numbers = numbers_of_experts(self, self.tokens, self.slots)
+            chosen = chosen_experts(self, self.tokens, self.slots)
+            places = np.full(chosen.shape, -1, np.int32)
+            for (token, slot), expert in np.ndenumerate(chosen):
+                if expert >= 0:
+                    places[token, slot] = UNSORTED_TOKENS * numbers[int(expert)] + token
         factors = memory_at(self.weights, (self.tokens, self.slots), "<f4") if self.weights else None
         result: npt.NDArray[np.float32] = np.zeros((self.tokens, self.columns), np.float32)
         for slot in range(self.slots):

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from emulated_experts import EmulatedExperts, Ints, build_experts, entries
-from emulation import Launch, aligned
+from emulated_experts import UNSORTED_TOKENS, EmulatedExperts, Ints, Unsorted, build_experts, entries
+from emulation import EmulationError, Launch, aligned
 
 from w4a16gen import KernelConfig, QuantMode
 from w4a16gen.kernels.config import Epilogue
@@ -22,6 +22,7 @@ KERNELS = [
     for name in (
         "cs_cta128x32x128_cluster1x1x1_warpgroups4_grouped",
         "fgs_cta64x8x128_cluster1x1x1_warps8_grouped",
+        "fgsz_cta128x8x128_cluster1x1x1_warpgroups4_grouped",
         "fgs_cta64x16x128_cluster1x1x2_warps8_grouped",
         "fgs_cta64x64x128_cluster1x1x1_warpgroups2_grouped",
         "fgs_cta128x64x128_cluster2x1x1_warpgroups2_grouped",
@@ -31,6 +32,7 @@ KERNELS = [
         "fgs_cta128x64x128_cluster2x1x1_warpgroups2_grouped_gated",
     )
 ]
+UNSORTED_KERNELS = [config for config in KERNELS if config.cta.tokens == UNSORTED_TOKENS]
 EXPERTS = 5
 NOBODY = (-1, EXPERTS, 1 << 30)
 """Ids that no expert has."""
@@ -177,7 +179,7 @@ def test_each_row_is_multiplied_by_its_expert(emulated: EmulatedExperts, config:
 
 
 def test_a_layer_equals_its_experts_one_by_one(emulated: EmulatedExperts) -> None:
-    config = KERNELS[1]
+    config = UNSORTED_KERNELS[0]
     rng = np.random.default_rng(9)
     size, inner = 64, 192
     w13 = drawn_weights(rng, config.mode, 2 * inner, size, 64)
@@ -198,3 +200,81 @@ def test_a_layer_equals_its_experts_one_by_one(emulated: EmulatedExperts) -> Non
     assert (got[5] == 0).all()
     again = emulated.moe(config, hidden, w13, w2, ids, weights, seed=7)
     assert np.array_equal(got.view(np.uint16), again.view(np.uint16))
+
+
+def numbers_of(routes: list[list[int]]) -> list[int]:
+    """Return the experts that have routes, in the order of their first ones."""
+    return sorted((expert for expert, own in enumerate(routes) if own), key=lambda expert: routes[expert][0])
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own rows", "shared rows"])
+@pytest.mark.parametrize("config", UNSORTED_KERNELS, ids=lambda config: config.short_name)
+def test_products_of_few_tokens_find_their_experts(
+    emulated: EmulatedExperts, config: KernelConfig, shared: bool
+) -> None:
+    rng = np.random.default_rng(5)
+    activation = Activation.SWIGLU if config.epilogue is Epilogue.GATED else Activation.NONE
+    for seed, (tokens, slots, expert_map) in enumerate(
+        ((1, 3, None), (3, 2, None), (8, 8, None), (8, 5, np.array([4, -1, 2, 0, 9, 1], np.int32)))
+    ):
+        n, k = (208, 192) if seed % 2 else (80, 352)
+        weights = drawn_weights(rng, config.mode, n, k, 32)
+        ids = rng.integers(-1, EXPERTS + 1, (tokens, slots)).astype("i4" if seed % 2 else "i8")
+        own = routed(ids, EXPERTS, expert_map)
+        unsorted = Unsorted(ids, expert_map, shared)
+        rows = tokens if shared else unsorted.rows(EXPERTS)
+        a = rng.standard_normal((rows, k)).astype(np.float16)
+        launch = Launch(0, 3 + seed, 0.5, activation=activation)
+        got = emulated.grouped_gemm(config, a, weights, unsorted, launch)
+        for number, complete in ((1, False), (2, True)):
+            behind = replace(launch, seed=number, is_dependent=True)
+            again = emulated.grouped_gemm(config, a, weights, unsorted, behind, list_is_complete=complete)
+            assert np.array_equal(got.view(np.uint16), again.view(np.uint16)), "the order decides the bits"
+        written = np.zeros(len(got), bool)
+        for number, expert in enumerate(numbers_of(own)):
+            there = slice(UNSORTED_TOKENS * number, UNSORTED_TOKENS * number + tokens)
+            expected = Expectation(a if shared else a[there], weights[expert])
+            assert error_over_bound(got[there], expected, 0.5, None, Extra(activation)) < 1
+            written[there] = True
+        assert np.isnan(got[~written]).all(), "rows of no expert are not written"
+
+
+@pytest.mark.parametrize("config", UNSORTED_KERNELS[:1], ids=lambda config: config.short_name)
+def test_unsorted_routes_give_the_bits_of_sorted_ones(emulated: EmulatedExperts, config: KernelConfig) -> None:
+    rng = np.random.default_rng(6)
+    n, k, tokens, slots = 144, 192, 8, 8
+    weights = drawn_weights(rng, config.mode, n, k, 64)
+    hidden = rng.standard_normal((tokens, k)).astype(np.float16)
+    factors = rng.random((tokens, slots)).astype(np.float32)
+    for ids in (rng.integers(-1, EXPERTS + 1, (tokens, slots)), np.full((tokens, slots), -1)):
+        routes = emulated.route(ids, EXPERTS, config.cta.tokens)
+        gathered = aligned(np.full((ids.size, k), np.nan, np.float16))
+        gathered[: routes.offsets[-1]] = hidden[routes.routes_of_rows // slots]
+        rows = emulated.grouped_gemm(config, gathered, weights, routes.token_tiles, Launch(0))
+        wanted = emulated.combine(rows, routes.rows_of_routes, ids.shape, factors)
+        unsorted = Unsorted(ids, rows_are_shared=True)
+        found = emulated.grouped_gemm(config, hidden, weights, unsorted, Launch(1))
+        got = emulated.combine(found, unsorted, ids.shape, factors, EXPERTS)
+        assert np.array_equal(got.view(np.uint16), wanted.view(np.uint16))
+        assert np.isfinite(got).all()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "slots", "config", "sentence"),
+    [
+        (9, 2, UNSORTED_KERNELS[0], "tokens of unsorted routes of 9 must be 0 to 8"),
+        (8, 9, UNSORTED_KERNELS[0], "unsorted routes of 72 must be 0 to 64"),
+        (2, 2, KERNELS[0], "unsorted routes need a kernel with 8 CTA tokens, but .* has 32"),
+    ],
+)
+def test_unsorted_routes_are_few_and_need_a_small_tile(
+    emulated: EmulatedExperts, tokens: int, slots: int, config: KernelConfig, sentence: str
+) -> None:
+    weights = drawn_weights(np.random.default_rng(0), config.mode, 80, 128, 64)
+    ids = np.zeros((tokens, slots), np.int32)
+    with pytest.raises(EmulationError, match=sentence):
+        emulated.grouped_gemm(config, np.zeros((tokens, 128), np.float16), weights, Unsorted(ids), Launch(0))
+    if "kernel" not in sentence:
+        rows = np.zeros((8 * EXPERTS, 80), np.float16)
+        with pytest.raises(EmulationError, match=sentence):
+            emulated.combine(aligned(rows), Unsorted(ids), ids.shape, np.ones(ids.shape, np.float32), EXPERTS)

@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-#define W4A16_ABI_VERSION 5
+#define W4A16_ABI_VERSION 6
 
 typedef enum {
   W4A16_OK = 0,
@@ -164,6 +164,19 @@ typedef struct {
   int32_t dependent_launch;
 } w4a16_listing_arguments;
 
+/* The experts that few tokens chose: what grouped products read instead of a list of token tiles. Then nothing sorts
+ * routes and gathers rows before. Each expert that is chosen multiplies all tokens. The e-th one, in the order of the
+ * first routes that choose them, has rows 8 * e to 8 * e + tokens - 1 of the output, one for each token. So the output
+ * has 8 * min(tokens * slots, experts) rows; others are not written. */
+#define W4A16_MAX_UNSORTED_TOKENS 8
+#define W4A16_MAX_UNSORTED_ROUTES 64
+typedef struct {
+  const void* ids;        /* as in w4a16_route_arguments; null: routes are sorted */
+  const void* expert_map; /* the same, or null */
+  int64_t global_experts;
+  int32_t id_bytes;
+} w4a16_ids;
+
 /* The experts of a grouped product. */
 typedef struct {
   int64_t count;
@@ -173,7 +186,11 @@ typedef struct {
   int64_t tile_tokens;      /* that the list was made for: cta[1] of the kernel */
   int32_t list_is_complete; /* 1: the previous kernel of the stream waited for what wrote the list, as grouped products
                                and the functions below do. A dependent launch then fetches weights before that kernel
-                               has ended */
+                               has ended. The same of ids */
+  int32_t rows_are_shared;  /* with ids: 1: activations are [m, k], the same for all experts; 0: they have the rows that
+                               outputs have */
+  w4a16_ids unsorted; /* instead of the list, if m is at most 8, m * slots at most 64, and cta[1] of the kernel 8 */
+  int64_t slots;      /* of ids: experts of a token */
 } w4a16_experts;
 
 /* rows[row] = hidden[token of the row] */
@@ -204,8 +221,8 @@ typedef struct {
 
 /* output[token] = the sum of the rows of its routes, times their weights, in the order of its slots and in fp32 */
 typedef struct {
-  const void* rows;           /* fp16 [tokens * slots, columns], 16-byte aligned */
-  const void* rows_of_routes; /* int32 [tokens, slots]; -1 for routes without a row */
+  const void* rows;           /* fp16 [tokens * slots, columns], 16-byte aligned; of unsorted routes, see w4a16_ids */
+  const void* rows_of_routes; /* int32 [tokens, slots]; -1 for routes without a row. Null if routes are unsorted */
   const void* weights;        /* float [tokens, slots], or null for 1 */
   void* output;               /* fp16 [tokens, columns], written; 16-byte aligned; 0 for tokens without rows */
   int64_t tokens;             /* 0: nothing is launched */
@@ -213,6 +230,9 @@ typedef struct {
   int64_t columns; /* a multiple of 8 */
   void* stream;    /* cudaStream_t of the current device */
   int32_t dependent_launch;
+  w4a16_ids unsorted; /* instead of the rows of routes. A dependent launch reads ids before the previous kernel has
+                         ended: that one must have waited for what wrote them, as grouped products do */
+  int64_t experts;    /* of ids */
 } w4a16_combine_arguments;
 
 W4A16_API int w4a16_abi_version(void);

@@ -17,7 +17,7 @@ from w4a16gen.measure.models import Mixture
 from w4a16gen.measure.stage import copies_for, evenly
 from w4a16gen.measure.torch_weight import TorchWeight
 from w4a16gen.runtime.expert_calls import MoeOptions
-from w4a16gen.runtime.experts import ACTIVATION, MOE_PARTS, MoePlan, MoeSizes, moe_sizes
+from w4a16gen.runtime.experts import MOE_PARTS, MoePlan, MoeSizes, launched_parts, moe_sizes
 from w4a16gen.runtime.library import Library
 from w4a16gen.weights.experts import GATE_FIRST, PackedExperts, expert_stride
 from w4a16gen.weights.layouts.geometry import WeightGeometry
@@ -259,7 +259,8 @@ class OwnLayers:
         workspaces = self._workspaces(work, len(work.routings))
         for launch in self._launches(work, MOE_PARTS, workspaces)[: len(workspaces)]:
             launch()
-        names = [name for name in MOE_PARTS if name != ACTIVATION or not self._gated]
+        is_sorted = not self.plan(work.tokens).can_leave_unsorted
+        names = launched_parts(gated=self._gated, is_sorted=is_sorted)
         return {name: self._launches(work, [name], workspaces) for name in names}
 
     def _workspaces(self, work: Work, count: int) -> list[Any]:

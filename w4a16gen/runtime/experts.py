@@ -38,9 +38,14 @@ _HALF_BYTES = 2
 _INT_BYTES = 4
 _MATRIX = 2
 _GATHERS_NOTHING = (0, 0, 0, 0)
+_NO_IDS = (0, 0, 0, 0)
+"""The arguments of ids where routes are sorted."""
+UNSORTED_TOKENS, MAX_UNSORTED_ROUTES = 8, 64
+"""Tokens and routes up to which products find their experts in the ids themselves. Each expert that is chosen then has
+that many rows."""
 ROUTING, GATE_UP, ACTIVATION, DOWN, COMBINING = MOE_PARTS = ("routing", "gate_up", "activation", "down", "combining")
 """The launches of a layer of experts, in order. Routing gathers the rows too. Kernels that apply the gate themselves
-leave out the activation."""
+leave out the activation, and with few tokens also the routing."""
 _IDS = {"<i4": 4, "<i8": 8}
 """Bytes of the dtypes of ids."""
 
@@ -100,6 +105,8 @@ class MoePlan(NamedTuple):
     gated: int
     """fp16 [routes, intermediate]."""
     nbytes: int
+    can_leave_unsorted: bool = False
+    """Whether no launch need sort the routes. Then there is room for the rows of either way."""
 
 
 class _ExpertChoice(NamedTuple):
@@ -154,9 +161,14 @@ class _Layer(NamedTuple):
         return self.sizes.tokens * self.sizes.slots
 
     @property
+    def is_sorted(self) -> bool:
+        """Whether a launch sorts the routes and gathers their rows: weights on the input need rows of their own."""
+        return not self.plan.can_leave_unsorted or self.scalars.weight_on_input
+
+    @property
     def token_tiles(self) -> tuple[int, int]:
         """The list of token tiles, and its bytes."""
-        return self.workspace + self.plan.token_tiles, self.plan.token_tiles_bytes
+        return (self.workspace + self.plan.token_tiles, self.plan.token_tiles_bytes) if self.is_sorted else (0, 0)
 
     @property
     def behind(self) -> tuple[int, int, int]:
@@ -335,7 +347,7 @@ class ExpertLauncher:
                 (DOWN, self._multiply_down),
                 (COMBINING, self._combine),
             ):
-                if part in parts and not (part == ACTIVATION and layer.sizes.gated):
+                if part in parts and part in launched_parts(gated=layer.sizes.gated, is_sorted=layer.is_sorted):
                     step(layer)
         return layer.out
 
@@ -386,16 +398,16 @@ class ExpertLauncher:
 
     def _multiply_gate_up(self, layer: _Layer) -> None:
         """Launch the first product, with the gate if its kernels apply it."""
-        plan = layer.plan
+        plan, base = layer.plan, layer.workspace
         products, applied = (plan.gated, layer.scalars.gate) if layer.sizes.gated else (plan.products, Activation.NONE)
-        self._multiply(layer, plan.gate_up, layer.gate_up, (plan.rows, products), applied, is_complete=False)
+        read = base + plan.rows if layer.is_sorted else layer.hidden
+        self._multiply(layer, plan.gate_up, layer.gate_up, (read, base + products), applied, is_first=True)
 
     def _multiply_down(self, layer: _Layer) -> None:
         """Launch the second product."""
-        plan = layer.plan
-        places = plan.gated, plan.rows
-        # The list was there before the first product began, so this one may fetch weights while that one ends.
-        self._multiply(layer, plan.down, layer.down, places, Activation.NONE, is_complete=True)
+        plan, base = layer.plan, layer.workspace
+        places = base + plan.gated, base + plan.rows
+        self._multiply(layer, plan.down, layer.down, places, Activation.NONE, is_first=False)
 
     def _multiply(
         self,
@@ -405,14 +417,21 @@ class ExpertLauncher:
         places: tuple[int, int],
         applied: Activation,
         *,
-        is_complete: bool,
+        is_first: bool,
     ) -> None:
-        """Launch a product from one place of the workspace to another."""
-        w, (read, written) = weights.experts, (layer.workspace + place for place in places)
+        """Launch a product from one address to another."""
+        w, (read, written) = weights.experts, places
+        rows, ids, slots = layer.routes, _NO_IDS, 0
+        if not layer.is_sorted:
+            rows, ids, slots = layer.sizes.tokens, layer.choice.arguments, layer.sizes.slots
+        launch = (layer.stream, layer.scalars.launch, layer.device) if (is_first and not layer.is_sorted) else layer.behind
+        # The list, or the ids, were there before the first product began, so the second one may fetch weights while
+        # that one ends.
         outcome = self._bindings.library.grouped_gemm(
-            *(self._indices[kernel], layer.routes, w.n, w.k, w.group_size),
+            *(self._indices[kernel], rows, w.n, w.k, w.group_size),
             *(read, weights.pointer, w.nbytes_of_expert, 0, written, 1.0, applied.number, 0),
-            *(w.experts, w.stride, *layer.token_tiles, kernel.cta.tokens, is_complete, *layer.behind),
+            *(w.experts, w.stride, *layer.token_tiles, kernel.cta.tokens, not is_first),
+            *(*ids, slots, is_first and not layer.is_sorted, *launch),
         )
         self._bindings.result_of(outcome)
 
@@ -430,9 +449,10 @@ class ExpertLauncher:
         """Launch the sums over the slots of each token."""
         sizes, plan, base = layer.sizes, layer.plan, layer.workspace
         weights = 0 if layer.scalars.weight_on_input else layer.weights
+        by_route, ids = (base + plan.rows_of_routes, _NO_IDS) if layer.is_sorted else (0, layer.choice.arguments)
         outcome = self._bindings.library.combine_rows(
-            *(base + plan.rows, base + plan.rows_of_routes, weights, layer.output),
-            *(sizes.tokens, sizes.slots, sizes.down.n, *layer.behind),
+            *(base + plan.rows, by_route, weights, layer.output),
+            *(sizes.tokens, sizes.slots, sizes.down.n, *ids, sizes.experts, *layer.behind),
         )
         self._bindings.result_of(outcome)
 
@@ -490,6 +510,8 @@ class ExpertLauncher:
         epilogue = Epilogue.GATED if sizes.gated else Epilogue.NONE
         pair = choosing.choose_pair(self._indices, sizes.mode, (sizes.gate_up, epilogue), sizes.down, routing, card)
         routes = sizes.tokens * sizes.slots
+        unsorted = _can_leave_unsorted(sizes, pair)
+        rows = max(routes, UNSORTED_TOKENS * min(routes, sizes.experts)) if unsorted else routes
         hidden, intermediate = sizes.down.n, sizes.down.k
         tiles = self._token_tiles_bytes(routes, sizes.experts, pair[0].cta.tokens)
         lengths = {
@@ -497,9 +519,9 @@ class ExpertLauncher:
             "routes_of_rows": _INT_BYTES * routes,
             "rows_of_routes": _INT_BYTES * routes,
             "token_tiles": tiles,
-            "rows": _HALF_BYTES * routes * hidden,
+            "rows": _HALF_BYTES * rows * hidden,
             "products": 0 if sizes.gated else _HALF_BYTES * routes * 2 * intermediate,
-            "gated": _HALF_BYTES * routes * intermediate,
+            "gated": _HALF_BYTES * rows * intermediate,
         }
         ends = list(itertools.accumulate(map(align, lengths.values()), initial=0))
         places = dict(zip(lengths, ends, strict=False))
@@ -515,6 +537,7 @@ class ExpertLauncher:
             products=places["products"],
             gated=places["gated"],
             nbytes=ends[-1],
+            can_leave_unsorted=unsorted,
         )
 
     def _packed(self, name: str, w: Any, device: int | None = None) -> ArrayView:
@@ -573,6 +596,23 @@ class ExpertLauncher:
         if not is_torchs_stream(like, stream) and module.is_capturing(stream, device):
             raise InvalidValueError("pass out= and workspace= in a capture: the graph writes there at every replay")
         return empty_like_library(like, module, shape, dtype, device, stream=stream)
+
+
+def launched_parts(*, gated: bool, is_sorted: bool) -> list[str]:
+    """Return the launches of a layer, in order.
+
+    Args:
+        gated: whether the kernels of the first product apply the gate.
+        is_sorted: whether a launch sorts the routes.
+    """
+    left_out = {ROUTING: not is_sorted, ACTIVATION: gated}
+    return [part for part in MOE_PARTS if not left_out.get(part, False)]
+
+
+def _can_leave_unsorted(sizes: MoeSizes, pair: tuple[KernelConfig, KernelConfig]) -> bool:
+    """Return whether both kernels can find the experts of their tokens in the ids."""
+    few = sizes.tokens <= UNSORTED_TOKENS and sizes.tokens * sizes.slots <= MAX_UNSORTED_ROUTES
+    return few and sizes.gated and all(config.cta.tokens == UNSORTED_TOKENS for config in pair)
 
 
 def moe_sizes(

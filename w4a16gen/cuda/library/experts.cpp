@@ -91,26 +91,50 @@ uint64_t bytes_of(int64_t rows, int64_t columns, uint64_t element) {
   return static_cast<uint64_t>(rows) * static_cast<uint64_t>(columns) * element;
 }
 
-std::string why_not(const w4a16_route_arguments& given) {
-  std::string sentence = why_not_routes(given.tokens, given.slots);
-  if (sentence.empty()) {
-    sentence = why_not_numbers({experts_number(given.experts), tile_tokens_number(given.tile_tokens)});
-  }
-  if (sentence.empty() && given.expert_map != nullptr) {
+// The numbers of ids; their arrays are checked with the others of a call.
+std::string why_not_ids(const w4a16_ids& given) {
+  std::string sentence;
+  if (given.expert_map != nullptr) {
     sentence = why_not_numbers({{"global_experts", given.global_experts, 1, kMaxDimension}});
   }
   if (sentence.empty() && given.id_bytes != 4 && given.id_bytes != 8) {
     sentence = "id_bytes of " + std::to_string(given.id_bytes) + " must be 4 or 8";
   }
+  return sentence;
+}
+
+std::string why_not_unsorted(const w4a16_ids& given, int64_t experts, int64_t tokens, int64_t slots) {
+  const std::string sentence = why_not_numbers({experts_number(experts),
+                                                {"tokens of unsorted routes", tokens, 0, kUnsortedTokens},
+                                                {"slots", slots, 1, kMaxUnsortedRoutes},
+                                                {"unsorted routes", tokens * slots, 0, kMaxUnsortedRoutes}});
+  return sentence.empty() ? why_not_ids(given) : sentence;
+}
+
+Array ids_array(const w4a16_ids& given, int64_t routes) {
+  const auto id_bytes = static_cast<uint64_t>(given.id_bytes);
+  return {Use::kRead, "ids", given.ids, id_bytes, bytes_of(routes, 1, id_bytes)};
+}
+
+Array map_array(const w4a16_ids& given) {
+  return {Use::kReadIfGiven, "expert map", given.expert_map, kIntBytes, bytes_of(given.global_experts, 1, kIntBytes)};
+}
+
+std::string why_not(const w4a16_route_arguments& given) {
+  std::string sentence = why_not_routes(given.tokens, given.slots);
+  if (sentence.empty()) {
+    sentence = why_not_numbers({experts_number(given.experts), tile_tokens_number(given.tile_tokens)});
+  }
+  if (sentence.empty()) sentence = why_not_ids({given.ids, given.expert_map, given.global_experts, given.id_bytes});
   const bool gathers = given.hidden != nullptr;
   if (sentence.empty() && gathers) sentence = why_not_numbers({{"columns", given.columns, 1, kMaxDimension}});
   if (sentence.empty() && gathers) sentence = why_not_columns(given.columns);
   if (!sentence.empty()) return sentence;
   const int64_t routes = given.tokens * given.slots;
-  const auto id_bytes = static_cast<uint64_t>(given.id_bytes);
+  const w4a16_ids ids{given.ids, given.expert_map, given.global_experts, given.id_bytes};
   sentence = why_not_arrays({
-      {Use::kRead, "ids", given.ids, id_bytes, bytes_of(routes, 1, id_bytes)},
-      {Use::kReadIfGiven, "expert map", given.expert_map, kIntBytes, bytes_of(given.global_experts, 1, kIntBytes)},
+      ids_array(ids, routes),
+      map_array(ids),
       {Use::kWritten, "offsets", given.offsets, kIntBytes, bytes_of(given.experts + 1, 1, kIntBytes)},
       {Use::kWritten, "routes of rows", given.routes_of_rows, kIntBytes, bytes_of(routes, 1, kIntBytes)},
       {Use::kWritten, "rows of routes", given.rows_of_routes, kIntBytes, bytes_of(routes, 1, kIntBytes)},
@@ -182,25 +206,46 @@ std::string why_not(const w4a16_combine_arguments& given) {
   if (sentence.empty()) sentence = why_not_columns(given.columns);
   if (!sentence.empty() || given.tokens == 0) return sentence;
   const int64_t routes = given.tokens * given.slots;
+  const bool is_unsorted = given.rows_of_routes == nullptr && given.unsorted.ids != nullptr;
+  if (is_unsorted) sentence = why_not_unsorted(given.unsorted, given.experts, given.tokens, given.slots);
+  if (!sentence.empty()) return sentence;
+  const int64_t rows = is_unsorted ? unsorted_rows(routes, given.experts) : routes;
   return why_not_arrays({
-      {Use::kRead, "rows", given.rows, kTensorAlignment, bytes_of(routes, given.columns, kHalfBytes)},
-      {Use::kRead, "rows of routes", given.rows_of_routes, kIntBytes, bytes_of(routes, 1, kIntBytes)},
+      {Use::kRead, "rows", given.rows, kTensorAlignment, bytes_of(rows, given.columns, kHalfBytes)},
+      is_unsorted
+          ? ids_array(given.unsorted, routes)
+          : Array{Use::kRead, "rows of routes", given.rows_of_routes, kIntBytes, bytes_of(routes, 1, kIntBytes)},
+      map_array(given.unsorted),
       {Use::kReadIfGiven, "routing weights", given.weights, kIntBytes, bytes_of(routes, 1, kIntBytes)},
       {Use::kWritten, "output", given.output, kTensorAlignment, bytes_of(given.tokens, given.columns, kHalfBytes)},
   });
 }
 
+std::string why_not_stride(size_t stride, size_t packed_bytes) {
+  if (stride >= packed_bytes && stride % kPackedAlignment == 0) return {};
+  return why_not_bytes("packed stride", stride, packed_bytes,
+                       "be a multiple of " + std::to_string(kPackedAlignment) + ", and at least");
+}
+
 std::string why_not_experts(const Kernel& kernel, const Problem& problem, const w4a16_experts& experts,
                             size_t packed_bytes) {
   std::string sentence = why_not_numbers({experts_number(experts.count)});
+  if (sentence.empty() && experts.unsorted.ids != nullptr) {
+    sentence = why_not_unsorted(experts.unsorted, experts.count, problem.m, experts.slots);
+    if (sentence.empty()) {
+      sentence = why_not_arrays({ids_array(experts.unsorted, problem.m * experts.slots), map_array(experts.unsorted)});
+    }
+    if (sentence.empty() && kernel.info.cta[1] != kUnsortedTokens) {
+      sentence = std::string("unsorted routes need a kernel with ") + std::to_string(kUnsortedTokens) +
+                 " CTA tokens, but " + kernel.info.name + " has " + std::to_string(kernel.info.cta[1]);
+    }
+    return sentence.empty() ? why_not_stride(experts.packed_stride, packed_bytes) : sentence;
+  }
   if (sentence.empty() && experts.tile_tokens != kernel.info.cta[1]) {
     sentence = "tile_tokens of " + std::to_string(experts.tile_tokens) + " must be " +
                std::to_string(kernel.info.cta[1]) + ", those of " + kernel.info.name + ": make another list";
   }
-  if (sentence.empty() && (experts.packed_stride < packed_bytes || experts.packed_stride % kPackedAlignment != 0)) {
-    sentence = why_not_bytes("packed stride", experts.packed_stride, packed_bytes,
-                             "be a multiple of " + std::to_string(kPackedAlignment) + ", and at least");
-  }
+  if (sentence.empty()) sentence = why_not_stride(experts.packed_stride, packed_bytes);
   if (sentence.empty()) sentence = why_not_pointer("list of token tiles", experts.token_tiles, kTensorAlignment);
   if (!sentence.empty()) return sentence;
   return why_not_room(experts.token_tiles_bytes, problem.m, experts.count, experts.tile_tokens);

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "w4a16.h"
+
 namespace w4a16 {
 
 constexpr int64_t kMaxExperts = 1024;    // routing has a thread for each, in one CTA
@@ -15,6 +17,16 @@ constexpr int64_t max_token_tiles(int64_t rows, int64_t experts, int64_t tile_to
 
 constexpr int64_t token_tiles_bytes(int64_t rows, int64_t experts, int64_t tile_tokens) {
   return (max_token_tiles(rows, experts, tile_tokens) + 1) * kTokenTileBytes;
+}
+
+// Products of few tokens find their experts in the ids themselves, and no launch sorts routes first. Each expert that
+// is chosen then multiplies all tokens: a tile has as many tokens in any case.
+constexpr int kUnsortedTokens = W4A16_MAX_UNSORTED_TOKENS;
+constexpr int kMaxUnsortedRoutes = W4A16_MAX_UNSORTED_ROUTES;
+
+// The rows of such a product.
+constexpr int64_t unsorted_rows(int64_t routes, int64_t experts) {
+  return kUnsortedTokens * (experts < routes ? experts : routes);
 }
 
 }  // namespace w4a16

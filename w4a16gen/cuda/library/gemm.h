@@ -6,6 +6,7 @@
 #include "library/capture.h"
 #include "library/checks.h"
 #include "library/epilogue.h"
+#include "library/experts.h"
 
 namespace w4a16 {
 
@@ -72,12 +73,16 @@ inline std::string why_not_in_place(const Launch& launch) {
   const auto experts = static_cast<uint64_t>(launch.experts.count);
   const uint64_t bias_bytes = experts * static_cast<uint64_t>(problem.n) * half_bytes;
   const uint64_t packed_bytes = (experts - 1) * launch.experts.packed_stride + arguments.packed_bytes;
-  const uint64_t rows = static_cast<uint64_t>(problem.m);
+  const bool is_unsorted = launch.experts.unsorted.ids != nullptr;
+  const int64_t written =
+      is_unsorted ? unsorted_rows(problem.m * launch.experts.slots, launch.experts.count) : problem.m;
+  const auto rows = static_cast<uint64_t>(written);
+  const auto read_rows = launch.experts.rows_are_shared != 0 ? static_cast<uint64_t>(problem.m) : rows;
   const auto columns = static_cast<uint64_t>(output_channels(problem.n, arguments.activation));
   const Range output{"output", arguments.output, rows * columns * half_bytes};
   const bool reads_residual = arguments.residual != arguments.output;
   const Range operands[] = {
-      {"activations", arguments.activations, rows * static_cast<uint64_t>(problem.k) * half_bytes},
+      {"activations", arguments.activations, read_rows * static_cast<uint64_t>(problem.k) * half_bytes},
       {"packed weight", arguments.packed, packed_bytes},
       {"bias", arguments.bias, bias_bytes},
       {"residual", arguments.residual, reads_residual ? output.bytes : 0},

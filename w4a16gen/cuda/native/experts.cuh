@@ -57,7 +57,8 @@ __global__ void __launch_bounds__(Threads) activate_rows(const __grid_constant__
 // Adds the rows of each token's routes, in the order of its slots, times their weights. A token without rows gets 0.
 struct CombineParameters {
   const Halves* rows;             // [rows, columns]
-  const int32_t* rows_of_routes;  // [tokens, slots]
+  const int32_t* rows_of_routes;  // [tokens, slots], or null
+  Ids ids;                        // without rows of routes: of unsorted routes
   const float* weights;           // [tokens, slots], or null for 1
   Halves* output;                 // [tokens, columns]
   int tokens;
@@ -67,6 +68,9 @@ struct CombineParameters {
 
 template <int Threads>
 __global__ void __launch_bounds__(Threads) combine_rows(const __grid_constant__ CombineParameters p) {
+  const bool is_unsorted = p.rows_of_routes == nullptr;
+  // The products waited for the ids, so that these are there before the last of them ends.
+  const Choices choices(is_unsorted ? p.ids : Ids{});
   wait_for_prerequisites();
   launch_dependents();
   // A CTA for each piece of a token, so that few tokens are many CTAs.
@@ -74,7 +78,6 @@ __global__ void __launch_bounds__(Threads) combine_rows(const __grid_constant__ 
   for (auto item = int64_t{blockIdx.x}; item < int64_t{p.tokens} * pieces; item += gridDim.x) {
     const int64_t token = item / pieces;
     const int i = static_cast<int>(item - token * pieces) * Threads + static_cast<int>(threadIdx.x);
-    if (i >= p.vectors) continue;
     float sums[kVector] = {};
     for (int begin = 0; begin < p.slots; begin += kSlotsAtOnce) {
       int rows[kSlotsAtOnce];
@@ -83,12 +86,19 @@ __global__ void __launch_bounds__(Threads) combine_rows(const __grid_constant__ 
 #pragma unroll
       for (int j = 0; j < kSlotsAtOnce; ++j) {
         const int64_t route = token * p.slots + begin + j;
-        rows[j] = begin + j < p.slots ? p.rows_of_routes[route] : kNoExpert;
+        const bool is_route = begin + j < p.slots;
+        if (is_unsorted) {
+          const int number = choices.number_of_route(is_route ? static_cast<int>(route) : 0);
+          const int row = number * kUnsortedTokens + static_cast<int>(token);
+          rows[j] = is_route && number != kNoExpert ? row : kNoExpert;
+        } else {
+          rows[j] = is_route ? p.rows_of_routes[route] : kNoExpert;
+        }
         weights[j] = begin + j < p.slots && p.weights != nullptr ? p.weights[route] : 1.f;
       }
 #pragma unroll
       for (int j = 0; j < kSlotsAtOnce; ++j) {
-        if (rows[j] != kNoExpert) values[j] = p.rows[int64_t{rows[j]} * p.vectors + i];
+        if (rows[j] != kNoExpert && i < p.vectors) values[j] = p.rows[int64_t{rows[j]} * p.vectors + i];
       }
 #pragma unroll
       for (int j = 0; j < kSlotsAtOnce; ++j) {
@@ -97,6 +107,7 @@ __global__ void __launch_bounds__(Threads) combine_rows(const __grid_constant__ 
         for (int k = 0; k < kVector; ++k) sums[k] = fmaf(weights[j], __half2float(values[j].value[k]), sums[k]);
       }
     }
+    if (i >= p.vectors) continue;
     Halves result;
 #pragma unroll
     for (int k = 0; k < kVector; ++k) result.value[k] = __float2half_rn(sums[k]);

@@ -74,30 +74,23 @@ inline cudaError_t launch_gathering(const w4a16_gather_arguments& given, int sm_
 
 inline cudaError_t launch_route(const w4a16_route_arguments& given, int sm_count) {
   RoutingParameters p{};
-  if (given.id_bytes == sizeof(int64_t)) {
-    p.experts64 = static_cast<const int64_t*>(given.ids);
-  } else {
-    p.experts32 = static_cast<const int32_t*>(given.ids);
-  }
-  p.expert_map = static_cast<const int32_t*>(given.expert_map);
-  p.global_experts = static_cast<int>(given.expert_map != nullptr ? given.global_experts : given.experts);
-  p.experts = static_cast<int>(given.experts);
-  p.routes = static_cast<int>(given.tokens * given.slots);
+  p.ids = ids_of({given.ids, given.expert_map, given.global_experts, given.id_bytes}, given.experts,
+                 given.tokens * given.slots);
   p.tile_tokens = static_cast<int>(given.tile_tokens);
   p.offsets = static_cast<int32_t*>(given.offsets);
   p.routes_of_rows = static_cast<int32_t*>(given.routes_of_rows);
   p.rows_of_routes = static_cast<int32_t*>(given.rows_of_routes);
   p.token_tiles = static_cast<TokenTiles*>(given.token_tiles);
   const bool gathers = given.hidden != nullptr;
-  const bool at_once = gathers && p.routes <= kMostRoutesGathered;
-  const int gathered_rows = at_once ? p.routes : 0;
-  const int64_t ctas = at_once ? parts_of(p.routes, kRoutingWarps) : 1;
+  const bool at_once = gathers && p.ids.routes <= kMostRoutesGathered;
+  const int gathered_rows = at_once ? p.ids.routes : 0;
+  const int64_t ctas = at_once ? parts_of(p.ids.routes, kRoutingWarps) : 1;
   if (at_once) p.gathered = gathered_by(given.hidden, given.weights, given.rows, given.slots, given.columns);
   const cudaError_t error = start(&route<kRoutingThreads>, p,
                                   {std::min(ctas, int64_t{sm_count}), kRoutingThreads,
-                                   routing_bytes(p.experts, gathered_rows), given.stream, given.dependent_launch});
+                                   routing_bytes(p.ids.experts, gathered_rows), given.stream, given.dependent_launch});
   if (error != cudaSuccess || !gathers || at_once) return error;
-  return launch_gathering({given.hidden, p.offsets + p.experts, given.routes_of_rows, given.weights, given.rows,
+  return launch_gathering({given.hidden, p.offsets + p.ids.experts, given.routes_of_rows, given.weights, given.rows,
                            given.tokens, given.slots, given.columns, given.stream, 1},
                           sm_count);
 }
@@ -132,6 +125,7 @@ inline cudaError_t launch_combining(const w4a16_combine_arguments& given, int sm
   CombineParameters p{};
   p.rows = static_cast<const Halves*>(given.rows);
   p.rows_of_routes = static_cast<const int32_t*>(given.rows_of_routes);
+  if (given.rows_of_routes == nullptr) p.ids = ids_of(given.unsorted, given.experts, given.tokens * given.slots);
   p.weights = static_cast<const float*>(given.weights);
   p.output = static_cast<Halves*>(given.output);
   p.tokens = static_cast<int>(given.tokens);

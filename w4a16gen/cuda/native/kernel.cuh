@@ -36,7 +36,7 @@ __device__ inline void consume(const Parameters& p, const Shared<S>& shared, con
 #pragma unroll 1
   for (int index = work.first_tile; index < work.end_tile; index = next_tile<S>(p.tiling, work, index), ++turn) {
     const Work now = renewed<S>(p.tiling, work);
-    const Tile tile = tile_at<S>(p, now, index);
+    const Tile tile = tile_at<S>(p, shared, now, index);
     ChannelFactors<S> factors;
     if constexpr (S::SpareRegisters) factors.load(p, tile, me);
     const int stages = tile.blocks * S::StagesPerBlock;
@@ -86,7 +86,7 @@ __device__ inline void run(const Parameters& p) {
   extern __shared__ __align__(1024) uint8_t memory[];
   const Shared<S> shared(memory);
   const int rank = S::ClusterSize > 1 ? static_cast<int>(cluster_rank()) : 0;
-  const Work work = work_of<S>(p, rank);
+  const Work work = work_of<S>(p, shared, rank);
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / kWarp, 0);
   prologue<S>(p, shared, work, warp);
 

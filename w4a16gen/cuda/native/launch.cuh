@@ -150,6 +150,25 @@ constexpr bool dependents_start_early(int ctas, int clusters_at_once) {
   return S::CtasPerSm == 1 || 2 * ctas > clusters_at_once * S::ClusterSize;
 }
 
+inline Ids ids_of(const w4a16_ids& given, int64_t experts, int64_t routes) {
+  Ids ids{};
+  if (given.id_bytes == sizeof(int64_t)) {
+    ids.experts64 = static_cast<const int64_t*>(given.ids);
+  } else {
+    ids.experts32 = static_cast<const int32_t*>(given.ids);
+  }
+  ids.expert_map = static_cast<const int32_t*>(given.expert_map);
+  ids.global_experts = static_cast<int>(given.expert_map != nullptr ? given.global_experts : experts);
+  ids.experts = static_cast<int>(experts);
+  ids.routes = static_cast<int>(routes);
+  return ids;
+}
+
+// The rows of a product of unsorted routes: kUnsortedTokens for each expert that may be chosen.
+inline int64_t rows_of_unsorted(const Launch& launch) {
+  return unsorted_rows(launch.problem.m * launch.experts.slots, launch.experts.count);
+}
+
 template <class S>
 cudaError_t launch(const Launch& launch) {
   const PackedLayout layout(launch.problem, S::Mode);
@@ -163,7 +182,10 @@ cudaError_t launch(const Launch& launch) {
   const auto* packed = static_cast<const uint8_t*>(given.packed);
   Parameters parameters{};
   const int fetched_tokens = S::SkipsOutOfBoundsRows && m < S::Tokens ? static_cast<int>(m) : S::Tokens;
-  if (!encode_tensor_map(&parameters.activations, given.activations, m, k, fetched_tokens))
+  const bool is_unsorted = S::FindsExperts && launch.experts.unsorted.ids != nullptr;
+  const bool shares_rows = is_unsorted && launch.experts.rows_are_shared != 0;
+  const int64_t rows = is_unsorted && !shares_rows ? rows_of_unsorted(launch) : m;
+  if (!encode_tensor_map(&parameters.activations, given.activations, rows, k, fetched_tokens))
     return cudaErrorInvalidValue;
   const auto encode_output = [m = m, n = n](CUtensorMap* map, const void* matrix) {
     return encode_tensor_map(map, matrix, m, n / S::ChannelsPerOutput, S::StoredTokens,
@@ -192,7 +214,10 @@ cudaError_t launch(const Launch& launch) {
   int64_t tiled_tokens = m;
   if constexpr (S::Grouped) {
     const w4a16_experts& experts = launch.experts;
-    tiled_tokens = max_token_tiles(m, experts.count, S::Tokens) * S::Tokens;
+    tiled_tokens = is_unsorted ? rows_of_unsorted(launch) : max_token_tiles(m, experts.count, S::Tokens) * S::Tokens;
+    if (is_unsorted) parameters.ids = ids_of(experts.unsorted, experts.count, m * experts.slots);
+    parameters.routes_are_unsorted = is_unsorted;
+    parameters.rows_are_shared = shares_rows;
     parameters.expert_bytes = static_cast<int64_t>(experts.packed_stride);
     parameters.token_tiles = static_cast<const TokenTiles*>(experts.token_tiles);
     parameters.list_is_complete = experts.list_is_complete != 0;

@@ -5,7 +5,7 @@
 #include <cuda_fp16.h>
 
 #include "native/activation.h"
-#include "native/ptx.cuh"
+#include "native/choices.cuh"
 #include "native/tiles.h"
 
 namespace w4a16::native {
@@ -31,36 +31,14 @@ struct Parameters {
   uint64_t epoch;                 // stream-K: the value of a flag whose sums are complete, unique to this launch
   const TokenTiles* token_tiles;  // grouped
   int64_t expert_bytes;           // grouped: from one expert's packed weight to the next
+  Ids ids;                        // grouped, of unsorted routes
+  bool routes_are_unsorted;       // grouped: there is no list
+  bool rows_are_shared;           // of unsorted routes: every expert multiplies the same rows
   // Of kernels with an epilogue. They come last, so that the others find theirs where they were.
   CUtensorMap residual;          // of the output's boxes
   const half* residual_pointer;  // of the output's shape, possibly the output itself; or null
   Activation activation;
 };
-
-// What a CTA works on. Grouped products read the list, which an earlier kernel has written. Where that is not the
-// previous one, weights are fetched while the previous one still runs.
-template <class S>
-__device__ inline Work work_of(const Parameters& p, int rank) {
-  const auto cta = static_cast<int>(blockIdx.x);
-  const auto ctas = static_cast<int>(gridDim.x);
-  if constexpr (S::Grouped) {
-    if (!p.list_is_complete) wait_for_prerequisites();
-    // The entry of the first tile comes with the number of entries, not after it.
-    prefetch_line(S::Scheduler::template first_entry<S>(p.tiling, cta, *p.token_tiles));
-    return S::Scheduler::template work_of<S>(p.tiling, cta, ctas, rank, *p.token_tiles);
-  } else {
-    return work_of<S>(p.tiling, cta, ctas, rank);
-  }
-}
-
-template <class S>
-__device__ inline Tile tile_at(const Parameters& p, const Work& work, int index) {
-  if constexpr (S::Grouped) {
-    return S::Scheduler::template tile_at<S>(p.tiling, work, index, *p.token_tiles);
-  } else {
-    return tile_at<S>(p.tiling, work, index);
-  }
-}
 
 // The bytes from the first expert's weights to those of a tile.
 template <class S>
@@ -116,6 +94,8 @@ struct Shared {
   static constexpr int kPartials = kWeights + S::Stages * S::WeightBytes;
   static constexpr int kReceived = kPartials + S::PartialBytes;
   static constexpr int kBarriers = kReceived + 2 * S::ReceivedBytes;
+  static constexpr int kExperts = kBarriers + S::BarrierBytes - kMaxUnsortedRoutes * 2;
+  static_assert(!S::FindsExperts || kBarriers + (2 * S::Stages + 3) * 8 <= kExperts, "experts lie behind the barriers");
 
   __device__ uint32_t activations(int slot) const { return base + slot * S::ActivationBytes; }
   __device__ uint32_t weights(int slot) const { return base + kWeights + slot * S::WeightBytes; }
@@ -126,9 +106,59 @@ struct Shared {
   __device__ uint32_t empty(int slot) const { return base + kBarriers + (S::Stages + slot) * 8; }
   // The barrier of partial sums from the cluster.
   __device__ uint32_t arrived(int buffer) const { return base + kBarriers + (2 * S::Stages + buffer) * 8; }
+  // The expert with a number, of unsorted routes: 16 bits.
+  __device__ uint32_t expert(int number) const { return base + kExperts + number * 2; }
   // The barrier of a tile's residual, where the output goes through shared memory.
   __device__ uint32_t residual() const { return base + kBarriers + (2 * S::Stages + 2) * 8; }
 };
+
+// What a CTA works on. Grouped products read the list, which an earlier kernel has written, or the experts of unsorted
+// routes. Where that is not the previous kernel, weights are fetched while the previous one still runs. All threads
+// call it, and its result is complete behind the next __syncthreads.
+template <class S>
+__device__ inline Work work_of(const Parameters& p, const Shared<S>& shared, int rank) {
+  const auto cta = static_cast<int>(blockIdx.x);
+  const auto ctas = static_cast<int>(gridDim.x);
+  if constexpr (S::Grouped) {
+    if (!p.list_is_complete) wait_for_prerequisites();
+    if constexpr (S::FindsExperts) {
+      if (p.routes_are_unsorted) {
+        const Choices choices(p.ids);
+#pragma unroll
+        for (int part = 0; part < Choices::kParts; ++part) {
+          if (threadIdx.x < kWarp && choices.is_first(part)) {
+            store_shared_half(shared.expert(choices.number[part]), choices.expert[part]);
+          }
+        }
+        Work work = S::Scheduler::template work_of<S>(p.tiling, cta, ctas, rank, choices.count());
+        work.first_expert = choices.expert_of_number(p.tiling.by_channel_tiles.quotient(work.first_tile));
+        return work;
+      }
+    }
+    // The entry of the first tile comes with the number of entries, not after it.
+    prefetch_line(S::Scheduler::template first_entry<S>(p.tiling, cta, *p.token_tiles));
+    return S::Scheduler::template work_of<S>(p.tiling, cta, ctas, rank, p.token_tiles->count);
+  } else {
+    return work_of<S>(p.tiling, cta, ctas, rank);
+  }
+}
+
+template <class S>
+__device__ inline Tile tile_at(const Parameters& p, const Shared<S>& shared, const Work& work, int index) {
+  if constexpr (S::Grouped) {
+    if constexpr (S::FindsExperts) {
+      if (p.routes_are_unsorted) {
+        const int number = p.tiling.by_channel_tiles.quotient(index);
+        const bool is_first = index == work.first_tile;
+        const int expert = is_first ? work.first_expert : static_cast<int>(load_shared_half(shared.expert(number)));
+        return S::Scheduler::template tile_of<S>(p.tiling, work, index, number, expert, p.m);
+      }
+    }
+    return S::Scheduler::template tile_at<S>(p.tiling, work, index, *p.token_tiles);
+  } else {
+    return tile_at<S>(p.tiling, work, index);
+  }
+}
 
 // How the CTAs of a cluster share one operand. A copy of this CTA fills the shared memory of all CTAs in `mask`. The
 // `count` CTAs take turns: this one copies the stages whose number has the remainder `turn`.
@@ -203,10 +233,11 @@ __device__ inline void copy_activations(const Parameters& p, const Shared<S>& sh
   if (!multicast.is_turn(stage)) return;
   const uint32_t full = shared.full(slot);
   const int k = tile.first_block * kBlockK + stage * S::K;
+  const int token = S::FindsExperts && p.rows_are_shared ? 0 : tile.token;
 #pragma unroll
   for (int half = 0; half < S::Halves; ++half) {
     tensor_copy<S::ClusterChannels>(shared.activations(slot) + half * S::HalfActivationBytes, &p.activations,
-                                    k + half * 64, tile.token, full, multicast.mask);
+                                    k + half * 64, token, full, multicast.mask);
   }
 }
 

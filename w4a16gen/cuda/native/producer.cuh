@@ -36,7 +36,7 @@ __device__ inline void prologue(const Parameters& p, const Shared<S>& shared, co
   if (warp < kProducerWarps && S::PrologueStages > 0) {
     // Only of grouped products the number of tiles is not known when the grid is.
     const bool has_work = !S::Grouped || work.first_tile < work.end_tile;
-    const Tile tile = has_work ? tile_at<S>(p, work, work.first_tile) : Tile{};
+    const Tile tile = has_work ? tile_at<S>(p, shared, work, work.first_tile) : Tile{};
     const WeightRows<S> rows(p, tile);
     const int stages = min(S::PrologueStages, tile.blocks * S::StagesPerBlock);
     if (elected()) {
@@ -79,7 +79,7 @@ __device__ inline void produce(const Parameters& p, const Shared<S>& shared, con
   Position<S::Stages> at;
 #pragma unroll 1
   for (int index = work.first_tile; index < work.end_tile; index = next_tile<S>(p.tiling, work, index)) {
-    const Tile tile = tile_at<S>(p, work, index);
+    const Tile tile = tile_at<S>(p, shared, work, index);
     const int stages = tile.blocks * S::StagesPerBlock;
     const auto fetch = fetch_tile(tile);
     int stage = min(skip, stages);
@@ -107,7 +107,7 @@ __device__ inline void produce_weights(const Parameters& p, const Shared<S>& sha
   };
   int filled = S::PrologueStages;
   if (S::CtasPerSm == 2 && !S::Grouped && p.is_dependent) {  // the previous launch has priority (FillPause)
-    const Tile tile = tile_at<S>(p, work, work.first_tile);
+    const Tile tile = tile_at<S>(p, shared, work, work.first_tile);
     const auto fetch = fetch_tile(tile);
     const int stages = tile.blocks * S::StagesPerBlock;
     filled = min(S::Stages, stages);
@@ -128,7 +128,7 @@ __device__ inline void produce_activations(const Parameters& p, const Shared<S>&
   if (S::CtasPerSm == 2 && !S::Grouped && p.is_dependent) {
     // The weights are there when the previous kernel ends. The barriers already expect all activations of the ring, so
     // that only their copies remain: requesting 16 stages takes 0.5 us instead of 1.8 (4096x4096, one token).
-    const Tile tile = tile_at<S>(p, work, work.first_tile);
+    const Tile tile = tile_at<S>(p, shared, work, work.first_tile);
     skip = min(S::Stages, tile.blocks * S::StagesPerBlock);
     for (int stage = 0; stage < skip; ++stage) expect_activations<S>(p, shared, stage);
     wait_for_prerequisites();

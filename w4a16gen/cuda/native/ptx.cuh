@@ -231,6 +231,16 @@ __device__ inline uint4 load_shared(uint32_t address) {
   return value;
 }
 
+__device__ inline void store_shared_half(uint32_t address, int value) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(static_cast<uint16_t>(value)) : "memory");
+}
+
+__device__ inline uint16_t load_shared_half(uint32_t address) {
+  uint16_t value;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(address) : "memory");
+  return value;
+}
+
 __device__ inline uint32_t load_shared_word(uint32_t address) {
   uint32_t value;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");

@@ -168,7 +168,7 @@ __device__ inline bool fix_up(const Parameters& p, const Tile& tile, int index, 
 template <class S>
 __device__ inline void publish_fixup(const Parameters& p, const Work& work) {
   static_assert(kWarpgroupBarrier + S::Warpgroups <= kFixupBarrier, "named barriers must not overlap");
-  if (tile_at<S>(p, work, work.first_tile).first_block == 0) return;
+  if (tile_at<S>(p.tiling, work, work.first_tile).first_block == 0) return;
   named_barrier(kFixupBarrier, S::Consumers + kWarp);
   const int lane = threadIdx.x % kWarp;
   auto* const flags = reinterpret_cast<uint64_t*>(fixup_slot<S>(p, work.unit, work.rank));

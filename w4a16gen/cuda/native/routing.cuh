@@ -1,10 +1,10 @@
 // From the experts that tokens chose to the rows and token tiles of grouped products.
 //
-// A route is a token's choice of one expert; its number is token * slots + slot. Rows are routes in the order of their
-// experts, and within an expert in the order of their numbers. So bits repeat. Routes to no expert have no row.
+// Rows are routes in the order of their experts, and within an expert in the order of their numbers. So bits repeat.
+// Routes to no expert have no row.
 #pragma once
 
-#include "native/ptx.cuh"
+#include "native/choices.cuh"
 #include "native/rows.cuh"
 #include "native/tiles.h"
 
@@ -13,16 +13,9 @@ namespace w4a16::native {
 constexpr int kRoutingThreads = 1024;
 constexpr int kRoutingWarps = kRoutingThreads / kWarp;
 static_assert(kMaxExperts == kRoutingThreads, "a thread for each");
-constexpr uint32_t kAllLanes = 0xffffffff;
-constexpr int kNoExpert = -1;
 
 struct RoutingParameters {
-  const int32_t* experts32;   // of each route; or
-  const int64_t* experts64;   // the same with 64 bits
-  const int32_t* expert_map;  // [global experts], to the experts here or kNoExpert; may be null
-  int global_experts;
-  int experts;
-  int routes;
+  Ids ids;
   int tile_tokens;
   int32_t* offsets;         // [experts + 1], written: the first row of each expert, and their number
   int32_t* routes_of_rows;  // [routes], written
@@ -110,13 +103,6 @@ __device__ inline void write_token_tiles(TokenTiles* list, const int32_t* first_
   }
 }
 
-__device__ inline int expert_of(const RoutingParameters& p, int route) {
-  const int64_t global = p.experts64 != nullptr ? p.experts64[route] : p.experts32[route];
-  if (global < 0 || global >= p.global_experts) return kNoExpert;
-  const int expert = p.expert_map != nullptr ? p.expert_map[global] : static_cast<int>(global);
-  return expert >= 0 && expert < p.experts ? expert : kNoExpert;
-}
-
 constexpr int kReadAhead = 8;  // ids that a thread reads at once: each read takes long
 
 // How warps divide the routes: each takes `rounds` times 32 routes that follow one another.
@@ -141,7 +127,7 @@ __device__ inline void for_routes(const RoutingParameters& p, const Division& di
 #pragma unroll
     for (int i = 0; i < kReadAhead; ++i) {
       const int route = first + (begin + i) * kWarp;
-      experts[i] = begin + i < division.rounds && route < p.routes ? expert_of(p, route) : kNoExpert;
+      experts[i] = begin + i < division.rounds && route < p.ids.routes ? p.ids.expert_of(route) : kNoExpert;
     }
 #pragma unroll
     for (int i = 0; i < kReadAhead; ++i) {
@@ -179,13 +165,13 @@ __device__ inline int sum_up_warps(const RoutingMemory& shared, const Division& 
 template <int Threads>
 __global__ void __launch_bounds__(Threads) route(const __grid_constant__ RoutingParameters p) {
   extern __shared__ __align__(1024) uint8_t memory[];
-  const RoutingMemory shared(memory, p.experts);
+  const RoutingMemory shared(memory, p.ids.experts);
   const auto thread = static_cast<int>(threadIdx.x);
   const int lane = thread % kWarp;
   const bool is_writer = blockIdx.x == 0;
-  const Division division(p.routes);
-  int32_t* const mine = shared.counts + thread / kWarp * p.experts;
-  for (int i = thread; i < division.warps * p.experts; i += kRoutingThreads) shared.counts[i] = 0;
+  const Division division(p.ids.routes);
+  int32_t* const mine = shared.counts + thread / kWarp * p.ids.experts;
+  for (int i = thread; i < division.warps * p.ids.experts; i += kRoutingThreads) shared.counts[i] = 0;
   wait_for_prerequisites();
   launch_dependents();
   __syncthreads();
@@ -194,21 +180,21 @@ __global__ void __launch_bounds__(Threads) route(const __grid_constant__ Routing
     __syncwarp();
   });
   __syncthreads();
-  const int rows = sum_up_warps(shared, division, p.experts);
+  const int rows = sum_up_warps(shared, division, p.ids.experts);
   const PrefixSum all_rows = prefix_sum(rows, shared.sums);
   const PrefixSum all_tiles = prefix_sum((rows + p.tile_tokens - 1) / p.tile_tokens, shared.sums + kRoutingWarps);
-  if (thread < p.experts) {
+  if (thread < p.ids.experts) {
     shared.first_rows[thread] = all_rows.before;
     shared.first_tiles[thread] = all_tiles.before;
     if (is_writer) p.offsets[thread] = all_rows.before;
   }
   if (thread == 0) {
-    shared.first_rows[p.experts] = all_rows.total;
-    if (is_writer) p.offsets[p.experts] = all_rows.total;
+    shared.first_rows[p.ids.experts] = all_rows.total;
+    if (is_writer) p.offsets[p.ids.experts] = all_rows.total;
   }
   __syncthreads();
   if (is_writer) {
-    write_token_tiles(p.token_tiles, shared.first_tiles, p.experts, all_tiles.total,
+    write_token_tiles(p.token_tiles, shared.first_tiles, p.ids.experts, all_tiles.total,
                       [&](int expert) { return make_int2(shared.first_rows[expert], shared.first_rows[expert + 1]); });
   }
   const bool gathers = p.gathered.hidden != nullptr;
@@ -223,7 +209,7 @@ __global__ void __launch_bounds__(Threads) route(const __grid_constant__ Routing
       }
       if (gathers) shared.routes_of_rows[row] = route;
       if (lane == __ffs(static_cast<int>(same)) - 1) mine[expert] = earlier + __popc(same);
-    } else if (is_writer && route < p.routes) {
+    } else if (is_writer && route < p.ids.routes) {
       p.rows_of_routes[route] = kNoExpert;
     }
     __syncwarp();

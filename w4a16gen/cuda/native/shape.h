@@ -4,6 +4,7 @@
 // out shared memory for them and asserts that everything fits.
 #pragma once
 
+#include "library/experts.h"
 #include "native/layout.h"
 
 namespace w4a16::native {
@@ -80,6 +81,7 @@ struct TileShape {
   static constexpr bool Multicasts = ClusterChannels * ClusterTokens > 1;
   static_assert(!(Multicasts && ClusterK > 1), "a cluster multicasts operands or splits K, not both");
   static_assert(!(StreamK && ClusterK > 1), "stream-K splits K among clusters, not within them");
+  static constexpr bool FindsExperts = Grouped && Tokens == kUnsortedTokens;  // it can: see choices.cuh
   static_assert(!(Grouped && ClusterTokens > 1), "the token tiles of a cluster would belong to different experts");
 
   static constexpr int Mode = Mode_;

@@ -2,7 +2,6 @@
 // counts that all CTAs together sum every k block of every tile once.
 #pragma once
 
-#include "library/experts.h"
 #include "native/shape.h"
 
 namespace w4a16::native {
@@ -78,6 +77,7 @@ struct Work {
   int end_tile;
   int rank;
   int unit;
+  int first_expert = 0;  // grouped, of unsorted routes: that of the first tile
 };
 
 static_assert(sizeof(TokenTile) == kTokenTileBytes && sizeof(TokenTiles) == 2 * kTokenTileBytes,
@@ -244,8 +244,8 @@ struct grouped {
   static int split_tiles(int, int) { return 0; }
 
   template <class S>
-  W4A16_HOST_DEVICE static Work work_of(const Tiling& tiling, int cta, int ctas, int rank, const TokenTiles& list) {
-    return {cta / S::ClusterSize, ctas / S::ClusterSize, tiling.channel_tiles * list.count, rank, 0};
+  W4A16_HOST_DEVICE static Work work_of(const Tiling& tiling, int cta, int ctas, int rank, int token_tiles) {
+    return {cta / S::ClusterSize, ctas / S::ClusterSize, tiling.channel_tiles * token_tiles, rank, 0};
   }
 
   // The entry of a CTA's first tile, if it has one. It lies in the memory of the list in any case.
@@ -266,6 +266,17 @@ struct grouped {
     tile.token += entry.first_token;
     tile.expert = entry.expert;
     tile.end_token = entry.end_token;
+    return tile;
+  }
+
+  // The tile of unsorted routes: that of the expert with a number, which has kUnsortedTokens rows.
+  template <class S>
+  W4A16_HOST_DEVICE static Tile tile_of(const Tiling& tiling, const Work& work, int index, int number, int expert,
+                                        int tokens) {
+    Tile tile = persistent::tile_among<S>(tiling, 1, work, index - number * tiling.channel_tiles);
+    tile.token = number * kUnsortedTokens;
+    tile.expert = expert;
+    tile.end_token = tile.token + tokens;
     return tile;
   }
 };

@@ -42,8 +42,9 @@ inline Outcome grouped_gemm(const KernelLibrary& library, int kernel, int64_t m,
                             int64_t group_size, uintptr_t activations, uintptr_t packed, size_t packed_bytes,
                             uintptr_t bias, uintptr_t output, float alpha, int activation, uintptr_t residual,
                             int64_t experts, size_t packed_stride, uintptr_t token_tiles, size_t token_tiles_bytes,
-                            int64_t tile_tokens, bool list_is_complete, uintptr_t stream, int dependent_launch,
-                            int device) {
+                            int64_t tile_tokens, bool list_is_complete, uintptr_t ids, int id_bytes,
+                            uintptr_t expert_map, int64_t global_experts, int64_t slots, bool rows_are_shared,
+                            uintptr_t stream, int dependent_launch, int device) {
   const w4a16_problem problem{m, n, k, group_size};
   w4a16_gemm_arguments arguments{};
   arguments.activations = pointer(activations);
@@ -63,6 +64,9 @@ inline Outcome grouped_gemm(const KernelLibrary& library, int kernel, int64_t m,
   grouped.token_tiles_bytes = token_tiles_bytes;
   grouped.tile_tokens = tile_tokens;
   grouped.list_is_complete = list_is_complete ? 1 : 0;
+  grouped.unsorted = {pointer(ids), pointer(expert_map), global_experts, id_bytes};
+  grouped.slots = slots;
+  grouped.rows_are_shared = rows_are_shared ? 1 : 0;
   return launched_on(device, [&](char* message, size_t bytes) {
     return library.grouped_gemm(kernel, &problem, &arguments, &grouped, message, bytes);
   });
@@ -138,8 +142,9 @@ inline Outcome activate_rows(const KernelLibrary& library, uintptr_t gates_and_f
 }
 
 inline Outcome combine_rows(const KernelLibrary& library, uintptr_t rows, uintptr_t rows_of_routes, uintptr_t weights,
-                            uintptr_t output, int64_t tokens, int64_t slots, int64_t columns, uintptr_t stream,
-                            int dependent_launch, int device) {
+                            uintptr_t output, int64_t tokens, int64_t slots, int64_t columns, uintptr_t ids,
+                            int id_bytes, uintptr_t expert_map, int64_t global_experts, int64_t experts,
+                            uintptr_t stream, int dependent_launch, int device) {
   w4a16_combine_arguments arguments{};
   arguments.rows = pointer(rows);
   arguments.rows_of_routes = pointer(rows_of_routes);
@@ -148,6 +153,8 @@ inline Outcome combine_rows(const KernelLibrary& library, uintptr_t rows, uintpt
   arguments.tokens = tokens;
   arguments.slots = slots;
   arguments.columns = columns;
+  arguments.unsorted = {pointer(ids), pointer(expert_map), global_experts, id_bytes};
+  arguments.experts = experts;
   return launched(library.combine_rows, arguments, stream, dependent_launch, device);
 }
 

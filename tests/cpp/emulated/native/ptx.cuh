@@ -83,6 +83,19 @@ inline uint32_t __match_any_sync(uint32_t, int value) {
   return mine.same;
 }
 
+inline uint32_t __ballot_sync(uint32_t, bool predicate) {
+  struct Lane {
+    bool predicate;
+    uint32_t all;
+  } mine{predicate, 0};
+  emulation::meet_as("__ballot_sync", 32, mine, [](Lane* const* all) {
+    uint32_t lanes = 0;
+    for (int i = 0; i < 32; ++i) lanes |= static_cast<uint32_t>(all[i]->predicate) << i;
+    for (int i = 0; i < 32; ++i) all[i]->all = lanes;
+  });
+  return mine.all;
+}
+
 inline int __popc(uint32_t word) { return __builtin_popcount(word); }
 inline int __ffs(int word) { return __builtin_ffs(word); }
 
@@ -272,6 +285,8 @@ inline float reciprocal_approximate(float x) { return 1.f / x; }
 inline float4 load_shared_floats(uint32_t address) { return load_at<float4>(address); }
 inline void store_shared_floats(uint32_t address, float4 value) { store_at(address, value); }
 inline uint4 load_shared(uint32_t address) { return load_at<uint4>(address); }
+inline void store_shared_half(uint32_t address, int value) { store_at(address, static_cast<uint16_t>(value)); }
+inline uint16_t load_shared_half(uint32_t address) { return load_at<uint16_t>(address); }
 inline uint32_t load_shared_word(uint32_t address) { return load_at<uint32_t>(address); }
 
 inline void publish(uint64_t* flag, uint64_t value) {
