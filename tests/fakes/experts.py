@@ -221,22 +221,28 @@ class Grouped:
         layout = layout_for(self.config.target, gated=self.activation.is_gated)
         return PackedWeight(data, layout, n, k, group_size, self.config.mode)
 
+    @property
+    def rows(self) -> int:
+        """The rows of the output."""
+        m = self.problem.m
+        return UNSORTED_TOKENS * min(m * self.slots, self.experts) if self.ids else m
+
+    def rows_of_experts(self) -> Mapping[int, Any]:
+        """Return the rows of each expert that has some, as an index."""
+        if not self.ids:
+            return rows_of_tiles(self.token_tiles, self.token_tiles_bytes)
+        tokens = np.arange(self.problem.m)
+        numbers = numbers_of_experts(self, self.problem.m, self.slots)
+        return {expert: UNSORTED_TOKENS * number + tokens for expert, number in numbers.items()}
+
     @QUIETLY
     def run(self) -> None:
         """Multiply the rows of each expert."""
         m, n, k, _ = vars(self.problem).values()
-        rows = m
-        owners: Mapping[int, Any]
-        if self.ids:
-            numbers = numbers_of_experts(self, m, self.slots)
-            rows = UNSORTED_TOKENS * min(m * self.slots, self.experts)
-            owners = {expert: UNSORTED_TOKENS * number + np.arange(m) for expert, number in numbers.items()}
-        else:
-            owners = rows_of_tiles(self.token_tiles, self.token_tiles_bytes)
-        a = memory_at(self.activations, (m if self.rows_are_shared else rows, k), "<f2")
-        out = memory_at(self.output, (rows, n // 2 if self.activation.is_gated else n), "<f2")
+        a = memory_at(self.activations, (m if self.rows_are_shared else self.rows, k), "<f2")
+        out = memory_at(self.output, (self.rows, n // 2 if self.activation.is_gated else n), "<f2")
         bias = memory_at(self.bias, (self.experts, n), "<f2") if self.bias else None
-        for expert, own in owners.items():
+        for expert, own in self.rows_of_experts().items():
             product = gemm_reference(
                 a if self.rows_are_shared else a[own],
                 self.weight(expert).unpack(),

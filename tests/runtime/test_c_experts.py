@@ -28,6 +28,7 @@ from w4a16gen.weights.reference import random_weight
 
 PLAIN = KernelConfig.parse("w4a16_sm90_native_fgs_cta64x8x128_cluster1x1x1_warps8_grouped")
 GATED = KernelConfig.parse(f"{PLAIN.name}_gated")
+NO_IDS = (0, 0, 0, 0)
 STEP = 1 << 20
 TILES = 5 * 16
 """Bytes of the list of 8 rows and 3 experts, with tiles of 8 tokens: a head, a full tile, and a last one of each."""
@@ -409,7 +410,7 @@ def test_the_module_passes_the_kind_of_launch(emulated: EmulatedExperts, fake_li
         opened.list_token_tiles(STEP, 0, 0, 3, 8, 8, 2 * STEP, TILES, *on),
         opened.gather_rows(STEP, 2 * STEP, 3 * STEP, 0, 5 * STEP, 4, 2, 16, *on),
         opened.activate_rows(STEP, 2 * STEP, 3 * STEP, 8, 16, Activation.SWIGLU.number, *on),
-        opened.combine_rows(STEP, 2 * STEP, 0, 4 * STEP, 4, 2, 16, *on),
+        opened.combine_rows(STEP, 2 * STEP, 0, 4 * STEP, 4, 2, 16, *NO_IDS, 3, *on),
     ):
         assert outcome == (INVALID, "dependent_launch of 3 must be a w4a16_launch, 0 to 2")
 
@@ -462,7 +463,7 @@ def test_the_module_makes_the_same_calls(emulated: EmulatedExperts, fake_library
         together = aligned(np.stack(packed))
         out = aligned(np.full((routes, n // 2 if activation.is_gated else n), np.nan, np.float16))
         numbers = (kernel, routes, n, a.shape[1], 64, at(a), at(together), together[0].size, 0, at(out), 1.0)
-        grouped = (experts, together[0].size, at(tiles), tiles_bytes, 8, False)
+        grouped = (experts, together[0].size, at(tiles), tiles_bytes, 8, False, *NO_IDS, 0, False)
         check(opened.grouped_gemm(*numbers, activation.number, 0, *grouped, *on))
         return out
 
@@ -475,7 +476,45 @@ def test_the_module_makes_the_same_calls(emulated: EmulatedExperts, fake_library
     assert np.allclose(fused[:last].astype(float), act[:last].astype(float), rtol=4e-3, atol=4e-3)
     down = multiply(act, [pack_weight(weight).data for weight in w2], size, Activation.NONE, 0)
     output = aligned(np.full((tokens, size), np.nan, np.float16))
-    check(opened.combine_rows(at(down), at(rows_of_routes), at(weights), at(output), tokens, slots, size, *on))
+    check(
+        opened.combine_rows(
+            at(down), at(rows_of_routes), at(weights), at(output), tokens, slots, size, *NO_IDS, experts, *on
+        )
+    )
     assert np.array_equal(output.view(np.uint16), wanted.view(np.uint16))
-    refused = opened.combine_rows(0, at(rows_of_routes), at(weights), at(output), tokens, slots, size, *on)
+    refused = opened.combine_rows(
+        0, at(rows_of_routes), at(weights), at(output), tokens, slots, size, *NO_IDS, experts, *on
+    )
     assert refused == (INVALID, "rows must not be null")
+
+
+@pytest.mark.compile
+def test_the_module_lets_products_find_the_experts_of_few_tokens(
+    emulated: EmulatedExperts, fake_library: Library
+) -> None:
+    opened = fake_library.module.KernelLibrary(str(emulated.path))
+    rng = np.random.default_rng(4)
+    size, inner, tokens, slots, experts = 64, 128, 7, 2, 3
+    w13, w2 = (
+        [random_weight(rng, n, k, 64, QuantMode.FINEGRAINED_SCALE_ONLY) for _ in range(experts)]
+        for n, k in ((2 * inner, size), (size, inner))
+    )
+    hidden = aligned(rng.standard_normal((tokens, size)).astype(np.float16))
+    ids = aligned(rng.integers(-1, experts, (tokens, slots)))
+    weights = aligned(rng.random((tokens, slots)).astype(np.float32))
+    wanted = emulated.moe(PLAIN, hidden, w13, w2, ids, weights)
+    emulated.library.emulation_set(0, 4)
+    on, chosen = (0, False, 0), (at(ids), 8, 0, 0)
+    gated, down = (aligned(np.full((8 * experts, columns), np.nan, np.float16)) for columns in (inner, size))
+    for kernel, a, out, weight, applied in (
+        (1, hidden, gated, w13, Activation.SWIGLU),
+        (0, gated, down, w2, Activation.NONE),
+    ):
+        packed = aligned(np.stack([pack_weight(one, gated=applied.is_gated).data for one in weight]))
+        numbers = (kernel, tokens, weight[0].n, weight[0].k, 64, at(a), at(packed), packed[0].size, 0, at(out), 1.0)
+        grouped = (experts, packed[0].size, 0, 0, 8, False, *chosen, slots, a is hidden)
+        assert opened.grouped_gemm(*numbers, applied.number, 0, *grouped, *on) == (OK, "")
+    output = aligned(np.full((tokens, size), np.nan, np.float16))
+    sums = (at(down), 0, at(weights), at(output), tokens, slots, size)
+    assert opened.combine_rows(*sums, *chosen, experts, *on) == (OK, "")
+    assert np.abs(output.astype(float) - wanted).max() < 4e-3 * np.abs(wanted.astype(float)).max()

@@ -33,7 +33,7 @@ from w4a16gen.errors import CudaError, UnsupportedProblemError, W4A16Error
 from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.kernels.spaces import enumerate_space, with_epilogues
 from w4a16gen.runtime.expert_calls import GATED_ACTIVATIONS, MAX_EXPERTS
-from w4a16gen.runtime.experts import INVARIANT_TOKENS, MoePlan, moe_sizes
+from w4a16gen.runtime.experts import INVARIANT_TOKENS, UNSORTED_TOKENS, MoePlan, moe_sizes
 from w4a16gen.weights.experts import PackedExperts, pack_experts
 from w4a16gen.weights.layouts.geometry import ALIGNMENT
 from w4a16gen.weights.moe_reference import MoeExpectation, route_reference
@@ -43,8 +43,10 @@ MODE = QuantMode.FINEGRAINED_SCALE_ONLY
 KERNELS = [
     config
     for config in with_epilogues(enumerate_space("experts"), [Epilogue.NONE, Epilogue.GATED])
-    if config.mode is MODE and config.cta.tokens in {8, 16, 64}
+    if config.mode is MODE and config.cta.tokens in {UNSORTED_TOKENS, 16, 64}
 ]
+LARGE_TILES = [config for config in KERNELS if config.cta.tokens > UNSORTED_TOKENS]
+"""Those that need sorted routes."""
 HIDDEN, INNER, EXPERTS, TOKENS, SLOTS = 96, 64, 5, 7, 3
 ROUTES = TOKENS * SLOTS
 Weights = list[QuantizedWeight]
@@ -98,6 +100,12 @@ def library() -> FakeLibrary:
 
 
 @pytest.fixture
+def large_tiles() -> FakeLibrary:
+    """Return grouped kernels that need sorted routes."""
+    return FakeLibrary(LARGE_TILES, devices=[H200])
+
+
+@pytest.fixture
 def layer(library: FakeLibrary) -> Layer:
     """Return a layer whose kernels do not apply the gate."""
     return Layer(library)
@@ -126,8 +134,8 @@ def test_a_layer_is_within_its_bounds(library: FakeLibrary, gated: bool, activat
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-def test_a_layer_with_a_map_of_experts_is_within_its_bounds(library: FakeLibrary, gated: bool) -> None:
-    layer = Layer(library, gated=gated)
+def test_a_layer_with_a_map_of_experts_is_within_its_bounds(large_tiles: FakeLibrary, gated: bool) -> None:
+    layer = Layer(large_tiles, gated=gated)
     places = np.full(4 * EXPERTS, -1, np.int32)
     places[[1, 4, 9, 13, 19]] = [2, 0, 4, 1, 3]
     layer.ids = np.random.default_rng(3).integers(-1, len(places) + 1, layer.ids.shape)
@@ -136,7 +144,7 @@ def test_a_layer_with_a_map_of_experts_is_within_its_bounds(library: FakeLibrary
         *(layer.hidden, layer.gate, layer.up, layer.down, layer.ids, layer.factors), expert_map=places
     )
     assert 0 < expected.error_over_bound(got) <= 1
-    routing = calls(library)[0]
+    routing = calls(large_tiles)[0]
     assert isinstance(routing, Routing)
     assert (routing.global_experts, routing.experts) == (len(places), EXPERTS)
     assert routing.tile_tokens == layer.plan(global_experts=len(places)).gate_up.cta.tokens
@@ -164,14 +172,14 @@ def spans(made: list[Call], layer: Layer) -> dict[str, tuple[int, int]]:
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("on_input", [False, True], ids=["weight on results", "weight on input"])
 def test_a_layer_is_routed_multiplied_and_combined_in_this_order(
-    library: FakeLibrary, gated: bool, on_input: bool
+    large_tiles: FakeLibrary, gated: bool, on_input: bool
 ) -> None:
-    layer = Layer(library, gated=gated)
+    layer = Layer(large_tiles, gated=gated)
     arguments = layer.arguments(weight_on_input=on_input)
     out = layer.on(np.full((TOKENS, HIDDEN), np.nan, np.float16))
-    stream = library.module.Stream(0)
-    assert library.moe(**arguments, out=out, stream=stream, dependent_launch="auto") is out
-    made = calls(library)
+    stream = large_tiles.module.Stream(0)
+    assert large_tiles.moe(**arguments, out=out, stream=stream, dependent_launch="auto") is out
+    made = calls(large_tiles)
     kinds: list[type[Call]] = [Routing, Grouped, Grouped, Combining] if gated else []
     assert [type(call) for call in made] == (kinds or [Routing, Grouped, Activating, Grouped, Combining])
     assert {call.stream for call in made} == {stream.pointer}
@@ -217,24 +225,115 @@ def test_a_layer_is_routed_multiplied_and_combined_in_this_order(
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("mapped", [None, 4 * EXPERTS])
 def test_intermediate_arrays_lie_apart_and_aligned_in_the_workspace(
-    library: FakeLibrary, gated: bool, mapped: int | None
+    large_tiles: FakeLibrary, gated: bool, mapped: int | None
 ) -> None:
-    layer = Layer(library, gated=gated)
-    needed = library.moe_workspace_bytes(TOKENS, SLOTS, layer.w13, layer.w2, global_experts=mapped)
+    layer = Layer(large_tiles, gated=gated)
+    needed = large_tiles.moe_workspace_bytes(TOKENS, SLOTS, layer.w13, layer.w2, global_experts=mapped)
     room = layer.on(np.full(needed, 0xFF, np.uint8))
     expert_map = None if mapped is None else layer.on(np.arange(mapped, dtype=np.int32))
     wanted = layer.moe(expert_map=expert_map).to_host()
-    library.module.expert_calls.clear()
+    large_tiles.module.expert_calls.clear()
     assert np.array_equal(layer.moe(expert_map=expert_map, workspace=room).to_host(), wanted), "of any content"
     base = room.buffer.pointer
-    places = sorted((begin - base, begin - base + size) for begin, size in spans(calls(library), layer).values())
+    places = sorted((begin - base, begin - base + size) for begin, size in spans(calls(large_tiles), layer).values())
     assert places[0][0] == 0
     assert all(begin % ALIGNMENT == 0 for begin, _ in places)
     assert all(end <= begin for (_, end), (begin, _) in pairwise(places))
     assert 0 <= needed - places[-1][1] < ALIGNMENT
     with pytest.raises(InvalidValueError, match=f"workspace of {needed - 1} bytes must be at least {needed} bytes"):
         layer.moe(expert_map=expert_map, workspace=layer.on(np.zeros(needed - 1, np.uint8)))
-    assert calls(library) == []
+    assert calls(large_tiles) == []
+
+
+class FewTokens(Layer):
+    """A layer of so few tokens that no launch sorts their routes."""
+
+    def __init__(self, large_tiles: FakeLibrary, tokens: int = 7, slots: int = SLOTS) -> None:
+        super().__init__(large_tiles, gated=True)
+        rng = np.random.default_rng(11)
+        self.hidden = rng.standard_normal((tokens, HIDDEN)).astype(np.float16)
+        self.ids = rng.integers(-1, EXPERTS + 1, (tokens, slots))
+        self.factors = rng.random((tokens, slots)).astype(np.float32)
+
+    def expected(self, **options: Any) -> MoeExpectation:
+        """Return the exact result, with its bounds."""
+        return MoeExpectation(self.hidden, *(self.gate, self.up, self.down, self.ids, self.factors), **options)
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["ids", "map of experts"])
+@pytest.mark.parametrize("tokens", [1, 7, 8])
+def test_few_tokens_are_multiplied_and_combined_without_sorting(
+    library: FakeLibrary, tokens: int, mapped: bool
+) -> None:
+    layer = FewTokens(library, tokens, 8)
+    places = np.array([3, -1, 0, 2, 4, 1], np.int32) if mapped else None
+    expert_map = None if places is None else layer.on(places)
+    stream, arguments = library.module.Stream(0), layer.arguments()
+    got = library.moe(**arguments, expert_map=expert_map, stream=stream, dependent_launch="auto")
+    gate_up, down, combining = calls(library)
+    assert isinstance(gate_up, Grouped)
+    assert isinstance(down, Grouped)
+    assert isinstance(combining, Combining)
+    hidden, ids = (arguments[name].buffer.pointer for name in ("hidden", "topk_ids"))
+    address = 0 if expert_map is None else expert_map.buffer.pointer
+    for call in (gate_up, down, combining):
+        assert (call.ids, call.id_bytes, call.expert_map) == (ids, 8, address)
+        assert (call.global_experts, call.slots, call.experts) == (6 if mapped else 0, 8, EXPERTS)
+    assert [call.dependent for call in (gate_up, down, combining)] == [2, 1, 1], "the caller decides of the first one"
+    assert {call.stream for call in (gate_up, down, combining)} == {stream.pointer}
+    assert (gate_up.activations, gate_up.problem.m) == (hidden, tokens)
+    assert (gate_up.rows_are_shared, down.rows_are_shared) == (True, False)
+    assert (gate_up.list_is_complete, down.list_is_complete) == (False, True)
+    assert (down.activations, combining.rows, combining.rows_of_routes) == (gate_up.output, down.output, 0)
+    assert 0 < layer.expected(expert_map=places).error_over_bound(got.to_host()) <= 1
+
+
+def test_intermediate_arrays_of_few_tokens_lie_apart_in_the_workspace(library: FakeLibrary) -> None:
+    layer = FewTokens(library, 8, 8)
+    needed = library.moe_workspace_bytes(8, 8, layer.w13, layer.w2)
+    room = layer.on(np.full(needed, 0xFF, np.uint8))
+    got = layer.moe(workspace=room).to_host()
+    gate_up, down, _ = calls(library)
+    assert isinstance(gate_up, Grouped)
+    assert isinstance(down, Grouped)
+    base, rows = room.buffer.pointer, 8 * EXPERTS
+    places = sorted([(gate_up.output - base, 2 * rows * INNER), (down.output - base, 2 * rows * HIDDEN)])
+    assert all(begin % ALIGNMENT == 0 for begin, _ in places)
+    assert 0 <= places[0][0] <= places[0][0] + places[0][1] <= places[1][0]
+    assert places[1][0] + places[1][1] <= needed
+    assert 0 < layer.expected().error_over_bound(got) <= 1
+    with pytest.raises(InvalidValueError, match=f"workspace of {needed - 1} bytes must be at least {needed} bytes"):
+        layer.moe(workspace=layer.on(np.zeros(needed - 1, np.uint8)))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "slots", "options", "gated"),
+    [
+        (9, 2, {}, True),
+        (8, 9, {}, True),
+        (2, 2, {"weight_on_input": True}, True),
+        (2, 2, {}, False),
+    ],
+    ids=["nine tokens", "72 routes", "weight on input", "kernels without the gate"],
+)
+def test_other_layers_are_sorted(
+    library: FakeLibrary, tokens: int, slots: int, options: dict[str, Any], gated: bool
+) -> None:
+    layer = FewTokens(library, tokens, slots)
+    if not gated:
+        layer.w13 = layer.moved(pack_experts(layer.gate, layer.up))
+    needed = library.moe_workspace_bytes(tokens, slots, layer.w13, layer.w2)
+    got = layer.moe(**options, workspace=layer.on(np.full(needed, 0xFF, np.uint8))).to_host()
+    assert isinstance(calls(library)[0], Routing)
+    assert 0 < layer.expected(**options).error_over_bound(got) <= 1
+
+
+def test_kernels_with_larger_tiles_are_sorted(library: FakeLibrary, large_tiles: FakeLibrary) -> None:
+    layer = FewTokens(large_tiles, 2, 2)
+    assert 0 < layer.expected().error_over_bound(layer.moe().to_host()) <= 1
+    assert isinstance(calls(large_tiles)[0], Routing)
+    assert layer.plan(2).can_leave_unsorted is False
+    assert FewTokens(library, 2, 2).plan(2).can_leave_unsorted is True
 
 
 def test_experts_that_are_packed_for_gated_kernels_need_no_room_for_products(library: FakeLibrary) -> None:

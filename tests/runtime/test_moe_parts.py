@@ -12,12 +12,13 @@ from fakes.library import FakeLibrary
 from w4a16gen import Epilogue, KernelConfig
 from w4a16gen.kernels.spaces import enumerate_space, with_epilogues
 from w4a16gen.runtime.expert_calls import MoeOptions
-from w4a16gen.runtime.experts import MOE_PARTS
+from w4a16gen.runtime.experts import MOE_PARTS, UNSORTED_TOKENS
 from w4a16gen.weights.experts import PackedExperts, pack_experts
 from w4a16gen.weights.quantize import quantize
 
 PLAIN = enumerate_space("experts")
 GATED = with_epilogues(PLAIN, [Epilogue.NONE, Epilogue.GATED])
+LARGE_TILES = [config for config in GATED if config.cta.tokens > UNSORTED_TOKENS]
 FUNCTIONS = dict(
     zip(MOE_PARTS, ("route", "grouped_gemm", "activate_rows", "grouped_gemm", "combine_rows"), strict=True)
 )
@@ -41,7 +42,7 @@ def called(configs: Sequence[KernelConfig], parts: Collection[str] | None) -> li
         return PackedExperts(data, packed.layout, packed.n, packed.k, packed.group_size, packed.mode, packed.order)
 
     gate, down = ([quantize(np.eye(n, k), group_size=64)] * 2 for n, k in ((64, 128), (128, 64)))
-    w13, w2 = on_gpu(pack_experts(gate, gate, gated=configs is GATED)), on_gpu(pack_experts(down))
+    w13, w2 = on_gpu(pack_experts(gate, gate, gated=configs is not PLAIN)), on_gpu(pack_experts(down))
     hidden = library.to_device(np.zeros((3, 128), np.float16))
     ids, weights = (library.to_device(np.zeros((3, 2), kind)) for kind in (np.int32, np.float32))
     if parts is None:
@@ -51,9 +52,13 @@ def called(configs: Sequence[KernelConfig], parts: Collection[str] | None) -> li
     return names
 
 
-@pytest.mark.parametrize("configs", [PLAIN, GATED], ids=["plain", "gated"])
-def test_a_layer_is_its_parts_in_order(configs: Sequence[KernelConfig]) -> None:
-    parts = [name for name in MOE_PARTS if name != "activation" or configs is PLAIN]
+@pytest.mark.parametrize(
+    ("configs", "left_out"),
+    [(PLAIN, set()), (GATED, {"routing", "activation"}), (LARGE_TILES, {"activation"})],
+    ids=["plain", "gated", "gated with large tiles"],
+)
+def test_a_layer_is_its_parts_in_order(configs: Sequence[KernelConfig], left_out: set[str]) -> None:
+    parts = [name for name in MOE_PARTS if name not in left_out]
     assert called(configs, None) == [FUNCTIONS[name] for name in parts]
     for name in MOE_PARTS:
         assert called(configs, [name]) == ([FUNCTIONS[name]] if name in parts else [])

@@ -54,8 +54,9 @@ def test_right_kernels_pass_every_kind_of_check() -> None:
     assert all(0 < proof.worst_error_over_bound <= 1 for proof in proofs.values())
     layers = {name: proof.passed.pop(experts.LAYER, 0) for name, proof in proofs.items()}
     assert all(proof.passed == dict.fromkeys(KINDS, 4) for proof in proofs.values())
-    cases = 2 * len(GATED_ACTIVATIONS)
-    assert layers == dict.fromkeys([*NAMES, *OTHERS], cases), "those of a gated layer count for its first kernel"
+    cases, pairs = 2 * len(GATED_ACTIVATIONS), len(experts.FEW_TOKENS)
+    counts = {name: cases + (pairs if name in NAMES else 0) for name in (*NAMES, *OTHERS)}
+    assert layers == counts, "chosen kernels of a gated layer count for the first one, pairs for both"
 
 
 def test_gated_layers_need_kernels_of_both_kinds() -> None:
@@ -84,11 +85,11 @@ def _in(kind: type[Any], change: Callable[[Any], None]) -> Fault:
 
 def _products(call: Grouped) -> Any:
     n = call.problem.n // 2 if call.activation.is_gated else call.problem.n
-    return memory_at(call.output, (call.problem.m, n), "<f2")
+    return memory_at(call.output, (call.rows, n), "<f2")
 
 
 def _halve_last_expert(call: Grouped) -> None:
-    rows = faked.rows_of_tiles(call.token_tiles, call.token_tiles_bytes)
+    rows = call.rows_of_experts()
     if rows:
         _products(call)[rows[max(rows)]] *= np.float16(0.5)
 
@@ -134,6 +135,21 @@ def _another_gate(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Activating, "run", run)
 
 
+def _take_another_expert(patch: pytest.MonkeyPatch) -> None:
+    right = faked.numbers_of_experts
+
+    def numbers_of_experts(call: Any, tokens: int, slots: int) -> dict[int, int]:
+        found = list(right(call, tokens, slots))
+        return {
+            expert: number
+            for number, expert in enumerate(
+                reversed(found) if isinstance(call, Grouped) and call.rows_are_shared else found
+            )
+        }
+
+    patch.setattr(faked, "numbers_of_experts", numbers_of_experts)
+
+
 def _add_twice(call: Combining) -> None:
     memory_at(call.output, (call.tokens, call.columns), "<f2")[...] *= np.float16(2)
 
@@ -146,6 +162,11 @@ FAULTS: dict[str, tuple[Fault, str, str]] = {
     "order": (_in(Routing, _swap_routes), NAMES[1], "routing .*: rows are not in the order of their routes"),
     "offsets": (_in(Routing, _shift_offsets), NAMES[1], "routing .*: offsets are wrong"),
     "gate": (_another_gate, NAMES[0], "layer .* gated=False .*: error is .* times the bound"),
+    "experts of few": (
+        _take_another_expert,
+        NAMES[0],
+        "layer .* gated=True tokens=[13] .*: error is .* times the bound",
+    ),
     "sum": (_in(Combining, _add_twice), NAMES[1], "layer .* gated=True .*: error is .* times the bound"),
 }
 
@@ -165,7 +186,7 @@ def test_launches_that_fail_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     proof = run()[NAMES[0]]
     assert proof.passed == dict.fromkeys(KINDS, 4)
     assert all(failure.startswith("layer ") and failure.endswith("out of luck") for failure in proof.failures)
-    assert len(proof.failures) == 2 * len(GATED_ACTIVATIONS)
+    assert len(proof.failures) == 2 * len(GATED_ACTIVATIONS), "failures of gated layers count for the first kernel"
 
 
 def test_random_routings_run_on_some_of_the_experts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,10 @@ class MoeSizes(NamedTuple):
     """Whether the kernels of the first product apply the gate."""
 
 
+Pair = tuple[KernelConfig, KernelConfig]
+"""The kernels of the first and of the second product of a layer of experts."""
+
+
 class MoePlan(NamedTuple):
     """The kernels of a layer of experts, and where its intermediate arrays are in the workspace."""
 
@@ -299,7 +303,8 @@ class ExpertLauncher:
             *(self._indices[kernel], *numbers_of(problem)),
             *(activations.pointer, packed.pointer, w.nbytes_of_expert),
             *(0 if bias is None else bias.pointer, output.pointer, factor, applied.number, 0),
-            *(w.experts, w.stride, tiles.pointer, tiles.nbytes, rows.tile_tokens, False, stream, launch, device),
+            *(w.experts, w.stride, tiles.pointer, tiles.nbytes, rows.tile_tokens, False),
+            *(*_NO_IDS, 0, False, stream, launch, device),
         )
         self._bindings.result_of(outcome)
         return out
@@ -333,12 +338,21 @@ class ExpertLauncher:
         options: MoeOptions,
         *,
         parts: Collection[str] = MOE_PARTS,
+        pair: Pair | None = None,
     ) -> Any:
         """Launch a layer of experts; see `Library.moe`.
 
-        With some of `parts` only, launch those: what they read is in the workspace of an earlier, whole call.
+        Args:
+            hidden: as there, and the following ones.
+            w13: the gate and up projections.
+            w2: the down projections.
+            topk_ids: the experts of each token.
+            topk_weights: their weights.
+            options: the options.
+            parts: those to launch. What they read is in the workspace of an earlier, whole call.
+            pair: the kernels of both products; None chooses them.
         """
-        layer = self._checked_layer(hidden, w13, w2, topk_ids, topk_weights, options)
+        layer = self._checked_layer(hidden, w13, w2, topk_ids, topk_weights, options, pair)
         if layer.routes > 0:
             for part, step in (
                 (ROUTING, self._route),
@@ -352,7 +366,14 @@ class ExpertLauncher:
         return layer.out
 
     def _checked_layer(
-        self, hidden: Any, w13: PackedExperts, w2: PackedExperts, topk_ids: Any, topk_weights: Any, options: MoeOptions
+        self,
+        hidden: Any,
+        w13: PackedExperts,
+        w2: PackedExperts,
+        topk_ids: Any,
+        topk_weights: Any,
+        options: MoeOptions,
+        pair: Pair | None,
     ) -> _Layer:
         """Return what the launches of a call read and write, checked.
 
@@ -373,7 +394,7 @@ class ExpertLauncher:
         weights = view("topk_weights", topk_weights, module)
         check("topk_weights", weights, dtype="<f4", shape=(tokens, slots), device=device)
         sizes = moe_sizes(tokens, slots, w13, w2, choice.global_experts)
-        plan = self.plan(sizes, device, invariant=scalars.invariant)
+        plan = self.plan(sizes, device, invariant=scalars.invariant, pair=pair)
         stream = stream_pointer(options.stream, hidden)
         out = self._empty(hidden, states.shape, "<f2", device, stream) if options.out is None else options.out
         output = view("output", out, module)
@@ -424,7 +445,9 @@ class ExpertLauncher:
         rows, ids, slots = layer.routes, _NO_IDS, 0
         if not layer.is_sorted:
             rows, ids, slots = layer.sizes.tokens, layer.choice.arguments, layer.sizes.slots
-        launch = (layer.stream, layer.scalars.launch, layer.device) if (is_first and not layer.is_sorted) else layer.behind
+        launch = (
+            (layer.stream, layer.scalars.launch, layer.device) if (is_first and not layer.is_sorted) else layer.behind
+        )
         # The list, or the ids, were there before the first product began, so the second one may fetch weights while
         # that one ends.
         outcome = self._bindings.library.grouped_gemm(
@@ -490,25 +513,27 @@ class ExpertLauncher:
             raise InvalidValueError(f"workspace of {room.nbytes} bytes must be at least {needed} bytes")
         return room.pointer
 
-    def plan(self, sizes: MoeSizes, device: int, *, invariant: bool = False) -> MoePlan:
+    def plan(self, sizes: MoeSizes, device: int, *, invariant: bool = False, pair: Pair | None = None) -> MoePlan:
         """Return how a layer of experts runs on a GPU.
 
         Args:
             sizes: the sizes of the call.
             device: the CUDA device number.
             invariant: whether the kernels must not depend on the number of tokens.
+            pair: the kernels of both products, of equal CTA tokens; None chooses them.
 
         Raises:
             NotBuiltError: if the build has not the kernels.
             UnsupportedProblemError: if none can run a product.
         """
-        return self._planned(sizes, self._card_of(device), invariant)
+        return self._planned(sizes, self._card_of(device), invariant, pair)
 
-    def _plan(self, sizes: MoeSizes, card: Card, invariant: bool) -> MoePlan:
-        tokens = INVARIANT_TOKENS if invariant else max(1, sizes.tokens)
-        routing = choosing.Routing(tokens, sizes.slots, sizes.experts, sizes.global_experts)
-        epilogue = Epilogue.GATED if sizes.gated else Epilogue.NONE
-        pair = choosing.choose_pair(self._indices, sizes.mode, (sizes.gate_up, epilogue), sizes.down, routing, card)
+    def _plan(self, sizes: MoeSizes, card: Card, invariant: bool, pair: Pair | None) -> MoePlan:
+        if pair is None:
+            tokens = INVARIANT_TOKENS if invariant else max(1, sizes.tokens)
+            routing = choosing.Routing(tokens, sizes.slots, sizes.experts, sizes.global_experts)
+            gate_up = sizes.gate_up, Epilogue.GATED if sizes.gated else Epilogue.NONE
+            pair = choosing.choose_pair(self._indices, sizes.mode, gate_up, sizes.down, routing, card)
         routes = sizes.tokens * sizes.slots
         unsorted = _can_leave_unsorted(sizes, pair)
         rows = max(routes, UNSORTED_TOKENS * min(routes, sizes.experts)) if unsorted else routes
@@ -609,7 +634,7 @@ def launched_parts(*, gated: bool, is_sorted: bool) -> list[str]:
     return [part for part in MOE_PARTS if not left_out.get(part, False)]
 
 
-def _can_leave_unsorted(sizes: MoeSizes, pair: tuple[KernelConfig, KernelConfig]) -> bool:
+def _can_leave_unsorted(sizes: MoeSizes, pair: Pair) -> bool:
     """Return whether both kernels can find the experts of their tokens in the ids."""
     few = sizes.tokens <= UNSORTED_TOKENS and sizes.tokens * sizes.slots <= MAX_UNSORTED_ROUTES
     return few and sizes.gated and all(config.cta.tokens == UNSORTED_TOKENS for config in pair)

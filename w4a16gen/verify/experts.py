@@ -15,8 +15,8 @@ from w4a16gen.kernels.config import Epilogue, KernelConfig, QuantMode
 from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.kernels.problem import Problem, why_cannot_run
 from w4a16gen.progress import Progress, no_progress
-from w4a16gen.runtime.expert_calls import GATED_ACTIVATIONS
-from w4a16gen.runtime.experts import moe_sizes
+from w4a16gen.runtime.expert_calls import GATED_ACTIVATIONS, MoeOptions
+from w4a16gen.runtime.experts import UNSORTED_TOKENS, Pair, moe_sizes
 from w4a16gen.runtime.library import Library
 from w4a16gen.verify.guards import CANARY, GUARD_BYTES, POISON, GuardedGpu, Window
 from w4a16gen.verify.numeric import NumericProof
@@ -43,6 +43,8 @@ _ALPHAS = (1.0, -0.75)
 LAYER_SIZES = ((256, 192, 64), (512, 352, 32))
 """Hidden size, intermediate size and group size of layers."""
 LAYER_TOKENS = (1, 5, 40, 300)
+FEW_TOKENS = (1, 3, UNSORTED_TOKENS)
+"""Tokens of layers whose routes are not sorted, for each pair of kernels."""
 _ACTIVATIONS = {False: (Activation.NONE,), True: tuple(GATED_ACTIVATIONS.values())}
 
 
@@ -329,19 +331,19 @@ def _prove_layers(
         if not {Epilogue.NONE, Epilogue.GATED if gated else Epilogue.NONE} <= able:
             continue
         w13 = library.to_device(pack_experts(gate, up, gated=gated), gpu.device)
-        for case in _cases():
-            layer = _Layer(gpu, (w13, w2), case, slots, rng)
-            plan = library.experts.plan(
-                moe_sizes(case.tokens, slots, w13, w2, layer.global_experts), gpu.device, invariant=case.invariant
-            )
-            proof = proofs.get(plan.gate_up) or proofs.get(plan.down)
-            if proof is None:
+        cases: list[tuple[_Case, Pair | None]] = [(case, None) for case in _cases()]
+        if gated:
+            cases += _few_token_cases(proofs, mode)
+        for case, pair in cases:
+            layer = _Layer(gpu, (w13, w2), case, slots, rng, pair)
+            tested = [proofs[kernel] for kernel in layer.plan[:2] if kernel in proofs]
+            if not tested:
                 continue
             what = f"{LAYER} hidden={hidden} intermediate={inner} gated={gated} {case}"
             try:
                 results = [layer.run(), layer.run(), layer.replayed_after_another(rng)]
             except (W4A16Error, RuntimeError) as error:
-                proof.failures.append(f"{what}: {error}")
+                tested[0].failures.append(f"{what}: {error}")
                 continue
             expected = MoeExpectation(
                 layer.hidden,
@@ -354,7 +356,22 @@ def _prove_layers(
                 activation=case.activation,
                 weight_on_input=case.weight_on_input,
             )
-            _judge(proof, what, expected.error_over_bound(results[0]), results)
+            error_over_bound = expected.error_over_bound(results[0])
+            for proof in tested if pair else tested[:1]:
+                _judge(proof, what, error_over_bound, results)
+
+
+def _few_token_cases(proofs: Mapping[KernelConfig, NumericProof], mode: QuantMode) -> Iterator[tuple[_Case, Pair]]:
+    """Return layers whose products find their experts in the ids: each kernel is in one pair at least."""
+    able = [config for config in sorted(proofs) if (config.mode, config.cta.tokens) == (mode, UNSORTED_TOKENS)]
+    first, second = ([config for config in able if config.epilogue is kind] for kind in (Epilogue.GATED, Epilogue.NONE))
+    if not first or not second:
+        return
+    for turn in range(max(len(first), len(second))):
+        pair = first[turn % len(first)], second[turn % len(second)]
+        for number, tokens in enumerate(FEW_TOKENS):
+            activation = tuple(GATED_ACTIVATIONS)[(turn + number) % len(GATED_ACTIVATIONS)]
+            yield _Case(tokens, activation, weight_on_input=False, mapped=number % 2 == 1, invariant=False), pair
 
 
 class _Layer:
@@ -367,9 +384,10 @@ class _Layer:
         case: _Case,
         slots: int,
         rng: np.random.Generator,
+        pair: Pair | None = None,
     ) -> None:
         """Draw the inputs and move them to the GPU."""
-        self._gpu, self._case, self._packed = gpu, case, weights
+        self._gpu, self._case, self._packed, self._pair = gpu, case, weights, pair
         count = weights[0].experts
         self.expert_map: npt.NDArray[np.int32] | None = None
         if case.mapped:
@@ -381,6 +399,8 @@ class _Layer:
         self._on_gpu = [gpu.upload(array) for array in (self.hidden, self.ids, self.weights)]
         self._map = None if self.expert_map is None else gpu.upload(self.expert_map)
         self._shape = self.hidden.shape
+        sizes = moe_sizes(case.tokens, slots, *weights, self.global_experts)
+        self.plan = gpu.library.experts.plan(sizes, gpu.device, invariant=case.invariant, pair=pair)
 
     def _drawn(self, rng: np.random.Generator) -> tuple[Half, npt.NDArray[Any], npt.NDArray[np.float32]]:
         tokens, size = self._case.tokens, self._packed[1].n
@@ -393,32 +413,34 @@ class _Layer:
         gpu, case, (w13, w2) = self._gpu, self._case, self._packed
         poison = np.full(self._shape, POISON, np.float16)
         output = gpu.guarded(poison.nbytes, poison.reshape(-1).view(np.uint8))
-        needed = gpu.library.moe_workspace_bytes(
-            case.tokens,
-            self._slots,
-            w13,
-            w2,
-            global_experts=self.global_experts,
-            invariant=case.invariant,
-            device=gpu.device,
-        )
+        needed = self.plan.nbytes
+        if self._pair is None:
+            needed = gpu.library.moe_workspace_bytes(
+                case.tokens,
+                self._slots,
+                w13,
+                w2,
+                global_experts=self.global_experts,
+                invariant=case.invariant,
+                device=gpu.device,
+            )
         workspace = gpu.guarded(needed)
 
         def launch() -> None:
-            gpu.library.moe(
-                self._on_gpu[0],
-                w13,
-                w2,
-                self._on_gpu[1],
-                self._on_gpu[2],
-                expert_map=self._map,
-                activation=case.activation,
-                weight_on_input=case.weight_on_input,
-                invariant=case.invariant,
-                out=Window(output, self._shape, "<f2", GUARD_BYTES),
-                workspace=Window(workspace, (needed,), "|u1", GUARD_BYTES),
-                stream=gpu.stream,
-            )
+            options: dict[str, Any] = {
+                "expert_map": self._map,
+                "activation": case.activation,
+                "weight_on_input": case.weight_on_input,
+                "invariant": case.invariant,
+                "out": Window(output, self._shape, "<f2", GUARD_BYTES),
+                "workspace": Window(workspace, (needed,), "|u1", GUARD_BYTES),
+                "stream": gpu.stream,
+            }
+            hidden, ids, weights = self._on_gpu
+            if self._pair is None:
+                gpu.library.moe(hidden, w13, w2, ids, weights, **options)
+            else:
+                gpu.library.experts.moe(hidden, w13, w2, ids, weights, MoeOptions(**options), pair=self._pair)
 
         def read() -> Half:
             unguarded(workspace.to_host(), "workspace")
