@@ -195,8 +195,15 @@ class CostModel:
         token_tiles = -(-problem.m // (config.cta.tokens * config.cluster.tokens))
         return self.work_on_tiles(config, problem, token_tiles, 1, card)
 
-    def work_on_tiles(
-        self, config: KernelConfig, problem: Problem, token_tiles: int, weights: float, card: Card = H100
+    def work_on_tiles(  # noqa: PLR0913  (what decides the work)
+        self,
+        config: KernelConfig,
+        problem: Problem,
+        token_tiles: int,
+        weights: float,
+        card: Card = H100,
+        *,
+        fills_sms_first: bool = True,
     ) -> Work:
         """Return what a native kernel does in a number of token tiles.
 
@@ -206,6 +213,7 @@ class CostModel:
             token_tiles: tiles of `cta.tokens` x `cluster.tokens` tokens.
             weights: how many weights of these sizes are read.
             card: the GPU.
+            fills_sms_first: whether no SM gets a second tile while another one has none.
         """
         cta, cluster = config.cta, config.cluster
         size = cluster.channels * cluster.tokens * cluster.k
@@ -222,7 +230,7 @@ class CostModel:
             sharing = _clusters_per_split_tile(tiles, at_once * ctas_per_sm, k_blocks)
         else:
             own_tiles = float(max(1, -(-tiles // at_once)))
-            if ctas_per_sm > 1 and own_tiles > 1:
+            if ctas_per_sm > 1 and (own_tiles > 1 or not fills_sms_first):
                 in_pairs = 2 * -(-tiles // (2 * at_once))
                 own_tiles += self.constants.paired_share * (in_pairs - own_tiles)
             blocks = own_tiles * -(-k_blocks // cluster.k)

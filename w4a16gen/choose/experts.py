@@ -98,7 +98,8 @@ def microseconds(config: KernelConfig, problem: Problem, routing: Routing, card:
     more = min(1.0, max(0.0, load.token_tiles - fewest))  # the share of routings with one tile more
     cycles = 0.0
     for tiles, share in ((fewest, 1 - more), (fewest + 1, more)):
-        work = model.work_on_tiles(like, whole, tiles, load.experts, card)
+        # Grids are not padded, so a kernel's first CTAs share the SMs that the previous kernel leaves first.
+        work = model.work_on_tiles(like, whole, tiles, load.experts, card, fills_sms_first=False)
         cycles += share * model.cycles(model.rates_of(like), work, card)
     return cycles / model.constants.cycles_per_microsecond
 

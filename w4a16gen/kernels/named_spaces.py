@@ -138,7 +138,6 @@ _EXPERT_SHAPES = frozenset(
         "cta256x64x128_cluster1x1x1_warpgroups2_grouped",
         "cta128x96x128_cluster1x1x1_warpgroups2_grouped",
         "cta256x96x128_cluster1x1x1_warpgroups2_grouped",
-        "cta256x96x128_cluster1x1x2_warpgroups2_grouped",
         "cta128x128x64_cluster1x1x1_warpgroups2_grouped",
         "cta256x128x64_cluster1x1x1_warpgroups2_grouped",
     }

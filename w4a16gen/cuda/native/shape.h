@@ -199,10 +199,12 @@ struct StorageShape {
 template <class T, class Storage>
 struct PipelineShape {
   // Stages fetched in the prologue, which hide the memory's latency. With more, all arrive late, also the first:
-  // 4096x4096 with one token takes 9 % longer with 34 KiB.
+  // 4096x4096 with one token takes 9 % longer with 34 KiB. Grouped kernels with large tiles lack registers for it.
   static constexpr int MaxPrologueWeights = 20 * 1024;
   static constexpr int PrologueStages =
-      T::Multicasts ? 0 : min_of(Storage::Stages, max_of(MaxPrologueWeights / Storage::WeightBytes, 1));
+      T::Multicasts || (T::Grouped && !T::FindsExperts)
+          ? 0
+          : min_of(Storage::Stages, max_of(MaxPrologueWeights / Storage::WeightBytes, 1));
 
   // Stages left to fetch when the next launch may start, where both grids fit at once. The next launch then fetches its
   // weights while this one computes its last stages. An earlier trigger makes the two compete for bandwidth; a later
