@@ -17,10 +17,16 @@ from fakes.checkpoints import packers  # noqa: E402
 from fakes.engine_layers import StoredWeight, activations, assert_is_product  # noqa: E402
 from fakes.library import FakeLibrary, record  # noqa: E402
 
-from w4a16gen import Epilogue, InvalidValueError, KernelConfig, UnsupportedProblemError  # noqa: E402
+from w4a16gen import Epilogue, InvalidValueError, KernelConfig, QuantMode, UnsupportedProblemError  # noqa: E402
 from w4a16gen.integrations.engines import limits, words  # noqa: E402
+from w4a16gen.integrations.engines.experts import pack_projection  # noqa: E402
 from w4a16gen.integrations.engines.layer import RawLayer, pack_layer, product  # noqa: E402
-from w4a16gen.integrations.engines.limits import LayerRequest, why_not_served  # noqa: E402
+from w4a16gen.integrations.engines.limits import (  # noqa: E402
+    ExpertsRequest,
+    LayerRequest,
+    why_experts_not_served,
+    why_not_served,
+)
 from w4a16gen.integrations.engines.order import Order, plan_act_order, plan_order  # noqa: E402
 from w4a16gen.integrations.engines.parameters import matrix_of  # noqa: E402
 from w4a16gen.integrations.engines.store import LayerStore  # noqa: E402
@@ -28,6 +34,7 @@ from w4a16gen.integrations.engines.switch import register_safely  # noqa: E402
 from w4a16gen.integrations.torch import nibbles  # noqa: E402
 from w4a16gen.kernels.spaces import enumerate_space, with_epilogues  # noqa: E402
 from w4a16gen.runtime.folders import BUILD_FOLDER_VARIABLE  # noqa: E402
+from w4a16gen.weights.experts import pack_experts  # noqa: E402
 
 
 def groups_of(order: Order, groups: Any) -> None:
@@ -181,9 +188,90 @@ def test_a_plug_in_that_breaks_says_so(caplog: pytest.LogCaptureFixture) -> None
     ]
 
 
+def experts_request(**changes: Any) -> ExpertsRequest:
+    values: dict[str, Any] = {
+        "experts": 8,
+        "hidden": 256,
+        "intermediate": 128,
+        "group_size": 64,
+        "has_zeros": False,
+        "activation": "silu",
+        "dtype": "torch.bfloat16",
+        "capability": (9, 0),
+    }
+    return ExpertsRequest(**(values | changes))
+
+
+def experts_kernels(mode: str = "fgs", *epilogues: Epilogue) -> list[KernelConfig]:
+    kernels = with_epilogues(enumerate_space("experts"), epilogues or (Epilogue.NONE, Epilogue.GATED))
+    return [kernel for kernel in kernels if str(kernel.mode) == mode]
+
+
+def test_a_build_with_grouped_kernels_with_and_without_the_gate_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, experts_kernels())
+    assert why_experts_not_served(experts_request()) is None
+    assert why_experts_not_served(experts_request(group_size=128)) is None, "all of k in the down projection"
+    use(monkeypatch, experts_kernels("cs"))
+    assert why_experts_not_served(experts_request(group_size=-1)) is None
+    for mode, epilogues, wanted in (
+        ("fgs", [Epilogue.NONE], "mode fgs with epilogue gated"),
+        ("fgs", [Epilogue.GATED], "mode fgs with epilogue none"),
+        ("fgsz", [], "mode fgs with epilogue gated"),
+    ):
+        use(monkeypatch, experts_kernels(mode, *epilogues))
+        reason = str(why_experts_not_served(experts_request()))
+        assert f"the build has no grouped kernel of {wanted}: run `w4a16gen build --space default" in reason
+
+
+def test_without_a_build_experts_are_left_to_the_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("w4a16gen.runtime.default._InUse.library", None)
+    monkeypatch.setenv(BUILD_FOLDER_VARIABLE, str(tmp_path))
+    assert str(why_experts_not_served(experts_request())).startswith("no build can be used: ")
+
+
 @pytest.mark.parametrize(
-    "name", [f"engines.{part}" for part in ("count", "layer", "order", "switch", "words")] + ["vllm.gptq"]
+    ("changes", "reason"),
+    [
+        ({"experts": 1025}, "experts of 1025 on one GPU must be 1 to 1024: use more GPUs"),
+        ({"activation": "relu2"}, "experts with activation relu2 must have one of silu, gelu, gelu_tanh"),
+        ({"intermediate": 132}, "k of 132 must be a positive multiple of 8"),
+        ({"group_size": 48}, "group size 48 must be 256 (= k) or a multiple of 32 that divides k"),
+        ({"intermediate": 96, "group_size": 64}, "group size 64 must be 96 (= k) or a multiple of 32 that divides k"),
+        ({"capability": (10, 0)}, "compute capability 10.0 must be 9.0"),
+        ({"dtype": "float32"}, "activations of dtype float32 must be float16 or bfloat16"),
+    ],
+    ids=str,
 )
+def test_experts_that_no_kernel_takes_have_a_reason(
+    changes: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, experts_kernels())
+    assert str(why_experts_not_served(experts_request(**changes))).startswith(reason)
+
+
+@pytest.mark.parametrize("is_symmetric", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_packed_projections_have_the_bytes_of_pack_experts(
+    gated: bool, is_symmetric: bool, rng: np.random.Generator
+) -> None:
+    stored = [StoredWeight.random(rng, 64, 128, 32, is_symmetric=is_symmetric) for _ in range(3)]
+    raw = [
+        RawLayer(*(None if part is None else torch.from_numpy(part) for part in (one.q, one.scales, one.points)))
+        for one in stored
+    ]
+    weights = [one.quantized() for one in stored]
+    made = pack_projection(raw.__getitem__, 3, weights[0].mode, gated=gated, name="w13")
+    expected = pack_experts(weights, gate_up=True, gated=gated)
+    np.testing.assert_array_equal(made.packed.numpy(), expected.data)
+    assert (made.call.layout, made.call.mode) == (expected.layout, str(expected.mode))
+
+
+def test_projections_without_experts_are_refused() -> None:
+    with pytest.raises(InvalidValueError, match="w13 must have one expert or more"):
+        pack_projection(lambda _: pytest.fail("asked"), 0, QuantMode.FINEGRAINED_SCALE_ONLY, gated=True, name="w13")
+
+
+@pytest.mark.parametrize("name", [f"engines.{part}" for part in ("count", "layer", "order", "switch", "words")])
 def test_examples_print_what_they_show(name: str) -> None:
     results = doctest.testmod(importlib.import_module(f"w4a16gen.integrations.{name}"))
     assert results.attempted > 0

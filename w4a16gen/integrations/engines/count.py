@@ -6,7 +6,7 @@ import logging
 
 
 class ServedCount:
-    """Counts the 4-bit layers of a model while an engine builds and loads it.
+    """Counts the 4-bit layers of one kind of a model while an engine builds and loads it.
 
     Each layer is asked about once. Layers that are expected finish when their weight is loaded. The line appears when
     none is left.
@@ -21,13 +21,14 @@ class ServedCount:
         'w4a16gen serves 1 of 2 4-bit linear layers'
     """
 
-    def __init__(self, logger: logging.Logger) -> None:
+    def __init__(self, logger: logging.Logger, kind: str = "linear layer") -> None:
         """Count from 0.
 
         Args:
             logger: where the lines go.
+            kind: what lines call a layer; an s makes it the plural.
         """
-        self._logger = logger
+        self._logger, self._kind = logger, kind
         self._asked = self._expected = self._served = 0
         self._reasons: set[str] = set()
         self.line = ""
@@ -42,7 +43,7 @@ class ServedCount:
         self._asked += 1
         if reason is not None and reason not in self._reasons:
             self._reasons.add(reason)
-            self._logger.info("w4a16gen leaves a 4-bit linear layer to other kernels: %s", reason)
+            self._logger.info("w4a16gen leaves a 4-bit %s to other kernels: %s", self._kind, reason)
 
     def expected(self) -> None:
         """Expect the weight of a layer."""
@@ -58,6 +59,6 @@ class ServedCount:
         self._served += is_served
         if self._expected > 0:
             return
-        self.line = f"w4a16gen serves {self._served} of {max(self._asked, self._served)} 4-bit linear layers"
+        self.line = f"w4a16gen serves {self._served} of {max(self._asked, self._served)} 4-bit {self._kind}s"
         self._logger.info("%s", self.line)
         self._asked = self._expected = self._served = 0

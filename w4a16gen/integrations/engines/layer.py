@@ -13,7 +13,11 @@ from w4a16gen.integrations.engines.switch import OFF, PLUGINS_VARIABLE
 from w4a16gen.integrations.torch.device_weights import pack_decoded
 from w4a16gen.integrations.torch.nibbles import Decoded, zeros_of_points
 from w4a16gen.integrations.torch.ops import facts_of
+from w4a16gen.kernels.config import QuantMode
 from w4a16gen.weights.quantized import OFFSET
+
+WAY_OUT = f"to use the engine's own kernels, set {PLUGINS_VARIABLE}={OFF}"
+"""Ends messages about layers that were taken, and then cannot be packed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,13 +71,17 @@ class EngineLayer:
     call: Call
 
 
-def pack_layer(raw: RawLayer, order: Order, *, name: str = "layer") -> EngineLayer:
+def pack_layer(
+    raw: RawLayer, order: Order, *, name: str = "layer", mode: QuantMode | None = None, gated: bool = False
+) -> EngineLayer:
     """Pack a layer on the device that holds it.
 
     Args:
         raw: the layer.
         order: the order of K, as `plan_order` or `plan_act_order` returns it.
         name: what messages call the layer.
+        mode: the quantisation mode, for weights of which other weights decide; None is the plainest that holds it.
+        gated: whether it is for gated activations: the first half of its channels gates the second.
 
     Returns:
         The packed layer, on the same device. Scales are exact in fp16, or divided by a power of two, `call.alpha`.
@@ -90,14 +98,13 @@ def pack_layer(raw: RawLayer, order: Order, *, name: str = "layer") -> EngineLay
         ('cs', 128.0)
     """
     try:
-        return _pack(raw, order, name)
+        return _pack(raw, order, name, mode, gated=gated)
     except W4A16Error as error:
         kind = UnsupportedProblemError if isinstance(error, UnsupportedProblemError) else InvalidValueError
-        way_out = f"to use the engine's own kernels, set {PLUGINS_VARIABLE}={OFF}"
-        raise kind(f"{name} cannot be packed: {error}; {way_out}") from error
+        raise kind(f"{name} cannot be packed: {error}; {WAY_OUT}") from error
 
 
-def _pack(raw: RawLayer, order: Order, name: str) -> EngineLayer:
+def _pack(raw: RawLayer, order: Order, name: str, mode: QuantMode | None, *, gated: bool) -> EngineLayer:
     n, _ = raw.q.shape
     if raw.scales.dim() != 2 or raw.scales.shape[1] != n:  # noqa: PLR2004
         raise InvalidValueError(f"scales of shape {list(raw.scales.shape)} must be [rows, {n}]")
@@ -111,7 +118,7 @@ def _pack(raw: RawLayer, order: Order, name: str) -> EngineLayer:
     scales = raw.scales.index_select(0, order.rows).double()
     points = None if raw.zero_points is None else raw.zero_points.index_select(0, order.rows)
     zeros = None if points is None else zeros_of_points(points, scales)
-    weight = pack_decoded(Decoded(q.contiguous(), scales, zeros), name=name)
+    weight = pack_decoded(Decoded(q.contiguous(), scales, zeros), name=name, mode=mode, gated=gated)
     return EngineLayer(weight.packed.data, order.index, Call(*facts_of(weight.packed), weight.alpha))
 
 

@@ -8,8 +8,9 @@ from typing import Any
 from w4a16gen.errors import W4A16Error
 from w4a16gen.integrations.engines.switch import FLOAT16, PLUGINS_VARIABLE, switch, why_off
 from w4a16gen.kernels.config import Epilogue, QuantMode, Target
-from w4a16gen.kernels.problem import NATIVE_GROUP_MULTIPLE, Problem, why_never_runs
+from w4a16gen.kernels.problem import NATIVE_GROUP_MULTIPLE, Problem, why_cannot_run, why_never_runs
 from w4a16gen.runtime.default import library_in_use
+from w4a16gen.runtime.experts import GATED_ACTIVATIONS, MAX_EXPERTS
 
 HOPPER = (9, 0)
 _DTYPES = ("float16", "bfloat16")
@@ -50,6 +51,44 @@ class LayerRequest:
         return mode_of(self.k, self.group, has_zeros=self.has_zeros)
 
 
+@dataclass(frozen=True)
+class ExpertsRequest:
+    """A layer of experts as an engine describes it, on one rank.
+
+    Attributes:
+        experts: number of experts on this rank.
+        hidden: length of the activations.
+        intermediate: output channels of a gate, and of an up projection, on this rank.
+        group_size: values of K that share a scale; -1 for one scale per channel.
+        has_zeros: whether weights have zero points that differ from 8.
+        activation: name of the function of the gate.
+        dtype: the dtype of activations, as torch prints it, with or without `torch.`.
+        capability: the GPU's compute capability, or None if the engine has no CUDA GPU.
+    """
+
+    experts: int
+    hidden: int
+    intermediate: int
+    group_size: int
+    has_zeros: bool
+    activation: str
+    dtype: str
+    capability: tuple[int, int] | None
+
+    @property
+    def problems(self) -> tuple[Problem, Problem]:
+        """The products of one row: gate and up together, and down."""
+        shapes = (2 * self.intermediate, self.hidden), (self.hidden, self.intermediate)
+        first, second = (Problem(1, n, k, k if self.group_size == -1 else self.group_size) for n, k in shapes)
+        return first, second
+
+    @property
+    def mode(self) -> QuantMode:
+        """The quantisation mode that both packed weights get."""
+        modes = {mode_of(problem.k, problem.group_size, has_zeros=self.has_zeros) for problem in self.problems}
+        return modes.pop() if len(modes) == 1 else QuantMode.FINEGRAINED_SCALE_ONLY
+
+
 def mode_of(k: int, group_size: int, *, has_zeros: bool) -> QuantMode:
     """Return the mode of a weight with these groups.
 
@@ -85,6 +124,46 @@ def why_not_served(request: LayerRequest) -> str | None:
         request: the layer.
     """
     return why_off() or _why_not_dtype(request.dtype) or _why_not_gpu(request.capability) or _why_not_shape(request)
+
+
+def why_experts_not_served(request: ExpertsRequest) -> str | None:
+    """Return why a layer of experts is left to the engine's own kernels, or None if it is served. Compiles nothing.
+
+    Args:
+        request: the layer.
+    """
+    if reason := why_off() or _why_not_dtype(request.dtype) or _why_not_gpu(request.capability):
+        return reason
+    if request.activation not in GATED_ACTIVATIONS:
+        return f"experts with activation {request.activation} must have one of {', '.join(GATED_ACTIVATIONS)}"
+    if not 0 < request.experts <= MAX_EXPERTS:
+        return f"experts of {request.experts} on one GPU must be 1 to {MAX_EXPERTS}: use more GPUs"
+    for problem, epilogue in zip(request.problems, (Epilogue.GATED, Epilogue.NONE), strict=True):
+        if reason := why_no_grouped_kernel(problem, request.mode, epilogue):
+            return reason
+    return None
+
+
+def why_no_grouped_kernel(problem: Problem, mode: QuantMode, epilogue: Epilogue) -> str | None:
+    """Return why the default build cannot run a product of experts, or None if one of its grouped kernels can.
+
+    Args:
+        problem: the product of one expert.
+        mode: the mode of the weights.
+        epilogue: what the kernels compute behind the product.
+    """
+    try:
+        configs = library_in_use().grouped_configs()
+    except (W4A16Error, OSError) as error:
+        return f"no build can be used: {error}"
+    kernels = [kernel for kernel in configs if kernel.mode is mode and kernel.epilogue is epilogue]
+    if not kernels:
+        return (
+            f"the build has no grouped kernel of mode {mode} with epilogue {epilogue}: run `w4a16gen build --space "
+            "default --space experts --epilogue none --epilogue gated`"
+        )
+    reasons = [why_cannot_run(kernel, problem) for kernel in kernels]
+    return None if None in reasons else reasons[0]
 
 
 def _why_not_dtype(dtype: str) -> str | None:

@@ -16,15 +16,13 @@ from w4a16gen.errors import InvalidValueError
 from w4a16gen.integrations.torch import formats
 from w4a16gen.integrations.torch.nibbles import Decoded, Tensor, round_to_half
 from w4a16gen.integrations.torch.upload import Uploader
-from w4a16gen.kernels.config import QuantMode
+from w4a16gen.kernels.config import QuantMode, Target
 from w4a16gen.runtime.default import library_in_use
 from w4a16gen.weights.importers.layer import CheckpointLayer
 from w4a16gen.weights.importers.rounding import round_factors
 from w4a16gen.weights.importers.stored import Factors
-from w4a16gen.weights.packed import PackedWeight, check_layout_group_size, pack_weight
+from w4a16gen.weights.packed import PackedWeight, check_layout_group_size, layout_for, pack_weight
 from w4a16gen.weights.quantized import QuantizedWeight
-
-_LAYOUT = "fragment_blocks_v2"
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,13 +63,22 @@ def load_layer(layer: CheckpointLayer, device: Any = "cpu", *, uploader: Uploade
     return DeviceWeight(_pack_quantized(weight, moved), permutation, layer.alpha)
 
 
-def pack_decoded(decoded: Decoded, permutation: Tensor | None = None, *, name: str = "weight") -> DeviceWeight:
+def pack_decoded(
+    decoded: Decoded,
+    permutation: Tensor | None = None,
+    *,
+    name: str = "weight",
+    mode: QuantMode | None = None,
+    gated: bool = False,
+) -> DeviceWeight:
     """Round the factors of a weight to fp16, and pack it on its device.
 
     Args:
         decoded: the weight, with K in the order of the file.
         permutation: the order of K that the packed weight shall have, int64 [k], or None.
         name: what messages call the layer.
+        mode: the quantisation mode, for weights of which other weights decide; None is the plainest that holds it.
+        gated: whether it is for gated activations: the first half of its channels gates the second.
 
     Raises:
         InvalidValueError: if a factor is not finite, or the layout cannot hold the weight.
@@ -81,16 +88,20 @@ def pack_decoded(decoded: Decoded, permutation: Tensor | None = None, *, name: s
     groups, k = len(scales), q.shape[1]
     if groups == 0 or k % groups != 0:
         raise InvalidValueError(f"layer {name}: {groups} groups do not divide k = {k}")
-    if zeros is not None:
-        mode = QuantMode.FINEGRAINED_SCALE_AND_ZEROS
-    else:
-        mode = QuantMode.PER_COLUMN_SCALE_ONLY if groups == 1 else QuantMode.FINEGRAINED_SCALE_ONLY
-    check_layout_group_size(_LAYOUT, k, k // groups, mode)
+    mode = _plainest(zeros, groups) if mode is None else mode
+    check_layout_group_size(layout_for(Target.NATIVE, gated=gated), k, k // groups, mode)
     halves, added, alpha = _rounded(scales, zeros, name)
     if permutation is not None:
         q = q.index_select(1, permutation)
-    packed = _pack(q, halves if mode.is_grouped else halves[0], added, k // groups, mode)
+    packed = _pack(q, halves if mode.is_grouped else halves[0], added, k // groups, mode, gated=gated)
     return DeviceWeight(packed, permutation, alpha)
+
+
+def _plainest(zeros: Tensor | None, groups: int) -> QuantMode:
+    """Return the mode that says no more than a weight needs."""
+    if zeros is not None:
+        return QuantMode.FINEGRAINED_SCALE_AND_ZEROS
+    return QuantMode.PER_COLUMN_SCALE_ONLY if groups == 1 else QuantMode.FINEGRAINED_SCALE_ONLY
 
 
 def _rounded(scales: Tensor, zeros: Tensor | None, name: str) -> tuple[Tensor, Tensor | None, float]:
@@ -105,14 +116,17 @@ def _rounded(scales: Tensor, zeros: Tensor | None, name: str) -> tuple[Tensor, T
     return torch.from_numpy(rounded.scales).to(scales.device), moved, rounded.exactness.alpha
 
 
-def _pack(q: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, mode: QuantMode) -> PackedWeight:
+def _pack(
+    q: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, mode: QuantMode, *, gated: bool = False
+) -> PackedWeight:
     """Pack checked factors, and values of 0 to 15, where they are."""
     if q.is_cuda:
         packer = library_in_use().packer
         added = None if zeros is None else zeros.contiguous()
-        return packer.pack_checked(q, scales.contiguous(), added, group_size, mode)
+        return packer.pack_checked(q, scales.contiguous(), added, group_size, mode, gated=gated)
     parts = [None if part is None else part.numpy() for part in (q, scales, zeros)]
-    return _on_host(QuantizedWeight(parts[0], parts[1], parts[2], group_size, mode))  # type: ignore[arg-type]
+    weight = QuantizedWeight(parts[0], parts[1], parts[2], group_size, mode)  # type: ignore[arg-type]
+    return _on_host(weight, gated=gated)
 
 
 def _pack_quantized(weight: QuantizedWeight, moved: Uploader) -> PackedWeight:
@@ -120,12 +134,12 @@ def _pack_quantized(weight: QuantizedWeight, moved: Uploader) -> PackedWeight:
     if moved.device.type == "cpu":
         return _on_host(weight)
     zeros = None if weight.zeros is None else moved.array(weight.zeros)
-    check_layout_group_size(_LAYOUT, weight.k, weight.group_size, weight.mode)
+    check_layout_group_size(layout_for(Target.NATIVE, gated=False), weight.k, weight.group_size, weight.mode)
     return _pack(moved.array(weight.q), moved.array(weight.scales), zeros, weight.group_size, weight.mode)
 
 
-def _on_host(weight: QuantizedWeight) -> PackedWeight:
-    packed = pack_weight(weight)
+def _on_host(weight: QuantizedWeight, *, gated: bool = False) -> PackedWeight:
+    packed = pack_weight(weight, gated=gated)
     return PackedWeight(
         torch.from_numpy(packed.data), packed.layout, packed.n, packed.k, packed.group_size, packed.mode
     )
