@@ -22,6 +22,9 @@ RECORDED = Path(__file__).parent / "integrations" / "interfaces.json"
 _GPTQ_KERNELS = "sglang/srt/hardware_backend/gpu/quantization/gptq_kernels.py"
 _SGLANG_SCHEME = "sglang/srt/layers/quantization/compressed_tensors/schemes/compressed_tensors_wNa16.py"
 _VLLM_LAYERS = "vllm/model_executor/layers"
+_VLLM_COMPRESSED_EXPERTS = (
+    f"{_VLLM_LAYERS}/quantization/compressed_tensors/compressed_tensors_moe/compressed_tensors_moe_wna16.py"
+)
 WANTED: dict[str, dict[str, tuple[str, ...]]] = {
     "vllm": {
         "vllm/plugins/__init__.py": ("DEFAULT_PLUGINS_GROUP", "load_general_plugins"),
@@ -48,8 +51,29 @@ WANTED: dict[str, dict[str, tuple[str, ...]]] = {
         f"{_VLLM_LAYERS}/quantization/base_config.py": ("QuantizationConfig.get_checkpoint_weight_mapper",),
         f"{_VLLM_LAYERS}/quantization/auto_gptq.py": (
             *("AutoGPTQConfig.TYPE_MAP", "AutoGPTQConfig.__init__", "AutoGPTQConfig.get_quant_method"),
-            "AutoGPTQLinearMethod.create_weights",
+            *("AutoGPTQLinearMethod.create_weights", "AutoGPTQMoEMethod.create_weights", "AutoGPTQMoEMethod.apply"),
         ),
+        f"{_VLLM_LAYERS}/quantization/auto_awq.py": ("AutoAWQConfig.get_quant_method", "AutoAWQMoEMethod.apply"),
+        f"{_VLLM_LAYERS}/quantization/compressed_tensors/compressed_tensors.py": (
+            "CompressedTensorsConfig.get_quant_method",
+        ),
+        _VLLM_COMPRESSED_EXPERTS: ("CompressedTensorsWNA16MoEMethod.__init__", "CompressedTensorsWNA16MoEMethod.apply"),
+        f"{_VLLM_LAYERS}/fused_moe/fused_moe_method_base.py": (
+            *("FusedMoEMethodBase.create_weights", "FusedMoEMethodBase.get_fused_moe_quant_config"),
+        ),
+        f"{_VLLM_LAYERS}/fused_moe/modular_kernel.py": (
+            *("FusedMoEActivationFormat.Standard", "FusedMoEExperts.__init__", "FusedMoEExperts.is_supported_config"),
+            "FusedMoEExpertsModular.moe_problem_size",
+            *("FusedMoEExpertsModular.workspace_shapes", "FusedMoEExpertsModular.apply"),
+            *("FusedMoEExpertsModular.finalize_weight_and_reduce_impl", "FusedMoEKernel.__init__"),
+        ),
+        f"{_VLLM_LAYERS}/fused_moe/config.py": (
+            *("FusedMoEConfig", "FUSED_MOE_UNQUANTIZED_CONFIG", "FusedMoEParallelConfig.use_all2all_kernels"),
+            *("FusedMoEParallelConfig.use_ag_rs_all2all_kernels", "FusedMoEParallelConfig.use_passthrough_all2all"),
+        ),
+        f"{_VLLM_LAYERS}/fused_moe/all2all_utils.py": ("maybe_make_prepare_finalize",),
+        f"{_VLLM_LAYERS}/fused_moe/topk_weight_and_reduce.py": ("TopKWeightAndReduceNoOP",),
+        f"{_VLLM_LAYERS}/fused_moe/routed_experts.py": ("RoutedExperts._expert_routing_tables",),
         f"{_VLLM_LAYERS}/quantization/utils/gptq_utils.py": ("get_linear_quant_method", "override_config"),
         "vllm/model_executor/models/utils.py": ("WeightsMapper.orig_to_new_suffix",),
     },

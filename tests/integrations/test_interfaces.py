@@ -62,6 +62,20 @@ OVERRIDES = [
     ("vllm", "LinearMethodBase.create_weights", f"{VLLM}.gptq", "LinearMethod.create_weights"),
     ("vllm", "AutoGPTQLinearMethod.create_weights", f"{VLLM}.gptq", "LinearMethod.create_weights"),
     ("vllm", "LinearMethodBase.apply", f"{VLLM}.gptq", "LinearMethod.apply"),
+    ("vllm", "AutoAWQConfig.get_quant_method", f"{VLLM}.experts", "ExpertsOverride.get_quant_method"),
+    ("vllm", "CompressedTensorsConfig.get_quant_method", f"{VLLM}.experts", "ExpertsOverride.get_quant_method"),
+    ("vllm", "FusedMoEMethodBase.create_weights", f"{VLLM}.experts", "ExpertsMethod.create_weights"),
+    ("vllm", "AutoGPTQMoEMethod.create_weights", f"{VLLM}.experts", "ExpertsMethod.create_weights"),
+    (
+        "vllm",
+        "FusedMoEMethodBase.get_fused_moe_quant_config",
+        f"{VLLM}.experts",
+        "ExpertsMethod.get_fused_moe_quant_config",
+    ),
+    *(
+        ("vllm", f"FusedMoEExpertsModular.{name}", f"{VLLM}.modular_experts", f"ModularExperts.{name}")
+        for name in ("moe_problem_size", "workspace_shapes", "apply", "finalize_weight_and_reduce_impl")
+    ),
     ("sglang", "GPTQMarlinLinearKernel.__init__", f"{SGLANG}.kernels", "GPTQKernel.__init__"),
     ("sglang", "GPTQMarlinLinearKernel.apply", f"{SGLANG}.kernels", "GPTQKernel.apply"),
     ("sglang", "AWQMarlinLinearKernel.__init__", f"{SGLANG}.kernels", "AWQKernel.__init__"),
@@ -102,6 +116,8 @@ def test_fields_and_groups_are_those_that_are_used() -> None:
     fields = {"partition_weight_shape", "weight_type", "act_type", "group_size", "zero_points"}
     assert fields <= set(recorded("vllm", "MPLinearLayerConfig"))
     assert fields | {"has_g_idx"} <= set(recorded("sglang", "MarlinLinearLayerConfig"))
+    of_experts = {"moe_backend", "has_bias", "activation", "swiglu_limit", "swiglu_alpha", "swiglu_beta"}
+    assert of_experts | {"hidden_dim", "intermediate_size_per_partition"} <= set(recorded("vllm", "FusedMoEConfig"))
     assert recorded("vllm", "DEFAULT_PLUGINS_GROUP") == "vllm.general_plugins"
     assert recorded("sglang", "GENERAL_PLUGINS_GROUP") == "sglang.srt.plugins"
 
@@ -112,7 +128,9 @@ FAKES = {
         *("MPLinearKernel.process_weights_after_loading", "MPLinearKernel.apply_weights", "AutoGPTQConfig.__init__"),
         *("AutoGPTQConfig.get_quant_method", "get_linear_quant_method", "register_quantization_config"),
         *("BasevLLMParameter.__init__", "RowvLLMParameter.__init__", "register_weight_loader_v2_supported_method"),
-        "LinearMethodBase.apply",
+        *("LinearMethodBase.apply", "FusedMoEMethodBase.create_weights", "CompressedTensorsWNA16MoEMethod.__init__"),
+        *("FusedMoEKernel.__init__", "maybe_make_prepare_finalize", "AutoAWQConfig.get_quant_method"),
+        "FusedMoEMethodBase.get_fused_moe_quant_config",
     ),
     "sglang": (
         *("MarlinLinearLayerConfig", "HookRegistry.register", "CompressedTensorsWNA16.process_weights_after_loading"),
@@ -122,7 +140,7 @@ FAKES = {
 }
 """What the stand-ins must have as it is recorded."""
 FAKE_MODULES = {
-    "vllm": [f"fakes.vllm_package.{name}" for name in ("kernels", "parameters", "layers", "configs")],
+    "vllm": [f"fakes.vllm_package.{name}" for name in ("kernels", "parameters", "layers", "configs", "experts")],
     "sglang": ["fakes.sglang_package.engine"],
     "gptqmodel": ["fakes.gptqmodel_package.package"],
 }

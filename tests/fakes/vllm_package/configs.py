@@ -6,13 +6,16 @@ import re
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
+from fakes.vllm_package import experts
+from fakes.vllm_package.experts import RoutedExperts
 from fakes.vllm_package.kernels import scalar_types
-from fakes.vllm_package.layers import LinearBase, RoutedExperts, UnquantizedLinearMethod
+from fakes.vllm_package.layers import LinearBase, UnquantizedLinearMethod
 from fakes.vllm_package.methods import AutoAWQMarlinLinearMethod, AutoGPTQLinearMethod, CompressedTensorsLinearMethod
 
-QUANTIZATION_METHODS = ["awq", "auto_gptq", "gptq", "gptq_marlin", "compressed-tensors"]
+QUANTIZATION_METHODS = ["awq", "auto_awq", "auto_gptq", "gptq", "gptq_marlin", "compressed-tensors"]
 _CUSTOMIZED_METHOD_TO_QUANT_CONFIG: dict[str, Any] = {}
 
 
@@ -47,7 +50,12 @@ def register_quantization_config(quantization: str) -> Callable[[Any], Any]:
 
 def get_quantization_config(quantization: str) -> Any:
     """Return the configuration of a name."""
-    return _CUSTOMIZED_METHOD_TO_QUANT_CONFIG.get(quantization, AutoGPTQConfig)
+    known: dict[str, Any] = {
+        "awq": AutoAWQConfig,
+        "auto_awq": AutoAWQConfig,
+        "compressed-tensors": CompressedTensorsConfig,
+    }
+    return _CUSTOMIZED_METHOD_TO_QUANT_CONFIG.get(quantization, known.get(quantization, AutoGPTQConfig))
 
 
 class AutoGPTQConfig(QuantizationConfig):
@@ -90,7 +98,9 @@ class AutoGPTQConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
         if isinstance(layer, RoutedExperts):
-            return "experts of vLLM"
+            if self.group_size not in (-1, 32, 64, 128):
+                return "MoeWNA16Method"
+            return experts.AutoGPTQMoEMethod(self, layer.moe_config)
         return get_linear_quant_method(self, layer, prefix, AutoGPTQLinearMethod)
 
 
@@ -125,3 +135,29 @@ class OtherConfig(QuantizationConfig):
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
         del layer, prefix
         return self.methods[self.kind](self)
+
+
+class AutoAWQConfig(OtherConfig):
+    """AWQ."""
+
+    def __init__(self, group_size: int, *, zero_point: bool = True) -> None:
+        super().__init__("awq", group_size, is_sym=False)
+        self.zero_point = zero_point
+
+    def get_quant_method(self, layer: Any, prefix: str) -> Any:
+        if isinstance(layer, RoutedExperts):
+            return experts.AutoAWQMoEMethod(self, layer.moe_config)
+        return super().get_quant_method(layer, prefix)
+
+
+class CompressedTensorsConfig(OtherConfig):
+    """compressed-tensors."""
+
+    def __init__(self, group_size: int, *, is_sym: bool = True) -> None:
+        super().__init__("compressed-tensors", group_size, is_sym=is_sym)
+
+    def get_quant_method(self, layer: Any, prefix: str) -> Any:
+        if isinstance(layer, RoutedExperts):
+            weights = SimpleNamespace(symmetric=self.is_sym, group_size=self.group_size)
+            return experts.CompressedTensorsWNA16MoEMethod(weights, None, layer.moe_config)
+        return super().get_quant_method(layer, prefix)

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from fakes.vllm_package import configs, kernels, layers, parameters
+from fakes.vllm_package import configs, experts, kernels, layers, parameters
 from fakes.vllm_package.parameters import World
 
 _LAYERS = "vllm.model_executor.layers"
 QUANTIZATION = f"{_LAYERS}.quantization"
+COMPRESSED_EXPERTS = f"{QUANTIZATION}.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_wna16"
 MODULES: dict[str, tuple[ModuleType, tuple[str, ...]]] = {
     "vllm.platforms": (kernels, ("PlatformEnum",)),
     "vllm.scalar_type": (kernels, ("ScalarType", "scalar_types")),
@@ -34,12 +35,22 @@ MODULES: dict[str, tuple[ModuleType, tuple[str, ...]]] = {
             *("WEIGHT_LOADER_V2_SUPPORTED", "register_weight_loader_v2_supported_method"),
         ),
     ),
-    f"{_LAYERS}.fused_moe": (layers, ("RoutedExperts",)),
+    f"{_LAYERS}.fused_moe": (experts, ("RoutedExperts",)),
+    f"{_LAYERS}.fused_moe.modular_kernel": (
+        experts,
+        ("FusedMoEActivationFormat", "FusedMoEExpertsModular", "FusedMoEKernel"),
+    ),
+    f"{_LAYERS}.fused_moe.all2all_utils": (experts, ("maybe_make_prepare_finalize",)),
+    f"{_LAYERS}.fused_moe.topk_weight_and_reduce": (experts, ("TopKWeightAndReduceNoOP",)),
+    f"{_LAYERS}.fused_moe.config": (experts, ("FUSED_MOE_UNQUANTIZED_CONFIG",)),
     QUANTIZATION: (
         configs,
         ("QUANTIZATION_METHODS", "register_quantization_config", "get_quantization_config"),
     ),
     f"{QUANTIZATION}.auto_gptq": (configs, ("AutoGPTQConfig",)),
+    f"{QUANTIZATION}.auto_awq": (configs, ("AutoAWQConfig",)),
+    f"{QUANTIZATION}.compressed_tensors.compressed_tensors": (configs, ("CompressedTensorsConfig",)),
+    COMPRESSED_EXPERTS: (experts, ("CompressedTensorsWNA16MoEMethod",)),
     f"{QUANTIZATION}.utils.gptq_utils": (configs, ("get_linear_quant_method",)),
     "vllm.model_executor.models.utils": (configs, ("WeightsMapper",)),
 }
@@ -55,6 +66,8 @@ def install(patch: pytest.MonkeyPatch) -> dict[str, Any]:
             if path not in made:
                 made[path] = ModuleType(path)
         made[name].__dict__.update({member: getattr(source, member) for member in names})
+    for module, method in (("auto_gptq", experts.AutoGPTQMoEMethod), ("auto_awq", experts.AutoAWQMoEMethod)):
+        setattr(made[f"{QUANTIZATION}.{module}"], method.__name__, method)
     for path, module in made.items():
         parent, _, child = path.rpartition(".")
         if parent:

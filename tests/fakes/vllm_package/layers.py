@@ -86,7 +86,3 @@ class LinearBase(torch.nn.Module):  # type: ignore[misc]
 
     def forward(self, x: Any, bias: Any = None) -> Any:
         return self.quant_method.apply(self, x, bias)
-
-
-class RoutedExperts(torch.nn.Module):  # type: ignore[misc]
-    """Experts of a mixture."""

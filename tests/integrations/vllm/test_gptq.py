@@ -18,8 +18,8 @@ from fakes.vllm_package.installed import install  # noqa: E402
 
 from w4a16gen import UnsupportedProblemError  # noqa: E402
 from w4a16gen.integrations.engines import limits  # noqa: E402
+from w4a16gen.integrations.engines.words import zero_point_rules  # noqa: E402
 from w4a16gen.integrations.vllm import plugin, registration  # noqa: E402
-from w4a16gen.integrations.vllm.gptq import zero_point_rules  # noqa: E402
 
 N = 64
 
@@ -217,12 +217,7 @@ def test_configurations_reach_vllms_other_processes() -> None:
         registration.W4A16GenNothing  # noqa: B018
 
 
-def test_experts_are_vllms_business_unless_nobody_serves_them() -> None:
-    experts = layers.RoutedExperts()
-    assert config_of(64).get_quant_method(experts, "experts") == "experts of vLLM"
-    for options in ({"sym": False}, {"desc_act": True}):
-        with pytest.raises(UnsupportedProblemError, match="experts with act-order or zero points"):
-            config_of(64, **options).get_quant_method(experts, "experts")
+def test_modules_of_another_kind_have_no_method() -> None:
     assert config_of(64).get_quant_method(torch.nn.Module(), "embedding") is None
 
 

@@ -54,15 +54,17 @@ def test_it_is_first_and_can_be_called_twice(engine: dict[str, Any], caplog: pyt
     first = registered(caplog)
     assert first == (
         "W4A16GenLinearKernel is first of vLLM's 2 mixed-precision linear kernels; GPTQ models with act-order, zero "
-        "points or any group size are served"
+        "points or any group size are served; experts of GPTQ, AWQ and compressed-tensors are served"
     )
     assert registered(caplog) == first
     (kernels,) = engine[LINEAR]._POSSIBLE_KERNELS.values()  # noqa: SLF001
     assert [kernel.__name__ for kernel in kernels] == ["W4A16GenLinearKernel", "MacheteLinearKernel"]
     names = engine[QUANTIZATION]._CUSTOMIZED_METHOD_TO_QUANT_CONFIG  # noqa: SLF001
-    assert {name: config.__name__ for name, config in names.items()} == dict.fromkeys(
-        ("auto_gptq", "gptq", "gptq_marlin"), "W4A16GenGPTQConfig"
-    )
+    assert {name: config.__name__ for name, config in names.items()} == {
+        **dict.fromkeys(("auto_gptq", "gptq", "gptq_marlin"), "W4A16GenGPTQConfig"),
+        **dict.fromkeys(("awq", "auto_awq"), "W4A16GenAWQConfig"),
+        "compressed-tensors": "W4A16GenCompressedTensorsConfig",
+    }
 
 
 def test_a_plain_list_of_older_releases_is_known(engine: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
@@ -92,6 +94,30 @@ def test_absent_parts_never_raise(name: str, engine: dict[str, Any], caplog: pyt
     else:  # the kernel is there without the configuration
         assert "first of vLLM's 2 mixed" in line
         assert "GPTQ models with act-order or zero points stay refused" in line
+
+
+FUSED_MOE = "vllm.model_executor.layers.fused_moe"
+WITHOUT_EXPERTS: dict[str, tuple[str, str]] = {
+    "no method of GPTQ": (f"{QUANTIZATION}.auto_gptq", "AutoGPTQMoEMethod"),
+    "no method of AWQ": (f"{QUANTIZATION}.auto_awq", "AutoAWQMoEMethod"),
+    "no modular experts": (f"{FUSED_MOE}.modular_kernel", "FusedMoEExpertsModular"),
+    "no dispatch": (f"{FUSED_MOE}.all2all_utils", "maybe_make_prepare_finalize"),
+    "no configuration": (f"{FUSED_MOE}.config", "FUSED_MOE_UNQUANTIZED_CONFIG"),
+    "no configuration of AWQ": (f"{QUANTIZATION}.auto_awq", "AutoAWQConfig"),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_EXPERTS)
+def test_absent_parts_of_experts_leave_the_rest(
+    name: str, engine: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    module, attribute = WITHOUT_EXPERTS[name]
+    delattr(engine[module], attribute)
+    line = registered(caplog)
+    assert "GPTQ models with act-order, zero points or any group size are served; experts are left to vLLM (" in line
+    assert attribute in line
+    names = engine[QUANTIZATION]._CUSTOMIZED_METHOD_TO_QUANT_CONFIG  # noqa: SLF001
+    assert names["gptq"].__name__ == "W4A16GenGPTQConfig"
 
 
 @pytest.mark.parametrize("name", [LINEAR, f"{QUANTIZATION}.auto_gptq", "vllm.model_executor.layers.linear"])

@@ -10,8 +10,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from fakes.engine_experts import StoredExperts, routing  # noqa: E402
 from fakes.engine_layers import StoredWeight, activations  # noqa: E402
-from fakes.vllm_package import configs, layers, parameters  # noqa: E402
+from fakes.vllm_package import configs, experts, layers, parameters  # noqa: E402
 from fakes.vllm_package.installed import install  # noqa: E402
 
 from w4a16gen import KernelConfig, Library, Problem, use_kernels  # noqa: E402
@@ -157,3 +158,56 @@ def test_only_one_layer_exists_twice_while_a_model_is_packed(rng: np.random.Gene
     values = N * k  # one layer's q, a byte each
     assert torch.cuda.memory_allocated() <= before * 1.05
     assert torch.cuda.max_memory_allocated() <= before + 6 * values
+
+
+EXPERTS, HIDDEN, INNER, SLOTS = 8, 512, 256, 2
+
+
+def experts_of(kind: str, group: int, *, is_symmetric: bool, dtype: Any = torch.float16) -> Any:
+    """Return a layer of experts on the GPU, which this package serves."""
+    found = configs.get_quantization_config(kind)
+    if kind == "gptq":
+        raw = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": False, "sym": is_symmetric}
+        config = found.from_config(raw)
+    else:
+        config = found(group) if kind == "awq" else found(group, is_sym=is_symmetric)
+    layer = experts.RoutedExperts(config, experts.FusedMoEConfig(HIDDEN, INNER), EXPERTS, dtype)
+    if not layer.quant_method.serves:
+        pytest.skip("the build that W4A16GEN_BUILD_DIR names holds no grouped kernels with and without the gate")
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("kind", "group", "is_symmetric"),
+    [
+        ("gptq", 128, True),
+        ("gptq", -1, True),
+        ("gptq", 128, False),
+        ("awq", 64, False),
+        ("compressed-tensors", 32, True),
+    ],
+)
+def test_experts_are_within_their_bounds_and_captured(
+    kind: str, group: int, is_symmetric: bool, rng: np.random.Generator
+) -> None:
+    layer = experts_of(kind, group, is_symmetric=is_symmetric)
+    stored = StoredExperts.random(rng, EXPERTS, HIDDEN, INNER, group, is_symmetric=is_symmetric)
+    layer.load(stored, kind)
+    for tokens in (1, 16, 300):
+        x = activations(rng, tokens, HIDDEN).cuda()
+        ids, weights = (tensor.cuda() for tensor in routing(rng, tokens, SLOTS, EXPERTS))
+        stored.assert_is_sum(layer(x, weights, ids), x, ids, weights)
+        wide = layer(x.bfloat16(), weights, ids)
+        assert torch.equal(wide, layer(x, weights, ids).bfloat16())
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x, weights, ids)
+    for _ in range(2):
+        stored = StoredExperts.random(rng, EXPERTS, HIDDEN, INNER, group, is_symmetric=is_symmetric)
+        layer.create()
+        layer.load(stored, kind)
+        x.copy_(activations(rng, 300, HIDDEN))
+        graph.replay()
+        torch.cuda.synchronize()
+        stored.assert_is_sum(y, x, ids, weights)

@@ -19,7 +19,8 @@ from w4a16gen.integrations.engines.limits import LayerRequest, why_not_served
 from w4a16gen.integrations.engines.order import plan_act_order, plan_order
 from w4a16gen.integrations.engines.parameters import matrix_of, values_of
 from w4a16gen.integrations.engines.store import LayerStore
-from w4a16gen.integrations.engines.words import PER_WORD, gptq_zero_points
+from w4a16gen.integrations.engines.words import PER_WORD, gptq_zero_points, zero_point_rules
+from w4a16gen.integrations.vllm.experts import with_experts
 from w4a16gen.integrations.vllm.kernel import COUNT, capability
 
 BITS = 4
@@ -34,6 +35,8 @@ class ConfigOverride:
 
     linear_method: ClassVar[Any]
     """The method of layers that vLLM refuses."""
+    experts_methods: ClassVar[Mapping[type, type]] = {}
+    """This package's method of experts for each of vLLM's."""
 
     def __init__(
         self,
@@ -106,12 +109,12 @@ class ConfigOverride:
         inherited: Any = super()
         experts = importlib.import_module("vllm.model_executor.layers.fused_moe").RoutedExperts
         if isinstance(layer, experts):
-            if self.keeps_order or not self.is_sym:
+            if self.keeps_order:
                 raise UnsupportedProblemError(
-                    f"{prefix}: neither vLLM nor w4a16gen serves experts with act-order or zero points: quantize them "
-                    "with sym=True and desc_act=False"
+                    f"{prefix}: neither vLLM nor w4a16gen serves experts of models with act-order: quantize them with "
+                    "desc_act=False"
                 )
-            return inherited.get_quant_method(layer, prefix)
+            return with_experts(inherited.get_quant_method(layer, prefix), self.experts_methods)
         rules = importlib.import_module(f"{_QUANTIZATION}.utils.gptq_utils")
         method = rules.get_linear_quant_method(self, layer, prefix, _Candidate)
         if not isinstance(method, _Candidate):
@@ -305,20 +308,3 @@ class LinearMethod:
             bias: [n], or None.
         """
         return self._store.apply(layer, x, bias)
-
-
-def zero_point_rules(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how a GPTQ model stores zero points, as arguments of `gptq_zero_points`.
-
-    Args:
-        config: the model's quantization configuration.
-
-    Example:
-        >>> zero_point_rules({"checkpoint_format": "gptq", "meta": {"quantizer": ["gptqmodel:5.0"]}})
-        {'version': 1, 'by_words': True}
-    """
-    version = 2 if config.get("checkpoint_format") in ("gptq_v2", "gptq_p") else 1
-    meta = config.get("meta")
-    writers = meta.get("quantizer", ()) if isinstance(meta, Mapping) else ()
-    names = [writers] if isinstance(writers, str) else list(writers)
-    return {"version": version, "by_words": any(str(name).startswith("gptqmodel") for name in names)}

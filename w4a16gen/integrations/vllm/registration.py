@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import importlib
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from w4a16gen.errors import MissingToolError
+from w4a16gen.integrations.vllm.experts import ExpertsOverride
+from w4a16gen.integrations.vllm.experts_formats import AWQExperts, CompressedTensorsExperts, GPTQExperts
 from w4a16gen.integrations.vllm.gptq import ConfigOverride, LinearMethod
 from w4a16gen.integrations.vllm.kernel import LinearKernel
+from w4a16gen.integrations.vllm.modular_experts import FUSED_MOE, ModularExperts
 
 LOGGER = logging.getLogger("vllm.w4a16gen")
 KERNEL = "W4A16GenLinearKernel"
 """The kernel's name in vLLM's log and in VLLM_DISABLED_KERNELS."""
 METHOD = "W4A16GenGPTQLinearMethod"
 CONFIG = "W4A16GenGPTQConfig"
+EXPERTS = "W4A16GenExperts"
+"""The name of the modular experts in vLLM's log."""
 CONFIG_NAMES = ("auto_gptq", "gptq", "gptq_marlin")
 """The names under which vLLM looks for the configuration of a GPTQ model."""
 _KERNEL_MODULES = (
@@ -22,6 +28,57 @@ _KERNEL_MODULES = (
     "vllm.model_executor.layers.quantization.kernels.mixed_precision",
 )
 _QUANTIZATION = "vllm.model_executor.layers.quantization"
+_COMPRESSED = f"{_QUANTIZATION}.compressed_tensors"
+
+_NEEDED = {
+    "modular_kernel": ("FusedMoEActivationFormat", "FusedMoEExpertsModular", "FusedMoEKernel"),
+    "all2all_utils": ("maybe_make_prepare_finalize",),
+    "topk_weight_and_reduce": ("TopKWeightAndReduceNoOP",),
+    "config": ("FUSED_MOE_UNQUANTIZED_CONFIG",),
+}
+"""What experts use, by vLLM's module."""
+
+
+class _Format(NamedTuple):
+    """A format whose experts are served."""
+
+    module: str
+    """Where vLLM has its method of experts."""
+    method: str
+    ours: type
+    """The part of this package's method."""
+
+
+class _Overridden(NamedTuple):
+    """A configuration that is registered for the experts' sake."""
+
+    module: str
+    config: str
+    names: tuple[str, ...]
+    """The names under which vLLM looks for it."""
+    format: _Format
+
+
+_GPTQ_EXPERTS = _Format(f"{_QUANTIZATION}.auto_gptq", "AutoGPTQMoEMethod", GPTQExperts)
+_EXPERTS_CONFIGS = {
+    "W4A16GenAWQConfig": _Overridden(
+        f"{_QUANTIZATION}.auto_awq",
+        "AutoAWQConfig",
+        ("awq", "awq_marlin", "auto_awq"),
+        _Format(f"{_QUANTIZATION}.auto_awq", "AutoAWQMoEMethod", AWQExperts),
+    ),
+    "W4A16GenCompressedTensorsConfig": _Overridden(
+        f"{_COMPRESSED}.compressed_tensors",
+        "CompressedTensorsConfig",
+        ("compressed-tensors",),
+        _Format(
+            f"{_COMPRESSED}.compressed_tensors_moe.compressed_tensors_moe_wna16",
+            "CompressedTensorsWNA16MoEMethod",
+            CompressedTensorsExperts,
+        ),
+    ),
+}
+"""By the name that the configuration gets."""
 
 
 def register_all() -> str:
@@ -31,13 +88,21 @@ def register_all() -> str:
         ImportError: if vLLM's modules are not where any known release has them.
         MissingToolError: if there is no list of kernels.
     """
-    line = _insert_kernel()
+    lines = [
+        _insert_kernel(),
+        _tried(_override_gptq, "GPTQ models with act-order or zero points stay refused"),
+        _tried(_override_experts, "experts are left to vLLM"),
+    ]
+    return "; ".join(lines)
+
+
+def _tried(register: Callable[[], str], otherwise: str) -> str:
+    """Return the line of a registration, or what holds without it: the kernel serves most models alone."""
     try:
-        added = _override_gptq()
-    except Exception as error:  # the kernel serves most models without it
-        LOGGER.debug("no GPTQ configuration was registered", exc_info=True)
-        return f"{line}; GPTQ models with act-order or zero points stay refused ({type(error).__name__}: {error})"
-    return f"{line}; {added}"
+        return register()
+    except Exception as error:  # the engine may have changed in any way
+        LOGGER.debug("a part was not registered", exc_info=True)
+        return f"{otherwise} ({type(error).__name__}: {error})"
 
 
 def _first_module(names: tuple[str, ...]) -> Any:
@@ -77,18 +142,44 @@ def _kernels_of(linear: Any) -> list[Any]:
 
 def _override_gptq() -> str:
     """Register the configuration of GPTQ models under vLLM's own names for it."""
-    quantization = importlib.import_module(_QUANTIZATION)
-    known = getattr(quantization, "_CUSTOMIZED_METHOD_TO_QUANT_CONFIG", {})
-    if not any(config.__name__ == CONFIG for config in known.values()):
-        config = _config()
-        for name in CONFIG_NAMES:
-            if name in quantization.QUANTIZATION_METHODS:
-                quantization.register_quantization_config(name)(config)
+    _register(CONFIG, CONFIG_NAMES)
     return "GPTQ models with act-order, zero points or any group size are served"
 
 
-def _config() -> Any:
-    """Return the configuration's class, with the method of its layers."""
+def _override_experts() -> str:
+    """Register the configurations of AWQ and compressed-tensors models, for their experts."""
+    for format_ in (_GPTQ_EXPERTS, *(overridden.format for overridden in _EXPERTS_CONFIGS.values())):
+        _experts_method(format_)
+    for name, overridden in _EXPERTS_CONFIGS.items():
+        _register(name, overridden.names)
+    return "experts of GPTQ, AWQ and compressed-tensors are served"
+
+
+def _register(name: str, names: tuple[str, ...]) -> None:
+    """Register a configuration of this package under vLLM's names, unless it is registered."""
+    quantization = importlib.import_module(_QUANTIZATION)
+    known = getattr(quantization, "_CUSTOMIZED_METHOD_TO_QUANT_CONFIG", {})
+    if any(config.__name__ == name for config in known.values()):
+        return
+    config = _config(name)
+    for vllms in names:
+        if vllms in quantization.QUANTIZATION_METHODS:
+            quantization.register_quantization_config(vllms)(config)
+
+
+def _config(name: str) -> Any:
+    """Return the class of a configuration, with the methods of its layers."""
+    if name == CONFIG:
+        return _gptq_config()
+    overridden = _EXPERTS_CONFIGS[name]
+    parent = getattr(importlib.import_module(overridden.module), overridden.config)
+    config = _combined(name, ExpertsOverride, parent)
+    config.experts_methods = _experts_methods(overridden.format)
+    return config
+
+
+def _gptq_config() -> Any:
+    """Return the class of the configuration of GPTQ models, which serves more than experts."""
     parent = importlib.import_module(f"{_QUANTIZATION}.auto_gptq").AutoGPTQConfig
     linear = importlib.import_module("vllm.model_executor.layers.linear")
     method = _combined(METHOD, LinearMethod, linear.LinearMethodBase)
@@ -96,7 +187,30 @@ def _config() -> Any:
         linear.register_weight_loader_v2_supported_method(method)
     config = _combined(CONFIG, ConfigOverride, parent)
     config.linear_method = method
+    config.experts_methods = _experts_methods(_GPTQ_EXPERTS)
     return config
+
+
+def _experts_methods(format_: _Format) -> dict[type, type]:
+    """Return this package's method of experts by vLLM's one, or nothing where this release of vLLM is not known."""
+    try:
+        theirs, ours = _experts_method(format_)
+    except Exception:  # the engine may have changed in any way
+        LOGGER.debug("experts are left to vLLM", exc_info=True)
+        return {}
+    return {theirs: ours}
+
+
+def _experts_method(format_: _Format) -> tuple[type, type]:
+    """Return vLLM's method of experts of a format, and this package's one."""
+    theirs = getattr(importlib.import_module(format_.module), format_.method)
+    parts = {name: importlib.import_module(f"{FUSED_MOE}.{name}") for name in _NEEDED}
+    absent = [f"{name}.{part}" for name, module in parts.items() for part in _NEEDED[name] if not hasattr(module, part)]
+    if absent:
+        raise MissingToolError(f"there is no {' and no '.join(absent)}: this release of vLLM is not known")
+    ours = _combined(f"W4A16Gen{format_.method}", format_.ours, theirs)
+    ours.experts = _combined(EXPERTS, ModularExperts, parts["modular_kernel"].FusedMoEExpertsModular)
+    return theirs, ours
 
 
 def _combined(name: str, ours: type, base: type) -> Any:
@@ -108,7 +222,7 @@ def _combined(name: str, ours: type, base: type) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    """Make the configuration's class when a process of vLLM unpickles an instance before it loads plug-ins."""
-    if name == CONFIG:
-        return _config()
+    """Make a configuration's class when a process of vLLM unpickles an instance before it loads plug-ins."""
+    if name == CONFIG or name in _EXPERTS_CONFIGS:
+        return _config(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
