@@ -21,6 +21,7 @@ from w4a16gen.integrations.torch.mlp import W4A16MLP, FusedMlps, fuse_mlps  # no
 from w4a16gen.integrations.torch.ops import gemm  # noqa: E402
 from w4a16gen.integrations.torch.overflow import calibrate, check_overflow, first_overflow  # noqa: E402
 from w4a16gen.integrations.torch.replace import Replacement, replace_linears  # noqa: E402
+from w4a16gen.integrations.torch.shared_experts import add_shared_experts  # noqa: E402
 
 __all__ = [
     "W4A16MLP",
@@ -29,6 +30,7 @@ __all__ = [
     "Replacement",
     "W4A16Experts",
     "W4A16Linear",
+    "add_shared_experts",
     "calibrate",
     "check_overflow",
     "first_overflow",
