@@ -76,7 +76,9 @@ class CListingArguments(ctypes.Structure):
 
     _fields_ = (
         *_pointers("offsets counts"),
-        *_sizes("stride experts rows tile_tokens"),
+        *_sizes("stride"),
+        *_pointers("indices"),
+        *_sizes("experts rows tile_tokens"),
         *_pointers("token_tiles"),
         ("token_tiles_bytes", ctypes.c_size_t),
         *_pointers("stream"),

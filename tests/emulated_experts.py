@@ -155,13 +155,15 @@ class EmulatedExperts:
         return Routes(offsets, rows[: offsets[-1]], back, tiles[:-CANARY])
 
     def list_token_tiles(self, tile_tokens: int, rows: int, **given: Any) -> Ints:
-        """List the tiles of experts with `offsets`, or `counts` and `stride`."""
-        experts = given["counts"].size if "counts" in given else given["offsets"].size - 1
+        """List the tiles of experts with `offsets`, or `counts` and `stride`, or `indices` and `experts`."""
+        self.library.emulation_set(given.get("seed", 0), 4)
+        experts = given.get("experts") or (given["counts"].size if "counts" in given else given["offsets"].size - 1)
         tiles = self._room_for_tiles(rows, experts, tile_tokens)
         arguments = CListingArguments(
             offsets=at(given.get("offsets")),
             counts=at(given.get("counts")),
             stride=given.get("stride", 0),
+            indices=at(given.get("indices")),
             experts=experts,
             rows=rows,
             tile_tokens=tile_tokens,

@@ -176,7 +176,7 @@ def test_grouped_kernels_of_several_units_link_and_others_have_none_of_their_fun
     library = Library(built.build)
     assert static.prove(library, tmp_path / "generated").violations == []
     code = read_code(library.build.library)
-    for function in ("route", "list_token_tiles", "gather_rows", "activate_rows", "combine_rows"):
+    for function in ("route", "list_token_tiles", "list_indexed_rows", "gather_rows", "activate_rows", "combine_rows"):
         assert any(f"native{len(function)}{function}I" in symbol for symbol in code)
 
 

@@ -156,6 +156,7 @@ class Listing:
     offsets: int
     counts: int
     stride: int
+    indices: int
     experts: int
     rows: int
     tile_tokens: int
@@ -169,6 +170,10 @@ class Listing:
         """List the tiles."""
         if self.offsets:
             bounds = list(pairwise(memory_at(self.offsets, (self.experts + 1,), "<i4").tolist()))
+        elif not self.counts:
+            indices = memory_at(self.indices, (self.rows,), "<i4")
+            rows_of = [np.flatnonzero(indices == expert).tolist() for expert in range(self.experts)]
+            bounds = [(rows[0], rows[-1] + 1) if rows else (0, 0) for rows in rows_of]
         else:
             counts = memory_at(self.counts, (self.experts,), "<i4").tolist()
             bounds = [

@@ -135,6 +135,38 @@ def test_tiles_of_given_rows(emulated: EmulatedExperts) -> None:
     assert entries(listed) == tiles_of([(0, 0), (16, 19), (32, 48), (48, 57), (64, 80)], 8)
 
 
+@pytest.mark.parametrize("aligned_to", [1, 8, 128])
+@pytest.mark.parametrize("experts", [1, 5, 40, 1024])
+def test_tiles_of_rows_that_name_their_experts(emulated: EmulatedExperts, experts: int, aligned_to: int) -> None:
+    rng = np.random.default_rng(experts + aligned_to)
+    counts = rng.integers(0, 40, experts) * (rng.random(experts) < min(1, 200 / experts))
+    order = rng.permutation(experts)
+    named, rows = [np.full(3, -1)], {}
+    first = 3
+    for expert in order.tolist():
+        length = -(-int(counts[expert]) // aligned_to) * aligned_to
+        rows[expert] = (first, first + int(counts[expert])) if counts[expert] else (0, 0)
+        named += [np.full(counts[expert], expert), np.full(length - counts[expert], -1)]
+        first += length
+    named.append(np.array([experts, 1 << 30, -7]))
+    indices = np.concatenate(named).astype(np.int32)
+    for tile, seed in ((8, 1), (64, 2)):
+        listed = emulated.list_token_tiles(tile, indices.size, indices=indices, experts=experts, seed=seed)
+        assert entries(listed) == tiles_of([rows[expert] for expert in range(experts)], tile)
+
+
+def test_experts_whose_rows_are_apart_do_not_leave_the_list(emulated: EmulatedExperts) -> None:
+    """Which of its rows are the first and the last one depends on the order of warps."""
+    indices = np.tile(np.repeat(np.arange(EXPERTS, dtype=np.int32), 64), 2)
+    room = indices.size // 8 + EXPERTS
+    found = set()
+    for seed in range(16):
+        listed = emulated.list_token_tiles(8, indices.size, indices=indices, experts=EXPERTS, seed=seed)
+        assert all(0 <= first <= end <= indices.size for _, _, first, end in entries(listed))
+        found.add(int(listed[0]))
+    assert max(found) == room
+
+
 def test_rows_outside_the_activations_are_left_out(emulated: EmulatedExperts) -> None:
     offsets = np.array([-5, 3, 1, 2000, 9], np.int32)
     rows = [(0, 3), (3, 3), (1, 40), (40, 40)]

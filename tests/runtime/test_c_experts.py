@@ -18,7 +18,7 @@ from c_structures import (
     CProblem,
     CRouteArguments,
 )
-from emulated_experts import EmulatedExperts, Ints, at, build_experts
+from emulated_experts import EmulatedExperts, Ints, at, build_experts, entries
 from emulation import aligned
 
 from w4a16gen import KernelConfig, Library, QuantMode
@@ -113,8 +113,14 @@ LISTING: list[tuple[dict[str, Any], str]] = [
     ({"rows": LIMIT + 1}, f"rows of {LIMIT + 1} must be 0 to {LIMIT}"),
     ({"experts": 1025}, "experts of 1025 must be 1 to 1024"),
     ({"tile_tokens": -8}, "tile_tokens of -8 must be 1 to"),
-    ({"offsets": None}, "offsets or counts must be given, and not both"),
-    ({"counts": 3 * STEP}, "offsets or counts must be given, and not both"),
+    ({"offsets": None}, "offsets, counts or indices must be given, and only one of them"),
+    ({"counts": 3 * STEP}, "offsets, counts or indices must be given, and only one of them"),
+    ({"indices": 3 * STEP}, "offsets, counts or indices must be given, and only one of them"),
+    ({"offsets": None, "indices": 3 * STEP + 2}, "indices at 0x300002 must be aligned to 4 bytes"),
+    (
+        {"offsets": None, "indices": 2 * STEP + TILES - 4},
+        "list of token tiles overlaps the indices: pass another array",
+    ),
     ({"offsets": None, "counts": 3 * STEP}, f"stride of 0 must be 1 to {LIMIT}"),
     ({"offsets": None, "counts": 3 * STEP + 2, "stride": 4}, "counts at 0x300002 must be aligned to 4 bytes"),
     ({"offsets": STEP + 2}, "offsets at 0x100002 must be aligned to 4 bytes"),
@@ -255,6 +261,14 @@ def test_what_an_empty_call_writes_is_checked(
 ) -> None:
     status, message = refusal(emulated.library, name, ctypes.byref(changed(BASES[name], change)))
     assert (status, text in message) == (INVALID, True), message
+
+
+@pytest.mark.compile
+def test_an_array_of_no_indices_may_be_null(emulated: EmulatedExperts) -> None:
+    name = "w4a16_list_token_tiles"
+    for rows, status in ((0, OK), (1, INVALID)):
+        given = changed(BASES[name], {"offsets": None, "rows": rows})
+        assert refusal(emulated.library, name, ctypes.byref(given))[0] == status
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -407,12 +421,24 @@ def test_the_module_passes_the_kind_of_launch(emulated: EmulatedExperts, fake_li
     written = (3 * STEP, 4 * STEP, 5 * STEP, 6 * STEP, TILES)
     for outcome in (
         opened.route(STEP, 4, 0, 0, 3, 4, 2, 8, *written, 0, 0, 0, 0, *on),
-        opened.list_token_tiles(STEP, 0, 0, 3, 8, 8, 2 * STEP, TILES, *on),
+        opened.list_token_tiles(STEP, 0, 0, 0, 3, 8, 8, 2 * STEP, TILES, *on),
         opened.gather_rows(STEP, 2 * STEP, 3 * STEP, 0, 5 * STEP, 4, 2, 16, *on),
         opened.activate_rows(STEP, 2 * STEP, 3 * STEP, 8, 16, Activation.SWIGLU.number, *on),
         opened.combine_rows(STEP, 2 * STEP, 0, 4 * STEP, 4, 2, 16, *NO_IDS, 3, *on),
     ):
         assert outcome == (INVALID, "dependent_launch of 3 must be a w4a16_launch, 0 to 2")
+
+
+@pytest.mark.compile
+def test_the_module_lists_rows_that_name_their_experts(emulated: EmulatedExperts, fake_library: Library) -> None:
+    opened = fake_library.module.KernelLibrary(str(emulated.path))
+    indices = aligned(np.array([2] * 9 + [-1] * 7 + [0] * 3, np.int32))
+    _, _, tiles_bytes = opened.token_tiles_bytes(indices.size, 3, 8)
+    listed = aligned(np.full(tiles_bytes // 4, -1, np.int32))
+    emulated.library.emulation_set(0, 4)
+    outcome = opened.list_token_tiles(0, 0, 0, at(indices), 3, indices.size, 8, at(listed), tiles_bytes, 0, False, 0)
+    assert outcome == (OK, "")
+    assert entries(listed) == [[0, 0, 16, 19], [2, 1, 0, 9], [2, 1, 0, 9]]
 
 
 @pytest.mark.compile
@@ -448,7 +474,7 @@ def test_the_module_makes_the_same_calls(emulated: EmulatedExperts, fake_library
 
     written = (at(offsets), at(routes_of_rows), at(rows_of_routes), at(tiles), tiles_bytes)
     check(opened.route(at(ids), 8, 0, 0, experts, tokens, slots, 8, *written, 0, 0, 0, 0, *on))
-    check(opened.list_token_tiles(at(offsets), 0, 0, experts, routes, 8, at(listed), tiles_bytes, *on))
+    check(opened.list_token_tiles(at(offsets), 0, 0, 0, experts, routes, 8, at(listed), tiles_bytes, *on))
     assert listed[0] == tiles[0] > 0
     assert np.array_equal(listed[4:], tiles[4:])
     rows = aligned(np.full((routes, size), np.nan, np.float16))

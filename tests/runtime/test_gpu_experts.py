@@ -125,6 +125,12 @@ def test_large_routings_are_sorted(library: Library, count: int, tokens: int, sl
         used = slice(4, 4 * (tiles[0] + 1))
         assert listed[0] == tiles[0]
         assert np.array_equal(listed[used], tiles[used])
+        named = np.full(ids.size, -1, np.int32)
+        named[: offsets[-1]] = np.repeat(np.arange(count, dtype=np.int32), np.diff(offsets))
+        given = library.list_rows(ids.size, tile, indices=library.to_device(named), experts=count)
+        listed = given.token_tiles.to_host().view(np.int32)
+        assert listed[0] == tiles[0]
+        assert np.array_equal(listed[used], tiles[used])
 
 
 def test_without_tokens_offsets_are_0_and_the_list_is_empty_in_graphs_too(library: Library) -> None:

@@ -440,7 +440,7 @@ def test_rows_of_routes_are_sorted_by_expert(library: FakeLibrary) -> None:
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("source", ["routing", "offsets", "counts"])
+@pytest.mark.parametrize("source", ["routing", "offsets", "counts", "indices"])
 def test_each_row_is_multiplied_by_its_expert(
     library: FakeLibrary, rng: np.random.Generator, gated: bool, source: str
 ) -> None:
@@ -454,14 +454,18 @@ def test_each_row_is_multiplied_by_its_expert(
     }.get(source, np.zeros(0))
     own = (
         [slice(at * stride, at * stride + count) for at, count in enumerate(counts)]
-        if source == "counts"
+        if source in ("counts", "indices")
         else [slice(*pair) for pair in pairwise(bounds.tolist())]
     )
-    m = {"routing": ROUTES, "offsets": 20, "counts": stride * EXPERTS}[source]
+    m = {"routing": ROUTES, "offsets": 20}.get(source, stride * EXPERTS)
+    named = np.full(m, -1, np.int32)
+    for expert, rows_of_expert in enumerate(own):
+        named[rows_of_expert] = expert
     rows = {
         "routing": lambda: library.route_tokens(layer.on(layer.ids), EXPERTS, tile),
         "offsets": lambda: library.list_rows(m, tile, offsets=layer.on(bounds)),
         "counts": lambda: library.list_rows(m, tile, counts=layer.on(counts), stride=stride),
+        "indices": lambda: library.list_rows(m, tile, indices=layer.on(named), experts=EXPERTS),
     }[source]()
     if source != "routing":
         assert (rows.offsets, rows.routes_of_rows, rows.rows_of_routes) == (None, None, None)
@@ -560,13 +564,21 @@ def test_a_wrong_routing_is_refused(library: FakeLibrary, change: dict[str, Any]
 
 
 OFFSETS, COUNTS = GpuArray((EXPERTS + 1,), "<i4"), GpuArray((EXPERTS,), "<i4")
-ONE_SOURCE = "the rows of each expert are given by offsets, or by counts and stride"
+INDICES = GpuArray((20,), "<i4")
+ONE_SOURCE = "the rows of each expert are given by offsets, or by counts and stride, or by indices and experts"
 LISTING: list[tuple[str, dict[str, Any], str]] = [
     ("nothing", {"offsets": None}, ONE_SOURCE),
     ("both", {"counts": COUNTS}, ONE_SOURCE),
     ("both with a stride", {"counts": COUNTS, "stride": 4}, ONE_SOURCE),
     ("a stride of offsets", {"stride": 4}, ONE_SOURCE),
     ("counts without a stride", {"offsets": None, "counts": COUNTS}, ONE_SOURCE),
+    ("offsets and indices", {"indices": INDICES, "experts": 4}, ONE_SOURCE),
+    ("indices of no experts", {"offsets": None, "indices": INDICES}, ONE_SOURCE),
+    ("experts of offsets", {"experts": EXPERTS}, ONE_SOURCE),
+    ("fewer indices", {"offsets": None, "indices": INDICES, "experts": 4, "rows": 21}, r"indices of shape \[20\] must"),
+    ("indices of 64 bits", {"offsets": None, "indices": GpuArray((20,), "<i8"), "experts": 4}, "must be int32"),
+    ("more experts", {"offsets": None, "indices": INDICES, "experts": 1025}, "experts of 1025 must be 1 to 1024"),
+    ("experts of text", {"offsets": None, "indices": INDICES, "experts": "4"}, "experts of type str must be"),
     ("no stride", {"offsets": None, "counts": COUNTS, "stride": 0}, "stride of 0 must be 1 or more"),
     ("offsets of two axes", {"offsets": GpuArray((2, 3), "<i4")}, r"offsets of shape \[2, 3\] must have one dimension"),
     ("offsets of 64 bits", {"offsets": GpuArray((6,), "<i8")}, "offsets of dtype int64 must be int32"),
@@ -579,6 +591,11 @@ LISTING: list[tuple[str, dict[str, Any], str]] = [
     ("no tile", {"tile_tokens": 0}, "tile_tokens of 0 must be 1 or more"),
     ("not a launch", {"dependent_launch": None}, "dependent_launch of type NoneType must be"),
 ]
+
+
+def test_no_indices_are_no_rows(library: FakeLibrary) -> None:
+    rows = library.list_rows(0, 8, indices=library.to_device(np.zeros(0, np.int32)), experts=EXPERTS)
+    assert (rows.rows, rows.experts) == (0, EXPERTS)
 
 
 @pytest.mark.parametrize(("change", "text"), [row[1:] for row in LISTING], ids=[row[0] for row in LISTING])

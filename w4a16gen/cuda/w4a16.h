@@ -150,11 +150,13 @@ typedef struct {
   int64_t columns;          /* a multiple of 8 */
 } w4a16_route_arguments;
 
-/* The rows of each expert: rows offsets[e] to offsets[e + 1] - 1, or counts[e] rows from row e * stride on. */
+/* The rows of each expert: rows offsets[e] to offsets[e + 1] - 1, or counts[e] rows from row e * stride on, or the rows
+ * whose index is e, which follow one another. One of the three is given, and the others are null. */
 typedef struct {
-  const void* offsets; /* int32 [experts + 1], not decreasing; null if counts are given */
-  const void* counts;  /* int32 [experts]; null if offsets are given */
+  const void* offsets; /* int32 [experts + 1], not decreasing */
+  const void* counts;  /* int32 [experts] */
   int64_t stride;      /* of counts, which are at most this */
+  const void* indices; /* int32 [rows]: the expert of each row; others than 0 to experts - 1 are no expert */
   int64_t experts;
   int64_t rows;             /* of the activations; others are left out. 0: the length of the list is set to 0 */
   int64_t tile_tokens;      /* cta[1] of the grouped kernels that read the list */

@@ -224,6 +224,8 @@ def list_rows(
     offsets: Any = None,
     counts: Any = None,
     stride: int | None = None,
+    indices: Any = None,
+    experts: int | None = None,
     stream: Any = None,
     dependent_launch: DependentLaunch = False,
 ) -> ExpertRows:
@@ -237,6 +239,9 @@ def list_rows(
         offsets: int32 [experts + 1] on a Hopper GPU: expert e has the rows offsets[e] to offsets[e + 1] - 1.
         counts: int32 [experts] there instead: expert e has counts[e] rows, from row e * stride on.
         stride: rows from one expert to the next, with counts.
+        indices: int32 [rows] there instead: the expert of each row, or -1, as DeepGEMM's `m_indices`. The rows of an
+            expert follow one another.
+        experts: number of experts, with indices.
         stream: a CUDA stream object or address; None is the current stream of torch or CuPy, else the default.
         dependent_launch: see `gemm`.
 
@@ -252,6 +257,8 @@ def list_rows(
         offsets=offsets,
         counts=counts,
         stride=stride,
+        indices=indices,
+        experts=experts,
         stream=stream,
         dependent_launch=dependent_launch,
     )

@@ -241,6 +241,8 @@ class ExpertLauncher:
         offsets: Any,
         counts: Any,
         stride: int | None,
+        indices: Any,
+        experts: int | None,
         rows: int,
         tile_tokens: int,
         stream: Any,
@@ -248,23 +250,28 @@ class ExpertLauncher:
         launch: int,
     ) -> ExpertRows:
         """List the token tiles of experts whose rows are known; see `Library.list_rows`."""
-        if (offsets is None) == (counts is None) or (counts is None) != (stride is None):
-            raise InvalidValueError("the rows of each expert are given by offsets, or by counts and stride")
-        given = counts if offsets is None else offsets
-        name = "counts" if offsets is None else "offsets"
+        sources = {"offsets": offsets, "counts": counts, "indices": indices}
+        names = [name for name, source in sources.items() if source is not None]
+        if len(names) != 1 or (counts is None) != (stride is None) or (indices is None) != (experts is None):
+            raise InvalidValueError(
+                "the rows of each expert are given by offsets, or by counts and stride, or by indices and experts"
+            )
+        (name,) = names
+        given = sources[name]
         seen = view(name, given, self._bindings.module)
         if len(seen.shape) != 1:
             raise InvalidValueError(f"{name} of shape {list(seen.shape)} must have one dimension")
         device = seen.device or 0
-        check(name, seen, dtype="<i4", shape=seen.shape, device=device)
-        count = checked_experts(seen.shape[0] - (offsets is not None))
         length, tile = integer("rows", rows), positive("tile_tokens", tile_tokens)
+        check(name, seen, dtype="<i4", shape=seen.shape if indices is None else (length,), device=device)
+        count = checked_experts(seen.shape[0] - (offsets is not None) if experts is None else experts)
         size = self._token_tiles_bytes(length, count, tile)
         address = stream_pointer(stream, given)
         made = self._empty(given, (size,), "|u1", device, address)
         tiles = view("routing", made, self._bindings.module)
         outcome = self._bindings.library.list_token_tiles(
-            *((seen.pointer, 0, 0) if counts is None else (0, seen.pointer, positive("stride", stride))),
+            *(seen.pointer if name == source else 0 for source in ("offsets", "counts")),
+            *(0 if stride is None else positive("stride", stride), 0 if indices is None else seen.pointer),
             *(count, length, tile, tiles.pointer, size, address, launch, device),
         )
         self._bindings.result_of(outcome)

@@ -379,6 +379,8 @@ class Library:
         offsets: Any = None,
         counts: Any = None,
         stride: int | None = None,
+        indices: Any = None,
+        experts: int | None = None,
         stream: Any = None,
         dependent_launch: DependentLaunch = False,
     ) -> ExpertRows:
@@ -390,6 +392,9 @@ class Library:
             offsets: int32 [experts + 1] on a Hopper GPU: expert e has the rows offsets[e] to offsets[e + 1] - 1.
             counts: int32 [experts] there instead: expert e has counts[e] rows, from row e * stride on.
             stride: rows from one expert to the next, with counts.
+            indices: int32 [rows] there instead: the expert of each row, or -1, as DeepGEMM's `m_indices`. The rows of
+                an expert follow one another.
+            experts: number of experts, with indices.
             stream: a CUDA stream object or address; None is the current stream of torch or CuPy, else the default.
             dependent_launch: see `gemm`.
 
@@ -400,7 +405,7 @@ class Library:
             CudaError: if the launch fails.
         """
         kind = checked_launch(dependent_launch)
-        return self.experts.list_rows(offsets, counts, stride, rows, tile_tokens, stream, launch=kind)
+        return self.experts.list_rows(offsets, counts, stride, indices, experts, rows, tile_tokens, stream, launch=kind)
 
     def grouped_gemm(  # noqa: PLR0913  (the options of one call)
         self,

@@ -152,8 +152,10 @@ std::string why_not(const w4a16_route_arguments& given) {
 std::string why_not(const w4a16_listing_arguments& given) {
   std::string sentence = why_not_numbers(
       {{"rows", given.rows, 0, kMaxDimension}, experts_number(given.experts), tile_tokens_number(given.tile_tokens)});
-  if (sentence.empty() && (given.offsets != nullptr) == (given.counts != nullptr)) {
-    sentence = "offsets or counts must be given, and not both";
+  const int sources = (given.offsets != nullptr) + (given.counts != nullptr) + (given.indices != nullptr);
+  const bool has_no_rows = sources == 0 && given.rows == 0;  // an array of no indices may be null
+  if (sentence.empty() && sources != 1 && !has_no_rows) {
+    sentence = "offsets, counts or indices must be given, and only one of them";
   }
   if (sentence.empty() && given.counts != nullptr) {
     sentence = why_not_numbers({{"stride", given.stride, 1, kMaxDimension}});
@@ -162,6 +164,7 @@ std::string why_not(const w4a16_listing_arguments& given) {
   sentence = why_not_arrays({
       {Use::kReadIfGiven, "offsets", given.offsets, kIntBytes, bytes_of(given.experts + 1, 1, kIntBytes)},
       {Use::kReadIfGiven, "counts", given.counts, kIntBytes, bytes_of(given.experts, 1, kIntBytes)},
+      {Use::kReadIfGiven, "indices", given.indices, kIntBytes, bytes_of(given.rows, 1, kIntBytes)},
       {Use::kWritten, "list of token tiles", given.token_tiles, kTensorAlignment, given.token_tiles_bytes},
   });
   return sentence.empty() ? why_not_room(given.token_tiles_bytes, given.rows, given.experts, given.tile_tokens)

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "native/experts.cuh"
+#include "native/indexed_rows.cuh"
 #include "native/launch.cuh"
 #include "native/routing.cuh"
 
@@ -95,7 +96,20 @@ inline cudaError_t launch_route(const w4a16_route_arguments& given, int sm_count
                           sm_count);
 }
 
+inline cudaError_t launch_indexed_listing(const w4a16_listing_arguments& given) {
+  IndexedRowsParameters p{};
+  p.experts_of_rows = static_cast<const int32_t*>(given.indices);
+  p.experts = static_cast<int>(given.experts);
+  p.rows = static_cast<int>(given.rows);
+  p.tile_tokens = static_cast<int>(given.tile_tokens);
+  p.most_tiles = static_cast<int>(max_token_tiles(given.rows, given.experts, given.tile_tokens));
+  p.token_tiles = static_cast<TokenTiles*>(given.token_tiles);
+  return start(&list_indexed_rows<kRoutingThreads>, p,
+               {1, kRoutingThreads, routing_bytes(p.experts), given.stream, given.dependent_launch});
+}
+
 inline cudaError_t launch_listing(const w4a16_listing_arguments& given) {
+  if (given.indices != nullptr) return launch_indexed_listing(given);
   ListingParameters p{};
   p.offsets = static_cast<const int32_t*>(given.offsets);
   p.counts = static_cast<const int32_t*>(given.counts);

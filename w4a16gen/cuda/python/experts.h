@@ -99,12 +99,14 @@ inline Outcome route(const KernelLibrary& library, uintptr_t ids, int id_bytes, 
 }
 
 inline Outcome list_token_tiles(const KernelLibrary& library, uintptr_t offsets, uintptr_t counts, int64_t stride,
-                                int64_t experts, int64_t rows, int64_t tile_tokens, uintptr_t token_tiles,
-                                size_t token_tiles_bytes, uintptr_t stream, int dependent_launch, int device) {
+                                uintptr_t indices, int64_t experts, int64_t rows, int64_t tile_tokens,
+                                uintptr_t token_tiles, size_t token_tiles_bytes, uintptr_t stream, int dependent_launch,
+                                int device) {
   w4a16_listing_arguments arguments{};
   arguments.offsets = pointer(offsets);
   arguments.counts = pointer(counts);
   arguments.stride = stride;
+  arguments.indices = pointer(indices);
   arguments.experts = experts;
   arguments.rows = rows;
   arguments.tile_tokens = tile_tokens;
