@@ -195,7 +195,7 @@ class CostModel:
         token_tiles = -(-problem.m // (config.cta.tokens * config.cluster.tokens))
         return self.work_on_tiles(config, problem, token_tiles, 1, card)
 
-    def work_on_tiles(  # noqa: PLR0913  (what decides the work)
+    def work_on_tiles(
         self,
         config: KernelConfig,
         problem: Problem,

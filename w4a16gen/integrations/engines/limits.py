@@ -10,7 +10,7 @@ from w4a16gen.integrations.engines.switch import FLOAT16, PLUGINS_VARIABLE, swit
 from w4a16gen.kernels.config import Epilogue, QuantMode, Target
 from w4a16gen.kernels.problem import NATIVE_GROUP_MULTIPLE, Problem, why_cannot_run, why_never_runs
 from w4a16gen.runtime.default import library_in_use
-from w4a16gen.runtime.experts import GATED_ACTIVATIONS, MAX_EXPERTS
+from w4a16gen.runtime.expert_calls import GATED_ACTIVATIONS, MAX_EXPERTS
 
 HOPPER = (9, 0)
 _DTYPES = ("float16", "bfloat16")

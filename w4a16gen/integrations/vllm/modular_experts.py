@@ -15,7 +15,7 @@ from w4a16gen.integrations.engines.experts import ExpertsCall, sum_of_experts
 from w4a16gen.integrations.engines.layer import WAY_OUT
 from w4a16gen.integrations.engines.limits import HOPPER
 from w4a16gen.integrations.vllm.kernel import capability
-from w4a16gen.runtime.experts import GATED_ACTIVATIONS
+from w4a16gen.runtime.expert_calls import GATED_ACTIVATIONS
 
 FUSED_MOE = "vllm.model_executor.layers.fused_moe"
 
