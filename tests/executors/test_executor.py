@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -16,7 +17,7 @@ import pytest
 
 from w4a16gen.errors import ClusterError, InvalidValueError
 from w4a16gen.executors.executor import ATTEMPTS, LOST_IN_A_ROW, Executor, NodeSummary, add_summaries
-from w4a16gen.executors.node import Named, differences, place_files
+from w4a16gen.executors.node import Named, Setup, differences, place_files, run_task
 from w4a16gen.executors.place import Context, InProcess, Place, TaskFunction, WorkerLostError
 from w4a16gen.files import file_digest
 
@@ -45,6 +46,14 @@ class Unsteady(Place):
 
 def count(_context: Any, numbers: Sequence[int]) -> Iterator[int]:
     yield from numbers
+
+
+def open_folder(folder: Path) -> Context:
+    return Context(folder)
+
+
+def read_header(folder: Path) -> Iterator[bytes]:
+    yield (folder / "a.h").read_bytes()
 
 
 def left(numbers: Sequence[int]) -> Callable[[Sequence[int]], Sequence[Any]]:
@@ -200,8 +209,28 @@ def test_files_are_written_once_and_again_if_they_are_damaged(tmp_path: Path, mo
     assert place_files(files) == folder
     assert (folder / "a.h").stat().st_mtime_ns == before
     (folder / "a.h").write_bytes(b"x")
-    again = place_files(files)
-    assert (again / "a.h").read_bytes() == b"a"
+    assert place_files(files) == folder, "in the same place, where running workers look"
+    assert (folder / "a.h").read_bytes() == b"a"
+    shutil.rmtree(folder)
+    folder.write_bytes(b"a file")
+    assert (place_files(files) / "folder" / "b.h").read_bytes() == b"b"
+    assert len(list(folder.parent.iterdir())) == 1, "nothing damaged is left"
+
+
+def test_a_worker_mends_files_that_were_damaged_between_two_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    setup, read = Setup(Named.of(open_folder)), Named.of(read_header)
+    assert run_task(setup, {"a.h": b"a"}, read, []) == [b"a"]
+    (header,) = tmp_path.rglob("a.h")
+    header.write_bytes(b"x")
+    assert run_task(setup, {"a.h": b"a"}, read, []) == [b"a"]
+
+
+def test_old_files_of_a_node_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = place_files({"a.h": b"a"})
     other = place_files({"a.h": b"c"})
     assert other != folder
     os.utime(other, (0, 0))

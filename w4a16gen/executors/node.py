@@ -20,6 +20,7 @@ from typing import Any
 from w4a16gen import __version__
 from w4a16gen.errors import CudaError, InvalidValueError, W4A16Error
 from w4a16gen.executors.place import Context
+from w4a16gen.files import remove
 
 VERSION = "w4a16gen"
 """The part of every node's report that names this package's version."""
@@ -97,23 +98,45 @@ def place_files(files: Files) -> Path:
     root = node_folder() / "files"
     root.mkdir(mode=0o700, exist_ok=True)
     folder = root / digest
-    if folder.is_dir() and digest_of(_read(folder)) == digest:
+    if _is_whole(folder, digest):
         os.utime(folder)
         return folder
     _remove_old(root)
     fresh = Path(tempfile.mkdtemp(prefix=f".{digest}-", dir=root))
-    for name, content in files.items():
-        path = fresh / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
     try:
+        for name, content in files.items():
+            path = fresh / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        return _moved(fresh, folder, digest)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+
+
+def _moved(fresh: Path, folder: Path, digest: str) -> Path:
+    """Move files to their folder, in place of damaged ones; return where they are."""
+    with suppress(OSError):
         fresh.rename(folder)
-    except OSError:  # another process was faster, or what is there is damaged
-        if digest_of(_read(folder)) == digest:
-            shutil.rmtree(fresh)
-            return folder
-        return fresh
-    return folder
+        return folder
+    if _is_whole(folder, digest):  # another process was faster
+        shutil.rmtree(fresh)
+        return folder
+    damaged = fresh.with_name(f"{fresh.name}-damaged")
+    with suppress(OSError):
+        folder.rename(damaged)
+        fresh.rename(folder)
+    with suppress(OSError):
+        remove(damaged)
+    return folder if _is_whole(folder, digest) else fresh
+
+
+def _is_whole(folder: Path, digest: str) -> bool:
+    """Return whether a folder holds exactly the files of a digest."""
+    try:
+        return folder.is_dir() and digest_of(_read(folder)) == digest
+    except OSError:
+        return False
 
 
 def _remove_old(root: Path) -> None:
@@ -150,16 +173,16 @@ class Setup:
     arguments: tuple[Any, ...] = ()
 
 
-_contexts: dict[tuple[Setup, str], Context] = {}
+_contexts: dict[tuple[Setup, Path], Context] = {}
 """The context that this process opened last. Tasks of one build share it."""
 
 
 def _context_of(setup: Setup, files: Files) -> Context:
-    key = (setup, digest_of(files))
+    folder = place_files(files)  # for every task: a file may have been damaged or removed since the last one
+    key = (setup, folder)
     if key not in _contexts:
         _contexts.clear()
-        opened = setup.open.find()(place_files(files), *setup.arguments)
-        _contexts[key] = opened
+        _contexts[key] = setup.open.find()(folder, *setup.arguments)
     return _contexts[key]
 
 
