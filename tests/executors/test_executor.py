@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from w4a16gen.errors import ClusterError, InvalidValueError
+from w4a16gen.errors import ClusterError, CudaError, InvalidValueError
 from w4a16gen.executors.executor import ATTEMPTS, LOST_IN_A_ROW, Executor, NodeSummary, add_summaries
 from w4a16gen.executors.node import Named, Setup, differences, place_files, run_task
 from w4a16gen.executors.place import Context, InProcess, Place, TaskFunction, WorkerLostError
@@ -123,6 +123,64 @@ def test_a_node_that_joins_takes_over() -> None:
             time.sleep(0.01)
         executor.add(Unsteady("new"))
         assert [future.result(10) for future in futures] == [[number] for number in range(5)]
+
+
+class Doubtful(Unsteady):
+    """A place that loses its first task, and of which it is not known whether it is alive."""
+
+    def __init__(self, revive: Callable[[], bool]) -> None:
+        super().__init__("doubtful", lambda number: number == 1)
+        self._revive = revive
+
+    def revive(self) -> bool:
+        return self._revive()
+
+
+def test_a_task_goes_on_elsewhere_before_it_is_known_what_became_of_its_place() -> None:
+    known, told = threading.Event(), list[str]()
+    doubtful = Doubtful(lambda: not known.wait(10))
+    with Executor([doubtful, Unsteady("good")], tell=told.append) as executor:
+        futures = [executor.submit(count, [number]) for number in range(10)]
+        assert [future.result(5) for future in futures] == [[number] for number in range(10)]
+        assert doubtful.begun == 1, "no task goes to it meanwhile"
+        known.set()
+    assert told == ["doubtful gets no more work: the power was cut"]
+
+
+def test_a_place_that_cannot_even_be_asked_gets_no_more_work() -> None:
+    def fail() -> bool:
+        raise CudaError("an uncorrectable ECC error was encountered")
+
+    told: list[str] = []
+    with Executor([Doubtful(fail), Unsteady("good")], tell=told.append) as executor:
+        assert executor.submit(count, [1, 2]).result(5) == [1, 2]
+    assert told == ["doubtful gets no more work: the power was cut"]
+
+
+def test_a_closed_standard_error_loses_no_task() -> None:
+    def tell(_sentence: str) -> None:
+        raise BrokenPipeError
+
+    with Executor([Unsteady("bad", lambda number: number == 1), Unsteady("good")], tell=tell) as executor:
+        futures = [executor.submit(count, [number]) for number in range(5)]
+        assert [future.result(5) for future in futures] == [[number] for number in range(5)]
+
+
+def test_what_is_submitted_too_late_does_not_wait_for_ever() -> None:
+    executor = Executor([Unsteady("only", lambda _number: True)])
+    with pytest.raises(ClusterError, match=r"no worker is left \(the last was lost at only: the power was cut"):
+        executor.submit(count, [1]).result(5)
+    with pytest.raises(ClusterError, match="no worker is left"):
+        executor.submit(count, [1]).result(5)
+    executor.stop()
+    assert executor.submit(count, [1]).cancelled()
+
+
+def test_work_is_divided_for_as_many_tasks_as_were_asked_for() -> None:
+    place = InProcess("small", Context(None), 2, 10.0)
+    assert (Executor([place]).planned_slots, Executor([place]).planned_memory) == (2, 10.0)
+    asked = Executor([place], most=16)
+    assert (asked.planned_slots, asked.planned_memory, asked.slots) == (16, float("inf"), 2)
 
 
 def test_an_error_of_the_task_is_not_tried_again() -> None:

@@ -25,7 +25,7 @@ from w4a16gen.build.pipeline import BuildReport, build
 from w4a16gen.build.scratch import make_folders
 from w4a16gen.build.units import kernel_hashes, plan_units
 from w4a16gen.build.workers import cluster_workers, local_workers
-from w4a16gen.errors import ClusterError
+from w4a16gen.errors import ClusterError, InvalidValueError
 from w4a16gen.executors import cluster as ray_cluster
 from w4a16gen.executors.cluster import connect
 from w4a16gen.kernels.spaces import enumerate_space
@@ -89,8 +89,13 @@ def build_on(
         return build(wanted, generated=generated, folder=folder, jobs=JOBS, workers=workers), told
 
 
-def build_here(root: Path, configs: list[KernelConfig] | None = None) -> BuildReport:
-    return build(configs or KERNELS, jobs=JOBS, generated=root / "generated", folder=root / "build")
+@pytest.fixture(scope="module")
+def local_files(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Return the files of a build by this machine's compilers."""
+    del cluster
+    root = tmp_path_factory.mktemp("local")
+    build(KERNELS, jobs=JOBS, generated=root / "generated", folder=root / "build")
+    return files_of(root / "build")
 
 
 def wait_until(log: Path, kernels: int) -> None:
@@ -100,18 +105,32 @@ def wait_until(log: Path, kernels: int) -> None:
         time.sleep(0.02)
 
 
-def test_a_build_over_a_cluster_is_the_same_to_the_byte(cluster: LocalCluster, calls: Path, tmp_path: Path) -> None:
+def test_a_build_over_a_cluster_is_the_same_to_the_byte(
+    cluster: LocalCluster, calls: Path, local_files: dict[str, bytes], tmp_path: Path
+) -> None:
     report, told = build_on(cluster, tmp_path / "cluster")
     assert told == []
     assert report.compiled == len(KERNELS)
     assert compiled(calls) == Counter(config.name for config in KERNELS)
     assert len(report.nodes) == JOBS, "every node takes part"
     assert sum(node.tasks for node in report.nodes) == len(plan_units(KERNELS, JOBS, float("inf")))
-    build_here(tmp_path / "local")
-    assert files_of(tmp_path / "cluster" / "build") == files_of(tmp_path / "local" / "build")
+    assert files_of(tmp_path / "cluster" / "build") == local_files
 
 
-def test_a_node_that_dies_costs_its_own_unit_only(cluster: LocalCluster, calls: Path, tmp_path: Path) -> None:
+def test_a_cluster_of_other_compilers_only_is_an_error(
+    cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_NVCC_RELEASE", "13.4")
+    versions.program_version.cache_clear()
+    with pytest.raises(ClusterError, match="no node of the cluster can compile"):
+        build_on(cluster, tmp_path)
+    versions.program_version.cache_clear()
+    assert not list((tmp_path / "build").glob("manifest.json"))
+
+
+def test_a_node_that_dies_costs_its_own_unit_only(
+    cluster: LocalCluster, calls: Path, local_files: dict[str, bytes], tmp_path: Path
+) -> None:
     doomed = cluster.nodes[0]
 
     def kill() -> None:
@@ -129,8 +148,7 @@ def test_a_node_that_dies_costs_its_own_unit_only(cluster: LocalCluster, calls: 
     twice = [name for name, times in compiled(calls).items() if times > 1]
     assert len(twice) <= max(len(part) for part in plan_units(KERNELS, JOBS, float("inf"))), "one unit at most"
     assert max(compiled(calls).values()) <= 2
-    build_here(tmp_path / "local")
-    assert files_of(tmp_path / "cluster" / "build") == files_of(tmp_path / "local" / "build")
+    assert files_of(tmp_path / "cluster" / "build") == local_files
 
 
 def test_two_drivers_build_at_once(cluster: LocalCluster, tmp_path: Path) -> None:
@@ -196,17 +214,6 @@ def test_a_node_with_another_compiler_is_refused_and_named(cluster: LocalCluster
     assert sum(compiled(calls).values()) == 4
 
 
-def test_a_cluster_of_other_compilers_only_is_an_error(
-    cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FAKE_NVCC_RELEASE", "13.4")
-    versions.program_version.cache_clear()
-    with pytest.raises(ClusterError, match="no node of the cluster can compile"):
-        build_on(cluster, tmp_path)
-    versions.program_version.cache_clear()
-    assert not list((tmp_path / "build").glob("manifest.json"))
-
-
 def test_a_kernel_that_fails_is_named_as_it_is_here(cluster: LocalCluster, tmp_path: Path) -> None:
     report, _ = build_on(cluster, tmp_path, [*KERNELS[:2], FAILING])
     assert [failure.name for failure in report.failures] == [FAILING.name]
@@ -237,6 +244,11 @@ def test_real_objects_are_the_same_to_the_byte(
     (tmp_path / "scratch").mkdir()
     here = compile_kernels(kernels, hashes, local_workers(tools, tmp_path / "scratch", 1), tmp_path / "local").units
     assert [unit.path.read_bytes() for unit in there] == [unit.path.read_bytes() for unit in here]
+
+
+def test_a_runtime_env_that_ray_refuses_is_a_wrong_value(cluster: LocalCluster) -> None:
+    with pytest.raises(InvalidValueError, match=r"Ray refuses this runtime_env \(TypeError: runtime_env\['pip'\] must"):
+        connect(cluster.address, {"pip": 5}, print).__enter__()
 
 
 def test_an_address_without_a_cluster_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from fakes.clusters import LocalCluster, local_cluster
 from fakes.devices import H100, H200
@@ -23,6 +24,7 @@ from w4a16gen import QuantMode
 from w4a16gen.choose.timing_table import TABLE, TuningTable, card_table
 from w4a16gen.cli import main
 from w4a16gen.cli.services import Services
+from w4a16gen.executors import gpu_nodes
 from w4a16gen.kernels.problem import Problem, runnable
 from w4a16gen.measure import gpus
 from w4a16gen.measure.compare import tiles_suit
@@ -51,6 +53,7 @@ def cluster(log: Path) -> Iterator[LocalCluster]:
     """Return a cluster of an H200 and two H100."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("FAKE_GPU_LOG", str(log))
+        monkeypatch.setenv("FAKE_GPU_SECONDS", "0.01")
         monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
         with local_cluster() as started:
             started.add(gpus=1, FAKE_GPU_CARD="H200")
@@ -74,9 +77,21 @@ def timed(log: Path) -> dict[str, Counter[tuple[str, str]]]:
     """Return how often each kernel was timed on each problem, by card."""
     found: dict[str, Counter[tuple[str, str]]] = {}
     for line in log.read_text().splitlines():
-        card, problem, kernel = line.split(";")
+        card, problem, kernel, _ = line.split(";")
         found.setdefault(card, Counter())[problem, kernel] += 1
     return found
+
+
+def worker_of(log: Path, but: int = 0) -> int:
+    """Return the process that timed a kernel last, other than one; wait for it."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        lines = log.read_text().splitlines() if log.exists() else []
+        found = int(lines[-1].split(";")[-1]) if lines else but
+        if found != but:
+            return found
+        time.sleep(0.01)
+    raise AssertionError("nothing is timed")
 
 
 def check_table(path: Path, card: str) -> None:
@@ -94,12 +109,16 @@ def arguments(cluster: LocalCluster, *more: str) -> list[str]:
     return ["tune", *named, "--ray", cluster.address, *more]
 
 
-def test_ctrl_c_leaves_what_was_measured_and_a_node_may_die(
+def test_ctrl_c_leaves_what_was_measured_and_a_process_may_hang_and_a_node_die(
     cluster: LocalCluster, tuner: Runner, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused = tuner.invoke(main, arguments(cluster, "--table", "one.json"))
     assert refused.exit_code == 2
     assert "several kinds of card" in " ".join(refused.stderr.split())
+    refused = tuner.invoke(main, arguments(cluster, "--card", "A100"))
+    assert refused.exit_code == 3
+    sentence = "--card A100 is in no name of the cluster's GPUs: NVIDIA H100 80GB HBM3, NVIDIA H200"
+    assert sentence in " ".join(refused.stderr.split())
     finished: list[str] = []
 
     def interrupt(sentence: str, **_: Any) -> None:
@@ -115,16 +134,20 @@ def test_ctrl_c_leaves_what_was_measured_and_a_node_may_die(
     known = {(str(problem), config.name) for (_, problem), times in table.times.items() for config in times}
     log.unlink()
 
-    def kill() -> None:
-        while not log.exists():
-            time.sleep(0.01)
-        cluster.kill(cluster.nodes[-1])
+    def hang_then_kill() -> None:
+        """Stop the only process that measures; when another one has its place, end the node."""
+        hung = worker_of(log)
+        psutil.Process(hung).suspend()
+        cluster.kill(cluster.node_of(worker_of(log, but=hung)))
 
-    killer = threading.Thread(target=kill)
+    monkeypatch.setattr(gpu_nodes, "_HUNG_SECONDS", 2.0)
+    killer = threading.Thread(target=hang_then_kill)
     killer.start()
-    done = tuner.invoke(main, arguments(cluster, "--card", "h100"))
+    done = tuner.invoke(main, arguments(cluster, "--card", "h100", "--gpus", "1"))
     killer.join()
     assert done.exit_code == 0, done.output
+    assert "lost a task, which goes on elsewhere: it does not answer" in " ".join(done.stderr.split())
+    assert "gets no more work" in " ".join(done.stderr.split()), "the spare GPU took over"
     check_table(tmp_path / "build" / TABLE, H100.name)
     assert not timed(log)[H100.name].keys() & known, "nothing is measured again"
 

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
 
 QUICK = {"include_log_monitor": False, "object_store_memory": 100 << 20}
@@ -37,6 +38,11 @@ class LocalCluster:
         """End a node as a power cut does."""
         self._cluster.remove_node(node, allow_graceful=False)
         self.nodes.remove(node)
+
+    def node_of(self, process: int) -> Any:
+        """Return the node that runs a worker's process."""
+        raylet = psutil.Process(process).ppid()
+        return next(node for node in self.nodes if node.all_processes["raylet"][0].process.pid == raylet)
 
     def shutdown(self) -> None:
         self._cluster.shutdown()

@@ -1,7 +1,8 @@
 """Stand-ins for GPUs on the nodes of a cluster: a timer that needs none, and cards that fail.
 
-FAKE_GPU_CARD names the card, FAKE_GPU_FAILS=N makes every Nth task fail after its first kernel, FAKE_GPU_SECONDS is how
-long a kernel takes, FAKE_GPU_LOG gets a line for every kernel that is timed.
+FAKE_GPU_CARD names the card, FAKE_GPU_SMS its multiprocessors, FAKE_GPU_FAILS=N makes every Nth task fail after its
+first kernel, FAKE_GPU_SECONDS is how long a kernel takes, FAKE_GPU_LOG gets a line for every kernel that is timed, with
+the process.
 """
 
 from __future__ import annotations
@@ -48,12 +49,13 @@ class Timer:
                 raise CudaError("an uncorrectable ECC error was encountered")
             time.sleep(float(os.environ.get("FAKE_GPU_SECONDS", "0.005")))
             with Path(os.environ["FAKE_GPU_LOG"]).open("a") as file:
-                file.write(f"{library.devices()[0].name};{problem};{config.name}\n")
+                file.write(f"{library.devices()[0].name};{problem};{config.name};{os.getpid()}\n")
             yield config, microseconds(library.devices()[0].name, problem, config)
 
 
 def open_fake_gpu(_folder: Path) -> Context:
     """Return the context of a worker with a stand-in GPU."""
-    card = replace(H200 if os.environ.get("FAKE_GPU_CARD") == "H200" else H100, index=0)
+    card = H200 if os.environ.get("FAKE_GPU_CARD") == "H200" else H100
+    card = replace(card, index=0, sm_count=int(os.environ.get("FAKE_GPU_SMS", card.sm_count)))
     vars(tune)["measure"] = Timer().measure
     return Context(Gpu(FakeLibrary(KERNELS, devices=[card]), 0))

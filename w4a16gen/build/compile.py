@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from w4a16gen.build.nvcc import compile_unit
+from w4a16gen.build.causes import is_killed
+from w4a16gen.build.nvcc import Compiled, compile_unit
 from w4a16gen.build.objects import Failure, keep, sources_of
 from w4a16gen.build.units import COMPILE_COSTS, CompiledUnit, plan_units
 from w4a16gen.executors.executor import Executor
+from w4a16gen.executors.place import Place, WorkerLostError
 from w4a16gen.executors.waiting import wait_for_any
 from w4a16gen.kernels.config import KernelConfig
 
@@ -56,10 +58,11 @@ def compile_kernels(
 
     def start(part: tuple[KernelConfig, ...]) -> None:
         memory = COMPILE_COSTS[part[0].target].peak_bytes(len(part))
-        running[executor.submit(compile_unit, sources_of(part), memory=memory)] = part, executor.slots == 1
+        future = executor.submit(compile_unit, sources_of(part), memory=memory, on_item=_elsewhere_if_spoiled())
+        running[future] = part, executor.slots == 1
 
     with executor:
-        for part in plan_units(configs, executor.slots, executor.memory):
+        for part in plan_units(configs, executor.planned_slots, executor.planned_memory):
             start(part)
         while running:
             for future in wait_for_any(running):
@@ -80,6 +83,30 @@ def compile_kernels(
                     result.compiled += len(part)
                 finished(result.compiled + len(result.failures), part[-1].name)
     return result
+
+
+def _elsewhere_if_spoiled() -> Callable[[Place, Compiled], None]:
+    """Return a check of one unit's results, which gives up on those that another node may do better.
+
+    A compiler is killed where memory runs out, but also where a node goes down. So another node tries the whole unit
+    once: the objects stay the same to the byte.
+    """
+    killed_at: list[Place] = []
+
+    def check(place: Place, compiled: Compiled) -> None:
+        if place.is_here:
+            return
+        if compiled.full:
+            raise WorkerLostError("its disk for temporary files is full")
+        if compiled.fault:
+            raise WorkerLostError(compiled.fault)
+        if compiled.is_damaged:
+            raise WorkerLostError("an object was damaged on its way")
+        if not compiled.content and not killed_at and is_killed(compiled.returncode, compiled.text):
+            killed_at.append(place)
+            raise WorkerLostError("a compiler was killed (out of memory?)")
+
+    return check
 
 
 def describe_failures(failures: Sequence[Failure]) -> str:

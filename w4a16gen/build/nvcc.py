@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import signal
@@ -36,11 +37,18 @@ class Compiled:
     """Of its largest process."""
     content: bytes
     """The object file; empty if it failed."""
+    digest: str = ""
+    """SHA-256 of the object file where it was compiled."""
     fault: str = ""
     """What is wrong with the machine, if that is why it failed."""
     full: bool = False
     """Whether the disk is full."""
     cancelled: bool = False
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether the object file is no longer what the compiler wrote."""
+        return bool(self.content) and hashlib.sha256(self.content).hexdigest() != self.digest
 
 
 class Compiler:
@@ -89,7 +97,8 @@ class Compiler:
             done = self._run(folder)
             made = folder / OBJECT
             if done.returncode == 0 and made.is_file():
-                return replace(done, content=made.read_bytes())
+                content = made.read_bytes()
+                return replace(done, content=content, digest=hashlib.sha256(content).hexdigest())
             full = causes.is_full(done.text, [self._scratch])
             fault = (
                 causes.describe_full([self._scratch]) if full else causes.describe_environment(done.text, self._tools)

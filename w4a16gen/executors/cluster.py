@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from w4a16gen.errors import ClusterError, W4A16Error, missing_extra
+from w4a16gen.errors import ClusterError, InvalidValueError, W4A16Error, missing_extra
 from w4a16gen.executors.executor import Executor
 from w4a16gen.executors.node import is_alive, one_line
 from w4a16gen.executors.place import WorkerLostError
@@ -30,8 +30,11 @@ _POLL_SECONDS = 0.5
 _QUIET = {
     "RAY_gcs_rpc_server_connect_timeout_s": "5",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_NUM_REDIS_GET_RETRIES": "1",
+    "RAY_ENABLE_AUTO_CONNECT": "0",
 }
-"""Variables of this process, not of the cluster: what Ray prints by itself, and how long it waits for an answer."""
+"""Variables of this process, not of the cluster: what Ray prints by itself, how long it waits for an answer, and that a
+thread which is late does not connect again, to any cluster that it finds."""
 
 Tell = Callable[[str], None]
 
@@ -47,6 +50,7 @@ def connect(address: str, environment: Mapping[str, Any] | None, tell: Tell) -> 
 
     Raises:
         MissingToolError: if Ray is not installed.
+        InvalidValueError: if Ray refuses the runtime_env.
         ClusterError: if the cluster cannot be reached, or is of other versions.
     """
     for name, value in _QUIET.items():
@@ -62,6 +66,9 @@ def connect(address: str, environment: Mapping[str, Any] | None, tell: Tell) -> 
             try:
                 ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level="CRITICAL")
             except (Exception, SystemExit) as error:  # noqa: BLE001 - Ray raises many kinds, and even exits
+                ray.shutdown()  # it may refuse a runtime_env only when it is connected
+                if environment is not None and _is_about_environment(error):
+                    raise InvalidValueError(f"Ray refuses this runtime_env ({one_line(error, 300)})") from None
                 raise ClusterError(_why_not(address, error)) from None
         cluster = Cluster(ray, tell)
         try:
@@ -77,6 +84,8 @@ def _check_reachable(address: str) -> None:
     Raises:
         ClusterError: if nothing does.
     """
+    if not address:
+        raise ClusterError(_no_address(address))
     given = os.environ.get("RAY_ADDRESS", "") if address == AUTO else address
     current = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")  # noqa: S108
     if not given and current.is_file():
@@ -88,7 +97,7 @@ def _check_reachable(address: str) -> None:
         parts = urlsplit(given if "://" in given else f"//{given}")
         scheme, host, port = parts.scheme, parts.hostname, parts.port
     if not host or scheme not in {"", "ray"} or (port is None and not scheme):
-        raise ClusterError(f"{given!r} is no address of a Ray cluster: pass auto, HOST:PORT or ray://HOST:PORT")
+        raise ClusterError(_no_address(given))
     try:
         socket.create_connection((host, port or 10001), timeout=_REACH_SECONDS).close()
     except OSError as error:
@@ -98,11 +107,25 @@ def _check_reachable(address: str) -> None:
         ) from None
 
 
+def _no_address(given: str) -> str:
+    return f"{given!r} is no address of a Ray cluster: pass auto, HOST:PORT or ray://HOST:PORT"
+
+
+def _is_about_environment(error: BaseException) -> bool:
+    """Return whether Ray refuses a runtime_env: it cannot be reached with errors of these kinds."""
+    return isinstance(error, (TypeError, ValueError)) or type(error).__name__ == "RuntimeEnvSetupError"
+
+
 def _why_not(address: str, error: BaseException) -> str:
     text = one_line(error, 300)
     if address == AUTO and isinstance(error, ConnectionError):
         return "this machine belongs to no running Ray cluster: run `ray start`, or pass --ray HOST:PORT"
-    hint = "" if address.startswith("ray://") else ". From a machine outside the cluster, pass ray://HOST:10001"
+    is_reached = "Version mismatch" in text
+    hint = (
+        ""
+        if is_reached or address.startswith("ray://")
+        else ". From a machine outside the cluster, pass ray://HOST:10001"
+    )
     return f"the Ray cluster at {address} cannot be used ({text}){hint}"
 
 
@@ -163,10 +186,11 @@ class Cluster:
             for node, host in zip(alive, hosts, strict=True)
         ]
 
-    def answers(self, node: Node) -> bool:
+    def answers(self, node: Node, is_stopped: Callable[[], bool]) -> bool:
         """Return whether a node still runs tasks: the cluster notices after some time only that one has died."""
+        deadline = time.monotonic() + _ANSWER_SECONDS
         try:
-            return bool(self.fetch(self.start(is_alive, node, num_cpus=0), time.monotonic() + _ANSWER_SECONDS))
+            return bool(self.fetch(self.start(is_alive, node, num_cpus=0), deadline, is_stopped))
         except (WorkerLostError, W4A16Error):
             return False
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -18,6 +20,7 @@ ATTEMPTS = 4
 """Places that a task is tried on, at most."""
 LOST_IN_A_ROW = 3
 """A place that loses this many tasks one after the other gets no more."""
+_CONTINUE = "start nodes, and run the command again to continue"
 _STOP_SECONDS = 10.0
 """How long stopping waits for running tasks."""
 
@@ -88,14 +91,15 @@ class Executor:
     ) -> None:
         """Take the places; nothing runs yet."""
         self._places = list(places)
-        self._tell, self._most, self._patience = tell, most, patience
+        self._tell, self._asked, self._most, self._patience = tell, most, most, patience
         self._changed = threading.Condition(threading.RLock())
         self._waiting: deque[_Task] = deque()
         self._running: dict[_Task, Place] = {}
         self._begun: Counter[Place] = Counter()
         self._losses: Counter[Place] = Counter()
-        self._doubtful: set[Place] = set()
-        """Places that have just lost a worker, until they are known to be alive."""
+        self._doubts: Counter[Place] = Counter()
+        """Losses of each place after which it is not yet known to be alive. It gets no task meanwhile."""
+        self._last_loss = ""
         self._summaries: dict[str, NodeSummary] = {}
         self._stopped = False
 
@@ -116,9 +120,19 @@ class Executor:
         return max(1, slots if self._most is None else min(slots, self._most))
 
     @property
-    def memory(self) -> float:
-        """Bytes that tasks may take together."""
-        return sum(place.memory for place in self._places)
+    def planned_slots(self) -> int:
+        """Tasks at once that work is divided for: as many as were asked for, even if fewer fit now."""
+        return self._asked or self.slots
+
+    @property
+    def planned_memory(self) -> float:
+        """Bytes that work is divided for. Who asks for a number of tasks at once sets no other limit."""
+        return math.inf if self._asked else sum(place.memory for place in self._places)
+
+    @property
+    def place_count(self) -> int:
+        """Places that take tasks."""
+        return len(self._places)
 
     @property
     def summaries(self) -> list[NodeSummary]:
@@ -146,12 +160,17 @@ class Executor:
             is_wanted: asked when it would begin; if it is not wanted any more, its future is cancelled.
 
         Returns:
-            The future of all items.
+            The future of all items; it is cancelled if the executor was stopped.
         """
         task = _Task(function, arguments, memory, on_item, resume, is_wanted)
         with self._changed:
+            if self._stopped:
+                _cancel(task)
+                return task.future
             self._waiting.append(task)
             self._start_tasks()
+            if not self._places:
+                self._await_a_place()
         return task.future
 
     def add(self, place: Place) -> None:
@@ -174,11 +193,11 @@ class Executor:
         """Drop the queue, end running tasks and wait for them, though not for long."""
         with self._changed:
             self._drop_queue()
-            places = list(self._running.values())
+            places = [*self._running.values(), *self._doubts]
         for place in dict.fromkeys(places):
             place.stop()
         with self._changed:
-            self._changed.wait_for(lambda: not self._running, _STOP_SECONDS)
+            self._changed.wait_for(lambda: not self._running and not self._doubts, _STOP_SECONDS)
 
     def _drop_queue(self) -> None:
         """Begin nothing more, with the lock held."""
@@ -208,7 +227,7 @@ class Executor:
         The emptiest place chooses first, and of equals the one that has had fewest tasks.
         """
         for place in sorted(self._places, key=lambda place: (len(self._at(place)) / place.slots, self._begun[place])):
-            if place in self._doubtful:
+            if place in self._doubts:
                 continue
             task = next((task for task in self._waiting if self._may_run(task, place)), None)
             if task is not None and self._has_room(place, task):
@@ -236,27 +255,27 @@ class Executor:
             self._take_items(task, place)
         except WorkerLostError as loss:
             lost = loss
-            self._doubtful.add(place)
         except BaseException as failure:  # noqa: BLE001  (it belongs to whoever waits for the future)
             error = failure
-        usable = lost is None or self._stopped or place.revive()
         with self._changed:
             del self._running[task]
-            self._doubtful.discard(place)
             summary = self._summaries.setdefault(place.node, NodeSummary(place.node))
+            was_stopped = self._stopped
             if lost is None:
                 self._losses[place] = 0
                 summary.tasks += error is None
                 summary.seconds += time.monotonic() - began
+                _finish(task, error)
             else:
                 summary.lost += 1
-                self._lose(task, place, lost, usable=usable)
-            if lost is None:
-                _finish(task, error)
+                self._doubts[place] += 1
+                self._lose(task, place, lost)
             if error is not None:
                 self._drop_queue()
             self._start_tasks()
             self._changed.notify_all()
+        if lost is not None:
+            self._examine(place, lost, was_stopped=was_stopped)
 
     def _take_items(self, task: _Task, place: Place) -> None:
         items = place.stream(task.function, task.arguments, task.memory)
@@ -269,17 +288,11 @@ class Executor:
                     close()
                 return
 
-    def _lose(self, task: _Task, place: Place, loss: WorkerLostError, *, usable: bool) -> None:
-        """Queue a lost task again, in front, and drop a place that cannot go on; with the lock held."""
+    def _lose(self, task: _Task, place: Place, loss: WorkerLostError) -> None:
+        """Queue a lost task again, in front, before it is known what became of the place; with the lock held."""
         self._losses[place] += 1
+        self._last_loss = f"{place.node}: {loss}"
         task.lost_at.append(place)
-        if place in self._places and (not usable or self._losses[place] >= LOST_IN_A_ROW):
-            self._places.remove(place)
-            self._tell(f"{place.node} gets no more work: {loss}")
-            if not self._places:
-                threading.Thread(target=self._wait_for_a_place, daemon=True).start()
-        elif not self._stopped:
-            self._tell(f"{place.node} lost a task, which goes on elsewhere: {loss}")
         if self._stopped:
             _cancel(task)
         elif len(task.lost_at) >= ATTEMPTS:
@@ -291,16 +304,43 @@ class Executor:
                 task.items.clear()
             self._waiting.appendleft(task)
 
+    def _examine(self, place: Place, loss: WorkerLostError, *, was_stopped: bool) -> None:
+        """Drop a place that cannot go on after a loss, and say what became of it."""
+        is_usable = self._losses[place] < LOST_IN_A_ROW
+        if is_usable and not was_stopped:
+            try:
+                is_usable = place.revive()
+            except Exception:  # noqa: BLE001  (whatever keeps it from another task, the others go on)
+                is_usable = False
+        with self._changed:
+            is_dropped = place in self._places and not is_usable
+            if is_dropped:
+                self._places.remove(place)
+                if not self._places:
+                    self._await_a_place()
+        with suppress(OSError):  # nobody may be left to read it
+            if is_dropped:
+                self._tell(f"{place.node} gets no more work: {loss}")
+            elif not was_stopped:
+                self._tell(f"{place.node} lost a task, which goes on elsewhere: {loss}")
+        with self._changed:
+            self._doubts[place] -= 1
+            self._doubts += Counter()  # which drops zeros
+            self._start_tasks()
+            self._changed.notify_all()
+
+    def _await_a_place(self) -> None:
+        threading.Thread(target=self._wait_for_a_place, daemon=True).start()
+
     def _wait_for_a_place(self) -> None:
         """Fail what waits if no place is added in time."""
         with self._changed:
             self._changed.wait_for(lambda: self._places or self._stopped, self._patience)
             if self._places:
                 return
+            why = f" (the last was lost at {self._last_loss})" if self._last_loss else ""
             for task in self._waiting:
-                task.future.set_exception(
-                    ClusterError("no worker is left: start nodes, and run the command again to continue")
-                )
+                task.future.set_exception(ClusterError(f"no worker is left{why}: {_CONTINUE}"))
             self._waiting.clear()
 
 

@@ -26,6 +26,9 @@ class Place(ABC):
         memory: bytes that its tasks may take together.
     """
 
+    is_here = False
+    """Whether it is this machine, whose faults end a command. Another machine's faults cost only its own tasks."""
+
     def __init__(self, node: str, slots: int = 1, memory: float = math.inf) -> None:
         """Take the name and the room."""
         self.node, self.slots, self.memory = node, slots, memory
@@ -71,6 +74,8 @@ class InProcess(Place):
         slots: tasks at once.
         memory: bytes that its tasks may take together.
     """
+
+    is_here = True
 
     def __init__(self, node: str, context: Context, slots: int = 1, memory: float = math.inf) -> None:
         """Take the context and the room."""

@@ -40,6 +40,7 @@ class Recruits:
         self._cluster, self._ask, self._expected = cluster, ask, expected
         self._asked: dict[Any, tuple[Node, Callable[[Report], Place | None]]] = {}
         self._known: set[str] = set()
+        self._has_refused = False
 
     def first(self) -> list[Place]:
         """Return the places of now. After the first one wait only some seconds for the others."""
@@ -54,8 +55,23 @@ class Recruits:
                 is_said = True
         return places
 
-    def go_on(self, add: Callable[[Place], None], is_over: Callable[[], bool]) -> threading.Thread:
-        """Add places in a thread as nodes answer, until the work is over; return the thread."""
+    @property
+    def way_out(self) -> str:
+        """What to do if no node can be used, as the beginning of a phrase."""
+        return "see the sentences above, or start nodes" if self._has_refused else "start nodes"
+
+    def expect(self, node: Node, ref: Any, place_of: Callable[[Report], Place | None]) -> None:
+        """Wait for one more report of a node."""
+        self._asked[ref] = node, place_of
+
+    def go_on(
+        self, add: Callable[[Place], None], is_over: Callable[[], bool], look: Callable[[], None] = lambda: None
+    ) -> threading.Thread:
+        """Add places in a thread as nodes answer, and call `look` now and then, until the work is over.
+
+        Returns:
+            The thread.
+        """
 
         def watch() -> None:
             looked = time.monotonic()
@@ -63,6 +79,7 @@ class Recruits:
                 while not is_over():
                     for place in self._answers():
                         add(place)
+                    look()
                     if time.monotonic() > looked + _LOOK_SECONDS:
                         self._look()
                         looked = time.monotonic()
@@ -92,6 +109,7 @@ class Recruits:
             except (WorkerLostError, W4A16Error) as error:
                 fault = str(error)
             if fault:
+                self._has_refused = True
                 self._cluster.tell(f"{node.name} gets no work: {fault}")
             elif (place := place_of(report)) is not None:
                 places.append(place)

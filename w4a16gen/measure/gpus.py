@@ -12,8 +12,9 @@ from w4a16gen.choose.timing_table import TABLE
 from w4a16gen.errors import ClusterError
 from w4a16gen.executors.cluster import Cluster
 from w4a16gen.executors.executor import Executor
+from w4a16gen.executors.gpu_nodes import GpuGroup, on_gpus
 from w4a16gen.executors.node import VERSION, Named, Setup
-from w4a16gen.executors.nodes import Crew, on_gpus
+from w4a16gen.executors.nodes import Crew
 from w4a16gen.executors.place import Context, InProcess
 from w4a16gen.kernels.device import HOPPER, Device
 from w4a16gen.runtime.artifact import MANIFEST, Build, load_build
@@ -76,7 +77,11 @@ def cards_of_cluster(
     """
     crew = Crew(Setup(Named.of(open_gpu)), files_of(build), Named.of(identify_gpu), {VERSION: __version__})
 
-    groups = on_gpus(cluster, crew, kind_of=lambda report: _kind(report, card), most=most)
+    groups = _groups(cluster, crew, most=most, card=card)
+    for group in groups:
+        if most is not None and len(group.places) < most:
+            name = group.report[_NAME]
+            cluster.tell(f"--gpus {most} is more than the {len(group.places)} {name} of the cluster: others may join")
     return [Cards(_device(group.report), group.report[_DRIVER], group.executor) for group in groups]
 
 
@@ -91,10 +96,39 @@ def kinds_of_cluster(cluster: Cluster, *, card: str | None = None) -> list[Cards
         ClusterError: if there is none.
     """
     crew = Crew(Setup(Named.of(open_driver)), {}, Named.of(identify_device), {VERSION: __version__})
-    groups = on_gpus(cluster, crew, kind_of=lambda report: _kind(report, card), most=None)
+    groups = _groups(cluster, crew, most=None, card=card)
     for group in groups:
         group.end()
     return [Cards(_device(group.report), group.report[_DRIVER], group.executor) for group in groups]
+
+
+def _groups(cluster: Cluster, crew: Crew, *, most: int | None, card: str | None) -> list[GpuGroup]:
+    """Return the GPUs of a cluster by kind.
+
+    Raises:
+        ClusterError: if there is none, or none of the card.
+    """
+    names: set[str] = set()
+
+    def kind_of(report: Mapping[str, str]) -> str:
+        names.add(report[_NAME])
+        return _kind(report, card)
+
+    try:
+        return on_gpus(cluster, crew, kind_of=kind_of, most=most)
+    except ClusterError:
+        if not names:
+            raise
+        raise ClusterError(f"--card {card} is in no name of the cluster's GPUs: {', '.join(sorted(names))}") from None
+
+
+def labels_of(kinds: Sequence[Cards]) -> list[str]:
+    """Return a name for each kind: the card's, with its multiprocessors if several kinds have this name."""
+    names = [cards.device.name for cards in kinds]
+    return [
+        name if names.count(name) == 1 else f"{name} ({cards.device.sm_count} SMs)"
+        for name, cards in zip(names, kinds, strict=True)
+    ]
 
 
 def _kind(report: Mapping[str, str], card: str | None) -> str:
