@@ -5,16 +5,23 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from fakes.devices import H100, H200
 from fakes.library import FakeLibrary
 from fakes.runner import Runner
 
+from w4a16gen.choose.timing_table import card_table
+from w4a16gen.cli import main
 from w4a16gen.cli.services import Services
+from w4a16gen.cli.tuning import _tables_of
+from w4a16gen.executors.executor import Executor
 from w4a16gen.kernels.spaces import enumerate_space
+from w4a16gen.measure.gpus import Cards
 
 BUILD = "build --mode cs --cta 64x16x64"
 TUNE = "tune --problem 16x512x1024"
@@ -51,6 +58,21 @@ def test_an_address_that_nothing_listens_at_is_said(cli: Runner, monkeypatch: py
     assert "no Ray cluster answers at 127.0.0.1:1 (Connection refused): check the address" in said(done.stderr)
 
 
+def test_an_empty_address_is_said(cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
+    done = cli.invoke(main, [*BUILD.split(), "--ray", ""])
+    assert done.exit_code == 3
+    assert "'' is no address of a Ray cluster" in said(done.stderr)
+
+
+def test_kinds_with_one_name_have_tables_of_their_own(tmp_path: Path) -> None:
+    cards = [H100, replace(H100, sm_count=114), H200]
+    kinds = [Cards(card, "", Executor([])) for card in cards]
+    tables = _tables_of(tmp_path, None, kinds)
+    assert list(tables) == ["NVIDIA H100 80GB HBM3 (132 SMs)", "NVIDIA H100 80GB HBM3 (114 SMs)", "NVIDIA H200"]
+    assert list(tables.values()) == [tmp_path / card_table(card) for card in cards]
+
+
 @pytest.mark.parametrize(
     ("command", "sentence"),
     [
@@ -70,7 +92,13 @@ def test_options_that_need_a_cluster_are_refused_without_one(
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"), [("no", "env.json is not JSON"), ("[1]", "env.json holds no JSON object")]
+    ("text", "sentence"),
+    [
+        ("no", "env.json is not JSON"),
+        ("[" * 100_000, "env.json is not JSON"),
+        ("[1]", "env.json holds no JSON object"),
+    ],
+    ids=["text", "deep", "list"],
 )
 def test_a_runtime_env_that_is_no_object_is_refused(cli: Runner, tmp_path: Path, text: str, sentence: str) -> None:
     (tmp_path / "env.json").write_text(text)

@@ -79,7 +79,7 @@ def _warn(sentence: str) -> None:
 def _environment(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidValueError(f"{path} is not JSON ({error}): it must be an object, Ray's runtime_env") from None
     if not isinstance(value, dict):
         raise InvalidValueError(f"{path} holds no JSON object: it must be Ray's runtime_env")

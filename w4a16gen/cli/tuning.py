@@ -83,12 +83,13 @@ def tune_build(
         library.chooser.check_built(mode, epilogue)
     with gpus_of(where, library) as kinds:
         tables = _tables_of(library.build.folder, how.table, kinds)
+        paths = list(tables.values())
 
         def run(cards: Cards) -> list[Tuned]:
             outcomes: list[Tuned] = []
             show = services().show_progress if len(kinds) == 1 else hide_progress
             for mode, named in by_mode.items():
-                job = _job(library, cards, mode, tables[cards.device.name], how, deadline=deadline)
+                job = _job(library, cards, mode, paths[kinds.index(cards)], how, deadline=deadline)
                 outcomes += job.run(named, cards.executor, tell=note, show_progress=show)
             return outcomes
 
@@ -132,15 +133,16 @@ def build_and_tune(
 def _tables_of(folder: Path, table: Path | None, kinds: Sequence[Cards]) -> dict[str, Path]:
     """Return the table of each kind of card, by its name: the build's table if there is one kind."""
     from w4a16gen.choose.timing_table import card_table
+    from w4a16gen.measure.gpus import labels_of
 
+    labels = labels_of(kinds)
     if len(kinds) == 1:
         return {kinds[0].device.name: table or table_of(folder)}
     if table is not None:
-        names = ", ".join(cards.device.name for cards in kinds)
         raise click.UsageError(
-            f"--table names one file, and the cluster has several kinds of card: {names}. Add --card"
+            f"--table names one file, and the cluster has several kinds of card: {', '.join(labels)}. Add --card"
         )
-    return {cards.device.name: folder / card_table(cards.device) for cards in kinds}
+    return {label: folder / card_table(cards.device) for label, cards in zip(labels, kinds, strict=True)}
 
 
 def _workshop(
