@@ -128,27 +128,16 @@ def test_a_cluster_of_other_compilers_only_is_an_error(
     assert not list((tmp_path / "build").glob("manifest.json"))
 
 
-def test_a_node_that_dies_costs_its_own_unit_only(
-    cluster: LocalCluster, calls: Path, local_files: dict[str, bytes], tmp_path: Path
-) -> None:
-    doomed = cluster.nodes[0]
+def test_a_kernel_that_fails_is_named_as_it_is_here(cluster: LocalCluster, tmp_path: Path) -> None:
+    report, _ = build_on(cluster, tmp_path, [*KERNELS[:2], FAILING])
+    assert [failure.name for failure in report.failures] == [FAILING.name]
+    assert "this kernel cannot be compiled" in report.failures[0].log.read_text()
+    assert report.compiled == 2
 
-    def kill() -> None:
-        wait_until(calls, len(KERNELS) // 2)
-        cluster.kill(doomed)
 
-    killer = threading.Thread(target=kill)
-    killer.start()
-    report, told = build_on(cluster, tmp_path / "cluster")
-    killer.join()
-    cluster.add()
-    assert report.compiled == len(KERNELS)
-    assert len(told) == sum(node.lost for node in report.nodes) == 1
-    assert "gets no more work" in told[0] or "goes on elsewhere" in told[0]
-    twice = [name for name, times in compiled(calls).items() if times > 1]
-    assert len(twice) <= max(len(part) for part in plan_units(KERNELS, JOBS, float("inf"))), "one unit at most"
-    assert max(compiled(calls).values()) <= 2
-    assert files_of(tmp_path / "cluster" / "build") == local_files
+def test_a_runtime_env_that_ray_refuses_is_a_wrong_value(cluster: LocalCluster) -> None:
+    with pytest.raises(InvalidValueError, match=r"Ray refuses this runtime_env \(TypeError: runtime_env\['pip'\] must"):
+        connect(cluster.address, {"pip": 5}, print).__enter__()
 
 
 def test_two_drivers_build_at_once(cluster: LocalCluster, tmp_path: Path) -> None:
@@ -200,6 +189,29 @@ def test_a_driver_that_ends_and_starts_again_goes_on(
     assert len(again) == 42 - len(came_back)
 
 
+def test_a_node_that_dies_costs_its_own_unit_only(
+    cluster: LocalCluster, calls: Path, local_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    doomed = cluster.nodes[0]
+
+    def kill() -> None:
+        wait_until(calls, len(KERNELS) // 2)
+        cluster.kill(doomed)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    report, told = build_on(cluster, tmp_path / "cluster")
+    killer.join()
+    cluster.add()
+    assert report.compiled == len(KERNELS)
+    assert len(told) == sum(node.lost for node in report.nodes) == 1
+    assert "gets no more work" in told[0] or "goes on elsewhere" in told[0]
+    twice = [name for name, times in compiled(calls).items() if times > 1]
+    assert len(twice) <= max(len(part) for part in plan_units(KERNELS, JOBS, float("inf"))), "one unit at most"
+    assert max(compiled(calls).values()) <= 2
+    assert files_of(tmp_path / "cluster" / "build") == local_files
+
+
 def test_a_node_with_another_compiler_is_refused_and_named(cluster: LocalCluster, calls: Path, tmp_path: Path) -> None:
     other = cluster.add(FAKE_NVCC_RELEASE="13.9")
     try:
@@ -212,13 +224,6 @@ def test_a_node_with_another_compiler_is_refused_and_named(cluster: LocalCluster
     assert "13.9" in told[0]
     assert "13.0" in told[0]
     assert sum(compiled(calls).values()) == 4
-
-
-def test_a_kernel_that_fails_is_named_as_it_is_here(cluster: LocalCluster, tmp_path: Path) -> None:
-    report, _ = build_on(cluster, tmp_path, [*KERNELS[:2], FAILING])
-    assert [failure.name for failure in report.failures] == [FAILING.name]
-    assert "this kernel cannot be compiled" in report.failures[0].log.read_text()
-    assert report.compiled == 2
 
 
 def test_real_objects_are_the_same_to_the_byte(
@@ -244,11 +249,6 @@ def test_real_objects_are_the_same_to_the_byte(
     (tmp_path / "scratch").mkdir()
     here = compile_kernels(kernels, hashes, local_workers(tools, tmp_path / "scratch", 1), tmp_path / "local").units
     assert [unit.path.read_bytes() for unit in there] == [unit.path.read_bytes() for unit in here]
-
-
-def test_a_runtime_env_that_ray_refuses_is_a_wrong_value(cluster: LocalCluster) -> None:
-    with pytest.raises(InvalidValueError, match=r"Ray refuses this runtime_env \(TypeError: runtime_env\['pip'\] must"):
-        connect(cluster.address, {"pip": 5}, print).__enter__()
 
 
 def test_an_address_without_a_cluster_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
