@@ -11,8 +11,8 @@ import pytest
 from w4a16gen import Epilogue, KernelConfig, Library, QuantMode
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.spaces import enumerate_space, with_epilogues
-from w4a16gen.runtime.expert_calls import MAX_EXPERTS
-from w4a16gen.runtime.experts import ExpertRows
+from w4a16gen.runtime.expert_calls import MAX_EXPERTS, MoeOptions
+from w4a16gen.runtime.experts import UNSORTED_TOKENS, ExpertRows, Pair, moe_sizes
 from w4a16gen.verify import experts
 from w4a16gen.verify.numeric import NumericProof
 from w4a16gen.weights.experts import pack_experts
@@ -103,6 +103,31 @@ def test_invariant_results_do_not_depend_on_other_tokens(library: Library, gated
     for few in (slice(0, 1), slice(17, 18), slice(3, 40), slice(150, 300)):
         alone = layer.moe(*(part[few] for part in call), gated=gated, invariant=True).view(np.uint16)
         assert np.array_equal(alone, whole[few])
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("mode", QuantMode, ids=str)
+def test_unsorted_routes_give_the_bits_of_sorted_ones(library: Library, mode: QuantMode, gated: bool) -> None:
+    layer = Layer(library, mode)
+    w13, w2 = layer.w13[gated], layer.w2
+    first, second = (
+        [kernel for kernel in GROUPED if (kernel.mode, kernel.epilogue, kernel.cta.tokens) == (mode, epilogue, 8)]
+        for epilogue in (Epilogue.GATED if gated else Epilogue.NONE, Epilogue.NONE)
+    )
+    call = layer.drawn(UNSORTED_TOKENS + 1)
+    call[1][2, 1:] = [-1, call[1][0, 0], EXPERTS]
+    for pair in zip(first, second, strict=True):
+
+        def compute(tokens: int, pair: Pair = pair) -> Any:
+            hidden, ids, factors = (library.to_device(np.ascontiguousarray(part[:tokens])) for part in call)
+            result = library.experts.moe(hidden, w13, w2, ids, factors, MoeOptions(), pair=pair)
+            return result.to_host().view(np.uint16)
+
+        whole = compute(UNSORTED_TOKENS + 1)
+        for tokens in range(1, UNSORTED_TOKENS + 1):
+            plan = library.experts.plan(moe_sizes(tokens, SLOTS, w13, w2), 0, pair=pair)
+            assert plan.can_leave_unsorted
+            assert np.array_equal(compute(tokens), whole[:tokens]), (pair, tokens)
 
 
 @pytest.mark.parametrize(

@@ -248,8 +248,8 @@ def test_intermediate_arrays_lie_apart_and_aligned_in_the_workspace(
 class FewTokens(Layer):
     """A layer of so few tokens that no launch sorts their routes."""
 
-    def __init__(self, large_tiles: FakeLibrary, tokens: int = 7, slots: int = SLOTS) -> None:
-        super().__init__(large_tiles, gated=True)
+    def __init__(self, library: FakeLibrary, tokens: int = 7, slots: int = SLOTS, *, gated: bool = True) -> None:
+        super().__init__(library, gated=gated)
         rng = np.random.default_rng(11)
         self.hidden = rng.standard_normal((tokens, HIDDEN)).astype(np.float16)
         self.ids = rng.integers(-1, EXPERTS + 1, (tokens, slots))
@@ -288,6 +288,27 @@ def test_few_tokens_are_multiplied_and_combined_without_sorting(
     assert 0 < layer.expected(expert_map=places).error_over_bound(got.to_host()) <= 1
 
 
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_few_tokens_need_no_sorting_without_gated_kernels_either(library: FakeLibrary, tokens: int) -> None:
+    layer = FewTokens(library, tokens, 8, gated=False)
+    needed = library.moe_workspace_bytes(tokens, 8, layer.w13, layer.w2)
+    room = layer.on(np.full(needed, 0xFF, np.uint8))
+    got = layer.moe(workspace=room).to_host()
+    gate_up, activating, down, _ = calls(library)
+    assert isinstance(gate_up, Grouped)
+    assert isinstance(activating, Activating)
+    assert isinstance(down, Grouped)
+    rows = 8 * min(8 * tokens, EXPERTS)
+    assert (activating.rows, activating.row_count) == (rows, 0), "no launch has counted the rows"
+    assert (activating.gates_and_factors, activating.output) == (gate_up.output, down.activations)
+    places = sorted(
+        (begin - room.buffer.pointer, 2 * rows * columns)
+        for begin, columns in ((gate_up.output, 2 * INNER), (down.activations, INNER), (down.output, HIDDEN))
+    )
+    assert all(begin + size <= after for (begin, size), (after, _) in pairwise([*places, (needed, 0)]))
+    assert 0 < layer.expected().error_over_bound(got) <= 1
+
+
 def test_intermediate_arrays_of_few_tokens_lie_apart_in_the_workspace(library: FakeLibrary) -> None:
     layer = FewTokens(library, 8, 8)
     needed = library.moe_workspace_bytes(8, 8, layer.w13, layer.w2)
@@ -312,16 +333,14 @@ def test_intermediate_arrays_of_few_tokens_lie_apart_in_the_workspace(library: F
         (9, 2, {}, True),
         (8, 9, {}, True),
         (2, 2, {"weight_on_input": True}, True),
-        (2, 2, {}, False),
+        (9, 2, {}, False),
     ],
-    ids=["nine tokens", "72 routes", "weight on input", "kernels without the gate"],
+    ids=["nine tokens", "72 routes", "weight on input", "nine tokens, kernels without the gate"],
 )
 def test_other_layers_are_sorted(
     library: FakeLibrary, tokens: int, slots: int, options: dict[str, Any], gated: bool
 ) -> None:
-    layer = FewTokens(library, tokens, slots)
-    if not gated:
-        layer.w13 = layer.moved(pack_experts(layer.gate, layer.up))
+    layer = FewTokens(library, tokens, slots, gated=gated)
     needed = library.moe_workspace_bytes(tokens, slots, layer.w13, layer.w2)
     got = layer.moe(**options, workspace=layer.on(np.full(needed, 0xFF, np.uint8))).to_host()
     assert isinstance(calls(library)[0], Routing)

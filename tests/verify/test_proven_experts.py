@@ -54,8 +54,9 @@ def test_right_kernels_pass_every_kind_of_check() -> None:
     assert all(0 < proof.worst_error_over_bound <= 1 for proof in proofs.values())
     layers = {name: proof.passed.pop(experts.LAYER, 0) for name, proof in proofs.items()}
     assert all(proof.passed == dict.fromkeys(KINDS, 4) for proof in proofs.values())
-    cases, pairs = 2 * len(GATED_ACTIVATIONS), len(experts.FEW_TOKENS)
-    counts = {name: cases + (pairs if name in NAMES else 0) for name in (*NAMES, *OTHERS)}
+    cases, few = 2 * len(GATED_ACTIVATIONS), len(experts.FEW_TOKENS)
+    plain, gated = NAMES
+    counts = dict.fromkeys([*NAMES, *OTHERS], cases) | {plain: cases + 2 * few, gated: cases + few}
     assert layers == counts, "chosen kernels of a gated layer count for the first one, pairs for both"
 
 
@@ -186,7 +187,7 @@ def test_launches_that_fail_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     proof = run()[NAMES[0]]
     assert proof.passed == dict.fromkeys(KINDS, 4)
     assert all(failure.startswith("layer ") and failure.endswith("out of luck") for failure in proof.failures)
-    assert len(proof.failures) == 2 * len(GATED_ACTIVATIONS), "failures of gated layers count for the first kernel"
+    assert len(proof.failures) == 2 * len(GATED_ACTIVATIONS) + len(experts.FEW_TOKENS)
 
 
 def test_random_routings_run_on_some_of_the_experts(monkeypatch: pytest.MonkeyPatch) -> None:

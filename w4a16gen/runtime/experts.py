@@ -468,9 +468,11 @@ class ExpertLauncher:
     def _activate(self, layer: _Layer) -> None:
         """Launch the gates behind a first product whose kernels do not apply them."""
         plan, base = layer.plan, layer.workspace
-        row_count = base + plan.offsets + _INT_BYTES * layer.sizes.experts
+        rows, row_count = layer.routes, base + plan.offsets + _INT_BYTES * layer.sizes.experts
+        if not layer.is_sorted:  # rows of no expert hold anything, and nobody reads what becomes of them
+            rows, row_count = _unsorted_rows(layer.sizes), 0
         outcome = self._bindings.library.activate_rows(
-            *(base + plan.products, row_count, base + plan.gated, layer.routes, layer.sizes.down.k),
+            *(base + plan.products, row_count, base + plan.gated, rows, layer.sizes.down.k),
             *(layer.scalars.gate.number, *layer.behind),
         )
         self._bindings.result_of(outcome)
@@ -543,7 +545,7 @@ class ExpertLauncher:
             pair = choosing.choose_pair(self._indices, sizes.mode, gate_up, sizes.down, routing, card)
         routes = sizes.tokens * sizes.slots
         unsorted = _can_leave_unsorted(sizes, pair)
-        rows = max(routes, UNSORTED_TOKENS * min(routes, sizes.experts)) if unsorted else routes
+        rows = max(routes, _unsorted_rows(sizes)) if unsorted else routes
         hidden, intermediate = sizes.down.n, sizes.down.k
         tiles = self._token_tiles_bytes(routes, sizes.experts, pair[0].cta.tokens)
         lengths = {
@@ -552,7 +554,7 @@ class ExpertLauncher:
             "rows_of_routes": _INT_BYTES * routes,
             "token_tiles": tiles,
             "rows": _HALF_BYTES * rows * hidden,
-            "products": 0 if sizes.gated else _HALF_BYTES * routes * 2 * intermediate,
+            "products": 0 if sizes.gated else _HALF_BYTES * rows * 2 * intermediate,
             "gated": _HALF_BYTES * rows * intermediate,
         }
         ends = list(itertools.accumulate(map(align, lengths.values()), initial=0))
@@ -641,10 +643,15 @@ def launched_parts(*, gated: bool, is_sorted: bool) -> list[str]:
     return [part for part in MOE_PARTS if not left_out.get(part, False)]
 
 
+def _unsorted_rows(sizes: MoeSizes) -> int:
+    """Return the rows of products whose routes are unsorted."""
+    return UNSORTED_TOKENS * min(sizes.tokens * sizes.slots, sizes.experts)
+
+
 def _can_leave_unsorted(sizes: MoeSizes, pair: Pair) -> bool:
     """Return whether both kernels can find the experts of their tokens in the ids."""
     few = sizes.tokens <= UNSORTED_TOKENS and sizes.tokens * sizes.slots <= MAX_UNSORTED_ROUTES
-    return few and sizes.gated and all(config.cta.tokens == UNSORTED_TOKENS for config in pair)
+    return few and all(config.cta.tokens == UNSORTED_TOKENS for config in pair)
 
 
 def moe_sizes(

@@ -332,11 +332,10 @@ def _prove_layers(
             continue
         w13 = library.to_device(pack_experts(gate, up, gated=gated), gpu.device)
         cases: list[tuple[_Case, Pair | None]] = [(case, None) for case in _cases()]
-        if gated:
-            cases += _few_token_cases(proofs, mode)
+        cases += _few_token_cases(proofs, mode, Epilogue.GATED if gated else Epilogue.NONE)
         for case, pair in cases:
             layer = _Layer(gpu, (w13, w2), case, slots, rng, pair)
-            tested = [proofs[kernel] for kernel in layer.plan[:2] if kernel in proofs]
+            tested = [proofs[kernel] for kernel in dict.fromkeys(layer.plan[:2]) if kernel in proofs]
             if not tested:
                 continue
             what = f"{LAYER} hidden={hidden} intermediate={inner} gated={gated} {case}"
@@ -361,10 +360,12 @@ def _prove_layers(
                 _judge(proof, what, error_over_bound, results)
 
 
-def _few_token_cases(proofs: Mapping[KernelConfig, NumericProof], mode: QuantMode) -> Iterator[tuple[_Case, Pair]]:
+def _few_token_cases(
+    proofs: Mapping[KernelConfig, NumericProof], mode: QuantMode, epilogue: Epilogue
+) -> Iterator[tuple[_Case, Pair]]:
     """Return layers whose products find their experts in the ids: each kernel is in one pair at least."""
     able = [config for config in sorted(proofs) if (config.mode, config.cta.tokens) == (mode, UNSORTED_TOKENS)]
-    first, second = ([config for config in able if config.epilogue is kind] for kind in (Epilogue.GATED, Epilogue.NONE))
+    first, second = ([config for config in able if config.epilogue is kind] for kind in (epilogue, Epilogue.NONE))
     if not first or not second:
         return
     for turn in range(max(len(first), len(second))):
