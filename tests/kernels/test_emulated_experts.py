@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -118,12 +119,18 @@ def test_routing_gathers_rows_as_a_second_kernel_would(emulated: EmulatedExperts
     assert np.isnan(gathered[len(wanted) :]).all()
 
 
-def test_many_routes_are_sorted_in_rounds(emulated: EmulatedExperts) -> None:
+@pytest.mark.parametrize("routes", [2048, 2049, 9300, 133_000], ids=["one part", "three", "ten", "128 of two rounds"])
+def test_many_routes_are_sorted_in_parts(emulated: EmulatedExperts, routes: int) -> None:
     rng = np.random.default_rng(5)
-    ids = rng.integers(-1, EXPERTS + 1, (3100, 3))  # ten rounds of a warp: two readings ahead, and a last warp without
-    routes = emulated.route(ids, EXPERTS, 64)
+    ids = rng.integers(-1, EXPERTS + 1, (routes, 1))
+    found = emulated.route(ids, EXPERTS, 64)
     wanted = routed(ids, EXPERTS)
-    assert routes.routes_of_rows.tolist() == [route for one in wanted for route in one]
+    assert found.routes_of_rows.tolist() == [route for one in wanted for route in one]
+    assert np.array_equal(found.offsets, np.cumsum([0, *map(len, wanted)]))
+    back = np.full(routes, -1, np.int32)
+    back[found.routes_of_rows] = np.arange(len(found.routes_of_rows))
+    assert np.array_equal(found.rows_of_routes, back)
+    assert found.tiles == tiles_of(list(pairwise(found.offsets.tolist())), 64)
 
 
 def test_tiles_of_given_rows(emulated: EmulatedExperts) -> None:

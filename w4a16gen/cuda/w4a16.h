@@ -273,8 +273,8 @@ W4A16_API w4a16_status w4a16_token_tiles_bytes(int64_t rows, int64_t experts, in
                                                char* message, size_t message_bytes);
 
 /* These launch what a mixture of experts does around its products: from the experts that tokens chose to rows and the
- * list of token tiles; from the rows of each expert to the list; and the work on rows. They need a library with a
- * grouped kernel. */
+ * list of token tiles, in several launches if there are more than 2048 routes; from the rows of each expert to the
+ * list; and the work on rows. They need a library with a grouped kernel. */
 W4A16_API w4a16_status w4a16_route(const w4a16_route_arguments* arguments, char* message, size_t message_bytes);
 W4A16_API w4a16_status w4a16_list_token_tiles(const w4a16_listing_arguments* arguments, char* message,
                                               size_t message_bytes);

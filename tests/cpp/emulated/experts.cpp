@@ -14,8 +14,9 @@ bool add_kernels(void (*... kernels)(Parameters)) {
 }
 
 const bool kAdded =
-    add_kernels(&native::route<native::kRoutingThreads>, &native::list_token_tiles<native::kRoutingThreads>,
-                &native::list_indexed_rows<native::kRoutingThreads>, &native::gather_rows<native::kRowThreads>,
-                &native::activate_rows<native::kRowThreads>, &native::combine_rows<native::kRowThreads>);
+    add_kernels(&native::count_routes<native::kRoutingThreads>, &native::route<native::kRoutingThreads>,
+                &native::list_token_tiles<native::kRoutingThreads>, &native::list_indexed_rows<native::kRoutingThreads>,
+                &native::gather_rows<native::kRowThreads>, &native::activate_rows<native::kRowThreads>,
+                &native::combine_rows<native::kRowThreads>);
 
 }  // namespace

@@ -15,8 +15,24 @@ constexpr int64_t max_token_tiles(int64_t rows, int64_t experts, int64_t tile_to
   return rows / tile_tokens + (experts < rows ? experts : rows);
 }
 
-constexpr int64_t token_tiles_bytes(int64_t rows, int64_t experts, int64_t tile_tokens) {
+constexpr int64_t listed_bytes(int64_t rows, int64_t experts, int64_t tile_tokens) {
   return (max_token_tiles(rows, experts, tile_tokens) + 1) * kTokenTileBytes;
+}
+
+// Routes up to which one CTA sorts, and with which each CTA begins that gathers rows as well. More are sorted in parts,
+// a CTA for each, which first count the routes of each expert behind the list.
+constexpr int64_t kMaxRoutesOfCta = 2048;
+constexpr int64_t kMaxSortedParts = 128;
+
+constexpr int64_t sorted_parts(int64_t routes) {
+  const int64_t parts = (routes + 1023) / 1024;
+  return routes <= kMaxRoutesOfCta ? 1 : parts < kMaxSortedParts ? parts : kMaxSortedParts;
+}
+
+constexpr int64_t token_tiles_bytes(int64_t rows, int64_t experts, int64_t tile_tokens) {
+  const int64_t parts = sorted_parts(rows);
+  const int64_t counts = parts > 1 ? parts * experts * 4 : 0;
+  return listed_bytes(rows, experts, tile_tokens) + (counts + kTokenTileBytes - 1) / kTokenTileBytes * kTokenTileBytes;
 }
 
 // Products of few tokens find their experts in the ids themselves, and no launch sorts routes first. Each expert that

@@ -47,9 +47,6 @@ cudaError_t start(void (*kernel)(Parameters), Parameters parameters, const Start
   return cudaLaunchKernelExC(&configuration, function, arguments);
 }
 
-// Routes up to which every CTA that gathers rows may sort them for itself, which saves a launch.
-constexpr int64_t kMostRoutesGathered = 2048;
-
 // A CTA for each part of some work, but no more than run at once.
 template <class Given>
 Start cta_per_part(const Given& given, int64_t parts, int sm_count) {
@@ -82,14 +79,28 @@ inline cudaError_t launch_route(const w4a16_route_arguments& given, int sm_count
   p.routes_of_rows = static_cast<int32_t*>(given.routes_of_rows);
   p.rows_of_routes = static_cast<int32_t*>(given.rows_of_routes);
   p.token_tiles = static_cast<TokenTiles*>(given.token_tiles);
+  const int64_t routes = given.tokens * given.slots;
+  const auto parts = static_cast<int>(sorted_parts(routes));
+  p.part = static_cast<int>(parts_of(routes, parts));
   const bool gathers = given.hidden != nullptr;
-  const bool at_once = gathers && p.ids.routes <= kMostRoutesGathered;
+  const bool at_once = gathers && routes <= kMaxRoutesOfCta;
   const int gathered_rows = at_once ? p.ids.routes : 0;
-  const int64_t ctas = at_once ? parts_of(p.ids.routes, kRoutingWarps) : 1;
+  const int64_t ctas = at_once ? parts_of(p.ids.routes, kRoutingWarps) : parts;
   if (at_once) p.gathered = gathered_by(given.hidden, given.weights, given.rows, given.slots, given.columns);
+  int32_t dependent_launch = given.dependent_launch;
+  if (parts > 1) {
+    const int64_t listed = listed_bytes(routes, given.experts, given.tile_tokens);
+    p.counts = reinterpret_cast<int32_t*>(static_cast<uint8_t*>(given.token_tiles) + listed);
+    const cudaError_t error =
+        start(&count_routes<kRoutingThreads>, p,
+              {parts, kRoutingThreads, routing_bytes(p.ids.experts), given.stream, dependent_launch});
+    if (error != cudaSuccess) return error;
+    dependent_launch = 1;
+  }
+  const int64_t at_most = parts > 1 ? parts : sm_count;
   const cudaError_t error = start(&route<kRoutingThreads>, p,
-                                  {std::min(ctas, int64_t{sm_count}), kRoutingThreads,
-                                   routing_bytes(p.ids.experts, gathered_rows), given.stream, given.dependent_launch});
+                                  {std::min(ctas, at_most), kRoutingThreads,
+                                   routing_bytes(p.ids.experts, gathered_rows), given.stream, dependent_launch});
   if (error != cudaSuccess || !gathers || at_once) return error;
   return launch_gathering({given.hidden, p.offsets + p.ids.experts, given.routes_of_rows, given.weights, given.rows,
                            given.tokens, given.slots, given.columns, given.stream, 1},

@@ -16,6 +16,8 @@ static_assert(kMaxExperts == kRoutingThreads, "a thread for each");
 
 struct RoutingParameters {
   Ids ids;
+  int part;         // routes that a CTA sorts
+  int32_t* counts;  // [parts][experts], if there are several: the routes of each part
   int tile_tokens;
   int32_t* offsets;         // [experts + 1], written: the first row of each expert, and their number
   int32_t* routes_of_rows;  // [routes], written
@@ -105,14 +107,18 @@ __device__ inline void write_token_tiles(TokenTiles* list, const int32_t* first_
 
 constexpr int kReadAhead = 8;  // ids that a thread reads at once: each read takes long
 
-// How warps divide the routes: each takes `rounds` times 32 routes that follow one another.
+// How warps divide the routes of a part: each takes `rounds` times 32 routes that follow one another.
 struct Division {
+  int first_route;
+  int end;
   int rounds;
   int warps;  // that have routes
 
-  __device__ explicit Division(int routes)
-      : rounds((routes + kRoutingThreads - 1) / kRoutingThreads),
-        warps((routes + kWarp * rounds - 1) / (kWarp * rounds)) {}
+  __device__ Division(const RoutingParameters& p, int part)
+      : first_route(part * p.part),
+        end(min(first_route + p.part, p.ids.routes)),
+        rounds((end - first_route + kRoutingThreads - 1) / kRoutingThreads),
+        warps((end - first_route + kWarp * rounds - 1) / (kWarp * rounds)) {}
 };
 
 // Calls visit(route, expert, lanes of the warp with the same expert) for this warp's part of the routes. All lanes call
@@ -121,13 +127,14 @@ template <class Visit>
 __device__ inline void for_routes(const RoutingParameters& p, const Division& division, const Visit& visit) {
   const auto warp = static_cast<int>(threadIdx.x / kWarp);
   if (warp >= division.warps) return;
-  const int first = warp * division.rounds * kWarp + static_cast<int>(threadIdx.x % kWarp);
+  const int within = warp * division.rounds * kWarp + static_cast<int>(threadIdx.x % kWarp);
+  const int first = division.first_route + within;
   for (int begin = 0; begin < division.rounds; begin += kReadAhead) {
     int experts[kReadAhead];
 #pragma unroll
     for (int i = 0; i < kReadAhead; ++i) {
       const int route = first + (begin + i) * kWarp;
-      experts[i] = begin + i < division.rounds && route < p.ids.routes ? p.ids.expert_of(route) : kNoExpert;
+      experts[i] = begin + i < division.rounds && route < division.end ? p.ids.expert_of(route) : kNoExpert;
     }
 #pragma unroll
     for (int i = 0; i < kReadAhead; ++i) {
@@ -158,8 +165,64 @@ __device__ inline int sum_up_warps(const RoutingMemory& shared, const Division& 
   return rows;
 }
 
-// Counts the routes of each expert, and then gives each route its row: a stable counting sort. If hidden states are
-// given, it gathers them as well: every CTA then sorts, and copies its share of the rows.
+// Counts the routes of each expert that each warp has.
+__device__ inline void count_by_warps(const RoutingParameters& p, const Division& division,
+                                      const RoutingMemory& shared) {
+  const auto thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % kWarp;
+  int32_t* const mine = shared.counts + thread / kWarp * p.ids.experts;
+  for_routes(p, division, [&](int, int expert, uint32_t same) {
+    if (expert != kNoExpert && lane == __ffs(static_cast<int>(same)) - 1) mine[expert] += __popc(same);
+    __syncwarp();
+  });
+  __syncthreads();
+}
+
+// Where many routes are sorted in parts: each CTA counts the routes of each expert in its part.
+template <int Threads>
+__global__ void __launch_bounds__(Threads) count_routes(const __grid_constant__ RoutingParameters p) {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  const RoutingMemory shared(memory, p.ids.experts);
+  const auto thread = static_cast<int>(threadIdx.x);
+  const auto part = static_cast<int>(blockIdx.x);
+  const Division division(p, part);
+  for (int i = thread; i < division.warps * p.ids.experts; i += kRoutingThreads) shared.counts[i] = 0;
+  wait_for_prerequisites();
+  launch_dependents();
+  __syncthreads();
+  count_by_warps(p, division, shared);
+  const int rows = sum_up_warps(shared, division, p.ids.experts);
+  if (thread < p.ids.experts) p.counts[part * p.ids.experts + thread] = rows;
+}
+
+// The routes of this thread's expert: those of all parts, and those of the parts before one.
+struct CountedRoutes {
+  int all;
+  int before;
+};
+
+__device__ inline CountedRoutes sum_up_parts(const RoutingParameters& p, int part, int parts) {
+  CountedRoutes found{0, 0};
+  const auto thread = static_cast<int>(threadIdx.x);
+  if (thread >= p.ids.experts) return found;
+  for (int begin = 0; begin < parts; begin += kReadAhead) {
+    int counts[kReadAhead];
+#pragma unroll
+    for (int i = 0; i < kReadAhead; ++i) {
+      counts[i] = begin + i < parts ? p.counts[(begin + i) * p.ids.experts + thread] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kReadAhead; ++i) {
+      if (begin + i < part) found.before += counts[i];
+      found.all += counts[i];
+    }
+  }
+  return found;
+}
+
+// Counts the routes of each expert, and then gives each route its row: a stable counting sort. Many routes are sorted
+// in parts, a CTA for each. If hidden states are given, it gathers them as well: every CTA then sorts all routes, and
+// copies its share of the rows.
 //
 // Kernels are templates, as all in headers that several compile units include.
 template <int Threads>
@@ -168,48 +231,54 @@ __global__ void __launch_bounds__(Threads) route(const __grid_constant__ Routing
   const RoutingMemory shared(memory, p.ids.experts);
   const auto thread = static_cast<int>(threadIdx.x);
   const int lane = thread % kWarp;
-  const bool is_writer = blockIdx.x == 0;
-  const Division division(p.ids.routes);
+  const bool is_divided = p.counts != nullptr;
+  const int part = is_divided ? static_cast<int>(blockIdx.x) : 0;
+  const bool is_lister = blockIdx.x == 0;
+  const bool is_writer = is_divided || is_lister;  // of its routes
+  const Division division(p, part);
   int32_t* const mine = shared.counts + thread / kWarp * p.ids.experts;
   for (int i = thread; i < division.warps * p.ids.experts; i += kRoutingThreads) shared.counts[i] = 0;
   wait_for_prerequisites();
   launch_dependents();
   __syncthreads();
-  for_routes(p, division, [&](int, int expert, uint32_t same) {
-    if (expert != kNoExpert && lane == __ffs(static_cast<int>(same)) - 1) mine[expert] += __popc(same);
-    __syncwarp();
-  });
-  __syncthreads();
-  const int rows = sum_up_warps(shared, division, p.ids.experts);
+  count_by_warps(p, division, shared);
+  CountedRoutes counted{sum_up_warps(shared, division, p.ids.experts), 0};
+  if (is_divided) counted = sum_up_parts(p, part, static_cast<int>(gridDim.x));
+  const int rows = counted.all;
   const PrefixSum all_rows = prefix_sum(rows, shared.sums);
   const PrefixSum all_tiles = prefix_sum((rows + p.tile_tokens - 1) / p.tile_tokens, shared.sums + kRoutingWarps);
   if (thread < p.ids.experts) {
     shared.first_rows[thread] = all_rows.before;
     shared.first_tiles[thread] = all_tiles.before;
-    if (is_writer) p.offsets[thread] = all_rows.before;
+    if (is_lister) p.offsets[thread] = all_rows.before;
   }
   if (thread == 0) {
     shared.first_rows[p.ids.experts] = all_rows.total;
-    if (is_writer) p.offsets[p.ids.experts] = all_rows.total;
+    if (is_lister) p.offsets[p.ids.experts] = all_rows.total;
   }
   __syncthreads();
-  if (is_writer) {
+  if (is_lister) {
     write_token_tiles(p.token_tiles, shared.first_tiles, p.ids.experts, all_tiles.total,
                       [&](int expert) { return make_int2(shared.first_rows[expert], shared.first_rows[expert + 1]); });
+  }
+  if (is_divided) {  // the parts before this one have the first rows of each expert
+    __syncthreads();
+    if (thread < p.ids.experts) shared.first_rows[thread] += counted.before;
+    __syncthreads();
   }
   const bool gathers = p.gathered.hidden != nullptr;
   for_routes(p, division, [&](int route, int expert, uint32_t same) {
     const int earlier = expert != kNoExpert ? mine[expert] : 0;
     __syncwarp();
     if (expert != kNoExpert) {
-      const int row = shared.first_rows[expert] + earlier + __popc(same & ((1u << lane) - 1));
+      const int row = shared.first_rows[expert] + earlier + __popc(same & lanes_below(lane));
       if (is_writer) {
         p.routes_of_rows[row] = route;
         p.rows_of_routes[route] = row;
       }
       if (gathers) shared.routes_of_rows[row] = route;
       if (lane == __ffs(static_cast<int>(same)) - 1) mine[expert] = earlier + __popc(same);
-    } else if (is_writer && route < p.ids.routes) {
+    } else if (is_writer && route < division.end) {
       p.rows_of_routes[route] = kNoExpert;
     }
     __syncwarp();
