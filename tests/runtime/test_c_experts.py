@@ -265,9 +265,9 @@ def test_what_an_empty_call_writes_is_checked(
 
 @pytest.mark.compile
 def test_an_array_of_no_indices_may_be_null(emulated: EmulatedExperts) -> None:
-    name = "w4a16_list_token_tiles"
+    name, tiles = "w4a16_list_token_tiles", aligned(np.zeros(TILES, np.uint8))
     for rows, status in ((0, OK), (1, INVALID)):
-        given = changed(BASES[name], {"offsets": None, "rows": rows})
+        given = changed(BASES[name], {"offsets": None, "rows": rows, "token_tiles": at(tiles)})
         assert refusal(emulated.library, name, ctypes.byref(given))[0] == status
 
 
@@ -292,7 +292,9 @@ def test_bytes_of_a_list_of_token_tiles(fake_library: Library) -> None:
     assert call(8, 3, 8) == (OK, "", TILES)
     assert call(0, 3, 8) == (OK, "", 16)
     assert call(2, 1024, 64) == (OK, "", 3 * 16)
-    assert call(LIMIT, 1024, 8) == (OK, "", (LIMIT // 8 + 1024 + 1) * 16)
+    counts = 4 * 1024 * 128  # of the experts' routes in each part, of which there are at most 128
+    assert call(LIMIT, 1024, 8) == (OK, "", (LIMIT // 8 + 1024 + 1) * 16 + counts)
+    assert call(2049, 5, 8) == (OK, "", (2049 // 8 + 5 + 1) * 16 + 64), "of three parts, in whole entries"
     assert call(-1, 3, 8) == (INVALID, f"rows of -1 must be 0 to {LIMIT}", 77)
     assert call(8, 1025, 8) == (INVALID, "experts of 1025 must be 1 to 1024", 77)
     assert call(8, 3, 0) == (INVALID, f"tile_tokens of 0 must be 1 to {LIMIT}", 77)
