@@ -31,7 +31,7 @@ from w4a16gen.measure.results import Timing
 from w4a16gen.measure.step import Machine
 from w4a16gen.measure.timing import Contender
 from w4a16gen.runtime.expert_calls import MoeOptions
-from w4a16gen.runtime.experts import MOE_PARTS, MoePlan
+from w4a16gen.runtime.expert_plan import MOE_PARTS, MoePlan
 from w4a16gen.weights.quantized import QuantizedWeight
 
 torch = pytest.importorskip("torch")

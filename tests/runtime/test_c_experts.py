@@ -443,6 +443,23 @@ def test_the_module_lists_rows_that_name_their_experts(emulated: EmulatedExperts
     assert entries(listed) == [[0, 0, 16, 19], [2, 1, 0, 9], [2, 1, 0, 9]]
 
 
+LAYER = 64, 128, 7, 2, 3
+"""Hidden size, intermediate size, tokens, slots, and experts."""
+
+
+def drawn_layer() -> tuple[Any, ...]:
+    """Return both projections of the experts, hidden states, ids and weights."""
+    rng = np.random.default_rng(4)
+    size, inner, tokens, slots, experts = LAYER
+    w13, w2 = (
+        [random_weight(rng, n, k, 64, QuantMode.FINEGRAINED_SCALE_ONLY) for _ in range(experts)]
+        for n, k in ((2 * inner, size), (size, inner))
+    )
+    hidden = aligned(rng.standard_normal((tokens, size)).astype(np.float16))
+    ids = aligned(rng.integers(-1, experts, (tokens, slots)))
+    return w13, w2, hidden, ids, aligned(rng.random((tokens, slots)).astype(np.float32))
+
+
 @pytest.mark.compile
 def test_the_module_makes_the_same_calls(emulated: EmulatedExperts, fake_library: Library) -> None:
     """A layer, call by call, by the module that Python opens libraries with."""
@@ -451,15 +468,8 @@ def test_the_module_makes_the_same_calls(emulated: EmulatedExperts, fake_library
     assert [
         kernel["grouped"] for kernel in fake_library.module.KernelLibrary(str(fake_library.build.library)).kernels()
     ][:2] == [False, False]
-    rng = np.random.default_rng(4)
-    size, inner, tokens, slots, experts = 64, 128, 7, 2, 3
-    w13, w2 = (
-        [random_weight(rng, n, k, 64, QuantMode.FINEGRAINED_SCALE_ONLY) for _ in range(experts)]
-        for n, k in ((2 * inner, size), (size, inner))
-    )
-    hidden = aligned(rng.standard_normal((tokens, size)).astype(np.float16))
-    ids = aligned(rng.integers(-1, experts, (tokens, slots)))
-    weights = aligned(rng.random((tokens, slots)).astype(np.float32))
+    size, inner, tokens, slots, experts = LAYER
+    w13, w2, hidden, ids, weights = drawn_layer()
     wanted = emulated.moe(PLAIN, hidden, w13, w2, ids, weights)
 
     emulated.library.emulation_set(0, 4)
@@ -521,15 +531,8 @@ def test_the_module_lets_products_find_the_experts_of_few_tokens(
     emulated: EmulatedExperts, fake_library: Library
 ) -> None:
     opened = fake_library.module.KernelLibrary(str(emulated.path))
-    rng = np.random.default_rng(4)
-    size, inner, tokens, slots, experts = 64, 128, 7, 2, 3
-    w13, w2 = (
-        [random_weight(rng, n, k, 64, QuantMode.FINEGRAINED_SCALE_ONLY) for _ in range(experts)]
-        for n, k in ((2 * inner, size), (size, inner))
-    )
-    hidden = aligned(rng.standard_normal((tokens, size)).astype(np.float16))
-    ids = aligned(rng.integers(-1, experts, (tokens, slots)))
-    weights = aligned(rng.random((tokens, slots)).astype(np.float32))
+    size, inner, tokens, slots, experts = LAYER
+    w13, w2, hidden, ids, weights = drawn_layer()
     wanted = emulated.moe(PLAIN, hidden, w13, w2, ids, weights)
     emulated.library.emulation_set(0, 4)
     on, chosen = (0, False, 0), (at(ids), 8, 0, 0)

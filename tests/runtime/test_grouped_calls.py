@@ -33,7 +33,7 @@ from w4a16gen.errors import CudaError, UnsupportedProblemError, W4A16Error
 from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.kernels.spaces import enumerate_space, with_epilogues
 from w4a16gen.runtime.expert_calls import GATED_ACTIVATIONS, MAX_EXPERTS
-from w4a16gen.runtime.experts import INVARIANT_TOKENS, UNSORTED_TOKENS, MoePlan, moe_sizes
+from w4a16gen.runtime.expert_plan import INVARIANT_TOKENS, UNSORTED_TOKENS, MoePlan, moe_sizes
 from w4a16gen.weights.experts import PackedExperts, pack_experts
 from w4a16gen.weights.layouts.geometry import ALIGNMENT
 from w4a16gen.weights.moe_reference import MoeExpectation, route_reference

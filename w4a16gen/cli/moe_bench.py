@@ -103,7 +103,7 @@ def moe_bench(choice: MoeChoice, folder: Path | None, *, wide: bool, as_json: bo
 
 def _columns() -> Sequence[Column]:
     """Return the columns of the table."""
-    from w4a16gen.runtime.experts import MOE_PARTS
+    from w4a16gen.runtime.expert_plan import MOE_PARTS
 
     parts = (Column(part, right=True) for part in MOE_PARTS)
     return *COLUMNS, *parts, Column("gate_up kernel"), Column("down kernel")
@@ -120,7 +120,7 @@ def _title(found: MoeBench) -> str:
 def _cells(point: MoePoint, timing: MoeTiming) -> tuple[str, ...]:
     """Return the cells of an entrant's row. Those of the point itself are in this package's row."""
     from w4a16gen.measure.moe_entrants import OWN
-    from w4a16gen.runtime.experts import MOE_PARTS
+    from w4a16gen.runtime.expert_plan import MOE_PARTS
 
     share, times = point.share_of_floor(timing), timing.microseconds.isolated
     cells = (

@@ -17,7 +17,7 @@ from w4a16gen.measure.models import Mixture
 from w4a16gen.measure.stage import copies_for, evenly
 from w4a16gen.measure.torch_weight import TorchWeight
 from w4a16gen.runtime.expert_calls import MoeOptions
-from w4a16gen.runtime.experts import MOE_PARTS, MoePlan, MoeSizes, launched_parts, moe_sizes
+from w4a16gen.runtime.expert_plan import MOE_PARTS, MoePlan, MoeSizes, launched_parts, moe_sizes
 from w4a16gen.runtime.library import Library
 from w4a16gen.weights.experts import GATE_FIRST, PackedExperts, expert_stride
 from w4a16gen.weights.layouts.geometry import WeightGeometry

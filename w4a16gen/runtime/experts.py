@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 from w4a16gen.choose import experts as choosing
 from w4a16gen.choose.cards import Card
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.kernels.config import Epilogue, KernelConfig, QuantMode
+from w4a16gen.kernels.config import Epilogue, KernelConfig
 from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.kernels.integers import integer
 from w4a16gen.kernels.problem import Problem
@@ -27,25 +26,30 @@ from w4a16gen.runtime.expert_calls import (
     checked_experts,
     positive,
 )
+from w4a16gen.runtime.expert_plan import (
+    ACTIVATION,
+    COMBINING,
+    DOWN,
+    GATE_UP,
+    INT_BYTES,
+    MOE_PARTS,
+    ROUTING,
+    MoePlan,
+    MoeSizes,
+    Pair,
+    chosen_pair,
+    launched_parts,
+    moe_sizes,
+    planned,
+)
 from w4a16gen.runtime.streams import empty_like_library, is_torchs_stream, stream_pointer
 from w4a16gen.weights.experts import PackedExperts
-from w4a16gen.weights.layouts.geometry import align
 from w4a16gen.weights.packed import checked_flag
 
-INVARIANT_TOKENS = 64
-"""The number of tokens that kernels are chosen for where results must not depend on it."""
-_HALF_BYTES = 2
-_INT_BYTES = 4
 _MATRIX = 2
 _GATHERS_NOTHING = (0, 0, 0, 0)
 _NO_IDS = (0, 0, 0, 0)
 """The arguments of ids where routes are sorted."""
-UNSORTED_TOKENS, MAX_UNSORTED_ROUTES = 8, 64
-"""Tokens and routes up to which products find their experts in the ids themselves. Each expert that is chosen then has
-that many rows."""
-ROUTING, GATE_UP, ACTIVATION, DOWN, COMBINING = MOE_PARTS = ("routing", "gate_up", "activation", "down", "combining")
-"""The launches of a layer of experts, in order. Routing gathers the rows too. Kernels that apply the gate themselves
-leave out the activation, and with few tokens also the routing."""
 _IDS = {"<i4": 4, "<i8": 8}
 """Bytes of the dtypes of ids."""
 
@@ -71,46 +75,6 @@ class ExpertRows:
     offsets: Any = None
     routes_of_rows: Any = None
     rows_of_routes: Any = None
-
-
-class MoeSizes(NamedTuple):
-    """All that decides how a layer of experts runs."""
-
-    tokens: int
-    slots: int
-    experts: int
-    global_experts: int
-    mode: QuantMode
-    gate_up: Problem
-    """The first product of one expert; m is 1."""
-    down: Problem
-    gated: bool
-    """Whether the kernels of the first product apply the gate."""
-
-
-Pair = tuple[KernelConfig, KernelConfig]
-"""The kernels of the first and of the second product of a layer of experts."""
-
-
-class MoePlan(NamedTuple):
-    """The kernels of a layer of experts, and where its intermediate arrays are in the workspace."""
-
-    gate_up: KernelConfig
-    down: KernelConfig
-    offsets: int
-    routes_of_rows: int
-    rows_of_routes: int
-    token_tiles: int
-    token_tiles_bytes: int
-    rows: int
-    """fp16 [routes, hidden]: the inputs of the first product, and then the results of the second one."""
-    products: int
-    """fp16 [routes, 2 * intermediate]: the first product, if its kernels do not apply the gate."""
-    gated: int
-    """fp16 [routes, intermediate]."""
-    nbytes: int
-    can_leave_unsorted: bool = False
-    """Whether no launch need sort the routes. Then there is room for the rows of either way."""
 
 
 class _ExpertChoice(NamedTuple):
@@ -468,9 +432,9 @@ class ExpertLauncher:
     def _activate(self, layer: _Layer) -> None:
         """Launch the gates behind a first product whose kernels do not apply them."""
         plan, base = layer.plan, layer.workspace
-        rows, row_count = layer.routes, base + plan.offsets + _INT_BYTES * layer.sizes.experts
+        rows, row_count = layer.routes, base + plan.offsets + INT_BYTES * layer.sizes.experts
         if not layer.is_sorted:  # rows of no expert hold anything, and nobody reads what becomes of them
-            rows, row_count = _unsorted_rows(layer.sizes), 0
+            rows, row_count = layer.sizes.unsorted_rows, 0
         outcome = self._bindings.library.activate_rows(
             *(base + plan.products, row_count, base + plan.gated, rows, layer.sizes.down.k),
             *(layer.scalars.gate.number, *layer.behind),
@@ -539,40 +503,8 @@ class ExpertLauncher:
 
     def _plan(self, sizes: MoeSizes, card: Card, invariant: bool, pair: Pair | None) -> MoePlan:
         if pair is None:
-            tokens = INVARIANT_TOKENS if invariant else max(1, sizes.tokens)
-            routing = choosing.Routing(tokens, sizes.slots, sizes.experts, sizes.global_experts)
-            gate_up = sizes.gate_up, Epilogue.GATED if sizes.gated else Epilogue.NONE
-            pair = choosing.choose_pair(self._indices, sizes.mode, gate_up, sizes.down, routing, card)
-        routes = sizes.tokens * sizes.slots
-        unsorted = _can_leave_unsorted(sizes, pair)
-        rows = max(routes, _unsorted_rows(sizes)) if unsorted else routes
-        hidden, intermediate = sizes.down.n, sizes.down.k
-        tiles = self._token_tiles_bytes(routes, sizes.experts, pair[0].cta.tokens)
-        lengths = {
-            "offsets": _INT_BYTES * (sizes.experts + 1),
-            "routes_of_rows": _INT_BYTES * routes,
-            "rows_of_routes": _INT_BYTES * routes,
-            "token_tiles": tiles,
-            "rows": _HALF_BYTES * rows * hidden,
-            "products": 0 if sizes.gated else _HALF_BYTES * rows * 2 * intermediate,
-            "gated": _HALF_BYTES * rows * intermediate,
-        }
-        ends = list(itertools.accumulate(map(align, lengths.values()), initial=0))
-        places = dict(zip(lengths, ends, strict=False))
-        return MoePlan(
-            gate_up=pair[0],
-            down=pair[1],
-            offsets=places["offsets"],
-            routes_of_rows=places["routes_of_rows"],
-            rows_of_routes=places["rows_of_routes"],
-            token_tiles=places["token_tiles"],
-            token_tiles_bytes=tiles,
-            rows=places["rows"],
-            products=places["products"],
-            gated=places["gated"],
-            nbytes=ends[-1],
-            can_leave_unsorted=unsorted,
-        )
+            pair = chosen_pair(self._indices, sizes, card, invariant=invariant)
+        return planned(sizes, pair, self._token_tiles_bytes(sizes.routes, sizes.experts, pair[0].cta.tokens))
 
     def _packed(self, name: str, w: Any, device: int | None = None) -> ArrayView:
         """Return the buffer of packed experts, checked.
@@ -630,49 +562,3 @@ class ExpertLauncher:
         if not is_torchs_stream(like, stream) and module.is_capturing(stream, device):
             raise InvalidValueError("pass out= and workspace= in a capture: the graph writes there at every replay")
         return empty_like_library(like, module, shape, dtype, device, stream=stream)
-
-
-def launched_parts(*, gated: bool, is_sorted: bool) -> list[str]:
-    """Return the launches of a layer, in order.
-
-    Args:
-        gated: whether the kernels of the first product apply the gate.
-        is_sorted: whether a launch sorts the routes.
-    """
-    left_out = {ROUTING: not is_sorted, ACTIVATION: gated}
-    return [part for part in MOE_PARTS if not left_out.get(part, False)]
-
-
-def _unsorted_rows(sizes: MoeSizes) -> int:
-    """Return the rows of products whose routes are unsorted."""
-    return UNSORTED_TOKENS * min(sizes.tokens * sizes.slots, sizes.experts)
-
-
-def _can_leave_unsorted(sizes: MoeSizes, pair: Pair) -> bool:
-    """Return whether both kernels can find the experts of their tokens in the ids."""
-    few = sizes.tokens <= UNSORTED_TOKENS and sizes.tokens * sizes.slots <= MAX_UNSORTED_ROUTES
-    return few and all(config.cta.tokens == UNSORTED_TOKENS for config in pair)
-
-
-def moe_sizes(
-    tokens: int, slots: int, w13: PackedExperts, w2: PackedExperts, global_experts: int | None = None
-) -> MoeSizes:
-    """Return the sizes of a call of `moe`.
-
-    Args:
-        tokens: rows of the hidden states.
-        slots: experts of a token.
-        w13: the gate and up projections.
-        w2: the down projections.
-        global_experts: entries of the map of experts; None without a map.
-    """
-    return MoeSizes(
-        tokens,
-        slots,
-        w13.experts,
-        w13.experts if global_experts is None else global_experts,
-        w13.mode,
-        Problem(1, w13.n, w13.k, w13.group_size),
-        Problem(1, w2.n, w2.k, w2.group_size),
-        w13.gated,
-    )

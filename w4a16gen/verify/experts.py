@@ -16,7 +16,7 @@ from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.kernels.problem import Problem, why_cannot_run
 from w4a16gen.progress import Progress, no_progress
 from w4a16gen.runtime.expert_calls import GATED_ACTIVATIONS, MoeOptions
-from w4a16gen.runtime.experts import UNSORTED_TOKENS, Pair, moe_sizes
+from w4a16gen.runtime.expert_plan import UNSORTED_TOKENS, Pair, moe_sizes
 from w4a16gen.runtime.library import Library
 from w4a16gen.verify.guards import CANARY, GUARD_BYTES, POISON, GuardedGpu, Window
 from w4a16gen.verify.numeric import NumericProof

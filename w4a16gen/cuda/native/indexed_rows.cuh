@@ -47,16 +47,7 @@ __global__ void __launch_bounds__(Threads) list_indexed_rows(const __grid_consta
     const int first = shared.first_rows[expert];
     return make_int2(first, max(first, ends[expert]));
   };
-  int tiles = 0;
-  if (thread < p.experts) {
-    const int2 rows = rows_of(thread);
-    tiles = (rows.y - rows.x + p.tile_tokens - 1) / p.tile_tokens;
-  }
-  const PrefixSum all_tiles = prefix_sum(tiles, shared.sums);
-  if (thread < p.experts) shared.first_tiles[thread] = all_tiles.before;
-  __syncthreads();
-  write_token_tiles(p.token_tiles, shared.first_tiles, p.experts, min(all_tiles.total, p.most_tiles), rows_of);
-  launch_dependents();
+  list_tiles(p, shared, rows_of);
 }
 
 }  // namespace w4a16::native

@@ -288,20 +288,10 @@ __global__ void __launch_bounds__(Threads) route(const __grid_constant__ Routing
   gather_rows_of<Threads>(p.gathered, shared.routes_of_rows, all_rows.total);
 }
 
-// One CTA lists the token tiles of experts whose rows are given. Rows outside the activations are left out, and tiles
-// that the list has no room for: those of offsets that decrease.
-template <int Threads>
-__global__ void __launch_bounds__(Threads) list_token_tiles(const __grid_constant__ ListingParameters p) {
-  extern __shared__ __align__(1024) uint8_t memory[];
-  const RoutingMemory shared(memory, p.experts);
+// Lists the token tiles of experts whose rows each thread can tell. All threads call it.
+template <class ListingOf, class RowsOf>
+__device__ inline void list_tiles(const ListingOf& p, const RoutingMemory& shared, const RowsOf& rows_of) {
   const auto thread = static_cast<int>(threadIdx.x);
-  wait_for_prerequisites();
-  const auto rows_of = [&](int expert) {
-    const int64_t first = p.offsets != nullptr ? p.offsets[expert] : int64_t{expert} * p.stride;
-    const int64_t end = p.offsets != nullptr ? p.offsets[expert + 1] : first + min(p.counts[expert], p.stride);
-    const auto within = [&](int64_t row) { return static_cast<int>(max(int64_t{0}, min(row, int64_t{p.rows}))); };
-    return make_int2(within(first), max(within(first), within(end)));
-  };
   int tiles = 0;
   if (thread < p.experts) {
     const int2 rows = rows_of(thread);
@@ -312,6 +302,22 @@ __global__ void __launch_bounds__(Threads) list_token_tiles(const __grid_constan
   __syncthreads();
   write_token_tiles(p.token_tiles, shared.first_tiles, p.experts, min(all_tiles.total, p.most_tiles), rows_of);
   launch_dependents();
+}
+
+// One CTA lists the token tiles of experts whose rows are given. Rows outside the activations are left out, and tiles
+// that the list has no room for: those of offsets that decrease.
+template <int Threads>
+__global__ void __launch_bounds__(Threads) list_token_tiles(const __grid_constant__ ListingParameters p) {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  const RoutingMemory shared(memory, p.experts);
+  wait_for_prerequisites();
+  const auto rows_of = [&](int expert) {
+    const int64_t first = p.offsets != nullptr ? p.offsets[expert] : int64_t{expert} * p.stride;
+    const int64_t end = p.offsets != nullptr ? p.offsets[expert + 1] : first + min(p.counts[expert], p.stride);
+    const auto within = [&](int64_t row) { return static_cast<int>(max(int64_t{0}, min(row, int64_t{p.rows}))); };
+    return make_int2(within(first), max(within(first), within(end)));
+  };
+  list_tiles(p, shared, rows_of);
 }
 
 }  // namespace w4a16::native
