@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from fakes.workshop import CONFIGS, Workshop
 
+from w4a16gen.build.objects import damaged_units
+from w4a16gen.build.units import CompiledUnit
 from w4a16gen.errors import BuildError, NotBuiltError
 from w4a16gen.files import seal
 from w4a16gen.runtime.artifact import load_build
@@ -78,6 +80,37 @@ def test_a_damaged_object_or_record_is_compiled_again(workshop: Workshop, suffix
         assert workshop.build(CONFIGS[:1]).compiled == 1, damage.__name__
         assert workshop.build(CONFIGS[:1]).compiled == 0, damage.__name__
         assert load_build(workshop.folder).configs == CONFIGS[:1], damage.__name__
+
+
+@pytest.mark.parametrize("how", ["cut", "no object", "other name"])
+def test_an_object_that_was_damaged_before_it_was_stored_is_compiled_again_by_the_next_build(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    workshop.build(CONFIGS[:1])
+    monkeypatch.setenv("FAKE_NVCC_SPOIL", how)
+    with pytest.raises(BuildError, match=r"Damaged objects: 1\. .* the next build compiles them again"):
+        workshop.build(CONFIGS[:2])
+    monkeypatch.delenv("FAKE_NVCC_SPOIL")
+    assert workshop.build(CONFIGS[:2]).compiled == 1, "the other object is good"
+    assert workshop.built() == CONFIGS[:2]
+
+
+def test_only_objects_in_which_the_linker_finds_a_fault_are_damaged() -> None:
+    units = [
+        CompiledUnit(Path(f"{letter * 32}.o"), "", {f"w4a16_sm90_{letter}": ""}, 0.0, 0) for letter in ("a", "b", "c")
+    ]
+    a, b, c = (str(unit.path) for unit in units)
+    assert damaged_units(units, f"FAILED: g++ objects/{a} objects/{b} -o library.so") == []
+    assert damaged_units(units, f"ld: warning: objects/{a}: missing .note.GNU-stack section") == []
+    refers = f"ld: objects/{a}: in function `f':\nunit.cu:(.text+0x1): undefined reference to `cudaLaunch'"
+    assert damaged_units(units, refers) == []
+    assert damaged_units(units, f"ld: objects/{a}:(.data+0x1): undefined reference to `cudaLaunch'") == []
+    assert damaged_units(units, f"ld: objects/{b}: file not recognized: file format not recognized") == [units[1]]
+    assert damaged_units(units, f"ld: objects/{b}(.text): unknown relocation type 0x9d") == [units[1]]
+    twice = f"ld: {c}:(.data+0x0): multiple definition of `f'; {a}:(.data+0x0): first defined here"
+    assert damaged_units(units, twice) == [units[0], units[2]]
+    missing = "ld: registry.o:(.data+0x8): undefined reference to `w4a16::w4a16_sm90_c_kernel'"
+    assert damaged_units(units, missing) == [units[2]]
 
 
 def test_a_damaged_manifest_is_no_build_and_is_written_again(workshop: Workshop) -> None:
@@ -183,7 +216,7 @@ def test_the_earlier_build_stays_while_the_next_one_is_linked(
         workshop.build(CONFIGS[:2])
     assert load_build(workshop.folder) == first
     monkeypatch.delenv("FAKE_CMAKE_ALWAYS_FAIL")
-    workshop.build(CONFIGS[:2])
+    assert workshop.build(CONFIGS[:2]).compiled == 0, "the objects are good"
     assert first.library.exists(), "a program that has read the old manifest may still open it"
     workshop.build(CONFIGS[:2])
     assert not first.library.exists(), "the next build removes it"

@@ -73,7 +73,8 @@ def build(arguments: list[str]) -> None:
     objects.append(
         compile_once(cached(f"registry{text}{registry.read_text()}", ".o"), compiler, *flags, "-c", registry)
     )
-    run(compiler, *objects, *definitions["W4A16_KERNEL_OBJECTS"].split(";"), *link, "-o", tree / "libw4a16_kernels.so")
+    objects += map(Path, definitions["W4A16_KERNEL_OBJECTS"].split(";"))
+    run(compiler, *objects, *link, "-Wl,--no-undefined", "-o", tree / "libw4a16_kernels.so")
     if parts := os.environ.get("FAKE_CMAKE_TRUNCATE"):
         made = tree / "libw4a16_kernels.so"
         made.write_bytes(made.read_bytes()[: made.stat().st_size // int(parts)])

@@ -2,8 +2,9 @@
 
 It lets the build's own machinery (units, failures, locks, interruption, linking) be tested in seconds. Nothing about
 kernels is proven with it. FAKE_NVCC_FAIL names kernels that fail, FAKE_NVCC_SLEEP delays, FAKE_NVCC_LOG counts calls,
-FAKE_NVCC_SAY is printed and makes every compilation fail, FAKE_NVCC_EXIT is its exit code. FAKE_CACHE is the folder of
-objects that were compiled before.
+FAKE_NVCC_SAY is printed and makes every compilation fail, FAKE_NVCC_EXIT is its exit code. FAKE_NVCC_SPOIL is what is
+wrong with every object: it is `cut`, `no object`, or has the `other name` of a kernel that is not there. FAKE_CACHE is
+the folder of objects that were compiled before.
 """
 
 from __future__ import annotations
@@ -34,7 +35,27 @@ def entry(config: KernelConfig) -> str:
     return f"W4A16_FAKE_KERNEL({config.name}, {family}, {mode}, {sizes})"
 
 
+def spoil(output: Path, how: str) -> None:
+    """Damage an object before anyone takes its digest."""
+    content = output.read_bytes()
+    changed = {
+        "cut": content[: len(content) // 2],
+        "no object": bytes(len(content)),
+        "other name": content.replace(b"_kernelE", b"_kernelF"),
+    }[how]
+    assert changed != content
+    output.write_bytes(changed)
+
+
 def main(arguments: list[str]) -> int:
+    """Compile, and spoil the object if that is asked for."""
+    returncode = compile_or_answer(arguments)
+    if returncode == 0 and "-o" in arguments and (how := os.environ.get("FAKE_NVCC_SPOIL")):
+        spoil(Path(arguments[arguments.index("-o") + 1]), how)
+    return returncode
+
+
+def compile_or_answer(arguments: list[str]) -> int:
     """Behave as nvcc does for the calls that a build makes."""
     if "--version" in arguments:
         print(RELEASE.format(os.environ.get("FAKE_NVCC_RELEASE", "13.0")))

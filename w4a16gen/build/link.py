@@ -21,7 +21,7 @@ from w4a16gen.build import causes
 from w4a16gen.build.environment import child_environment
 from w4a16gen.build.headers import CUDA_FOLDER, headers_of
 from w4a16gen.build.limits import usable_cores
-from w4a16gen.build.objects import put_in_place, write_log
+from w4a16gen.build.objects import damaged_units, forget, put_in_place, write_log
 from w4a16gen.build.scratch import LOGS, OBJECTS, OWNER_VARIABLE, alias, libraries_beside
 from w4a16gen.build.toolchain import Toolchain, compiler_identity
 from w4a16gen.build.units import CompiledUnit
@@ -82,6 +82,14 @@ class LinkedPair:
     module_sha256: str
 
 
+class _LinkError(BuildError):
+    """Linking failed, maybe because of objects that are damaged."""
+
+    def __init__(self, text: str, damaged: Sequence[CompiledUnit] = ()) -> None:
+        super().__init__(text)
+        self.damaged = damaged
+
+
 def _digest(parts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -97,7 +105,7 @@ def link(what: Link, build: Path, scratch: Path, report: Callable[[str], None]) 
     """Link the library and the module, load them in a child process, and put them into the build's folder.
 
     A failure costs one more try, in a fresh folder and without the cached module. The build that was there before stays
-    as it is: the pair gets a folder of its own.
+    as it is: the pair gets a folder of its own. Objects in which the last try finds a fault are removed.
 
     Args:
         what: the objects and the tools.
@@ -111,22 +119,28 @@ def link(what: Link, build: Path, scratch: Path, report: Callable[[str], None]) 
         OSError: if something cannot be written.
     """
     log = build / LOGS / "link.log"
-    failure: BuildError | None = None
+    first: BuildError | None = None
+    damaged: Sequence[CompiledUnit] = ()
     for attempt, cached_module in enumerate((_cached_module(what, build), None)):
         folder = scratch / f"link-{attempt}"
         try:
             library, module = _run_cmake(what, build, folder, log, cached_module)
             report(STEPS[0])
-            _check_load(library, module, what.configs, log)
+            _check_load(library, module, what, log)
             report(STEPS[1])
         except BuildError as error:
-            failure = failure or error
+            first = first or error
+            damaged = error.damaged if isinstance(error, _LinkError) else ()
             shutil.rmtree(folder, ignore_errors=True)
             continue
         if cached_module is None:
             _cache_module(what, build, module)
         return _install(library, module, build, scratch)
-    raise failure or BuildError("linking failed")
+    forget(damaged)
+    way_out = (
+        f"\nDamaged objects: {len(damaged)}. They are removed: the next build compiles them again" if damaged else ""
+    )
+    raise BuildError(f"{first}{way_out}")
 
 
 def _cached_module(what: Link, build: Path) -> Path | None:
@@ -186,7 +200,7 @@ def _run_cmake(what: Link, build: Path, folder: Path, log: Path, cached_module: 
         returncode, text = _run(command, folder)
         printed += text
         if returncode != 0:
-            _fail(what.toolchain, build, folder, log, printed)
+            _fail(what, build, folder, log, printed)
     write_log(log, printed)
     return tree / LIBRARY, cached_module or tree / MODULE
 
@@ -218,20 +232,21 @@ def _output_of(process: subprocess.Popen[bytes]) -> bytes:
             return process.communicate(timeout=POLL_SECONDS)[0]
 
 
-def _fail(tools: Toolchain, build: Path, folder: Path, log: Path, text: str) -> None:
+def _fail(what: Link, build: Path, folder: Path, log: Path, text: str) -> None:
     """Raise the error of a failed link."""
     folders = (folder, build)
     if causes.is_full(text, folders):
         raise BuildError(causes.describe_full(folders))
     write_log(log, text)
-    if cause := causes.describe_environment(text, tools):
+    if cause := causes.describe_environment(text, what.toolchain):
         raise BuildError(f"{cause}\nThe output of CMake: {log}")
     lines = text.splitlines()
     telling = [line for line in lines if any(word in line.lower() for word in _ERROR_WORDS)] or lines
-    raise BuildError(f"linking failed, log: {log}\n" + "\n".join(telling[:_SHOWN_LINES]))
+    shown = "\n".join(telling[:_SHOWN_LINES])
+    raise _LinkError(f"linking failed, log: {log}\n{shown}", damaged_units(what.units, text))
 
 
-def _check_load(library: Path, module: Path, configs: Sequence[KernelConfig], log: Path) -> None:
+def _check_load(library: Path, module: Path, what: Link, log: Path) -> None:
     """Load the pair in a child process, and compare its kernels with those that were linked.
 
     Raises:
@@ -250,10 +265,12 @@ def _check_load(library: Path, module: Path, configs: Sequence[KernelConfig], lo
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise BuildError(f"the linked library cannot be loaded ({reason}), log: {log}")
-    found, expected = json.loads(done.stdout), [config.name for config in configs]
+    found, expected = json.loads(done.stdout), [config.name for config in what.configs]
     if sorted(found) != sorted(expected):
-        differing = sorted(set(found) ^ set(expected))[:3] or ["one of them twice"]
-        raise BuildError(f"the linked library contains other kernels than its objects: {', '.join(differing)}")
+        differing = set(found) ^ set(expected)
+        shown = ", ".join(sorted(differing)[:3]) or "one of them twice"
+        damaged = [unit for unit in what.units if differing & unit.hashes.keys()]
+        raise _LinkError(f"the linked library contains other kernels than its objects: {shown}", damaged)
 
 
 def _install(library: Path, module: Path, build: Path, scratch: Path) -> LinkedPair:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,11 @@ from w4a16gen.kernels.render import render_kernel, render_unit, source_name
 
 _SERIALISED = "wgmma.mma_async instructions are serialized"
 """Part of ptxas's warnings (C7510, C7512, C7514 and others) that it gives up overlapping WGMMAs."""
+
+_OBJECT = re.compile(r"([0-9a-f]{32}\.o)[:(]")
+"""An object's name where the linker says something about the object. A command line has no colon behind it."""
+_OTHER_FAULTS = (": undefined reference", ": in function ", "warning: ", "NOTE: ")
+"""Parts of sentences that name an object and do not find fault with it."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,36 @@ def _failure(build: Path, configs: Sequence[KernelConfig], log: Path, compiled: 
         summary = f"the compiler was killed (out of memory?): compiling it takes about {memory:.1f} GB"
         return Failure(configs[0].name, log, summary, killed=True)
     return Failure(configs[0].name, log, serialised[0] if serialised else causes.summarise(text, compiled.returncode))
+
+
+def damaged_units(units: Sequence[CompiledUnit], text: str) -> list[CompiledUnit]:
+    """Return the units that are damaged, as far as a linker says so.
+
+    It says what is wrong with an object behind the object's name, or that a kernel is in none of them, or in two. What
+    an object refers to in vain is no fault of that object.
+
+    Args:
+        units: what was linked.
+        text: what the linker printed.
+    """
+    lines = text.splitlines()
+    faults = [line for line in lines if not any(words in line for words in _OTHER_FAULTS)]
+    named = {name for line in faults for name in _OBJECT.findall(line)}
+    missing = "\n".join(line for line in lines if "undefined " in line or "isn't defined" in line)
+    return [
+        unit for unit in units if unit.path.name in named or any(f"{name}_kernel" in missing for name in unit.hashes)
+    ]
+
+
+def forget(units: Iterable[CompiledUnit]) -> None:
+    """Remove objects and their records, so that the next build compiles them again.
+
+    Raises:
+        OSError: if they cannot be removed.
+    """
+    for unit in units:
+        remove(unit.path.with_suffix(".json"))
+        remove(unit.path)
 
 
 def write_log(log: Path, text: str) -> None:
