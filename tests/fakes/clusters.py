@@ -11,6 +11,9 @@ import pytest
 
 QUICK = {"include_log_monitor": False, "object_store_memory": 100 << 20}
 """Nodes without what these tests do not use."""
+NOTICE = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 200}
+"""How soon and how often the cluster asks its nodes whether they are there. A frozen one has Ray's usual time for each
+answer: about a minute in all."""
 
 
 class LocalCluster:
@@ -18,7 +21,7 @@ class LocalCluster:
 
     def __init__(self) -> None:
         utilities = pytest.importorskip("ray.cluster_utils")
-        head = {"num_cpus": 0, "num_gpus": 0, "include_dashboard": False, **QUICK}
+        head = {"num_cpus": 0, "num_gpus": 0, "include_dashboard": False, "_system_config": NOTICE, **QUICK}
         self._cluster = utilities.Cluster(initialize_head=True, head_node_args=head)
         self.nodes: list[Any] = []
 
