@@ -27,6 +27,7 @@ from w4a16gen.build.units import kernel_hashes, plan_units
 from w4a16gen.build.workers import cluster_workers, local_workers
 from w4a16gen.errors import ClusterError, InvalidValueError
 from w4a16gen.executors import cluster as ray_cluster
+from w4a16gen.executors import executor, pulse
 from w4a16gen.executors.cluster import connect
 from w4a16gen.kernels.spaces import enumerate_space
 from w4a16gen.runtime.artifact import load_build
@@ -212,6 +213,37 @@ def test_a_node_that_dies_costs_its_own_unit_only(
     assert files_of(tmp_path / "cluster" / "build") == local_files
 
 
+@pytest.mark.parametrize("what", ["node", "worker"])
+def test_a_frozen_node_or_worker_holds_nothing_up(
+    cluster: LocalCluster,
+    calls: Path,
+    local_files: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+) -> None:
+    monkeypatch.setattr(ray_cluster, "_ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(pulse, "QUIET_SECONDS", 2.0 if what == "node" else 600.0)
+    monkeypatch.setattr(pulse, "ANSWER_SECONDS", 2.0)
+    monkeypatch.setattr(executor, "LATE_SECONDS", 600.0 if what == "node" else 2.0)
+    frozen = cluster.nodes[0]
+
+    def freeze() -> None:
+        wait_until(calls, len(KERNELS) // 2)
+        (cluster.freeze if what == "node" else cluster.freeze_worker)(frozen)
+
+    freezer = threading.Thread(target=freeze)
+    freezer.start()
+    report, told = build_on(cluster, tmp_path / "cluster")
+    freezer.join()
+    cluster.kill(frozen)
+    cluster.add()
+    assert report.compiled == len(KERNELS)
+    assert "it does not answer" in told[0] if what == "node" else "takes long for a task" in told[0]
+    assert sum(node.lost for node in report.nodes) == (what == "node")
+    assert files_of(tmp_path / "cluster" / "build") == local_files
+
+
 def test_a_node_with_another_compiler_is_refused_and_named(cluster: LocalCluster, calls: Path, tmp_path: Path) -> None:
     other = cluster.add(FAKE_NVCC_RELEASE="13.9")
     try:
@@ -239,8 +271,8 @@ def test_real_objects_are_the_same_to_the_byte(
     try:
         with connect(cluster.address, None, told.append) as connection:
             make_folders(tmp_path / "cluster")
-            executor = cluster_workers(connection, kernels)(tools, tmp_path, None)
-            there = compile_kernels(kernels, hashes, executor, tmp_path / "cluster").units
+            compilers = cluster_workers(connection, kernels)(tools, tmp_path, None)
+            there = compile_kernels(kernels, hashes, compilers, tmp_path / "cluster").units
     finally:
         cluster.kill(real)
         versions.program_version.cache_clear()

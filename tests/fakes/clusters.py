@@ -24,6 +24,7 @@ class LocalCluster:
         head = {"num_cpus": 0, "num_gpus": 0, "include_dashboard": False, "_system_config": NOTICE, **QUICK}
         self._cluster = utilities.Cluster(initialize_head=True, head_node_args=head)
         self.nodes: list[Any] = []
+        self._frozen: list[psutil.Process] = []
 
     @property
     def address(self) -> str:
@@ -41,13 +42,43 @@ class LocalCluster:
         """End a node as a power cut does."""
         self._cluster.remove_node(node, allow_graceful=False)
         self.nodes.remove(node)
+        self._end_frozen()
+
+    def freeze(self, node: Any) -> None:
+        """Stop all processes of a node."""
+        raylet = self._raylet(node)
+        self._suspend(raylet, *raylet.children(recursive=True))
+
+    def freeze_worker(self, node: Any) -> None:
+        """Stop a process of a node that runs a task; wait for it."""
+        running: list[psutil.Process] = []
+        while not running:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                running = [child for child in self._raylet(node).children() if child.name().startswith("ray::run_task")]
+        self._suspend(running[0])
+
+    def _suspend(self, *processes: psutil.Process) -> None:
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.suspend()
+                self._frozen.append(process)
+
+    def _end_frozen(self) -> None:
+        """End what nobody else can."""
+        while self._frozen:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._frozen.pop().kill()
+
+    def _raylet(self, node: Any) -> psutil.Process:
+        return psutil.Process(node.all_processes["raylet"][0].process.pid)
 
     def node_of(self, process: int) -> Any:
         """Return the node that runs a worker's process."""
         raylet = psutil.Process(process).ppid()
-        return next(node for node in self.nodes if node.all_processes["raylet"][0].process.pid == raylet)
+        return next(node for node in self.nodes if self._raylet(node).pid == raylet)
 
     def shutdown(self) -> None:
+        self._end_frozen()
         self._cluster.shutdown()
 
 

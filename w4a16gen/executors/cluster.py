@@ -221,13 +221,24 @@ class Cluster:
         found: list[Any] = self._ray.wait(list(refs), timeout=_POLL_SECONDS)[0]
         return found
 
-    def fetch(self, ref: Any, deadline: float = math.inf, is_stopped: Callable[[], bool] = lambda: False) -> Any:
+    def has(self, ref: Any) -> bool:
+        """Return whether a result, or an error in its place, has come."""
+        return bool(self._ray.wait([ref], timeout=0)[0])
+
+    def fetch(
+        self,
+        ref: Any,
+        deadline: float = math.inf,
+        is_stopped: Callable[[], bool] = lambda: False,
+        is_gone: Callable[[], bool] = lambda: False,
+    ) -> Any:
         """Wait for a result of Ray.
 
         Args:
             ref: the result.
             deadline: clock (`time.monotonic`) by which it must be there.
             is_stopped: whether to cancel the task.
+            is_gone: whether its node is known to answer no more.
 
         Raises:
             WorkerLostError: if the worker, the node or the process was lost, or it was stopped.
@@ -235,9 +246,10 @@ class Cluster:
         """
         errors = importlib.import_module("ray.exceptions")
         while not self._ray.wait([ref], timeout=_POLL_SECONDS)[0]:
-            if is_stopped() or time.monotonic() > deadline:
+            was_stopped = is_stopped()
+            if was_stopped or time.monotonic() > deadline or is_gone():
                 self._ray.cancel(ref)
-                raise WorkerLostError("it was stopped" if is_stopped() else "it does not answer")
+                raise WorkerLostError("it was stopped" if was_stopped else "it does not answer")
         try:
             return self._ray.get(ref)
         except errors.RayTaskError as error:

@@ -11,6 +11,7 @@ from w4a16gen.executors.cluster import Cluster, Node
 from w4a16gen.executors.executor import Executor
 from w4a16gen.executors.node import Files, Named, Report, Setup, describe_node, run_task
 from w4a16gen.executors.place import Place, TaskFunction
+from w4a16gen.executors.pulse import Pulse
 from w4a16gen.executors.recruits import PATIENCE_SECONDS, Recruits
 
 
@@ -55,7 +56,9 @@ def on_cpus(cluster: Cluster, crew: Crew, *, most: int | None) -> Executor:
     if not places:
         raise ClusterError(f"no node of the cluster can compile: {recruits.way_out} with CPUs")
     executor = Executor(places, tell=cluster.tell, most=most, patience=PATIENCE_SECONDS)
-    return cluster.manage(executor, [recruits.go_on(executor.add, lambda: executor.is_stopped)])
+    return cluster.manage(
+        executor, [recruits.go_on(executor.add, lambda: executor.is_stopped, executor.repeat_late_tasks)]
+    )
 
 
 class _Cpus(Place):
@@ -64,6 +67,7 @@ class _Cpus(Place):
     def __init__(self, cluster: Cluster, node: Node, setup: Setup, files: Any) -> None:
         super().__init__(node.name, node.cpus, node.memory)
         self._cluster, self._at, self._setup, self._files = cluster, node, setup, files
+        self._pulse = Pulse(cluster, node)
         self._stopped = False
 
     def stream(self, function: TaskFunction, arguments: Sequence[Any], memory: float = 0.0) -> Iterator[Any]:
@@ -71,11 +75,16 @@ class _Cpus(Place):
         resources = {"num_cpus": 1, "memory": int(min(memory, self.memory))}
         call = (self._setup, self._files, Named.of(function), list(arguments))
         ref = self._cluster.start(run_task, self._at, *call, **resources)
-        yield from self._cluster.fetch(ref, is_stopped=lambda: self._stopped)
+        items = self._cluster.fetch(ref, is_stopped=lambda: self._stopped, is_gone=self._pulse.is_gone)
+        self._pulse.beat()
+        yield from items
 
     def revive(self) -> bool:
         """Return whether the node is alive."""
-        return self._cluster.answers(self._at, lambda: self._stopped)
+        is_alive = self._cluster.answers(self._at, lambda: self._stopped)
+        if is_alive:
+            self._pulse.beat()
+        return is_alive
 
     def stop(self) -> None:
         """Cancel the tasks that run here."""
