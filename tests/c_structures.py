@@ -95,6 +95,10 @@ class CIds(ctypes.Structure):
         *_flags("id_bytes"),
     )
 
+    def __repr__(self) -> str:
+        """Return the values, so that every process gives a test the same name."""
+        return f"CIds({', '.join(str(getattr(self, name)) for name, *_ in self._fields_)})"
+
 
 class CExperts(ctypes.Structure):
     """`w4a16_experts`."""

@@ -13,6 +13,7 @@ from c_structures import (
     CExperts,
     CGatherArguments,
     CGemmArguments,
+    CIds,
     CKernelInfo,
     CListingArguments,
     CProblem,
@@ -173,12 +174,43 @@ COMBINE: list[tuple[dict[str, Any], str]] = [
     ({"output": STEP + 8 * 16 * 2 - 16}, "output overlaps the rows: pass another array"),
     ({"rows_of_routes": 4 * STEP}, "output overlaps the rows of routes: pass another array"),
 ]
+UNSORTED_BYTES = 3 * 8 * 16 * 2
+"""Bytes of the rows of unsorted routes: 8 of each of 3 experts, of 16 columns."""
+
+
+def few(
+    ids: int | None = 5 * STEP, expert_map: int | None = 6 * STEP, global_experts: int = 6, id_bytes: int = 4
+) -> dict[str, Any]:
+    """Return the ids of few tokens, at addresses that nobody reads."""
+    return {"unsorted": CIds(ids, expert_map, global_experts, id_bytes), "slots": 2}
+
+
+COMBINE_UNSORTED: list[tuple[dict[str, Any], str]] = [
+    ({"unsorted": CIds()}, "rows of routes must not be null"),
+    ({"tokens": 9}, "tokens of unsorted routes of 9 must be 0 to 8"),
+    ({"slots": 65, "tokens": 1}, "slots of 65 must be 1 to 64"),
+    ({"slots": 17}, "unsorted routes of 68 must be 0 to 64"),
+    ({"experts": 0}, "experts of 0 must be 1 to 1024"),
+    ({"experts": 1025}, "experts of 1025 must be 1 to 1024"),
+    (few(global_experts=0), f"global_experts of 0 must be 1 to {LIMIT}"),
+    (few(id_bytes=2), "id_bytes of 2 must be 4 or 8"),
+    (few(id_bytes=9), "id_bytes of 9 must be 4 or 8"),
+    (few(5 * STEP + 4, id_bytes=8), "ids at 0x500004 must be aligned to 8 bytes"),
+    (few(expert_map=6 * STEP + 2), "expert map at 0x600002 must be aligned to 4 bytes"),
+    ({"output": STEP + UNSORTED_BYTES - 16}, "output overlaps the rows: pass another array"),
+    ({"output": 5 * STEP + 16}, "output overlaps the ids: pass another array"),
+    ({"output": 6 * STEP + 16}, "output overlaps the expert map: pass another array"),
+]
 CALLS = [
     *(("w4a16_route", *row) for row in ROUTE),
     *(("w4a16_list_token_tiles", *row) for row in LISTING),
     *(("w4a16_gather_rows", *row) for row in GATHER),
     *(("w4a16_activate_rows", *row) for row in ACTIVATE),
     *(("w4a16_combine_rows", *row) for row in COMBINE),
+    *(
+        ("w4a16_combine_rows", {"rows_of_routes": None, "experts": 3, **few(), **change}, text)
+        for change, text in COMBINE_UNSORTED
+    ),
     *((name, {"dependent_launch": 3}, "dependent_launch of 3 must be a w4a16_launch, 0 to 2") for name in BASES),
 ]
 
@@ -341,6 +373,23 @@ GEMM: list[tuple[dict[str, Any], int, str]] = [
     ({"kernel": 1, "activation": 5, "n": 72}, INVALID, str(why_not_gated(72))),
     ({"kernel": 1, "activation": 5, "residual": OUTPUT + 64}, INVALID, "output overlaps the residual"),
 ]
+FEW_ROWS_BYTES = 3 * 8 * 128 * 2
+"""Bytes of the activations of unsorted routes: 8 rows of each of 3 experts, of K 128."""
+GEMM_UNSORTED: list[tuple[dict[str, Any], str]] = [
+    ({"m": 9}, "tokens of unsorted routes of 9 must be 0 to 8"),
+    ({"slots": 0}, "slots of 0 must be 1 to 64"),
+    ({"slots": 9}, "unsorted routes of 72 must be 0 to 64"),
+    ({"count": 0}, "experts of 0 must be 1 to 1024"),
+    (few(global_experts=0), f"global_experts of 0 must be 1 to {LIMIT}"),
+    (few(id_bytes=0), "id_bytes of 0 must be 4 or 8"),
+    (few(5 * STEP + 4, id_bytes=8), "ids at 0x500004 must be aligned to 8 bytes"),
+    (few(expert_map=6 * STEP + 2), "expert map at 0x600002 must be aligned to 4 bytes"),
+    ({"packed_stride": 4096}, "packed stride of 4096 bytes must be a multiple of 128, and at least 4480 bytes"),
+    ({"activations": OUTPUT + 3 * 8 * 64 * 2 - 16}, "output overlaps the activations: pass another array"),
+    ({"activations": OUTPUT - FEW_ROWS_BYTES + 16}, "output overlaps the activations: pass another array"),
+    ({"output": 5 * STEP + 48}, "output overlaps the ids: pass another array"),
+    ({"output": 6 * STEP + 16}, "output overlaps the expert map: pass another array"),
+]
 
 
 def grouped_gemm(library: ctypes.CDLL, change: dict[str, Any]) -> tuple[int, str]:
@@ -369,6 +418,13 @@ def grouped_gemm(library: ctypes.CDLL, change: dict[str, Any]) -> tuple[int, str
 def test_a_wrong_product_is_refused(emulated: EmulatedExperts, change: dict[str, Any], status: int, text: str) -> None:
     got, message = grouped_gemm(emulated.library, change)
     assert (got, text in message) == (status, True), message
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(("change", "text"), GEMM_UNSORTED, ids=str)
+def test_a_wrong_product_of_few_tokens_is_refused(emulated: EmulatedExperts, change: dict[str, Any], text: str) -> None:
+    got, message = grouped_gemm(emulated.library, {"token_tiles": None, "token_tiles_bytes": 0, **few(), **change})
+    assert (got, text in message) == (INVALID, True), message
 
 
 @pytest.mark.compile
@@ -532,11 +588,15 @@ def test_the_module_lets_products_find_the_experts_of_few_tokens(
 ) -> None:
     opened = fake_library.module.KernelLibrary(str(emulated.path))
     size, inner, tokens, slots, experts = LAYER
-    w13, w2, hidden, ids, weights = drawn_layer()
+    w13, w2, drawn, ids, weights = drawn_layer()
+    beside = aligned(np.full(tokens * size + 8 * experts * inner, np.nan, np.float16))
+    hidden = beside[: tokens * size].reshape(tokens, size)  # that experts share: outputs may follow at once
+    hidden[...] = drawn
     wanted = emulated.moe(PLAIN, hidden, w13, w2, ids, weights)
     emulated.library.emulation_set(0, 4)
     on, chosen = (0, False, 0), (at(ids), 8, 0, 0)
-    gated, down = (aligned(np.full((8 * experts, columns), np.nan, np.float16)) for columns in (inner, size))
+    gated = beside[tokens * size :].reshape(8 * experts, inner)
+    down = aligned(np.full((8 * experts, size), np.nan, np.float16))
     for kernel, a, out, weight, applied in (
         (1, hidden, gated, w13, Activation.SWIGLU),
         (0, gated, down, w2, Activation.NONE),

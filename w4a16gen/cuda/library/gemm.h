@@ -73,9 +73,10 @@ inline std::string why_not_in_place(const Launch& launch) {
   const auto experts = static_cast<uint64_t>(launch.experts.count);
   const uint64_t bias_bytes = experts * static_cast<uint64_t>(problem.n) * half_bytes;
   const uint64_t packed_bytes = (experts - 1) * launch.experts.packed_stride + arguments.packed_bytes;
-  const bool is_unsorted = launch.experts.unsorted.ids != nullptr;
-  const int64_t written =
-      is_unsorted ? unsorted_rows(problem.m * launch.experts.slots, launch.experts.count) : problem.m;
+  const w4a16_ids& unsorted = launch.experts.unsorted;
+  const bool is_unsorted = unsorted.ids != nullptr;
+  const int64_t routes = is_unsorted ? problem.m * launch.experts.slots : 0;
+  const int64_t written = is_unsorted ? unsorted_rows(routes, launch.experts.count) : problem.m;
   const auto rows = static_cast<uint64_t>(written);
   const auto read_rows = launch.experts.rows_are_shared != 0 ? static_cast<uint64_t>(problem.m) : rows;
   const auto columns = static_cast<uint64_t>(output_channels(problem.n, arguments.activation));
@@ -87,6 +88,9 @@ inline std::string why_not_in_place(const Launch& launch) {
       {"bias", arguments.bias, bias_bytes},
       {"residual", arguments.residual, reads_residual ? output.bytes : 0},
       {"list of token tiles", launch.experts.token_tiles, launch.experts.token_tiles_bytes},
+      {"ids", unsorted.ids, static_cast<uint64_t>(routes) * static_cast<uint64_t>(unsorted.id_bytes)},
+      {"expert map", is_unsorted ? unsorted.expert_map : nullptr,
+       static_cast<uint64_t>(unsorted.global_experts) * sizeof(int32_t)},
   };
   std::string sentence;
   for (const Range& operand : operands) {
