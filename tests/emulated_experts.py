@@ -93,6 +93,7 @@ class EmulatedExperts:
     def __init__(self, emulation: Emulation) -> None:
         """Take the library."""
         self.path, self.library = emulation.path, emulation.library
+        self._written_before: list[npt.NDArray[Any]] = []
 
     def call(self, name: str, *given: Any) -> None:
         """Call a function of the C interface.
@@ -104,6 +105,21 @@ class EmulatedExperts:
         status = getattr(self.library, name)(*given, message, ctypes.c_size_t(MESSAGE_BYTES))
         if status:
             raise EmulationError(f"{status}: {message.value.decode()}")
+
+    def _begin(self, seed: int, late: Sequence[npt.NDArray[Any] | None] = ()) -> None:
+        """Set how the next launches run.
+
+        Args:
+            seed: of the order in which threads run.
+            late: what the kernel before them still writes. Its bytes are 0xFF until then.
+        """
+        self.library.emulation_set(seed, 4)
+        self._written_before = []
+        for array in late:
+            if array is not None:
+                self._written_before.append(array.copy())
+                array.view(np.uint8)[...] = 0xFF
+                self.library.emulation_add_previous(at(array), at(self._written_before[-1]), array.nbytes)
 
     def _room_for_tiles(self, rows: int, experts: int, tile_tokens: int) -> Ints:
         needed = ctypes.c_size_t()
@@ -122,9 +138,13 @@ class EmulatedExperts:
         hidden: Half | None = None,
         weights: npt.NDArray[np.float32] | None = None,
         gathered: Half | None = None,
+        is_dependent: bool = False,
     ) -> Routes:
-        """Route int32 or int64 ids [tokens, slots]; with hidden states, copy those of each row to `gathered`."""
-        self.library.emulation_set(seed, 4)
+        """Route int32 or int64 ids [tokens, slots]; with hidden states, copy those of each row to `gathered`.
+
+        Before a dependent launch, a kernel still writes all that is read.
+        """
+        self._begin(seed, (ids, expert_map, hidden, weights) if is_dependent else ())
         (tokens, slots), routes = ids.shape, ids.size
         written = [aligned(np.full(count + CANARY, -7, np.int32)) for count in (experts + 1, routes, routes)]
         tiles = self._room_for_tiles(routes, experts, tile_tokens)
@@ -156,7 +176,8 @@ class EmulatedExperts:
 
     def list_token_tiles(self, tile_tokens: int, rows: int, **given: Any) -> Ints:
         """List the tiles of experts with `offsets`, or `counts` and `stride`, or `indices` and `experts`."""
-        self.library.emulation_set(given.get("seed", 0), 4)
+        late = [array for array in given.values() if isinstance(array, np.ndarray)] if given.get("is_dependent") else []
+        self._begin(given.get("seed", 0), late)
         experts = given.get("experts") or (given["counts"].size if "counts" in given else given["offsets"].size - 1)
         tiles = self._room_for_tiles(rows, experts, tile_tokens)
         arguments = CListingArguments(
@@ -244,9 +265,22 @@ class EmulatedExperts:
         return output[:-CANARY].view(np.float16).reshape(rows, columns)
 
     def combine(
-        self, rows: Half, routes: Ints | Unsorted, shape: tuple[int, int], weights: npt.NDArray[Any], experts: int = 0
+        self,
+        rows: Half,
+        routes: Ints | Unsorted,
+        shape: tuple[int, int],
+        weights: npt.NDArray[Any],
+        experts: int = 0,
+        *,
+        seed: int = 0,
+        is_dependent: bool = False,
     ) -> Half:
-        """Return the sums over the slots of tokens of a shape [tokens, slots]."""
+        """Return the sums over the slots of tokens of a shape [tokens, slots].
+
+        Before a dependent launch, a kernel still writes the rows, their routes and weights, but not the ids.
+        """
+        by_route = None if isinstance(routes, Unsorted) else routes
+        self._begin(seed, (rows, by_route, weights) if is_dependent else ())
         (tokens, slots), columns = shape, rows.shape[1]
         out = aligned(np.full((tokens, columns), np.nan, np.float16))
         combine = CCombineArguments(
@@ -300,4 +334,4 @@ class EmulatedExperts:
         )
         self.call("w4a16_activate_rows", ctypes.byref(activate))
         down = self.grouped_gemm(config, act, w2, routes.token_tiles, launch)
-        return self.combine(down, routes.rows_of_routes, (tokens, slots), weights)
+        return self.combine(down, routes.rows_of_routes, (tokens, slots), weights, seed=seed)

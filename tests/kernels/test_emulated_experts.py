@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from emulated_experts import UNSORTED_TOKENS, EmulatedExperts, Ints, Unsorted, build_experts, entries
+from emulated_experts import ENTRY_INTS, UNSORTED_TOKENS, EmulatedExperts, Ints, Unsorted, build_experts, entries
 from emulation import EmulationError, Launch, aligned
 
 from w4a16gen import KernelConfig, QuantMode
@@ -87,6 +87,8 @@ def test_routing_sorts_stably(emulated: EmulatedExperts, experts: int) -> None:
             expert_map[rng.choice(2 * experts, experts, replace=False)] = rng.permutation(experts)
         ids = drawn_ids(rng, experts if expert_map is None else 2 * experts, 300)
         ids[ids == EXPERTS] = -1
+        if ids.dtype == np.int64:
+            ids[-1, -1] = 1 << 32
         tile_tokens = int(rng.choice([8, 24, 64]))
         routes = emulated.route(ids, experts, tile_tokens, expert_map, seed)
         wanted = routed(ids, experts, expert_map)
@@ -119,10 +121,15 @@ def test_routing_gathers_rows_as_a_second_kernel_would(emulated: EmulatedExperts
     assert np.isnan(gathered[len(wanted) :]).all()
 
 
-@pytest.mark.parametrize("routes", [2048, 2049, 9300, 133_000], ids=["one part", "three", "ten", "128 of two rounds"])
+@pytest.mark.parametrize(
+    "routes", [2048, 2049, EXPERTS * 513, 9300, 133_000], ids=["one part", "three", "full list", "ten", "two rounds"]
+)
 def test_many_routes_are_sorted_in_parts(emulated: EmulatedExperts, routes: int) -> None:
     rng = np.random.default_rng(5)
     ids = rng.integers(-1, EXPERTS + 1, (routes, 1))
+    is_full = routes == EXPERTS * 513  # the last tile of each expert has one row: the list has no room left
+    if is_full:
+        ids = rng.permutation(np.repeat(np.arange(EXPERTS), 513))[:, None].copy()
     found = emulated.route(ids, EXPERTS, 64)
     wanted = routed(ids, EXPERTS)
     assert found.routes_of_rows.tolist() == [route for one in wanted for route in one]
@@ -131,6 +138,52 @@ def test_many_routes_are_sorted_in_parts(emulated: EmulatedExperts, routes: int)
     back[found.routes_of_rows] = np.arange(len(found.routes_of_rows))
     assert np.array_equal(found.rows_of_routes, back)
     assert found.tiles == tiles_of(list(pairwise(found.offsets.tolist())), 64)
+    if is_full:
+        counts = found.token_tiles[(len(found.tiles) + 1) * ENTRY_INTS :][: 3 * EXPERTS].reshape(3, EXPERTS)
+        assert counts.sum(axis=0).tolist() == [513] * EXPERTS, "the counts of parts begin behind the last entry"
+
+
+@pytest.mark.parametrize("tokens", [70, 2100], ids=["one part", "parts, and a kernel that gathers"])
+def test_routing_waits_for_what_it_reads(emulated: EmulatedExperts, tokens: int) -> None:
+    rng = np.random.default_rng(tokens)
+    ids, columns = aligned(rng.integers(0, EXPERTS, (tokens, 1))), 8
+    hidden = aligned(rng.standard_normal((tokens, columns)).astype(np.float16))
+    found, rows = [], []
+    for is_dependent in (False, True):
+        rows.append(aligned(np.full((tokens, columns), np.nan, np.float16)))
+        routes = emulated.route(ids, EXPERTS, 8, seed=2, hidden=hidden, gathered=rows[-1], is_dependent=is_dependent)
+        found.append((routes.routes_of_rows.tolist(), routes.rows_of_routes.tolist(), routes.tiles))
+    assert found[0] == found[1]
+    assert np.array_equal(rows[0], rows[1])
+
+
+@pytest.mark.parametrize("source", ["offsets", "counts", "indices"])
+def test_listing_waits_for_what_it_reads(emulated: EmulatedExperts, source: str) -> None:
+    sources: dict[str, dict[str, Any]] = {
+        "offsets": {"offsets": np.array([0, 17, 40], np.int32)},
+        "counts": {"counts": np.array([17, 20], np.int32), "stride": 20},
+        "indices": {"indices": np.repeat(np.arange(2, dtype=np.int32), 20), "experts": 2},
+    }
+    given = sources[source]
+    wanted = entries(emulated.list_token_tiles(8, 40, **given))
+    assert len(wanted) == 6
+    assert entries(emulated.list_token_tiles(8, 40, **given, is_dependent=True)) == wanted
+
+
+@pytest.mark.parametrize("is_sorted", [False, True])
+def test_sums_wait_for_what_they_add(emulated: EmulatedExperts, is_sorted: bool) -> None:
+    rng = np.random.default_rng(8)
+    tokens, slots, columns = 8, 8, 16
+    ids = rng.integers(0, EXPERTS, (tokens, slots))
+    routes = emulated.route(ids, EXPERTS, 8).rows_of_routes if is_sorted else Unsorted(ids)
+    rows = aligned(rng.standard_normal((tokens * slots, columns)).astype(np.float16))
+    weights = rng.random((tokens, slots)).astype(np.float32)
+    wanted, got = (
+        emulated.combine(rows, routes, ids.shape, weights, EXPERTS, seed=3, is_dependent=is_dependent)
+        for is_dependent in (False, True)
+    )
+    assert np.isfinite(wanted).all()
+    assert np.array_equal(got, wanted)
 
 
 def test_tiles_of_given_rows(emulated: EmulatedExperts) -> None:
@@ -246,6 +299,11 @@ def numbers_of(routes: list[list[int]]) -> list[int]:
     return sorted((expert for expert, own in enumerate(routes) if own), key=lambda expert: routes[expert][0])
 
 
+def expert_map_before_an_expert() -> Ints:
+    """Return a map of six ids, behind which an expert is in memory that no id leads to."""
+    return np.array([4, -1, 2, -7, EXPERTS, 1, 0], np.int32)[:6]
+
+
 @pytest.mark.parametrize("shared", [False, True], ids=["own rows", "shared rows"])
 @pytest.mark.parametrize("config", UNSORTED_KERNELS, ids=lambda config: config.short_name)
 def test_products_of_few_tokens_find_their_experts(
@@ -254,11 +312,17 @@ def test_products_of_few_tokens_find_their_experts(
     rng = np.random.default_rng(5)
     activation = Activation.SWIGLU if config.epilogue is Epilogue.GATED else Activation.NONE
     for seed, (tokens, slots, expert_map) in enumerate(
-        ((1, 3, None), (3, 2, None), (8, 8, None), (8, 5, np.array([4, -1, 2, 0, 9, 1], np.int32)))
+        ((1, 3, None), (3, 2, None), (8, 8, None), (8, 5, expert_map_before_an_expert()))
     ):
         n, k = (208, 192) if seed % 2 else (80, 352)
         weights = drawn_weights(rng, config.mode, n, k, 32)
         ids = rng.integers(-1, EXPERTS + 1, (tokens, slots)).astype("i4" if seed % 2 else "i8")
+        if expert_map is not None:
+            ids[0] = [expert_map.size, 4, 1, 5, 2]
+        if tokens * slots == 64:  # the routes of a warp's second half choose experts that the first half does not
+            ids[:4] %= 2
+            ids[4, :2] = [4, 3]
+            ids[0, 0] = (1 << 32) + 2  # an expert only to who reads 32 bits
         own = routed(ids, EXPERTS, expert_map)
         unsorted = Unsorted(ids, expert_map, shared)
         rows = tokens if shared else unsorted.rows(EXPERTS)
@@ -275,7 +339,7 @@ def test_products_of_few_tokens_find_their_experts(
             expected = Expectation(a if shared else a[there], weights[expert])
             assert error_over_bound(got[there], expected, 0.5, None, Extra(activation)) < 1
             written[there] = True
-        assert np.isnan(got[~written]).all(), "rows of no expert are not written"
+        assert (got[~written].view(np.uint16) == 0xFFFF).all(), "rows of no expert are not written, not even NaN"
 
 
 @pytest.mark.parametrize("config", UNSORTED_KERNELS[:1], ids=lambda config: config.short_name)
@@ -285,7 +349,9 @@ def test_unsorted_routes_give_the_bits_of_sorted_ones(emulated: EmulatedExperts,
     weights = drawn_weights(rng, config.mode, n, k, 64)
     hidden = rng.standard_normal((tokens, k)).astype(np.float16)
     factors = rng.random((tokens, slots)).astype(np.float32)
-    for ids in (rng.integers(-1, EXPERTS + 1, (tokens, slots)), np.full((tokens, slots), -1)):
+    late = rng.integers(-1, EXPERTS + 1, (tokens, slots))
+    late[:4] %= 2  # later routes choose other experts
+    for ids in (rng.integers(-1, EXPERTS + 1, (tokens, slots)), late, np.full((tokens, slots), -1)):
         routes = emulated.route(ids, EXPERTS, config.cta.tokens)
         gathered = aligned(np.full((ids.size, k), np.nan, np.float16))
         gathered[: routes.offsets[-1]] = hidden[routes.routes_of_rows // slots]
