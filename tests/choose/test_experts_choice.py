@@ -11,6 +11,7 @@ from fakes.devices import H100, H200
 
 from w4a16gen import Epilogue, KernelConfig, Problem, QuantMode
 from w4a16gen.choose.cards import card_of
+from w4a16gen.choose.cost_model import default_cost_model
 from w4a16gen.choose.experts import (
     Routing,
     choose_kernel,
@@ -20,6 +21,8 @@ from w4a16gen.choose.experts import (
     why_not_built,
 )
 from w4a16gen.errors import NotBuiltError, UnsupportedProblemError
+from w4a16gen.kernels.arrangement import native_arrangement
+from w4a16gen.kernels.config import Scheduler
 from w4a16gen.kernels.spaces import enumerate_space, with_epilogues
 
 FGS = QuantMode.FINEGRAINED_SCALE_ONLY
@@ -111,6 +114,18 @@ def test_estimates_follow_the_work() -> None:
         for card in (H100, H200)
     }
     assert best[H200.name] < best[H100.name], "an H200 reads faster"
+
+
+def test_few_ctas_share_sms_where_a_kernel_lets_two_of_them() -> None:
+    model, problem, one_expert = default_cost_model(), Problem(1, 1024, 2048, 128), Routing(1, 1, 1, 1)
+    counts = set()
+    for config in PLAIN:
+        like = replace(config, scheduler=Scheduler.PERSISTENT)
+        alone = model.cycles(model.rates_of(like), model.work_on_tiles(like, problem, 1, 1, CARD), CARD)
+        is_longer = microseconds(config, problem, one_expert, CARD) > alone / model.constants.cycles_per_microsecond
+        counts.add(native_arrangement(config).ctas_per_sm)
+        assert is_longer is (native_arrangement(config).ctas_per_sm > 1)
+    assert counts == {1, 2}
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 64, 500, 5000])

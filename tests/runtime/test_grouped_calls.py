@@ -322,6 +322,10 @@ def test_intermediate_arrays_of_few_tokens_lie_apart_in_the_workspace(library: F
     assert all(begin % ALIGNMENT == 0 for begin, _ in places)
     assert 0 <= places[0][0] <= places[0][0] + places[0][1] <= places[1][0]
     assert places[1][0] + places[1][1] <= needed
+    one_route = library.moe_workspace_bytes(1, 1, layer.w13, layer.w2)
+    assert 0 < one_route - 2 * UNSORTED_TOKENS * (INNER + HIDDEN) < 6 * ALIGNMENT, (
+        "the rows of one expert, and the rest"
+    )
     assert 0 < layer.expected().error_over_bound(got) <= 1
     with pytest.raises(InvalidValueError, match=f"workspace of {needed - 1} bytes must be at least {needed} bytes"):
         layer.moe(workspace=layer.on(np.zeros(needed - 1, np.uint8)))
@@ -333,9 +337,16 @@ def test_intermediate_arrays_of_few_tokens_lie_apart_in_the_workspace(library: F
         (9, 2, {}, True),
         (8, 9, {}, True),
         (2, 2, {"weight_on_input": True}, True),
+        (8, 8, {"weight_on_input": True}, True),
         (9, 2, {}, False),
     ],
-    ids=["nine tokens", "72 routes", "weight on input", "nine tokens, kernels without the gate"],
+    ids=[
+        "nine tokens",
+        "72 routes",
+        "weight on input",
+        "weight on input, more routes than rows of unsorted ones",
+        "nine tokens, kernels without the gate",
+    ],
 )
 def test_other_layers_are_sorted(
     library: FakeLibrary, tokens: int, slots: int, options: dict[str, Any], gated: bool
