@@ -15,9 +15,10 @@ from fakes.experts import Activating, Combining, Grouped, Routing
 from fakes.library import FakeLibrary
 from fakes.memory import memory_at
 
-from w4a16gen import KernelConfig
+from w4a16gen import Epilogue, KernelConfig
 from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.runtime.expert_calls import GATED_ACTIVATIONS
+from w4a16gen.runtime.expert_plan import MAX_UNSORTED_ROUTES
 from w4a16gen.verify import epilogues, experts, launch_chains, numeric, report, static
 from w4a16gen.verify.numeric import NumericProof
 from w4a16gen.verify.static import StaticProof
@@ -58,6 +59,30 @@ def test_right_kernels_pass_every_kind_of_check() -> None:
     plain, gated = NAMES
     counts = dict.fromkeys([*NAMES, *OTHERS], cases) | {plain: cases + 2 * few, gated: cases + few}
     assert layers == counts, "chosen kernels of a gated layer count for the first one, pairs for both"
+
+
+def test_each_kernel_finds_the_experts_of_few_tokens_with_a_map_and_without() -> None:
+    modes, tiles = ("fgs", "cs"), ("64x8x128", "128x8x128", "64x16x128")
+    names = [f"w4a16_sm90_native_{mode}_cta{tile}_cluster1x1x1_warps8_grouped" for mode in modes for tile in tiles]
+    proofs = {config: NumericProof(config.name) for config in map(KernelConfig.parse, [*names, NAMES[1]])}
+    first, down = KernelConfig.parse(NAMES[1]), names[:2]
+    made = list(experts._few_token_cases(proofs, first.mode, Epilogue.GATED))  # noqa: SLF001
+    assert {one for _, (one, _) in made} == {first}
+    assert {other.name for _, (_, other) in made} == set(down)
+    for name in down:
+        cases = [case for case, (_, other) in made if other.name == name]
+        assert sorted(case.tokens for case in cases) == [1, 3, 8]
+        assert {case.mapped for case in cases} == {False, True}
+        assert {case.activation for case in cases} == set(GATED_ACTIVATIONS)
+    other_mode = KernelConfig.parse(OTHERS[0]).mode
+    assert list(experts._few_token_cases(proofs, other_mode, Epilogue.GATED)) == []  # noqa: SLF001
+
+
+def test_few_tokens_have_as_many_routes_as_may_be_unsorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int] = []
+    _in(Combining, lambda call: found.append(0 if call.rows_of_routes else call.tokens * call.slots))(monkeypatch)
+    run()
+    assert max(found) == MAX_UNSORTED_ROUTES
 
 
 def test_gated_layers_need_kernels_of_both_kinds() -> None:

@@ -16,7 +16,7 @@ from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.kernels.problem import Problem, why_cannot_run
 from w4a16gen.progress import Progress, no_progress
 from w4a16gen.runtime.expert_calls import GATED_ACTIVATIONS, MoeOptions
-from w4a16gen.runtime.expert_plan import UNSORTED_TOKENS, Pair, moe_sizes
+from w4a16gen.runtime.expert_plan import MAX_UNSORTED_ROUTES, UNSORTED_TOKENS, Pair, moe_sizes
 from w4a16gen.runtime.library import Library
 from w4a16gen.verify.guards import CANARY, GUARD_BYTES, POISON, GuardedGpu, Window
 from w4a16gen.verify.numeric import NumericProof
@@ -45,6 +45,8 @@ LAYER_SIZES = ((256, 192, 64), (512, 352, 32))
 LAYER_TOKENS = (1, 5, 40, 300)
 FEW_TOKENS = (1, 3, UNSORTED_TOKENS)
 """Tokens of layers whose routes are not sorted, for each pair of kernels."""
+FEW_SLOTS = MAX_UNSORTED_ROUTES // UNSORTED_TOKENS
+"""Slots of these tokens: a warp then has two routes in each lane."""
 _ACTIVATIONS = {False: (Activation.NONE,), True: tuple(GATED_ACTIVATIONS.values())}
 
 
@@ -334,7 +336,7 @@ def _prove_layers(
         cases: list[tuple[_Case, Pair | None]] = [(case, None) for case in _cases()]
         cases += _few_token_cases(proofs, mode, Epilogue.GATED if gated else Epilogue.NONE)
         for case, pair in cases:
-            layer = _Layer(gpu, (w13, w2), case, slots, rng, pair)
+            layer = _Layer(gpu, (w13, w2), case, slots if pair is None else FEW_SLOTS, rng, pair)
             tested = [proofs[kernel] for kernel in dict.fromkeys(layer.plan[:2]) if kernel in proofs]
             if not tested:
                 continue
