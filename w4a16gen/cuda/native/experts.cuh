@@ -8,6 +8,7 @@ namespace w4a16::native {
 
 constexpr int kRowThreads = 256;
 constexpr int kSlotsAtOnce = 8;  // rows that a thread reads before it adds them
+
 struct GatherParameters {
   Gathered gathered;
   const int32_t* row_count;       // on the device

@@ -81,7 +81,7 @@ inline cudaError_t launch_route(const w4a16_route_arguments& given, int sm_count
   p.token_tiles = static_cast<TokenTiles*>(given.token_tiles);
   const int64_t routes = given.tokens * given.slots;
   const auto parts = static_cast<int>(sorted_parts(routes));
-  p.part = static_cast<int>(parts_of(routes, parts));
+  p.part_routes = static_cast<int>(parts_of(routes, parts));
   const bool gathers = given.hidden != nullptr;
   const bool at_once = gathers && routes <= kMaxRoutesOfCta;
   const int gathered_rows = at_once ? p.ids.routes : 0;

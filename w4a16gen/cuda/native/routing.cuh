@@ -16,7 +16,7 @@ static_assert(kMaxExperts == kRoutingThreads, "a thread for each");
 
 struct RoutingParameters {
   Ids ids;
-  int part;         // routes that a CTA sorts
+  int part_routes;  // that a CTA sorts
   int32_t* counts;  // [parts][experts], if there are several: the routes of each part
   int tile_tokens;
   int32_t* offsets;         // [experts + 1], written: the first row of each expert, and their number
@@ -115,8 +115,8 @@ struct Division {
   int warps;  // that have routes
 
   __device__ Division(const RoutingParameters& p, int part)
-      : first_route(part * p.part),
-        end(min(first_route + p.part, p.ids.routes)),
+      : first_route(part * p.part_routes),
+        end(min(first_route + p.part_routes, p.ids.routes)),
         rounds((end - first_route + kRoutingThreads - 1) / kRoutingThreads),
         warps((end - first_route + kWarp * rounds - 1) / (kWarp * rounds)) {}
 };
