@@ -33,7 +33,7 @@ from w4a16gen.errors import CudaError, UnsupportedProblemError, W4A16Error
 from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.kernels.spaces import enumerate_space, with_epilogues
 from w4a16gen.runtime.expert_calls import GATED_ACTIVATIONS, MAX_EXPERTS
-from w4a16gen.runtime.expert_plan import INVARIANT_TOKENS, UNSORTED_TOKENS, MoePlan, moe_sizes
+from w4a16gen.runtime.expert_plan import INVARIANT_TOKENS, MAX_UNSORTED_ROUTES, UNSORTED_TOKENS, MoePlan, moe_sizes
 from w4a16gen.weights.experts import PackedExperts, pack_experts
 from w4a16gen.weights.layouts.geometry import ALIGNMENT
 from w4a16gen.weights.moe_reference import MoeExpectation, route_reference
@@ -545,9 +545,11 @@ def test_grouped_kernels_are_listed_apart(library: FakeLibrary) -> None:
     assert library.configs() == []
 
 
-def test_the_limit_of_experts_is_the_librarys() -> None:
-    header = (ROOT / "w4a16gen" / "cuda" / "library" / "experts.h").read_text()
-    assert re.findall(r"kMaxExperts = (\d+);", header) == [str(MAX_EXPERTS)]
+def test_limits_are_the_librarys() -> None:
+    headers = ROOT / "w4a16gen" / "cuda"
+    assert re.findall(r"kMaxExperts = (\d+);", (headers / "library" / "experts.h").read_text()) == [str(MAX_EXPERTS)]
+    unsorted = re.findall(r"#define W4A16_MAX_UNSORTED_\w+ (\d+)", (headers / "w4a16.h").read_text())
+    assert unsorted == [str(UNSORTED_TOKENS), str(MAX_UNSORTED_ROUTES)]
 
 
 IDS = GpuArray((TOKENS, SLOTS), "<i8")
