@@ -186,9 +186,9 @@ typedef struct {
   const void* token_tiles;  /* the list, of as many rows as the activations have */
   size_t token_tiles_bytes; /* at least w4a16_token_tiles_bytes of m rows */
   int64_t tile_tokens;      /* that the list was made for: cta[1] of the kernel */
-  int32_t list_is_complete; /* 1: the previous kernel of the stream waited for what wrote the list, as grouped products
-                               and the functions below do. A dependent launch then fetches weights before that kernel
-                               has ended. The same of ids */
+  int32_t list_is_complete; /* 1: the previous kernel of the stream waited for what wrote the list or the ids, as
+                               grouped products and the functions below do. A dependent launch then fetches weights
+                               before that kernel has ended */
   int32_t rows_are_shared;  /* with ids: 1: activations are [m, k], the same for all experts; 0: they have the rows that
                                outputs have */
   w4a16_ids unsorted; /* instead of the list, if m is at most 8, m * slots at most 64, and cta[1] of the kernel 8 */

@@ -218,7 +218,7 @@ std::string why_not(const w4a16_combine_arguments& given) {
       is_unsorted
           ? ids_array(given.unsorted, routes)
           : Array{Use::kRead, "rows of routes", given.rows_of_routes, kIntBytes, bytes_of(routes, 1, kIntBytes)},
-      map_array(given.unsorted),
+      map_array(is_unsorted ? given.unsorted : w4a16_ids{}),
       {Use::kReadIfGiven, "routing weights", given.weights, kIntBytes, bytes_of(routes, 1, kIntBytes)},
       {Use::kWritten, "output", given.output, kTensorAlignment, bytes_of(given.tokens, given.columns, kHalfBytes)},
   });
