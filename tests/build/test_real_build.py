@@ -164,6 +164,13 @@ def test_kernels_with_epilogues_do_not_spill(real_build: Build, tmp_path: Path) 
     check_that_none_spills(real_build, with_epilogues(legal, [Epilogue.ELEMENTWISE, Epilogue.GATED]), tmp_path)
 
 
+EXPERT_FUNCTIONS = (
+    *("route", "count_routes", "list_token_tiles", "list_indexed_rows"),
+    *("gather_rows", "activate_rows", "combine_rows"),
+)
+"""Kernels beside the products of a layer of experts."""
+
+
 def test_grouped_kernels_of_several_units_link_and_others_have_none_of_their_functions(tmp_path: Path) -> None:
     """Each build compiles what the one before has not: one kernel, in a unit of its own."""
     names = ("warps8_persistent", "warps8_grouped", "warps8_grouped_gated")
@@ -176,7 +183,7 @@ def test_grouped_kernels_of_several_units_link_and_others_have_none_of_their_fun
     library = Library(built.build)
     assert static.prove(library, tmp_path / "generated").violations == []
     code = read_code(library.build.library)
-    for function in ("route", "list_token_tiles", "list_indexed_rows", "gather_rows", "activate_rows", "combine_rows"):
+    for function in EXPERT_FUNCTIONS:
         assert any(f"native{len(function)}{function}I" in symbol for symbol in code)
 
 

@@ -25,7 +25,7 @@ _NAME = re.compile(r"w4a16_sm90_[a-z0-9_]+")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
 _BESIDE = re.compile(
-    r"^_ZN5w4a166native\d+(?:pack_(?:factors|blocks)|probe_(?:read|multiply)|route|list_(?:token_tiles|indexed_rows)"
+    r"^_ZN5w4a166native\d+(?:pack_(?:factors|blocks)|probe_(?:read|multiply)|route|count_routes|list_(?:token_tiles|indexed_rows)"
     r"|(?:gather|activate|combine)_rows)ILi\d+EE"
 )
 """The functions that pack weights on the GPU, that measure it, and that route to experts: no kernels of the table."""
