@@ -25,15 +25,12 @@ try:
         quantization: Any = importlib.import_module(f"{LAYERS}.quantization")
         quantization.get_quantization_config("gptq")  # imports all methods, which ask for the real machine
         parameter: Any = importlib.import_module("vllm.model_executor.parameter")
-        platforms: Any = importlib.import_module("vllm.platforms")
         reload: Any = importlib.import_module("vllm.model_executor.model_loader.reload")
 except Exception as missing:  # noqa: BLE001  (vLLM raises many kinds of errors where a part of it is missing)
     pytest.skip(f"vLLM cannot be imported: {type(missing).__name__}: {missing}", allow_module_level=True)
 
 from fakes.engine_layers import StoredWeight, activations, assert_is_product  # noqa: E402
-
-from w4a16gen.integrations.engines import limits  # noqa: E402
-from w4a16gen.integrations.vllm import plugin  # noqa: E402
+from fakes.real_vllm import config_of, register_on_hopper  # noqa: E402
 
 K, N = 512, 128
 
@@ -47,36 +44,8 @@ def on_rank(rank: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Register the plug-in with vLLM on what it takes for a Hopper GPU, whose build has every kernel."""
-    monkeypatch.setattr(limits, "why_no_kernel", lambda *_: None)
-    platform = importlib.import_module("vllm.platforms.interface").Platform
-    kind, capability = platforms.PlatformEnum.CUDA, importlib.import_module("vllm.platforms.interface").DeviceCapability
-    current = type(platforms.current_platform)
-    monkeypatch.setattr(current, "_enum", kind, raising=False)
-    answer = classmethod(lambda *_, **__: capability(9, 0))
-    monkeypatch.setattr(platform, "get_device_capability", answer)
-    monkeypatch.setattr(current, "get_device_capability", answer, raising=False)
     on_rank(0, 1, monkeypatch)
-    plugin.register()
-
-
-def config_of(kind: str, group: int, *, is_symmetric: bool = True, desc_act: bool = False) -> Any:
-    """Return vLLM's configuration of a model, found by its name."""
-    if kind == "gptq":
-        raw = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": desc_act, "sym": is_symmetric}
-        return quantization.get_quantization_config("auto_gptq").from_config(raw)
-    if kind == "awq":
-        raw = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
-        return quantization.get_quantization_config("awq").from_config(raw)
-    weights = {
-        "num_bits": 4,
-        "type": "int",
-        "symmetric": is_symmetric,
-        "strategy": "channel" if group == -1 else "group",
-    }
-    weights |= {} if group == -1 else {"group_size": group}
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}}
-    raw = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups, "ignore": []}
-    return quantization.get_quantization_config("compressed-tensors").from_config(raw)
+    register_on_hopper(monkeypatch)
 
 
 def load(layer: Any, parts: list[dict[str, Any]], ids: list[Any], shape: tuple[int, int]) -> None:

@@ -28,17 +28,16 @@ try:
         maps: Any = importlib.import_module(f"{LAYERS}.fused_moe.expert_map_manager")
         activations_of: Any = importlib.import_module(f"{LAYERS}.fused_moe.activation")
         workspace: Any = importlib.import_module("vllm.v1.worker.workspace")
-        platforms: Any = importlib.import_module("vllm.platforms")
         reload: Any = importlib.import_module("vllm.model_executor.model_loader.reload")
 except Exception as missing:  # noqa: BLE001  (vLLM raises many kinds of errors where a part of it is missing)
     pytest.skip(f"vLLM cannot be imported: {type(missing).__name__}: {missing}", allow_module_level=True)
 
 from fakes.engine_experts import StoredExperts, routing  # noqa: E402
 from fakes.engine_layers import activations  # noqa: E402
+from fakes.real_vllm import config_of, register_on_hopper  # noqa: E402
 
 from w4a16gen.integrations.engines import limits  # noqa: E402
 from w4a16gen.integrations.vllm import experts as served  # noqa: E402
-from w4a16gen.integrations.vllm import plugin  # noqa: E402
 
 EXPERTS, HIDDEN, INTERMEDIATE, SLOTS = 4, 256, 128, 2
 
@@ -46,32 +45,10 @@ EXPERTS, HIDDEN, INTERMEDIATE, SLOTS = 4, 256, 128, 2
 @pytest.fixture(autouse=True)
 def engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Register the plug-in with vLLM on what it takes for a Hopper GPU, whose build has every kernel."""
-    monkeypatch.setattr(limits, "why_no_kernel", lambda *_: None)
     monkeypatch.setattr(limits, "why_no_grouped_kernel", lambda *_: None)
-    interface = importlib.import_module("vllm.platforms.interface")
-    current = type(platforms.current_platform)
-    monkeypatch.setattr(current, "_enum", platforms.PlatformEnum.CUDA, raising=False)
-    answer = classmethod(lambda *_, **__: interface.DeviceCapability(9, 0))
-    monkeypatch.setattr(interface.Platform, "get_device_capability", answer)
-    monkeypatch.setattr(current, "get_device_capability", answer, raising=False)
     monkeypatch.setattr(workspace, "_manager", workspace.WorkspaceManager(torch.device("cpu")))
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
-    plugin.register()
-
-
-def config_of(kind: str, group: int, *, is_symmetric: bool = True, desc_act: bool = False) -> Any:
-    """Return vLLM's configuration of a model, found by its name."""
-    if kind == "gptq":
-        raw = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": desc_act, "sym": is_symmetric}
-        return quantization.get_quantization_config("auto_gptq").from_config(raw)
-    if kind == "awq":
-        raw = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
-        return quantization.get_quantization_config("awq").from_config(raw)
-    weights = {"num_bits": 4, "type": "int", "symmetric": is_symmetric}
-    weights |= {"strategy": "channel"} if group == -1 else {"strategy": "group", "group_size": group}
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}}
-    raw = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups, "ignore": []}
-    return quantization.get_quantization_config("compressed-tensors").from_config(raw)
+    register_on_hopper(monkeypatch)
 
 
 @dataclass(frozen=True)
