@@ -24,7 +24,7 @@ from w4a16gen import QuantMode
 from w4a16gen.choose.timing_table import TABLE, TuningTable, card_table
 from w4a16gen.cli import main
 from w4a16gen.cli.services import Services
-from w4a16gen.executors import gpu_nodes
+from w4a16gen.executors import gpu_nodes, recruits
 from w4a16gen.kernels.problem import Problem, runnable
 from w4a16gen.measure import gpus
 from w4a16gen.measure.compare import tiles_suit
@@ -63,7 +63,8 @@ def cluster(log: Path) -> Iterator[LocalCluster]:
 
 @pytest.fixture
 def tuner(cli: Runner, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
-    """Return a runner of `tune` on a build that the stand-ins time."""
+    """Return a runner of `tune` on a build that the stand-ins time; it waits for all nodes."""
+    monkeypatch.setattr(recruits, "OTHERS_SECONDS", 120.0)
     log.unlink(missing_ok=True)
     (tmp_path / "build").mkdir()
     library = FakeLibrary(KERNELS, folder=tmp_path / "build", devices=[])
@@ -113,7 +114,7 @@ def test_ctrl_c_leaves_what_was_measured_and_a_process_may_hang_and_a_node_die(
     cluster: LocalCluster, tuner: Runner, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused = tuner.invoke(main, arguments(cluster, "--table", "one.json"))
-    assert refused.exit_code == 2
+    assert refused.exit_code == 2, refused.stderr
     assert "several kinds of card" in " ".join(refused.stderr.split())
     refused = tuner.invoke(main, arguments(cluster, "--card", "A100"))
     assert refused.exit_code == 3

@@ -14,7 +14,7 @@ from w4a16gen.executors.node import Report, differences
 from w4a16gen.executors.place import Place, WorkerLostError
 
 OTHERS_SECONDS = 15.0
-"""How long other nodes are waited for once one can be used. Later ones join then."""
+"""How long the next node is waited for once one can be used. Later ones join then."""
 PATIENCE_SECONDS = 60.0
 """How long a run without any worker waits for a node to join."""
 _SAID_SECONDS = 10.0
@@ -43,13 +43,16 @@ class Recruits:
         self._has_refused = False
 
     def first(self) -> list[Place]:
-        """Return the places of now. After the first one wait only some seconds for the others."""
+        """Return the places of now. After each one wait only some seconds for the next."""
         self._look()
         places: list[Place] = []
-        began = time.monotonic()
+        began = heard = time.monotonic()
         is_said = False
-        while self._asked and (not places or time.monotonic() < began + OTHERS_SECONDS):
-            places += self._answers()
+        while self._asked and (not places or time.monotonic() < heard + OTHERS_SECONDS):
+            more = self._answers()
+            if more:
+                places += more
+                heard = time.monotonic()  # nodes that start slowly answer one after the other
             if not places and not is_said and time.monotonic() > began + _SAID_SECONDS:
                 self._cluster.tell("no node has answered yet: waiting for a runtime_env, or for a GPU in use")
                 is_said = True
