@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,120 +12,33 @@ import numpy as np
 import pytest
 from fakes.devices import H100
 from fakes.library import FakeLibrary
+from fakes.mixtures import DIVIDED, MODE, PLAIN, TINY, WITH_ZEROS, HostLibrary, few_layers, measured
 from fakes.runner import Runner
 from json_shapes import MOE, SCHEMAS, check
 
-from w4a16gen import Epilogue, MissingToolError, NoHopperGpuError, NotBuiltError, QuantMode, pack_weight
+from w4a16gen import Epilogue, MissingToolError, NoHopperGpuError, NotBuiltError, QuantMode
 from w4a16gen.choose.cards import H100 as CARD
 from w4a16gen.choose.experts import Routing, choose_pair
 from w4a16gen.cli.moe_bench import MOE_TOKENS
 from w4a16gen.cli.services import Services
 from w4a16gen.kernels.config import KernelConfig
-from w4a16gen.kernels.spaces import enumerate_space, with_epilogues
-from w4a16gen.measure import models, moe, stage
+from w4a16gen.kernels.spaces import with_epilogues
+from w4a16gen.measure import moe
 from w4a16gen.measure.models import MIXTURES, Mixture
-from w4a16gen.measure.moe import MoeBench, MoePoint, MoeTiming, run_moe_bench
+from w4a16gen.measure.moe import MoeBench, MoePoint, MoeTiming
 from w4a16gen.measure.moe_entrants import DENSE, OWN, Drawn, OwnLayers, Work
 from w4a16gen.measure.probes import READS, cold_read_microseconds
 from w4a16gen.measure.results import Timing
-from w4a16gen.measure.step import Machine
-from w4a16gen.measure.timing import Contender
-from w4a16gen.runtime.expert_calls import MoeOptions
-from w4a16gen.runtime.expert_plan import MOE_PARTS, MoePlan
-from w4a16gen.weights.quantized import QuantizedWeight
+from w4a16gen.runtime.expert_plan import MOE_PARTS
 
 torch = pytest.importorskip("torch")
-facts_of = pytest.importorskip("w4a16gen.integrations.torch.ops").facts_of
-pytest.importorskip("w4a16gen.integrations.torch.experts_op")
 
-MODE = QuantMode.FINEGRAINED_SCALE_ONLY
-WITH_ZEROS = QuantMode.FINEGRAINED_SCALE_AND_ZEROS
-TINY = Mixture(256, 128, 6, 2)
-DIVIDED = replace(TINY, num_experts=8, gpus=2)
-PLAIN = enumerate_space("experts")
-WORKSPACE = 1 << 20
 GATED = with_epilogues(PLAIN, [Epilogue.NONE, Epilogue.GATED])
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(models.MIXTURES, "tiny", TINY)
-    monkeypatch.setattr(moe, "LAUNCHES", 4)
-    monkeypatch.setattr(stage, "COLD_BYTES", 3e5)  # a few copies of a tiny layer
-
-
-class HostLibrary:
-    """Stands in for a build: it computes on the host, and can be wrong or fail."""
-
-    def __init__(self, configs: Sequence[KernelConfig] = PLAIN) -> None:
-        self.configs = configs
-        self.factor = 1.0
-        self.failure: Exception | None = None
-        self.parts: list[Collection[str]] = []
-        self.gated: set[bool] = set()
-        self.experts = SimpleNamespace(plan=self._plan, moe=self._moe)
-
-    def hopper_device(self) -> Any:
-        return H100
-
-    def grouped_configs(self) -> list[KernelConfig]:
-        return sorted(self.configs)
-
-    def pack(self, q: Any, scales: Any, zeros: Any, *, group_size: int, gated: bool) -> Any:
-        mode = MODE if zeros is None else WITH_ZEROS
-        added = None if zeros is None else zeros.numpy()
-        packed = pack_weight(QuantizedWeight(q.numpy(), scales.numpy(), added, group_size, mode), gated=gated)
-        return replace(packed, data=torch.from_numpy(packed.data))
-
-    def _plan(self, sizes: Any, _device: int) -> MoePlan:
-        routing = Routing(sizes.tokens, sizes.slots, sizes.experts, sizes.global_experts)
-        epilogue = Epilogue.GATED if sizes.gated else Epilogue.NONE
-        pair = choose_pair(self.configs, sizes.mode, (sizes.gate_up, epilogue), sizes.down, routing, CARD)
-        return MoePlan(*pair, 0, 0, 0, 0, 0, 0, 0, 0, WORKSPACE)
-
-    def _moe(
-        self, hidden: Any, w13: Any, w2: Any, ids: Any, weights: Any, options: MoeOptions, parts: Collection[str]
-    ) -> Any:
-        if self.failure is not None:
-            raise self.failure
-        assert options.workspace.nbytes == WORKSPACE
-        self.parts.append(parts)
-        self.gated.add(w13.gated)
-        if options.expert_map is not None:
-            ids = options.expert_map[ids]
-        experts = range(w13.experts)
-        out = torch.zeros(hidden.shape, dtype=torch.float32)
-        for expert in experts:
-            factors = (weights * (ids == expert)).sum(1, keepdim=True)
-            first, second = w13.expert(expert), w2.expert(expert)
-            if w13.gated:
-                inner = torch.ops.w4a16gen.gemm(hidden, first.data, None, *facts_of(first), 1.0, "swiglu")
-            else:
-                gate, up = torch.ops.w4a16gen.gemm(hidden, first.data, None, *facts_of(first), 1.0).chunk(2, 1)
-                inner = torch.nn.functional.silu(gate) * up
-            out += factors * torch.ops.w4a16gen.gemm(inner.contiguous(), second.data, None, *facts_of(second), 1.0)
-        options.out.copy_(out * self.factor)
-        return options.out
-
-
-def host_machine() -> Machine:
-    """Return a CPU, on which a replay takes 2 ms."""
-
-    def record(run: Callable[[], None]) -> Contender:
-        def timed() -> float:
-            run()
-            return 2.0
-
-        return Contender(lambda: None, timed, 1)
-
-    return Machine(torch, torch.device("cpu"), lambda function, **_: function, record, lambda _: None)
-
-
-def measured(library: Any, mixture: Mixture = TINY, tokens: Sequence[int] = (3,), **options: Any) -> MoeBench:
-    options.setdefault("machine", host_machine())
-    options.setdefault("tell", lambda _: None)
-    mode = options.pop("mode", MODE)
-    return run_moe_bench(library, ("tiny", mixture), tokens, mode, 2, show_progress=Services().show_progress, **options)
+    few_layers(monkeypatch)
 
 
 @pytest.mark.parametrize("mode", [MODE, WITH_ZEROS], ids=str)
@@ -264,11 +177,13 @@ class Command:
     def __init__(self, cli: Runner, left_out: dict[str, str]) -> None:
         self.models: list[str] = []
         self.tokens: list[int] = []
+        self.humming: bool | None = None
 
         def run(
-            _library: Any, model: tuple[str, Mixture], tokens: Sequence[int], mode: QuantMode, rounds: int, **_: Any
+            _library: Any, model: tuple[str, Mixture], tokens: Sequence[int], mode: QuantMode, rounds: int, **more: Any
         ) -> MoeBench:
             self.models.append(model[0])
+            self.humming = more["humming"]
             self.tokens = list(tokens)
             kernel = PLAIN[0]
             parts = {"routing": 5.0, "gate_up": 50.0, "activation": 2.0, "down": 30.0, "combining": 3.0}
@@ -317,6 +232,25 @@ def test_the_command_prints_an_object(cli: Runner) -> None:
     assert first["left_out"] == {"other": "not there"}
 
 
+@pytest.mark.parametrize(
+    ("options", "is_installed", "takes_part"),
+    [
+        ("", False, False),
+        ("", True, True),
+        ("--no-rivals", True, False),
+        ("--rivals", False, True),
+        ("--rival humming", False, True),
+    ],
+)
+def test_humming_takes_part_where_it_is_installed_or_asked_for(
+    options: str, is_installed: bool, takes_part: bool, cli: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = Command(cli, {})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: SimpleNamespace() if is_installed else None)
+    assert cli.run(f"bench --moe tiny --tokens 4 {options}").exit_code == 0
+    assert command.humming is takes_part
+
+
 def test_a_wrong_result_ends_the_command_with_an_error(cli: Runner) -> None:
     Command(cli, {OWN: "its error is 3 times"})
     done = cli.run("bench --moe tiny --tokens 4")
@@ -333,8 +267,8 @@ def test_a_wrong_result_ends_the_command_with_an_error(cli: Runner) -> None:
         ("--moe tiny --report out", "--moe times the kernels that calls get: drop --report"),
         ("--moe tiny --finalists 2", "drop --finalists"),
         ("--moe tiny --epilogue gated", "drop --epilogue"),
-        ("--moe tiny --rivals", "and no rivals: drop --rivals"),
-        ("--moe tiny --rival humming", "drop --rival"),
+        ("--moe tiny --rival turbomind", "--moe times no rival but humming: drop --rival turbomind"),
+        ("--moe tiny --rival humming --no-rivals", "--rival times a rival, and --no-rivals none"),
         ("--moe tiny --ray auto", "--moe runs on this machine: drop --ray"),
         ("--moe gpt", "'gpt' is not one of qwen3-30b-a3b, mixtral-8x7b"),
     ],

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fakes.words import unpacked
 
 from w4a16gen import Problem, QuantMode
 from w4a16gen.errors import UnsupportedProblemError
@@ -43,12 +44,6 @@ def activations(dtype: Any) -> Any:
 def error_of(product: Any, a: Any, weight: TorchWeight) -> float:
     exact = a.double().numpy() @ everything(weight).dequantize().T
     return relative_error(product().double().numpy(), exact)
-
-
-def unpacked(words: Any) -> Any:
-    """Read int32 words along axis 0 as GPTQ's checkpoints are read."""
-    nibbles = torch.stack([words >> 4 * place & 15 for place in range(8)], dim=1)
-    return nibbles.reshape(-1, words.shape[1])
 
 
 @pytest.mark.parametrize("mode", QuantMode, ids=str)

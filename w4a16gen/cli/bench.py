@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,7 +62,6 @@ COLUMNS = (
 _NAMED = ("problems", "models", "files")
 _OF_PROBLEMS = (*_NAMED, "tokens")
 _OF_STEPS = ("sequences", "context", "prefill", "layers")
-_OF_RIVALS = ("rivals", "rival_names")
 _OF_DRAWS = ("seed", "budget", "choose_from")
 _OF_SINGLES = ("slack", "report_folder")
 _OF_CLUSTERS = ("ray", "ray_env", "card")
@@ -99,7 +99,7 @@ _FRONT = 4
     "--rivals/--no-rivals",
     default=None,
     section=METHOD,
-    help=f"Also time other 4-bit kernels, if installed: {RIVAL_PACKAGES}.  [default: only with --random]",
+    help=f"Also time other 4-bit kernels, if installed: {RIVAL_PACKAGES}.  [default: only with --random and --moe]",
 )
 @option(
     "--rival",
@@ -170,8 +170,8 @@ def command(
     kernels, with the same norms, attention and SwiGLU between them.
 
     With --moe, a layer of experts is timed: grouped kernels that `w4a16gen build --space default --space experts`
-    builds, and dense experts in BF16 with torch. The routing, each product and the combination are timed by themselves
-    too.
+    builds, dense experts in BF16 with torch, and humming's kernels where they are installed. The routing, each product
+    and the combination are timed by themselves too.
     """
     from w4a16gen.measure.bench import BenchOptions
     from w4a16gen.measure.rivals import RIVALS, RIVALS_OF_DRAWS
@@ -181,10 +181,10 @@ def command(
         _refuse("--moe runs on this machine", *_OF_CLUSTERS)
         _refuse("--moe lets the kernels apply the gate if the build has such ones", "epilogues")
         _refuse("--moe times the kernels that calls get", *_OF_SINGLES, "finalists")
-        _refuse("--moe times dense experts beside this package's, and no rivals", *_OF_RIVALS)
         _refuse("--moe times layers of experts", "random", *_NAMED, *_OF_DRAWS, "steps", *_OF_STEPS)
         counts = tokens if _is_given("tokens") else MOE_TOKENS
-        return moe_bench(MoeChoice(mixtures, counts, mode, rounds), folder, wide=wide, as_json=as_json)
+        choice_of_layers = MoeChoice(mixtures, counts, mode, rounds, _has_humming(named_rivals, rivals))
+        return moe_bench(choice_of_layers, folder, wide=wide, as_json=as_json)
     if steps:
         _refuse("--step runs on this machine", *_OF_CLUSTERS)
         _refuse("--step times products with SwiGLU and residual if the build has them", "epilogues")
@@ -263,6 +263,22 @@ def _named_rivals(names: Sequence[str], rivals: bool | None) -> tuple[Rival, ...
         if name not in known:
             raise click.UsageError(f"--rival {name} must be one of {', '.join(known)}")
     return tuple(rival for rival in RIVALS if rival.name in names)
+
+
+def _has_humming(named: Sequence[Rival], rivals: bool | None) -> bool:
+    """Return whether humming's kernels take part in `--moe`: where they are installed, unless the user says it.
+
+    Raises:
+        click.UsageError: if another rival is named.
+    """
+    from w4a16gen.measure.moe_humming import MODULE
+
+    others = [rival.name for rival in named if rival.module != MODULE]
+    if others:
+        raise click.UsageError(f"--moe times no rival but {MODULE}: drop --rival {others[0]}")
+    if named or rivals is not None:
+        return bool(named or rivals)
+    return importlib.util.find_spec(MODULE) is not None
 
 
 def _refuse(reason: str, *parameters: str) -> None:

@@ -44,6 +44,8 @@ class MoeChoice:
     """Of each GPU."""
     mode: QuantMode
     rounds: int
+    humming: bool
+    """Whether humming's kernels take part."""
 
 
 def mixture_names() -> Iterable[str]:
@@ -92,6 +94,7 @@ def moe_bench(choice: MoeChoice, folder: Path | None, *, wide: bool, as_json: bo
             choice.rounds,
             tell=note,
             show_progress=services().show_progress,
+            humming=choice.humming,
         )
         measured.append(found)
         if not as_json:

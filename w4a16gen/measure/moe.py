@@ -28,6 +28,7 @@ from w4a16gen.measure.moe_entrants import (
     check_built,
     entrants_of,
 )
+from w4a16gen.measure.moe_humming import humming_entrant
 from w4a16gen.measure.probes import cold_read_microseconds
 from w4a16gen.measure.results import Timing
 from w4a16gen.measure.rivals import find_torch
@@ -156,6 +157,7 @@ def run_moe_bench(
     tell: Callable[[str], None],
     show_progress: Callable[..., AbstractContextManager[Progress]],
     machine: Machine | None = None,
+    humming: bool = False,
 ) -> MoeBench:
     """Time a layer of experts with each entrant, in turns, in one process.
 
@@ -171,6 +173,7 @@ def run_moe_bench(
         tell: called with a sentence about each entrant that is left out.
         show_progress: shows a bar with a title.
         machine: where to run; None takes the first Hopper GPU.
+        humming: whether humming's kernels take part.
 
     Raises:
         NoHopperGpuError: if there is no Hopper GPU.
@@ -189,7 +192,8 @@ def run_moe_bench(
     points = []
     with show_progress(f"Timing {name}", len(tokens)) as progress, machine.torch.inference_mode():
         own = OwnLayers(library, drawn)
-        stage = _Stage(library, machine, drawn, own, entrants_of(own, drawn))
+        entrants = entrants_of(own, drawn) + [humming_entrant(drawn, machine.compiled)] * humming
+        stage = _Stage(library, machine, drawn, own, entrants)
         for done, count in enumerate(tokens, 1):
             point = stage.measure(count, rounds)
             points.append(point)
@@ -244,9 +248,10 @@ class _Stage:
         )
 
     def _free(self) -> None:
-        """Return the memory of graphs that are gone."""
+        """Return the memory of graphs that are gone, and drop what was compiled for them."""
         if self._machine.device.type == "cuda":
             self._machine.torch.cuda.empty_cache()
+            self._machine.torch.compiler.reset()  # it refuses to compile one function for more than a few shapes
 
     def _time_entrants(
         self, work: Work, rounds: int, *, is_long: bool

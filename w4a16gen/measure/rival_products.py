@@ -50,28 +50,37 @@ def tinygemm_products(a: Any, weight: TorchWeight, copies: int) -> Sequence[Prod
     return [product(packed.clone(), scales_and_zeros.clone()) for _ in range(copies)]
 
 
+def gptq_weight_config(weight: TorchWeight) -> dict[str, Any]:
+    """Return the configuration of a symmetric weight in GPTQ's form.
+
+    Raises:
+        UnsupportedProblemError: if the weight has zeros.
+    """
+    _refuse_zeros(weight)
+    return {"quant_method": "gptq", "bits": 4, "group_size": weight.group_size, "sym": True}
+
+
+def gptq_tensors(weight: TorchWeight) -> dict[str, Any]:
+    """Return the tensors of a symmetric weight in GPTQ's form, by their names in checkpoints."""
+    torch, device = weight.torch, weight.q.device
+    zero_shape = (weight.scales.shape[0], weight.n // WORD_VALUES)
+    return {
+        "qweight": weight.gptq_words(),
+        "scales": weight.scales.contiguous(),
+        "qzeros": torch.full(zero_shape, GPTQ_ZERO_WORD, dtype=torch.int32, device=device),
+        "g_idx": torch.arange(weight.k, dtype=torch.int32, device=device) // weight.group_size,
+    }
+
+
 def humming_products(a: Any, weight: TorchWeight, copies: int) -> Sequence[Product]:
     """Prepare humming's kernels from a symmetric weight in GPTQ's form."""
     layer_type = importlib.import_module("humming.layer").HummingLayer
-    _refuse_zeros(weight)
-    torch = weight.torch
     layer = layer_type(
-        shape_n=weight.n,
-        shape_k=weight.k,
-        weight_config={"quant_method": "gptq", "bits": 4, "group_size": weight.group_size, "sym": True},
-        torch_dtype=a.dtype,
+        shape_n=weight.n, shape_k=weight.k, weight_config=gptq_weight_config(weight), torch_dtype=a.dtype
     ).to(a.device)
-    zero_shape = (weight.scales.shape[0], weight.n // WORD_VALUES)
-    layer.load_from_tensors(
-        {
-            "qweight": weight.gptq_words(),
-            "scales": weight.scales.contiguous(),
-            "qzeros": torch.full(zero_shape, GPTQ_ZERO_WORD, dtype=torch.int32, device=a.device),
-            "g_idx": torch.arange(weight.k, dtype=torch.int32, device=a.device) // weight.group_size,
-        }
-    )
+    layer.load_from_tensors(gptq_tensors(weight))
     layer.transform()
-    out = torch.empty((a.shape[0], weight.n), dtype=a.dtype, device=a.device)
+    out = weight.torch.empty((a.shape[0], weight.n), dtype=a.dtype, device=a.device)
 
     def product(copy: Any) -> Product:
         def multiply() -> Any:

@@ -1,0 +1,137 @@
+"""humming's layers of experts, with a stand-in that reads the routes and the weights as humming describes them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fakes.mixtures import DIVIDED, MODE, TINY, WITH_ZEROS, HostLibrary, few_layers, measured
+from fakes.words import unpacked
+
+from w4a16gen.measure.models import Mixture
+from w4a16gen.measure.moe_entrants import Drawn, Routing, Work
+from w4a16gen.measure.moe_humming import NAME, humming_entrant, sort_routes
+
+torch: Any = pytest.importorskip("torch")
+
+BLOCK = 16
+CPU = torch.device("cpu")
+
+
+class HummingLayer:
+    """Multiplies rows of blocks by the weight of the block's expert, and writes a row for each route."""
+
+    def __init__(
+        self, *, shape_n: int, shape_k: int, weight_config: dict[str, Any], num_experts: int, torch_dtype: Any
+    ) -> None:
+        assert torch_dtype is torch.float16
+        assert weight_config == {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True}
+        self.humming_config = SimpleNamespace(shape=(num_experts, shape_n, shape_k))
+        self.dense: list[Any] = []
+        self.factor = 1.0
+
+    def to(self, _device: Any) -> HummingLayer:
+        return self
+
+    def load_from_tensors(self, tensors: dict[str, Any]) -> None:
+        for words, scales, zeros, index in zip(
+            *(tensors[name] for name in ("qweight", "scales", "qzeros", "g_idx")), strict=True
+        ):
+            points = unpacked(zeros.T.contiguous()).T + 1
+            self.dense.append((unpacked(words) - points[index.long()]) * scales.float()[index.long()])
+
+    def transform(self) -> None:
+        experts, n, k = self.humming_config.shape
+        assert len(self.dense) == experts
+        assert self.dense[0].shape == (k, n)
+
+    def __call__(self, a: Any, **given: Any) -> None:
+        assert json.loads(given["compute_config"]) == {"gemm_type": "indexed"}
+        ((_, most, kernel),) = json.loads(given["tuning_config"])
+        assert given["valid_shape_m"] <= most
+        outputs, ids = given["outputs"], given["sorted_ids"]
+        assert given["num_tokens_padded"].tolist() == [len(ids)]
+        outputs.fill_(float("nan"))  # rows without a route hold anything
+        rows = kernel["block_shape"][0]
+        for block, expert in zip(ids.view(-1, rows), given["expert_ids"].tolist(), strict=True):
+            routes = block[block < a.shape[0] * given["top_k"]].long()
+            product = a[routes // given["top_k"]].float() @ self.dense[expert]
+            outputs[routes] = (product * self.factor).half()
+
+
+@pytest.fixture(autouse=True)
+def blocks(monkeypatch: pytest.MonkeyPatch) -> dict[Any, int]:
+    """Install a stand-in; return the rows of a block by the size of the layer, 16 unless they are set."""
+    few_layers(monkeypatch)
+    sizes: dict[Any, int] = {}
+
+    def choose(config: Any, rows: int, *, gemm_type: str, device: Any) -> dict[str, Any]:
+        assert rows > 0
+        assert (gemm_type, device) == ("indexed", CPU)
+        return {"block_shape": [sizes.get(config.shape[1], BLOCK), 128, 64]}
+
+    monkeypatch.setitem(sys.modules, "humming.layer", SimpleNamespace(HummingLayer=HummingLayer))
+    monkeypatch.setitem(sys.modules, "humming.tune", SimpleNamespace(get_heuristics_config=choose))
+    return sizes
+
+
+@pytest.mark.parametrize("mixture", [TINY, DIVIDED], ids=["whole", "divided"])
+def test_it_computes_the_layer_and_is_timed(mixture: Mixture) -> None:
+    for point in measured(HostLibrary(), mixture, (1, 40), humming=True).points:
+        assert not point.left_out
+        timing = point.timing(NAME)
+        assert timing is not None
+        assert 0 < timing.error < 0.003
+
+
+def test_each_copy_of_the_weights_is_read() -> None:
+    drawn = Drawn(torch, TINY, MODE, CPU)
+    work = Work(drawn, 3, 6, 2)
+    launches = humming_entrant(drawn, lambda function, **_: function).prepare(work)
+    assert len(launches) == 6
+    expected = [launch().clone() for launch in launches[:2]]
+    assert not torch.equal(*expected), "two routings take turns"
+    layers = launches[0].func.__closure__  # type: ignore[attr-defined]
+    copies = next(cell.cell_contents for cell in layers if hasattr(cell.cell_contents, "_copies"))._copies  # noqa: SLF001
+    assert len(copies) > 1
+    copies[1][1].factor = 2.0
+    assert not torch.equal(launches[1](), expected[1])
+    assert torch.equal(launches[0](), expected[0])
+
+
+def test_the_routes_of_an_expert_follow_one_another_and_blocks_belong_to_one() -> None:
+    ids = torch.tensor([[3, 1], [0, 3], [3, 2], [1, 3]], dtype=torch.int32)
+    found = sort_routes(torch, Routing(ids, None), None, 4, 3)
+    assert found.routes.view(-1, 3).tolist() == [[2, 8, 8], [1, 6, 8], [5, 8, 8], [0, 3, 4], [7, 8, 8]]
+    assert found.experts.tolist() == [0, 1, 2, 3, 3]
+    assert found.rows.tolist() == [15]
+    assert {tensor.dtype for tensor in vars(found).values()} == {torch.int32}
+    here = torch.tensor([-1, 1, -1, 0], dtype=torch.int32)
+    found = sort_routes(torch, Routing(ids, None), here, 2, 4)
+    assert found.routes.view(-1, 4).tolist() == [[0, 3, 4, 7], [1, 6, 8, 8]]
+    assert found.experts.tolist() == [0, 1]
+    nowhere = sort_routes(torch, Routing(ids[:1], None), torch.full((4,), -1, dtype=torch.int32), 2, 4)
+    assert nowhere.rows.tolist() == [0]
+
+
+def test_a_wrong_product_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HummingLayer, "transform", lambda layer: setattr(layer, "factor", 1.1))
+    (point,) = measured(HostLibrary(), humming=True).points
+    assert "what rounding explains" in point.left_out[NAME]
+
+
+def test_what_it_cannot_do_is_said(blocks: dict[Any, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    (point,) = measured(HostLibrary(), mode=WITH_ZEROS, humming=True).points
+    assert "no form of integers" in point.left_out[NAME]
+    blocks[TINY.hidden_size] = 8
+    narrow = replace(TINY, intermediate_size=256)  # so that both products have different widths
+    (point,) = measured(HostLibrary(), narrow, humming=True).points
+    assert "its products want blocks of 8 and of 16 rows" in point.left_out[NAME]
+    for module in ("humming", "humming.layer", "humming.tune"):
+        monkeypatch.setitem(sys.modules, module, None)
+    (point,) = measured(HostLibrary(), humming=True).points
+    assert point.left_out[NAME].endswith("pip install humming-kernels")
