@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 
 from w4a16gen.errors import ClusterError, CudaError, InvalidValueError
-from w4a16gen.executors.executor import ATTEMPTS, LOST_IN_A_ROW, Executor, NodeSummary, add_summaries
+from w4a16gen.executors.executor import ATTEMPTS, Executor
 from w4a16gen.executors.node import Named, Setup, differences, place_files, run_task
 from w4a16gen.executors.place import Context, InProcess, Place, TaskFunction, WorkerLostError
+from w4a16gen.executors.places import LOST_IN_A_ROW
+from w4a16gen.executors.summaries import NodeSummary, add_summaries
 from w4a16gen.files import file_digest
 
 

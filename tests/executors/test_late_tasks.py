@@ -16,10 +16,11 @@ from w4a16gen.executors import cluster as ray_cluster
 from w4a16gen.executors import executor as of_executors
 from w4a16gen.executors import nodes, pulse
 from w4a16gen.executors.cluster import Cluster, Node
-from w4a16gen.executors.executor import Executor, NodeSummary
+from w4a16gen.executors.executor import Executor
 from w4a16gen.executors.node import Named, Setup, describe_node
 from w4a16gen.executors.place import Place, TaskFunction, WorkerLostError
 from w4a16gen.executors.pulse import Pulse
+from w4a16gen.executors.summaries import NodeSummary
 
 LATE = 0.05
 NODE = Node("1" * 56, "frozen", 4, 0, 0.0)

@@ -19,7 +19,7 @@ from w4a16gen.build.units import CompiledUnit, find_units, kernel_hashes
 from w4a16gen.build.versions import cuda_version, cutlass_version
 from w4a16gen.build.workers import Workers, local_workers
 from w4a16gen.errors import BuildError, InvalidValueError, NotBuiltError
-from w4a16gen.executors.executor import NodeSummary
+from w4a16gen.executors.summaries import NodeSummary
 from w4a16gen.files import make_way, write_json
 from w4a16gen.kernels.config import KernelConfig
 from w4a16gen.kernels.render import render_kernel

@@ -18,7 +18,7 @@ from w4a16gen.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from w4a16gen.executors.cluster import Cluster
-    from w4a16gen.executors.executor import NodeSummary
+    from w4a16gen.executors.summaries import NodeSummary
     from w4a16gen.kernels.config import KernelConfig
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])

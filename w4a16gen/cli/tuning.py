@@ -24,7 +24,7 @@ from w4a16gen.kernels.config import Epilogue
 if TYPE_CHECKING:
     from w4a16gen.choose.timing_table import TuningTable
     from w4a16gen.executors.cluster import Cluster
-    from w4a16gen.executors.executor import NodeSummary
+    from w4a16gen.executors.summaries import NodeSummary
     from w4a16gen.kernels.config import KernelConfig, QuantMode
     from w4a16gen.kernels.device import Device
     from w4a16gen.kernels.problem import Problem
@@ -74,7 +74,7 @@ def tune_build(
     folder: Path | None,
 ) -> Tables:
     """Measure the build's kernels on each kind of card."""
-    from w4a16gen.executors.executor import add_summaries
+    from w4a16gen.executors.summaries import add_summaries
     from w4a16gen.measure.kinds import on_each_kind
 
     deadline = None if seconds is None else time.monotonic() + seconds

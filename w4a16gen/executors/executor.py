@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from w4a16gen.errors import ClusterError
 from w4a16gen.executors.place import Place, TaskFunction, WorkerLostError
+from w4a16gen.executors.places import Places
+from w4a16gen.executors.summaries import NodeSummary
 from w4a16gen.executors.tasks import Attempt, Task
 
 ATTEMPTS = 4
 """Places that a task is tried on, at most."""
-LOST_IN_A_ROW = 3
-"""A place that loses this many tasks one after the other gets no more."""
 LATE_SECONDS = 15.0
 """A task that has finished within this time was never late."""
 _UNKNOWN_SECONDS = 150.0
@@ -31,34 +30,6 @@ _AT_ONCE = 2
 _CONTINUE = "start nodes, and run the command again to continue"
 _STOP_SECONDS = 10.0
 """How long stopping waits for running tasks."""
-
-
-@dataclass
-class NodeSummary:
-    """What one machine did."""
-
-    node: str
-    tasks: int = 0
-    """Tasks that it finished."""
-    seconds: float = 0.0
-    """Time of these tasks, added up."""
-    lost: int = 0
-    """Tasks that it lost."""
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the object that JSON output carries."""
-        return {"node": self.node, "tasks": self.tasks, "seconds": round(self.seconds, 1), "lost": self.lost}
-
-
-def add_summaries(summaries: Iterable[NodeSummary]) -> list[NodeSummary]:
-    """Return one summary for each machine, sorted by name."""
-    total: dict[str, NodeSummary] = {}
-    for one in summaries:
-        known = total.setdefault(one.node, NodeSummary(one.node))
-        known.tasks += one.tasks
-        known.seconds += one.seconds
-        known.lost += one.lost
-    return [total[node] for node in sorted(total)]
 
 
 class Executor:
@@ -83,17 +54,12 @@ class Executor:
         patience: float = 0.0,
     ) -> None:
         """Take the places; nothing runs yet."""
-        self._places = list(places)
+        self._places = Places(places)
         self._tell, self._asked, self._most, self._patience = tell, most, most, patience
         self._changed = threading.Condition(threading.RLock())
         self._waiting: deque[Task] = deque()
-        self._running: list[Attempt] = []
         self._longest = 0.0
         """Seconds of the longest task that has finished."""
-        self._begun: Counter[Place] = Counter()
-        self._losses: Counter[Place] = Counter()
-        self._doubts: Counter[Place] = Counter()
-        """Losses of each place after which it is not yet known to be alive. It gets no task meanwhile."""
         self._last_loss = ""
         self._summaries: dict[str, NodeSummary] = {}
         self._stopped = False
@@ -111,7 +77,7 @@ class Executor:
     @property
     def slots(self) -> int:
         """Tasks at once."""
-        slots = sum(place.slots for place in self._places)
+        slots = self._places.slots
         return max(1, slots if self._most is None else min(slots, self._most))
 
     @property
@@ -122,12 +88,12 @@ class Executor:
     @property
     def planned_memory(self) -> float:
         """Bytes that work is divided for. Who asks for a number of tasks at once sets no other limit."""
-        return math.inf if self._asked else sum(place.memory for place in self._places)
+        return math.inf if self._asked else self._places.memory
 
     @property
     def place_count(self) -> int:
         """Places that take tasks."""
-        return len(self._places)
+        return self._places.count
 
     @property
     def summaries(self) -> list[NodeSummary]:
@@ -164,14 +130,14 @@ class Executor:
                 return task.future
             self._waiting.append(task)
             self._start_tasks()
-            if not self._places:
+            if self._places.count == 0:
                 self._await_a_place()
         return task.future
 
     def add(self, place: Place) -> None:
         """Add a place, such as a node that has joined."""
         with self._changed:
-            self._places.append(place)
+            self._places.add(place)
             self._start_tasks()
 
     @property
@@ -188,11 +154,11 @@ class Executor:
         """Drop the queue, end running tasks and wait for them, though not for long."""
         with self._changed:
             self._drop_queue()
-            places = [*(attempt.place for attempt in self._running), *self._doubts]
-        for place in dict.fromkeys(places):
+            places = self._places.at_work
+        for place in places:
             place.stop()
         with self._changed:
-            self._changed.wait_for(lambda: not self._running and not self._doubts, _STOP_SECONDS)
+            self._changed.wait_for(lambda: not self._places.at_work, _STOP_SECONDS)
 
     def _drop_queue(self) -> None:
         """Begin nothing more, with the lock held."""
@@ -210,13 +176,12 @@ class Executor:
         told = []
         with self._changed:
             late = max(LATE_SECONDS, _LATE_FACTOR * (self._longest or _UNKNOWN_SECONDS))
-            for task in dict.fromkeys(attempt.task for attempt in self._running):
-                attempts = [attempt for attempt in self._running if attempt.task is task]
+            for task in self._places.running_tasks:
+                attempts = self._places.attempts_at(task)
                 if task.is_done or len(attempts) >= _AT_ONCE or attempts[0].seconds < late or self._stopped:
                     continue
                 slow = attempts[0].place
-                others = [place for place in self._by_room() if place is not slow] or self._by_room()
-                place = next((place for place in others if self._has_room(place, task)), None)
+                place = self._places.second_place(task, slow)
                 if place is not None:
                     self._start(task, place)
                     told.append(f"{slow.node} takes long for a task, which {place.node} tries too")
@@ -225,8 +190,8 @@ class Executor:
 
     def _start_tasks(self) -> None:
         """Start what fits, with the lock held."""
-        while self._waiting and not self._stopped and self._busy < self.slots:
-            found = self._next()
+        while self._waiting and not self._stopped and self._places.busy < self.slots:
+            found = self._places.first_that_fits(self._waiting)
             if found is None:
                 return
             task, place = found
@@ -236,42 +201,10 @@ class Executor:
                 continue
             self._start(task, place)
 
-    @property
-    def _busy(self) -> int:
-        """Attempts at tasks that are not done."""
-        return sum(not attempt.task.is_done for attempt in self._running)
-
     def _start(self, task: Task, place: Place) -> None:
         """Begin an attempt, with the lock held."""
-        attempt = Attempt(task, place)
-        self._running.append(attempt)
-        self._begun[place] += 1
+        attempt = self._places.begin(task, place)
         threading.Thread(target=self._run, args=(attempt,), daemon=True).start()
-
-    def _next(self) -> tuple[Task, Place] | None:
-        """Return the first task that a place has room for, with that place."""
-        for place in self._by_room():
-            task = next((task for task in self._waiting if self._may_run(task, place)), None)
-            if task is not None and self._has_room(place, task):
-                return task, place
-        return None
-
-    def _by_room(self) -> list[Place]:
-        """Return the places that get tasks: the emptiest first, and of equals the one that has had fewest tasks."""
-        places = [place for place in self._places if place not in self._doubts]
-        return sorted(places, key=lambda place: (len(self._at(place)) / place.slots, self._begun[place]))
-
-    def _at(self, place: Place) -> list[Task]:
-        return [attempt.task for attempt in self._running if attempt.place is place]
-
-    def _may_run(self, task: Task, place: Place) -> bool:
-        """Return whether a place has not lost this task before, or no other place is left."""
-        return place not in task.lost_at or all(other in task.lost_at for other in self._places)
-
-    def _has_room(self, place: Place, task: Task) -> bool:
-        taken = self._at(place)
-        memory = sum(other.memory for other in taken) + task.memory
-        return not taken or (len(taken) < place.slots and memory <= place.memory)
 
     def _run(self, attempt: Attempt) -> None:
         """Run an attempt, in a thread of its own."""
@@ -279,20 +212,17 @@ class Executor:
         lost: WorkerLostError | None = None
         error: BaseException | None = None
         try:
-            self._take_items(attempt)
+            attempt.take_items(lambda: self._stopped)
         except WorkerLostError as loss:
             lost = loss
         except BaseException as failure:  # noqa: BLE001  (it belongs to whoever waits for the future)
             error = failure
         with self._changed:
-            self._running.remove(attempt)
+            self._places.end(attempt, is_lost=lost is not None)
             is_news = not self._stopped and not attempt.task.is_done
             if lost is not None:
-                self._doubts[place] += 1
                 self._lose(attempt, lost)
-            else:
-                self._losses[place] = 0
-            if lost is None and not attempt.task.is_done:
+            elif not attempt.task.is_done:
                 self._count(attempt, is_finished=error is None)
                 attempt.finish(error)
                 if error is not None:
@@ -302,18 +232,6 @@ class Executor:
             self._changed.notify_all()
         if lost is not None:
             self._examine(place, lost, was_stopped=was_stopped, is_news=is_news)
-
-    def _take_items(self, attempt: Attempt) -> None:
-        task = attempt.task
-        items = attempt.place.stream(task.function, task.arguments, task.memory)
-        for item in items:
-            attempt.items.append(item)
-            task.on_item(attempt.place, item)
-            if self._stopped:
-                close = getattr(items, "close", None)
-                if close is not None:
-                    close()
-                return
 
     def _summary_of(self, place: Place) -> NodeSummary:
         return self._summaries.setdefault(place.node, NodeSummary(place.node))
@@ -328,7 +246,6 @@ class Executor:
     def _lose(self, attempt: Attempt, loss: WorkerLostError) -> None:
         """Queue a lost task again, in front, before it is known what became of the place; with the lock held."""
         task, place = attempt.task, attempt.place
-        self._losses[place] += 1
         if task.is_done:
             return
         self._summary_of(place).lost += 1
@@ -336,7 +253,7 @@ class Executor:
         task.lost_at.append(place)
         if self._stopped:
             task.cancel()
-        elif any(other.task is task for other in self._running):
+        elif self._places.attempts_at(task):
             pass  # another attempt goes on
         elif len(task.lost_at) >= ATTEMPTS:
             task.fail(ClusterError(f"{ATTEMPTS} workers were lost with one task, the last: {loss}"))
@@ -347,25 +264,22 @@ class Executor:
 
     def _examine(self, place: Place, loss: WorkerLostError, *, was_stopped: bool, is_news: bool) -> None:
         """Drop a place that cannot go on after a loss, and say what became of it."""
-        is_usable = was_stopped or self._losses[place] < LOST_IN_A_ROW
+        is_usable = was_stopped or not self._places.loses_all(place)
         if is_usable and not was_stopped:
             try:
                 is_usable = place.revive()
             except Exception:  # noqa: BLE001  (whatever keeps it from another task, the others go on)
                 is_usable = False
         with self._changed:
-            is_dropped = place in self._places and not is_usable
-            if is_dropped:
-                self._places.remove(place)
-                if not self._places:
-                    self._await_a_place()
+            is_dropped = not is_usable and self._places.drop(place)
+            if is_dropped and self._places.count == 0:
+                self._await_a_place()
         if is_dropped:
             self._say(f"{place.node} gets no more work: {loss}")
         elif is_news:
             self._say(f"{place.node} lost a task, which goes on elsewhere: {loss}")
         with self._changed:
-            self._doubts[place] -= 1
-            self._doubts += Counter()  # which drops zeros
+            self._places.trust(place)
             self._start_tasks()
             self._changed.notify_all()
 
@@ -379,8 +293,8 @@ class Executor:
     def _wait_for_a_place(self) -> None:
         """Fail what waits if no place is added in time."""
         with self._changed:
-            self._changed.wait_for(lambda: self._places or self._stopped, self._patience)
-            if self._places:
+            self._changed.wait_for(lambda: self._places.count > 0 or self._stopped, self._patience)
+            if self._places.count > 0:
                 return
             why = f" (the last was lost at {self._last_loss})" if self._last_loss else ""
             for task in self._waiting:

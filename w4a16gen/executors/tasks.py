@@ -61,6 +61,26 @@ class Attempt:
         """Seconds since its start."""
         return time.monotonic() - self.began
 
+    def take_items(self, is_stopped: Callable[[], bool]) -> None:
+        """Run the task at the place, and keep and tell each item as it comes.
+
+        Args:
+            is_stopped: asked after each item; if it is, the task ends there.
+
+        Raises:
+            WorkerLostError: if the worker ended first.
+        """
+        task = self.task
+        items = self.place.stream(task.function, task.arguments, task.memory)
+        for item in items:
+            self.items.append(item)
+            task.on_item(self.place, item)
+            if is_stopped():
+                close = getattr(items, "close", None)
+                if close is not None:
+                    close()
+                return
+
     def finish(self, error: BaseException | None) -> None:
         """Set the items or the error of the task's future, unless another attempt was faster."""
         if error is not None:
