@@ -19,7 +19,17 @@ from w4a16gen import Epilogue, KernelConfig
 from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.runtime.expert_calls import GATED_ACTIVATIONS
 from w4a16gen.runtime.expert_plan import MAX_UNSORTED_ROUTES
-from w4a16gen.verify import epilogues, experts, launch_chains, numeric, report, static
+from w4a16gen.verify import (
+    epilogues,
+    expert_inputs,
+    expert_layers,
+    experts,
+    grouped_products,
+    launch_chains,
+    numeric,
+    report,
+    static,
+)
 from w4a16gen.verify.numeric import NumericProof
 from w4a16gen.verify.static import StaticProof
 
@@ -31,14 +41,14 @@ OTHERS = [
     "w4a16_sm90_native_cs_cta64x16x128_cluster1x1x1_warps8_grouped",
     "w4a16_sm90_native_fgsz_cta256x64x128_cluster1x1x1_warpgroups2_grouped",
 ]
-KINDS = {experts.ROUTING, experts.PRODUCT}
+KINDS = {grouped_products.ROUTING, grouped_products.PRODUCT}
 
 
 @pytest.fixture(autouse=True)
 def small_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prove layers of one size."""
     monkeypatch.setattr(experts, "LAYER_SIZES", ((64, 96, 32),))
-    monkeypatch.setattr(experts, "LAYER_TOKENS", (1, 9))
+    monkeypatch.setattr(expert_layers, "LAYER_TOKENS", (1, 9))
 
 
 def run(names: list[str] | None = None) -> dict[str, NumericProof]:
@@ -53,9 +63,9 @@ def test_right_kernels_pass_every_kind_of_check() -> None:
     proofs = run([*NAMES, *OTHERS])
     assert [proof.failures for proof in proofs.values()] == [[]] * 4
     assert all(0 < proof.worst_error_over_bound <= 1 for proof in proofs.values())
-    layers = {name: proof.passed.pop(experts.LAYER, 0) for name, proof in proofs.items()}
+    layers = {name: proof.passed.pop(expert_layers.LAYER, 0) for name, proof in proofs.items()}
     assert all(proof.passed == dict.fromkeys(KINDS, 4) for proof in proofs.values())
-    cases, few = 2 * len(GATED_ACTIVATIONS), len(experts.FEW_TOKENS)
+    cases, few = 2 * len(GATED_ACTIVATIONS), len(expert_layers.FEW_TOKENS)
     plain, gated = NAMES
     counts = dict.fromkeys([*NAMES, *OTHERS], cases) | {plain: cases + 2 * few, gated: cases + few}
     assert layers == counts, "chosen kernels of a gated layer count for the first one, pairs for both"
@@ -66,7 +76,7 @@ def test_each_kernel_finds_the_experts_of_few_tokens_with_a_map_and_without() ->
     names = [f"w4a16_sm90_native_{mode}_cta{tile}_cluster1x1x1_warps8_grouped" for mode in modes for tile in tiles]
     proofs = {config: NumericProof(config.name) for config in map(KernelConfig.parse, [*names, NAMES[1]])}
     first, down = KernelConfig.parse(NAMES[1]), names[:2]
-    made = list(experts._few_token_cases(proofs, first.mode, Epilogue.GATED))  # noqa: SLF001
+    made = list(expert_layers._few_token_cases(proofs, first.mode, Epilogue.GATED))  # noqa: SLF001
     assert {one for _, (one, _) in made} == {first}
     assert {other.name for _, (_, other) in made} == set(down)
     for name in down:
@@ -75,7 +85,7 @@ def test_each_kernel_finds_the_experts_of_few_tokens_with_a_map_and_without() ->
         assert {case.mapped for case in cases} == {False, True}
         assert {case.activation for case in cases} == set(GATED_ACTIVATIONS)
     other_mode = KernelConfig.parse(OTHERS[0]).mode
-    assert list(experts._few_token_cases(proofs, other_mode, Epilogue.GATED)) == []  # noqa: SLF001
+    assert list(expert_layers._few_token_cases(proofs, other_mode, Epilogue.GATED)) == []  # noqa: SLF001
 
 
 def test_few_tokens_have_as_many_routes_as_may_be_unsorted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +98,7 @@ def test_few_tokens_have_as_many_routes_as_may_be_unsorted(monkeypatch: pytest.M
 def test_gated_layers_need_kernels_of_both_kinds() -> None:
     (proof,) = run(NAMES[1:]).values()
     assert proof.failures == []
-    assert experts.LAYER not in proof.passed
+    assert expert_layers.LAYER not in proof.passed
 
 
 Fault = Callable[[pytest.MonkeyPatch], None]
@@ -212,7 +222,7 @@ def test_launches_that_fail_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     proof = run()[NAMES[0]]
     assert proof.passed == dict.fromkeys(KINDS, 4)
     assert all(failure.startswith("layer ") and failure.endswith("out of luck") for failure in proof.failures)
-    assert len(proof.failures) == 2 * len(GATED_ACTIVATIONS) + len(experts.FEW_TOKENS)
+    assert len(proof.failures) == 2 * len(GATED_ACTIVATIONS) + len(expert_layers.FEW_TOKENS)
 
 
 def test_random_routings_run_on_some_of_the_experts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,8 +232,10 @@ def test_random_routings_run_on_some_of_the_experts(monkeypatch: pytest.MonkeyPa
     proofs = {config: NumericProof(config.name) for config in library.grouped_configs()}
     experts.prove_random_routings(library, proofs, 40)
     assert [proof.failures for proof in proofs.values()] == [[]] * len(proofs)
-    assert sum(proof.passed[experts.PRODUCT] for proof in proofs.values()) == 40
-    assert all(proof.passed[experts.PRODUCT] == proof.passed[experts.ROUTING] for proof in proofs.values())
+    assert sum(proof.passed[grouped_products.PRODUCT] for proof in proofs.values()) == 40
+    assert all(
+        proof.passed[grouped_products.PRODUCT] == proof.passed[grouped_products.ROUTING] for proof in proofs.values()
+    )
     made = [call for call in library.module.expert_calls if isinstance(call, Grouped)]
     assert {call.experts for call in made} > {1, 9}
     experts.prove_random_routings(library, {}, 40)
@@ -235,7 +247,7 @@ def test_random_routings_run_on_some_of_the_experts(monkeypatch: pytest.MonkeyPa
 def drawn(seed: int, experts_here: int) -> Iterator[np.ndarray[Any, Any]]:
     rng = np.random.default_rng(seed)
     for _ in range(300):
-        yield experts.draw_ids(rng, int(rng.integers(1, 40)), int(rng.integers(1, 9)), experts_here)
+        yield expert_inputs.draw_ids(rng, int(rng.integers(1, 40)), int(rng.integers(1, 9)), experts_here)
 
 
 @pytest.mark.parametrize("count", [1, 7, 64])
@@ -245,7 +257,7 @@ def test_routings_of_every_kind_are_drawn(count: int) -> None:
     assert all(ids.ndim == 2 and ids.flags.c_contiguous for ids in found)
     local = [ids[(ids >= 0) & (ids < count)] for ids in found]
     strangers = [set(ids.ravel().tolist()) - set(range(count)) for ids in found]
-    assert set().union(*strangers) == set(experts.NOBODY)
+    assert set().union(*strangers) == set(expert_inputs.NOBODY)
     assert any(here.size == 0 for here in local), "all to nobody"
     assert any(here.size == ids.size for here, ids in zip(local, found, strict=True)), "none to nobody"
     assert any(
@@ -268,8 +280,8 @@ def test_verify_counts_grouped_kernels_and_runs_their_proofs(
     def prove_experts(_library: object, proofs: dict[KernelConfig, NumericProof], **given: Any) -> None:
         asked.append(given["experts"])
         for proof in proofs.values():
-            proof.record(experts.PRODUCT, "a product", None)
-        proofs[grouped[1]].record(experts.LAYER, "a layer", "wrong")
+            proof.record(grouped_products.PRODUCT, "a product", None)
+        proofs[grouped[1]].record(expert_layers.LAYER, "a layer", "wrong")
 
     library = FakeLibrary([ordinary, *grouped])
     every = [config.as_json() for config in (ordinary, *grouped)]

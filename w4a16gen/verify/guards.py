@@ -119,12 +119,20 @@ class GuardedGpu:
             )
 
         self.launch(launch, in_graph=asked.in_graph, replays=1 if asked.in_place else 2)
-        for what, buffer in (("output", output), ("workspace", workspace)):
-            host = buffer.to_host()
-            if (host[:GUARD_BYTES] != CANARY).any() or (host[-GUARD_BYTES:] != CANARY).any():
-                raise W4A16Error(f"wrote beyond the {what}")
-        result: Half = output.to_host()[GUARD_BYTES:-GUARD_BYTES].view(np.float16).reshape(m, weight.outputs)
+        result: Half = unguarded(output.to_host(), "output").view(np.float16).reshape(m, weight.outputs)
+        unguarded(workspace.to_host(), "workspace")
         return result
+
+
+def unguarded(host: npt.NDArray[np.uint8], what: str) -> npt.NDArray[np.uint8]:
+    """Return what lies between the guards.
+
+    Raises:
+        W4A16Error: if a canary was overwritten.
+    """
+    if (host[:GUARD_BYTES] != CANARY).any() or (host[-GUARD_BYTES:] != CANARY).any():
+        raise W4A16Error(f"wrote beyond the {what}")
+    return host[GUARD_BYTES:-GUARD_BYTES]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -216,9 +216,17 @@ def launched(
 
 def judge(proof: NumericProof, kind: str, label: str, got: Half, expected: Expectation, launch: Launch) -> None:
     """Compare a result with float64 and record the outcome."""
-    ratio = error_over_bound(got, expected, launch.alpha, launch.bias, launch.extra)
+    judge_error(proof, kind, label, error_over_bound(got, expected, launch.alpha, launch.bias, launch.extra))
+
+
+def judge_error(proof: NumericProof, kind: str, label: str, ratio: float, results: Sequence[Half] = ()) -> None:
+    """Record the largest error over its bound, and whether all results of equal launches have the same bits."""
     proof.worst_error_over_bound = max(proof.worst_error_over_bound, ratio)
-    proof.record(kind, label, f"error is {ratio:.3g} times the bound" if ratio > 1 else None)
+    fault = f"error is {ratio:.3g} times the bound" if ratio > 1 else None
+    bits = [result.view(np.uint16) for result in results]
+    if fault is None and any(not np.array_equal(again, bits[0]) for again in bits[1:]):
+        fault = "the bits differ when it runs again"
+    proof.record(kind, label, fault)
 
 
 def library_weight(
