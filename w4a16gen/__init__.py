@@ -61,7 +61,7 @@ if TYPE_CHECKING:
         route_tokens,
         to_device,
     )
-    from w4a16gen.runtime.experts import ExpertRows
+    from w4a16gen.runtime.expert_rows import ExpertRows
     from w4a16gen.runtime.library import Library
     from w4a16gen.weights.experts import PackedExperts, pack_experts
     from w4a16gen.weights.importers.checkpoint import open_checkpoint
@@ -130,7 +130,7 @@ _MODULES = {
     "runtime.default": (
         *("configs", "gemm", "grouped_gemm", "list_rows", "load", "moe", "pack", "route_tokens", "to_device"),
     ),
-    "runtime.experts": ("ExpertRows",),
+    "runtime.expert_rows": ("ExpertRows",),
     "runtime.library": ("Library",),
     "weights.experts": ("PackedExperts", "pack_experts"),
     "weights.importers.checkpoint": ("open_checkpoint",),

@@ -13,7 +13,7 @@ from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.spaces import enumerate_space, with_epilogues
 from w4a16gen.runtime.expert_calls import MAX_EXPERTS, MoeOptions
 from w4a16gen.runtime.expert_plan import UNSORTED_TOKENS, Pair, moe_sizes
-from w4a16gen.runtime.experts import ExpertRows
+from w4a16gen.runtime.expert_rows import ExpertRows
 from w4a16gen.verify import experts, grouped_products
 from w4a16gen.verify.numeric import NumericProof
 from w4a16gen.weights.experts import pack_experts

@@ -96,6 +96,10 @@ class Bindings:
         """Return the exact workspace of a problem in bytes; an `sm_count` of 0 asks the device."""
         return int(self.result_of(self.library.workspace_bytes(kernel, *numbers_of(problem), sm_count, device)))
 
+    def token_tiles_bytes(self, rows: int, experts: int, tile_tokens: int) -> int:
+        """Return the bytes that a list of token tiles may need. Needs no GPU."""
+        return int(self.result_of(self.library.token_tiles_bytes(rows, experts, tile_tokens)))
+
     def result_of(self, outcome: tuple[Any, ...]) -> Any:
         """Return the value of an outcome (status, message, value...).
 

@@ -16,7 +16,7 @@ from w4a16gen.runtime.arrays import DeviceArray, is_on_gpu
 from w4a16gen.runtime.artifact import Build, load_build
 from w4a16gen.runtime.calls import GemmOptions, checked_weight
 from w4a16gen.runtime.expert_calls import MoeOptions, check_packed
-from w4a16gen.runtime.experts import ExpertRows
+from w4a16gen.runtime.expert_rows import ExpertRows
 from w4a16gen.runtime.folders import load_default_build
 from w4a16gen.runtime.host import gemm_on_host
 from w4a16gen.runtime.host_experts import moe_on_host

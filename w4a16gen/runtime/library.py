@@ -24,7 +24,8 @@ from w4a16gen.runtime.bindings import Bindings, KernelInfo, numbers_of
 from w4a16gen.runtime.calls import CallCache, GemmOptions, Launch, check_weight, checked_launch, checked_weight
 from w4a16gen.runtime.devices import first_hopper, why_no_device
 from w4a16gen.runtime.expert_calls import MoeOptions
-from w4a16gen.runtime.experts import ExpertLauncher, ExpertRows
+from w4a16gen.runtime.expert_rows import ExpertRows, RowLister
+from w4a16gen.runtime.experts import ExpertLauncher
 from w4a16gen.runtime.launcher import Launcher
 from w4a16gen.runtime.packing import GpuPacker
 from w4a16gen.runtime.typing import DependentLaunch
@@ -60,6 +61,7 @@ class Library:
         self.calls = CallCache(self.bindings)
         self.launcher = Launcher(self.bindings, self.calls, self._plan_launch)
         self.packer = GpuPacker(self.bindings)
+        self.row_lister = RowLister(self.bindings)
         self.experts = ExpertLauncher(self.bindings, self._card_of)
         self._indices = {info.config: index for index, info in enumerate(self.kernels)}
 
@@ -369,7 +371,7 @@ class Library:
             CudaError: if the launch fails.
         """
         kind = checked_launch(dependent_launch)
-        return self.experts.route_tokens(topk_ids, experts, tile_tokens, expert_map, stream, launch=kind)
+        return self.row_lister.route_tokens(topk_ids, experts, tile_tokens, expert_map, stream, launch=kind)
 
     def list_rows(
         self,
@@ -405,7 +407,9 @@ class Library:
             CudaError: if the launch fails.
         """
         kind = checked_launch(dependent_launch)
-        return self.experts.list_rows(offsets, counts, stride, indices, experts, rows, tile_tokens, stream, launch=kind)
+        return self.row_lister.list_rows(
+            offsets, counts, stride, indices, experts, rows, tile_tokens, stream, launch=kind
+        )
 
     def grouped_gemm(  # noqa: PLR0913  (the options of one call)
         self,
