@@ -24,6 +24,7 @@ from emulation import aligned
 
 from w4a16gen import KernelConfig, Library, QuantMode
 from w4a16gen.kernels.epilogue import Activation, why_not_gated
+from w4a16gen.weights.layouts.fragments import interleaved
 from w4a16gen.weights.packed import pack_weight
 from w4a16gen.weights.reference import random_weight
 
@@ -580,6 +581,23 @@ def test_the_module_makes_the_same_calls(emulated: EmulatedExperts, fake_library
         0, at(rows_of_routes), at(weights), at(output), tokens, slots, size, *NO_IDS, experts, *on
     )
     assert refused == (INVALID, "rows must not be null")
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("activation", ["swiglu", "geglu_tanh", "geglu_erf"])
+def test_interleaved_products_are_activated_as_rows_of_eight(
+    emulated: EmulatedExperts, fake_library: Library, rng: np.random.Generator, activation: str
+) -> None:
+    opened = fake_library.module.KernelLibrary(str(emulated.path))
+    emulated.library.emulation_set(0, 4)
+    rows, inner, number = 5, 48, Activation(activation).number
+    both = rng.standard_normal((rows, 2 * inner)).astype(np.float16)
+    apart, together = (aligned(np.full((rows, inner), np.nan, np.float16)) for _ in range(2))
+    whole, eights = aligned(both), aligned(interleaved(both))
+    assert opened.activate_rows(at(whole), 0, at(apart), rows, inner, number, 0, False, 0) == (OK, "")
+    assert opened.activate_rows(at(eights), 0, at(together), rows * inner // 8, 8, number, 0, False, 0) == (OK, "")
+    assert np.isfinite(apart).all()
+    assert np.array_equal(apart.view(np.uint16), together.view(np.uint16))
 
 
 @pytest.mark.compile

@@ -131,6 +131,23 @@ def test_unsorted_routes_give_the_bits_of_sorted_ones(library: Library, mode: Qu
             assert np.array_equal(compute(tokens), whole[:tokens]), (pair, tokens)
 
 
+@pytest.mark.parametrize("mode", QuantMode, ids=str)
+def test_gated_weights_have_the_bits_of_plain_ones_without_gated_kernels(library: Library, mode: QuantMode) -> None:
+    layer = Layer(library, mode)
+    kernels = [kernel for kernel in GROUPED if (kernel.mode, kernel.epilogue) == (mode, Epilogue.NONE)]
+    for tokens, tile in ((1, 8), (UNSORTED_TOKENS, 8), (40, 8), (300, 64)):
+        call = layer.drawn(tokens)
+        call[1][0, 1:] = -1
+        hidden, ids, factors = (library.to_device(part) for part in call)
+        kernel = next(kernel for kernel in kernels if kernel.cta.tokens == tile)
+        plain, gated = (
+            library.experts.moe(hidden, w13, layer.w2, ids, factors, MoeOptions(), pair=(kernel, kernel))
+            for w13 in (layer.w13[False], layer.w13[True])
+        )
+        assert np.array_equal(gated.to_host().view(np.uint16), plain.to_host().view(np.uint16)), tokens
+        assert 0 < layer.error(gated.to_host(), *call) <= 1, tokens
+
+
 @pytest.mark.parametrize(
     ("count", "tokens", "slots"), [(MAX_EXPERTS, 8192, 8), (128, 4096, 8), (8, 1, 2), (3, 20000, 1)]
 )

@@ -47,6 +47,8 @@ KERNELS = [
 ]
 LARGE_TILES = [config for config in KERNELS if config.cta.tokens > UNSORTED_TOKENS]
 """Those that need sorted routes."""
+UNGATED = [config for config in KERNELS if config.epilogue is Epilogue.NONE]
+"""Those that apply no gate."""
 HIDDEN, INNER, EXPERTS, TOKENS, SLOTS = 96, 64, 5, 7, 3
 ROUTES = TOKENS * SLOTS
 Weights = list[QuantizedWeight]
@@ -220,6 +222,31 @@ def test_a_layer_is_routed_multiplied_and_combined_in_this_order(
     assert (last.rows, last.rows_of_routes) == (at["rows"][0], at["rows_of_routes"][0])
     assert (last.weights, last.output) == (0 if on_input else factors, out.buffer.pointer)
     assert (last.tokens, last.slots, last.columns) == (TOKENS, SLOTS, HIDDEN)
+
+
+@pytest.mark.parametrize("is_mapped", [False, True], ids=["all experts", "mapped"])
+@pytest.mark.parametrize("activation", GATED_ACTIVATIONS)
+@pytest.mark.parametrize("tokens", [1, UNSORTED_TOKENS, 40])
+def test_gated_weights_are_served_by_a_build_without_gated_kernels(
+    tokens: int, activation: str, is_mapped: bool
+) -> None:
+    library = FakeLibrary(UNGATED, devices=[H200])
+    layer = FewTokens(library, tokens)
+    places = np.array([3, -1, 0, 4, 1], np.int32) if is_mapped else None
+    needed = library.moe_workspace_bytes(tokens, SLOTS, layer.w13, layer.w2, global_experts=EXPERTS)
+    room = layer.on(np.full(needed, 0xFF, np.uint8))
+    expert_map = None if places is None else layer.on(places)
+    got = layer.moe(activation=activation, expert_map=expert_map, workspace=room).to_host()
+    made = calls(library)
+    gate_up, down = (call for call in made if isinstance(call, Grouped))
+    (activating,) = (call for call in made if isinstance(call, Activating))
+    rows = gate_up.rows
+    assert isinstance(made[0], Routing) == (tokens > UNSORTED_TOKENS)
+    assert (gate_up.activation, gate_up.config.epilogue) == (Activation.NONE, Epilogue.NONE)
+    assert (activating.gates_and_factors, activating.output) == (gate_up.output, down.activations)
+    assert (activating.rows, activating.columns, activating.row_count) == (rows * INNER // 8, 8, 0)
+    assert gate_up.output + 2 * rows * 2 * INNER <= down.activations, "there is room for the products"
+    assert 0 < layer.expected(activation=activation, expert_map=places).error_over_bound(got) <= 1
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
@@ -714,6 +741,11 @@ MOE: list[tuple[str, dict[str, Any], str]] = [
     ("experts on the host", {"w13": "host"}, "w13 of type ndarray must be on a GPU"),
     ("gates alone", {"w13": "gates"}, r"w13 must hold gate and up projections: see pack_experts\(gate, up\)"),
     (
+        "gated down projections",
+        {"w2": "gated"},
+        "w2 is packed with gated=True, but has no gate: pack the down projections without it",
+    ),
+    (
         "fewer experts",
         {"w2": "fewer"},
         r"w13 of 5 experts of \[128, 96\] must be of 4 experts of \[128, 96\], for w2",
@@ -754,6 +786,7 @@ def other_experts(layer: Layer) -> dict[str, PackedExperts]:
         "cutlass": layer.moved(pack_experts(layer.down, target="cutlass")),
         "host": pack_experts(layer.gate, layer.up),
         "gates": layer.moved(pack_experts(layer.gate)),
+        "gated": layer.moved(pack_experts(layer.down, gate_up=True, gated=True)),
         "fewer": layer.moved(pack_experts(layer.down[:4])),
         "other": layer.moved(pack_experts(layer.gate)),
         "mode": layer.moved(pack_experts(zeros)),
@@ -851,7 +884,8 @@ def test_a_build_without_the_kernels_names_the_command() -> None:
         none.list_rows(9, 8, offsets=layer.on(np.arange(EXPERTS + 1, dtype=np.int32)))
     plain = FakeLibrary(of(Epilogue.NONE, tokens={8}))
     assert Layer(plain).moe().shape == (TOKENS, HIDDEN)
-    refused(Layer(plain, gated=True).moe, {}, f"with epilogue gated: {WITH_GATE}", NotBuiltError)
+    other_mode = [replace(config, mode=QuantMode.FINEGRAINED_SCALE_AND_ZEROS) for config in plain.configs()]
+    refused(Layer(FakeLibrary(other_mode), gated=True).moe, {}, f"with epilogue gated: {WITH_GATE}", NotBuiltError)
     gated = FakeLibrary(of(Epilogue.GATED, tokens={8}))
     refused(Layer(gated, gated=True).moe, {}, f"no grouped kernel of mode fgs: {COMMAND}`", NotBuiltError)
     apart = FakeLibrary([*of(Epilogue.GATED, tokens={8}), *of(Epilogue.NONE, tokens={16})])

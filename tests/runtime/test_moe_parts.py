@@ -24,7 +24,7 @@ FUNCTIONS = dict(
 )
 
 
-def called(configs: Sequence[KernelConfig], parts: Collection[str] | None) -> list[str]:
+def called(configs: Sequence[KernelConfig], parts: Collection[str] | None, *, gated: bool) -> list[str]:
     """Return the functions that a layer calls on the way, in order."""
     library = FakeLibrary(configs)
     names: list[str] = []
@@ -42,7 +42,7 @@ def called(configs: Sequence[KernelConfig], parts: Collection[str] | None) -> li
         return PackedExperts(data, packed.layout, packed.n, packed.k, packed.group_size, packed.mode, packed.order)
 
     gate, down = ([quantize(np.eye(n, k), group_size=64)] * 2 for n, k in ((64, 128), (128, 64)))
-    w13, w2 = on_gpu(pack_experts(gate, gate, gated=configs is not PLAIN)), on_gpu(pack_experts(down))
+    w13, w2 = on_gpu(pack_experts(gate, gate, gated=gated)), on_gpu(pack_experts(down))
     hidden = library.to_device(np.zeros((3, 128), np.float16))
     ids, weights = (library.to_device(np.zeros((3, 2), kind)) for kind in (np.int32, np.float32))
     if parts is None:
@@ -53,12 +53,18 @@ def called(configs: Sequence[KernelConfig], parts: Collection[str] | None) -> li
 
 
 @pytest.mark.parametrize(
-    ("configs", "left_out"),
-    [(PLAIN, {"routing"}), (GATED, {"routing", "activation"}), (LARGE_TILES, {"activation"})],
-    ids=["plain", "gated", "gated with large tiles"],
+    ("configs", "gated", "left_out"),
+    [
+        (PLAIN, False, {"routing"}),
+        (PLAIN, True, {"routing"}),
+        (GATED, True, {"routing", "activation"}),
+        (GATED, False, {"routing"}),
+        (LARGE_TILES, True, {"activation"}),
+    ],
+    ids=["plain", "plain, gated weights", "gated", "gated, plain weights", "gated with large tiles"],
 )
-def test_a_layer_is_its_parts_in_order(configs: Sequence[KernelConfig], left_out: set[str]) -> None:
+def test_a_layer_is_its_parts_in_order(configs: Sequence[KernelConfig], gated: bool, left_out: set[str]) -> None:
     parts = [name for name in MOE_PARTS if name not in left_out]
-    assert called(configs, None) == [FUNCTIONS[name] for name in parts]
+    assert called(configs, None, gated=gated) == [FUNCTIONS[name] for name in parts]
     for name in MOE_PARTS:
-        assert called(configs, [name]) == ([FUNCTIONS[name]] if name in parts else [])
+        assert called(configs, [name], gated=gated) == ([FUNCTIONS[name]] if name in parts else [])

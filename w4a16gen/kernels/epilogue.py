@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.config import Epilogue, OrderedEnum, QuantMode, Target
 
-GATED_MULTIPLE = 16
-"""Channels of a weight for gated activations are a multiple of this: 8 gates and their 8 factors lie side by side."""
+SIDE_BY_SIDE = 8
+"""Gates, and then their factors, that lie side by side in a weight that is packed for gated activations."""
+GATED_MULTIPLE = 2 * SIDE_BY_SIDE
+"""Channels of a weight for gated activations are a multiple of this."""
 
 
 class Activation(OrderedEnum):

@@ -327,8 +327,9 @@ def moe(  # noqa: PLR0913  (the options of one call)
 
     Args:
         hidden: fp16 [tokens, hidden], contiguous.
-        w13: gate and up projections, in the same memory: `pack_experts(gate, up)`. Packed with gated=True, the kernels
-            apply the gate themselves.
+        w13: gate and up projections, in the same memory: `pack_experts(gate, up)`. Packed with gated=True,
+            kernels with epilogue gated apply the gate themselves. Without those in the build, and for other weights, a
+            launch between the products does.
         w2: down projections of the same experts, of the same mode.
         topk_ids: int32 or int64 [tokens, slots]: the expert of each route. Other numbers, such as -1, are skipped.
         topk_weights: fp32 [tokens, slots].

@@ -71,13 +71,15 @@ def check_packed(name: str, w: Any) -> None:
 
 
 def check_pair(w13: PackedExperts, w2: PackedExperts) -> None:
-    """Raise unless two projections are of the same experts.
+    """Raise unless two projections are of the same experts, and the second is packed without gated=True.
 
     Raises:
         InvalidValueError: naming both.
     """
     if w13.order is None:
         raise InvalidValueError("w13 must hold gate and up projections: see pack_experts(gate, up)")
+    if w2.gated:
+        raise InvalidValueError("w2 is packed with gated=True, but has no gate: pack the down projections without it")
     found, wanted = (w13.experts, w13.n, w13.k), (w2.experts, 2 * w2.k, w2.n)
     if found != wanted:
         raise InvalidValueError(

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from w4a16gen.kernels.config import KernelConfig
-from w4a16gen.kernels.epilogue import Activation
+from w4a16gen.kernels.epilogue import SIDE_BY_SIDE, Activation
 from w4a16gen.runtime.bindings import Bindings
 from w4a16gen.runtime.expert_arrays import NO_IDS, ExpertChoice
 from w4a16gen.runtime.expert_calls import MoeScalars
@@ -101,7 +101,7 @@ class LayerLauncher:
                 (DOWN, self._multiply_down),
                 (COMBINING, self._combine),
             ):
-                if part in parts and part in launched_parts(gated=layer.sizes.gated, is_sorted=layer.is_sorted):
+                if part in parts and part in launched_parts(gated=layer.plan.applies_gate, is_sorted=layer.is_sorted):
                     step(layer)
 
     def _route(self, layer: ExpertLayer) -> None:
@@ -118,7 +118,7 @@ class LayerLauncher:
     def _multiply_gate_up(self, layer: ExpertLayer) -> None:
         """Launch the first product, with the gate if its kernels apply it."""
         plan, base = layer.plan, layer.workspace
-        products, applied = (plan.gated, layer.scalars.gate) if layer.sizes.gated else (plan.products, Activation.NONE)
+        products, applied = (plan.gated, layer.scalars.gate) if plan.applies_gate else (plan.products, Activation.NONE)
         read = base + plan.rows if layer.is_sorted else layer.hidden
         self._multiply(layer, plan.gate_up, layer.gate_up, (read, base + products), applied, is_first=True)
 
@@ -158,12 +158,14 @@ class LayerLauncher:
 
     def _activate(self, layer: ExpertLayer) -> None:
         """Launch the gates behind a first product whose kernels do not apply them."""
-        plan, base = layer.plan, layer.workspace
+        plan, base, columns = layer.plan, layer.workspace, layer.sizes.down.k
         rows, row_count = layer.routes, base + plan.offsets + INT_BYTES * layer.sizes.experts
         if not layer.is_sorted:  # rows of no expert hold anything, and nobody reads what becomes of them
             rows, row_count = layer.sizes.unsorted_rows, 0
+        if layer.sizes.gated:  # each 8 gates and their 8 factors are a row, so that the count of rows does not hold
+            rows, row_count, columns = rows * columns // SIDE_BY_SIDE, 0, SIDE_BY_SIDE
         outcome = self._bindings.library.activate_rows(
-            *(base + plan.products, row_count, base + plan.gated, rows, layer.sizes.down.k),
+            *(base + plan.products, row_count, base + plan.gated, rows, columns),
             *(layer.scalars.gate.number, *layer.behind),
         )
         self._bindings.result_of(outcome)

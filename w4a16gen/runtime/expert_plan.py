@@ -36,7 +36,7 @@ class MoeSizes(NamedTuple):
     """The first product of one expert; m is 1."""
     down: Problem
     gated: bool
-    """Whether the kernels of the first product apply the gate."""
+    """Whether the weights of the first product are packed for kernels that apply the gate."""
 
     @property
     def routes(self) -> int:
@@ -72,6 +72,8 @@ class MoePlan(NamedTuple):
     nbytes: int
     can_leave_unsorted: bool = False
     """Whether no launch need sort the routes. Then there is room for the rows of either way."""
+    applies_gate: bool = False
+    """Whether the kernels of the first product apply the gate. Otherwise a launch between the products does."""
 
 
 def launched_parts(*, gated: bool, is_sorted: bool) -> list[str]:
@@ -112,6 +114,9 @@ def moe_sizes(
 def chosen_pair(configs: Iterable[KernelConfig], sizes: MoeSizes, card: Card, *, invariant: bool) -> Pair:
     """Return the kernels of a layer of experts.
 
+    Weights that are packed for kernels that apply the gate get kernels without an epilogue where the build has no
+    others of the mode: to those they are weights in another order of channels.
+
     Args:
         configs: the grouped kernels that are built.
         sizes: the sizes of the call.
@@ -124,8 +129,10 @@ def chosen_pair(configs: Iterable[KernelConfig], sizes: MoeSizes, card: Card, *,
     """
     tokens = INVARIANT_TOKENS if invariant else max(1, sizes.tokens)
     routing = choosing.Routing(tokens, sizes.slots, sizes.experts, sizes.global_experts)
-    gate_up = sizes.gate_up, Epilogue.GATED if sizes.gated else Epilogue.NONE
-    return choosing.choose_pair(configs, sizes.mode, gate_up, sizes.down, routing, card)
+    every = list(configs)
+    built = {config.epilogue for config in every if config.mode is sizes.mode}
+    applied = Epilogue.GATED if sizes.gated and built != {Epilogue.NONE} else Epilogue.NONE
+    return choosing.choose_pair(every, sizes.mode, (sizes.gate_up, applied), sizes.down, routing, card)
 
 
 def planned(sizes: MoeSizes, pair: Pair, token_tiles_bytes: int) -> MoePlan:
@@ -140,13 +147,14 @@ def planned(sizes: MoeSizes, pair: Pair, token_tiles_bytes: int) -> MoePlan:
     can_leave_unsorted = few and all(config.cta.tokens == UNSORTED_TOKENS for config in pair)
     rows = max(sizes.routes, sizes.unsorted_rows) if can_leave_unsorted else sizes.routes
     hidden, intermediate = sizes.down.n, sizes.down.k
+    applies_gate = sizes.gated and pair[0].epilogue is Epilogue.GATED
     lengths = {
         "offsets": INT_BYTES * (sizes.experts + 1),
         "routes_of_rows": INT_BYTES * sizes.routes,
         "rows_of_routes": INT_BYTES * sizes.routes,
         "token_tiles": token_tiles_bytes,
         "rows": HALF_BYTES * rows * hidden,
-        "products": 0 if sizes.gated else HALF_BYTES * rows * 2 * intermediate,
+        "products": 0 if applies_gate else HALF_BYTES * rows * 2 * intermediate,
         "gated": HALF_BYTES * rows * intermediate,
     }
     ends = list(itertools.accumulate(map(align, lengths.values()), initial=0))
@@ -164,4 +172,5 @@ def planned(sizes: MoeSizes, pair: Pair, token_tiles_bytes: int) -> MoePlan:
         gated=places["gated"],
         nbytes=ends[-1],
         can_leave_unsorted=can_leave_unsorted,
+        applies_gate=applies_gate,
     )

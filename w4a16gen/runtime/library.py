@@ -479,7 +479,8 @@ class Library:
         Args:
             hidden: fp16 [tokens, hidden], contiguous, on a Hopper GPU.
             w13: gate and up projections of the experts here, on the same GPU: `pack_experts(gate, up)`. Packed with
-                gated=True, the kernels apply the gate themselves.
+                gated=True, kernels with epilogue gated apply the gate themselves. Without those in the build, and for
+                other weights, a launch between the products does.
             w2: down projections of the same experts, of the same mode.
             topk_ids: int32 or int64 [tokens, slots]: the expert of each route. Other numbers, such as -1, are skipped.
             topk_weights: fp32 [tokens, slots].

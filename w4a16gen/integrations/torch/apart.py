@@ -8,11 +8,9 @@ from typing import Any
 import torch
 
 from w4a16gen.kernels.config import Target
-from w4a16gen.kernels.epilogue import Activation, CallEpilogue
+from w4a16gen.kernels.epilogue import SIDE_BY_SIDE, Activation, CallEpilogue
 from w4a16gen.weights.packed import TARGET_LAYOUTS
 
-_SIDE_BY_SIDE = 8
-"""Gates, and then their factors, that lie side by side in a packed weight."""
 FUNCTIONS: dict[Activation, Callable[[Any], Any]] = {
     Activation.NONE: lambda x: x,
     Activation.SILU: torch.nn.functional.silu,
@@ -37,8 +35,8 @@ def apart_from(product: Callable[..., Any], bias: Any, n: int, layout: str, call
     if not call.activation.is_gated:
         y = FUNCTIONS[call.activation](product(bias=bias, layout=layout).float())
     else:
-        packed_bias = None if bias is None else bias.reshape(2, -1, _SIDE_BY_SIDE).transpose(0, 1).reshape(n)
+        packed_bias = None if bias is None else bias.reshape(2, -1, SIDE_BY_SIDE).transpose(0, 1).reshape(n)
         pairs = product(bias=packed_bias, layout=TARGET_LAYOUTS[Target.NATIVE]).float()
-        pairs = pairs.unflatten(-1, (-1, 2, _SIDE_BY_SIDE))
+        pairs = pairs.unflatten(-1, (-1, 2, SIDE_BY_SIDE))
         y = (FUNCTIONS[call.activation.function](pairs[..., 0, :]) * pairs[..., 1, :]).flatten(-2)
     return (y if residual is None else y + residual.float()).to(torch.float16)
