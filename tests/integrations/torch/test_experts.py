@@ -37,9 +37,9 @@ def weights_of(rng: np.random.Generator, size: float = 0.04) -> tuple[Weights, W
     return made(INTERMEDIATE, HIDDEN), made(INTERMEDIATE, HIDDEN), made(HIDDEN, INTERMEDIATE)
 
 
-def experts_of(weights: Any, activation: Any = "silu") -> Any:
+def experts_of(weights: Any, activation: Any = "silu", *, gated: bool = True) -> Any:
     gate, up, down = weights
-    return W4A16Experts.from_packed(pack_experts(gate, up), pack_experts(down), activation)
+    return W4A16Experts.from_packed(pack_experts(gate, up, gated=gated), pack_experts(down), activation)
 
 
 def routing(rng: np.random.Generator, tokens: int = 17, slots: int = 3) -> tuple[Any, Any, Any]:
@@ -128,6 +128,78 @@ def test_orders_scales_and_alphas_belong_to_their_experts(rng: np.random.Generat
         got = made(x, expert)
         assert torch.equal(got, (plain(moved, expert).half() * 1.0).float() * alphas[expert])
         torch.testing.assert_close(got.double(), x.double() @ dense[expert].T, rtol=4e-3, atol=4e-3 * alphas[expert])
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
+@pytest.mark.parametrize("change", ["none", "alphas", "order", "hook", "overflow"])
+def test_both_packings_have_the_same_bits(activation: str, change: str, rng: np.random.Generator) -> None:
+    weights = weights_of(rng)
+    layers = [experts_of(weights, activation, gated=gated) for gated in (True, False)]
+    order = torch.from_numpy(np.stack([rng.permutation(HIDDEN) for _ in range(EXPERTS)]))
+    seen: tuple[list[Any], list[Any]] = ([], [])
+    for layer, outputs in zip(layers, seen, strict=True):
+        assert layer.is_grouped is (activation != "relu")
+        if change == "alphas":
+            layer.gate_up.alphas = tuple(2.0**expert for expert in range(EXPERTS))
+        elif change == "order":
+            layer.gate_up.permutation = order
+        elif change == "hook":
+            layer.gate_up.register_forward_hook(lambda _module, _given, out, outputs=outputs: outputs.append(out))
+        elif change == "overflow":
+            layer.gate_up.overflow = "check"
+        assert layer.is_grouped is (activation != "relu" and change == "none")
+    gated, plain = layers
+    assert [layer.gate_up.layout for layer in layers] == ["fragment_blocks_v2_gated", "fragment_blocks_v2"]
+    call = tensors(*routing(rng))
+    assert torch.equal(gated(*call), plain(*call))
+    assert torch.equal(gated.gate_up.dequantize(torch.float64), plain.gate_up.dequantize(torch.float64))
+    for expert in range(EXPERTS):
+        assert torch.equal(gated.gate_up(call[0], expert), plain.gate_up(call[0], expert))
+    assert bool(seen[0]) is (change == "hook")
+    assert all(torch.equal(one, other) for one, other in zip(*seen, strict=True))
+    assert not torch.equal(gated.gate_up.packed, plain.gate_up.packed), "their bytes differ"
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["to gated", "to plain"])
+def test_a_state_brings_its_packing(gated: bool, rng: np.random.Generator) -> None:
+    made, others = weights_of(rng), weights_of(rng)
+    source, target = experts_of(made, gated=not gated), experts_of(others, gated=gated)
+    call = tensors(*routing(rng))
+    wanted = source(*call)
+    compiled = torch.compile(target, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(*call), target(*call))
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(compiled(*call), wanted), "it is compiled again"
+    assert target.gate_up.layout == source.gate_up.layout != experts_of(others, gated=gated).gate_up.layout
+    assert target.is_grouped
+    assert torch.equal(target(*call), wanted)
+    target.down.overflow = "check"
+    assert torch.equal(target(*call), wanted), "one by one"
+    again = experts_of(others, gated=gated)
+    again.load_state_dict(target.state_dict())
+    assert torch.equal(again(*call), wanted)
+
+
+def test_no_other_layout_is_taken_from_a_state(rng: np.random.Generator) -> None:
+    gate, up, down = weights_of(rng)
+    gated, cutlass = experts_of((gate, up, down)), on_torch(pack_experts(gate, up, target="cutlass"))
+    state = ExpertProjection(cutlass).state_dict()
+    before = gated.gate_up.packed.clone()
+    with pytest.raises(InvalidValueError, match=r"layout = kmajor.*this layer has fragment_blocks_v2_gated: make"):
+        gated.gate_up.load_state_dict(state)
+    with pytest.raises(InvalidValueError, match="layout = fragment_blocks_v2_gated, but this layer has kmajor"):
+        ExpertProjection(cutlass).load_state_dict(gated.gate_up.state_dict())
+    for part, layout, message in (
+        (gated.gate_up, ["fragment_blocks_v2"], r"layout = \['fragment_blocks_v2'\], but"),
+        (gated.gate_up, None, "layout = None, but"),
+        (gated.down, "fragment_blocks_v2_gated", "layout = fragment_blocks_v2_gated, but this layer has frag"),
+    ):
+        own = part.state_dict()
+        members = {**json.loads(bytes(own["_extra_state"].tolist())), "layout": layout}
+        own["_extra_state"] = torch.frombuffer(bytearray(json.dumps(members).encode()), dtype=torch.uint8)
+        with pytest.raises(InvalidValueError, match=message):
+            part.load_state_dict(own)
+    assert torch.equal(gated.gate_up.packed, before), "nothing was copied"
 
 
 def test_a_state_moves_between_equal_experts_and_no_others(rng: np.random.Generator) -> None:
@@ -231,10 +303,6 @@ def test_projections_that_do_not_fit_together_are_refused(rng: np.random.Generat
         ((pack_experts(down), joint), "must be joined"),
         ((joint, pack_experts(down), "tanh"), "activation 'tanh' must be a function, or one of silu"),
         ((joint, down), "experts of type list must be PackedExperts"),
-        (
-            (pack_experts(gate, up, gated=True), pack_experts(down)),
-            "packed with gated=True, for Library.moe: pack them",
-        ),
     )
     for arguments, message in cases:
         with pytest.raises(InvalidValueError, match=message):
@@ -332,6 +400,8 @@ def test_what_grouped_kernels_cannot_do_is_computed_one_by_one(rng: np.random.Ge
     assert not experts_of(weights, torch.nn.functional.tanh).is_grouped
     for change in ({"alphas": [2.0] * EXPERTS}, {"permutation": torch.stack([torch.arange(INTERMEDIATE)] * EXPERTS)}):
         assert not W4A16Experts(experts.gate_up, projection(weights[2], **change)).is_grouped
+    gated_down = ExpertProjection(on_torch(pack_experts(weights[2], gate_up=True, gated=True)))
+    assert not W4A16Experts(experts.gate_up, gated_down).is_grouped
     experts.down.overflow = "check"
     assert not experts.is_grouped
     many = [random_weight(rng, 32, 32, 32, QuantMode.FINEGRAINED_SCALE_ONLY)]
@@ -359,18 +429,21 @@ def test_calls_wait_unless_grouped_kernels_serve_them(
 
 
 def test_experts_can_be_compiled_whole_and_exported(rng: np.random.Generator) -> None:
-    experts = experts_of(weights_of(rng))
+    weights = weights_of(rng)
+    experts = experts_of(weights)
     call = tuple(tensors(*routing(rng)))
     wanted = experts(*call)
     compiled = torch.compile(lambda *given: experts(*given) + 1, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(*call), wanted + 1)
     exported = torch.export.export(experts, call)
     assert torch.equal(exported.module()(*call), wanted)
-    facts = (HIDDEN, INTERMEDIATE, 32, 32, experts.down.mode, experts.down.layout, "silu")
     hidden, ids, factors = call
     ids = ids.clamp(0, EXPERTS - 1)
-    operands = (hidden, ids, torch.nan_to_num(factors), experts.gate_up.packed, experts.down.packed, *facts)
-    torch.library.opcheck(torch.ops.w4a16gen.moe.default, operands)
+    for layer in (experts, experts_of(weights, gated=False)):
+        facts = (HIDDEN, INTERMEDIATE, 32, 32, layer.down.mode, layer.gate_up.layout, "silu")
+        operands = (hidden, ids, torch.nan_to_num(factors), layer.gate_up.packed, layer.down.packed, *facts)
+        torch.library.opcheck(torch.ops.w4a16gen.moe.default, operands)
+        assert torch.equal(torch.ops.w4a16gen.moe(*operands), experts(hidden, ids, operands[2]))
 
 
 def test_gradients_reach_the_weights_of_routes_and_no_activations(rng: np.random.Generator) -> None:

@@ -38,7 +38,12 @@ class Layer:
     """Experts on the GPU, and their weights."""
 
     def __init__(
-        self, rng: np.random.Generator, mode: QuantMode = QuantMode.FINEGRAINED_SCALE_ONLY, activation: str = "silu"
+        self,
+        rng: np.random.Generator,
+        mode: QuantMode = QuantMode.FINEGRAINED_SCALE_ONLY,
+        activation: str = "silu",
+        *,
+        gated: bool = True,
     ) -> None:
         self.rng, self.activation = rng, activation
         self.gate, self.up, self.down = (
@@ -46,7 +51,7 @@ class Layer:
             for n, k in ((INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER))
         )
         self.experts = integration.W4A16Experts.from_packed(
-            pack_experts(self.gate, self.up), pack_experts(self.down), activation, device="cuda"
+            pack_experts(self.gate, self.up, gated=gated), pack_experts(self.down), activation, device="cuda"
         )
         assert self.experts.is_grouped
 
@@ -66,8 +71,11 @@ class Layer:
 
 @pytest.mark.parametrize("mode", QuantMode, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_results_are_within_their_bounds_and_repeat(mode: QuantMode, activation: str, rng: np.random.Generator) -> None:
-    layer = Layer(rng, mode, activation)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_results_are_within_their_bounds_and_repeat(
+    mode: QuantMode, activation: str, gated: bool, rng: np.random.Generator
+) -> None:
+    layer = Layer(rng, mode, activation, gated=gated)
     for tokens in (0, 1, 5, 64, 300):
         call = layer.drawn(tokens)
         got = layer.experts(*call)
@@ -79,20 +87,30 @@ def test_results_are_within_their_bounds_and_repeat(mode: QuantMode, activation:
         assert torch.equal(wide, layer.experts(call[0].bfloat16().half(), *call[1:]).bfloat16())
 
 
-def test_the_operator_passes_opcheck(rng: np.random.Generator) -> None:
-    layer = Layer(rng)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_the_operator_passes_opcheck(gated: bool, rng: np.random.Generator) -> None:
+    layer = Layer(rng, gated=gated)
     experts = layer.experts
-    facts = (HIDDEN, INNER, 128, 128, experts.down.mode, experts.down.layout, "silu")
+    facts = (HIDDEN, INNER, 128, 128, experts.down.mode, experts.gate_up.layout, "silu")
     operands = (*layer.drawn(9), experts.gate_up.packed, experts.down.packed, *facts)
     torch.library.opcheck(torch.ops.w4a16gen.moe.default, operands)
 
 
-def test_it_is_near_experts_that_are_computed_one_by_one(rng: np.random.Generator) -> None:
-    layer = Layer(rng)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_it_is_near_experts_that_are_computed_one_by_one(gated: bool, rng: np.random.Generator) -> None:
+    layer = Layer(rng, gated=gated)
     call = layer.drawn(33)
     apart = layer.experts._one_by_one(*call)  # noqa: SLF001
     assert layer.error(apart, *call) <= 1
     torch.testing.assert_close(layer.experts(*call).float(), apart, rtol=2e-2, atol=2e-2)
+
+
+def test_a_state_of_the_other_packing_is_taken(rng: np.random.Generator) -> None:
+    plain, gated = Layer(rng, gated=False), Layer(rng)
+    gated.experts.load_state_dict(plain.experts.state_dict())
+    for tokens in (1, 40):
+        call = plain.drawn(tokens)
+        assert torch.equal(gated.experts(*call), plain.experts(*call))
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 40, 300])

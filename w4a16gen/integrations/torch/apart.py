@@ -1,4 +1,4 @@
-"""Epilogues behind a plain product, as operations of torch: for builds whose kernels do not compute them."""
+"""What follows a plain product, as operations of torch: for calls whose epilogue no kernel of the build computes."""
 
 from __future__ import annotations
 
@@ -19,6 +19,18 @@ FUNCTIONS: dict[Activation, Callable[[Any], Any]] = {
     Activation.RELU2: lambda x: torch.relu(x).square(),
 }
 """By `Activation.function`."""
+
+
+def gates_first(values: Any) -> Any:
+    """Return channels in the order of the canonical weight, out of the order of a weight for gated activations.
+
+    Args:
+        values: tensor [..., n]: 8 gates, their 8 factors, the next 8 gates, and so on.
+
+    Returns:
+        The tensor [..., n]: all gates, and then their factors.
+    """
+    return values.unflatten(-1, (-1, 2, SIDE_BY_SIDE)).transpose(-3, -2).flatten(-3)
 
 
 def apart_from(product: Callable[..., Any], bias: Any, n: int, layout: str, call: CallEpilogue, residual: Any) -> Any:

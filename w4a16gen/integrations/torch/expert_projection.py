@@ -1,4 +1,8 @@
-"""One projection of all experts of a layer, in one buffer: the product of one expert, moves and state dicts."""
+"""One projection of all experts of a layer, in one buffer: the product of one expert, moves and state dicts.
+
+Weights that are packed for kernels that apply the gate are plain weights in another order of channels. So any kernel
+computes their products, whose channels are then put in order.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +13,22 @@ import torch
 
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.integrations.torch import given
+from w4a16gen.integrations.torch.apart import gates_first
 from w4a16gen.integrations.torch.device_weights import dense_weight
 from w4a16gen.integrations.torch.nibbles import Tensor
 from w4a16gen.integrations.torch.packed_module import Operands, PackedModule, has_hooks, product
 from w4a16gen.integrations.torch.state import check_tensors, powers_of_two, read_facts, write_state
-from w4a16gen.kernels.config import QuantMode
+from w4a16gen.kernels.config import QuantMode, Target
 from w4a16gen.kernels.integers import integer
 from w4a16gen.weights.experts import PackedExperts
+from w4a16gen.weights.packed import GATED_LAYOUT, TARGET_LAYOUTS
 
 STATE_FORMAT = "w4a16gen.experts/1"
 """What state dicts carry; the number changes with their tensors."""
 _EXTRA_STATE = "_extra_state"
+_PLAIN = TARGET_LAYOUTS[Target.NATIVE]
+_NATIVE = (_PLAIN, GATED_LAYOUT)
+"""Layouts of equal bytes, of which a state dict may bring the other one."""
 
 
 class ExpertProjection(PackedModule):
@@ -54,8 +63,6 @@ class ExpertProjection(PackedModule):
         super().__init__()
         if not isinstance(weights, PackedExperts):
             raise InvalidValueError(f"weights of type {type(weights).__name__} must be PackedExperts: see pack_experts")
-        if weights.gated:
-            raise InvalidValueError("weights are packed with gated=True, for Library.moe: pack them without it")
         given.check_tensor("data of the experts", weights.data, (weights.experts, weights.stride), torch.uint8)
         self.experts, self.order = weights.experts, weights.order
         self.n, self.k, self.group_size = weights.n, weights.k, weights.group_size
@@ -74,7 +81,7 @@ class ExpertProjection(PackedModule):
         self.nbytes_of_expert = weights.expert(0).nbytes
 
     def forward(self, x: Tensor, expert: int) -> Tensor:
-        """Return the product of one expert, [m, n], in the dtype of x.
+        """Return the product of one expert, [m, n], in the dtype of x; all gates before the up projections.
 
         Args:
             x: floating point [m, k], on the device of the weights.
@@ -89,7 +96,11 @@ class ExpertProjection(PackedModule):
             raise InvalidValueError(f"expert {expert} must be 0 to {self.experts - 1}")
         order, scale = (None if part is None else part[expert] for part in (self.permutation, self.input_scale))
         packed = self.packed[expert, : self.nbytes_of_expert]
-        return product(self, x, Operands(packed, self.alphas[expert], order, scale))
+        operands = Operands(packed, self.alphas[expert], order, scale)
+        if self.layout != GATED_LAYOUT:
+            return product(self, x, operands)
+        y: Tensor = gates_first(product(self, x, operands, layout=_PLAIN))
+        return y
 
     @property
     def is_plain(self) -> bool:
@@ -119,7 +130,7 @@ class ExpertProjection(PackedModule):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a state dict must agree with."""
+        """What a state dict must agree with, but for the two layouts of target native."""
         names = ("experts", "order", "n", "k", "group_size", "mode", "layout")
         return {name: getattr(self, name) for name in names}
 
@@ -129,18 +140,22 @@ class ExpertProjection(PackedModule):
         return write_state(self.facts, {**scalars, "alphas": list(self.alphas)}, STATE_FORMAT)
 
     def set_extra_state(self, state: Any) -> None:
-        """Take the scales out of the facts of a state dict.
+        """Take the scales out of the facts of a state dict, and how its gates and up projections lie.
 
         Raises:
             InvalidValueError: if they describe other experts.
         """
         found = self._read(state)
+        self.layout = found["layout"]
         self.alphas = tuple(given.finite_alpha(alpha) for alpha in found["alphas"])
         for name, value in powers_of_two(found).items():
             setattr(self, name, value)
 
     def _read(self, state: Any) -> dict[str, Any]:
-        found = read_facts(self.facts, state, STATE_FORMAT)
+        facts = self.facts
+        found = read_facts({name: value for name, value in facts.items() if name != "layout"}, state, STATE_FORMAT)
+        if self.layout not in _NATIVE or self.order is None or found.get("layout") not in _NATIVE:
+            read_facts(facts, state, STATE_FORMAT)
         alphas = found.get("alphas")
         if not isinstance(alphas, list) or len(alphas) != self.experts:
             raise InvalidValueError(f"the state dict must hold an alpha for each of {self.experts} experts")

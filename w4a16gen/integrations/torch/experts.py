@@ -19,7 +19,7 @@ from w4a16gen.kernels.config import Target
 from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.runtime.expert_calls import GATED_ACTIVATIONS, MAX_EXPERTS
 from w4a16gen.weights.experts import PackedExperts
-from w4a16gen.weights.packed import LAYOUT_TARGETS
+from w4a16gen.weights.packed import LAYOUT_TARGETS, TARGET_LAYOUTS
 
 _MATRIX = 2
 _OTHER = "other"
@@ -43,12 +43,16 @@ class W4A16Experts(torch.nn.Module):
     fp16; the activation is computed in fp32 and rounded to fp16 once; the routes of a token are added in fp32, in the
     order of the slots. The sum is rounded to fp16 where `is_grouped` says yes. Equal inputs give equal bits.
 
-    With grouped kernels in the build (`w4a16gen build --space default --space experts`), a call waits for nothing, and
-    can be compiled, captured and exported. Otherwise, and where `is_grouped` says no, experts are computed one by one.
-    **Such a call waits for the device**, because it asks how many tokens each expert has. CUDA graphs cannot hold it.
+    With grouped kernels in the build, a call waits for nothing, and can be compiled, captured and exported. They are
+    built by `w4a16gen build --space default --space experts --epilogue none --epilogue gated`. Otherwise, and where
+    `is_grouped` says no, experts are computed one by one. **Such a call waits for the device**, because it asks how
+    many tokens each expert has. CUDA graphs cannot hold it.
+
+    If gate and up are packed with gated=True, grouped kernels with epilogue `gated` apply the gate, and do not round
+    the products before. Without such kernels, and for other weights, a launch between the products applies it.
 
     `.to(device)`, `state_dict`, `copy.deepcopy` and pickle work as with other modules. `.half()`, `.bfloat16()` and
-    `.to(dtype)` change nothing.
+    `.to(dtype)` change nothing. `load_state_dict` takes the state of either packing, and keeps that packing.
 
     Attributes:
         gate_up: the gate and up projections, joined: the rows of the gate first.
@@ -62,7 +66,8 @@ class W4A16Experts(torch.nn.Module):
         >>> from w4a16gen.weights.experts import pack_experts
         >>> from w4a16gen.weights.quantize import quantize
         >>> weights = [quantize(np.eye(64), group_size=32) for _ in range(4)]
-        >>> experts = W4A16Experts.from_packed(pack_experts(weights, weights), pack_experts(weights))
+        >>> gate_up = pack_experts(weights, weights, gated=True)
+        >>> experts = W4A16Experts.from_packed(gate_up, pack_experts(weights))
         >>> x, ids = torch.ones(3, 64), torch.tensor([[0, 2], [2, 3], [1, -1]])
         >>> experts(x, ids, torch.full((3, 2), 0.5)).shape
         torch.Size([3, 64])
@@ -111,7 +116,7 @@ class W4A16Experts(torch.nn.Module):
         """Make a layer of packed experts.
 
         Args:
-            gate_up: what `pack_experts(gate, up)` returned.
+            gate_up: what `pack_experts(gate, up, gated=True)` returned, or the same without `gated`.
             down: what `pack_experts(down)` returned.
             activation: one of `ACTIVATIONS`, or a function of tensors.
             device: where the experts shall be; None leaves them where they are.
@@ -161,7 +166,7 @@ class W4A16Experts(torch.nn.Module):
             self.gate_up.group_size,
             self.down.group_size,
             self.down.mode,
-            self.down.layout,
+            self.gate_up.layout,
             self.activation_name,
         )
         return out.to(hidden_states.dtype)
@@ -178,8 +183,9 @@ class W4A16Experts(torch.nn.Module):
         return (
             self.activation_name in GATED_ACTIVATIONS
             and self.num_experts <= MAX_EXPERTS
-            and (self.gate_up.mode, self.gate_up.layout) == (self.down.mode, self.down.layout)
-            and LAYOUT_TARGETS[self.down.layout] is Target.NATIVE
+            and self.gate_up.mode == self.down.mode
+            and LAYOUT_TARGETS[self.gate_up.layout] is Target.NATIVE
+            and self.down.layout == TARGET_LAYOUTS[Target.NATIVE]
             and all(part.is_plain for part in parts)
         )
 

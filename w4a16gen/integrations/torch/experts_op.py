@@ -7,18 +7,20 @@ build, and in host memory, it computes one expert after the other. Every fact of
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.integrations.torch import ops
-from w4a16gen.integrations.torch.apart import FUNCTIONS
+from w4a16gen.integrations.torch.apart import FUNCTIONS, gates_first
 from w4a16gen.integrations.torch.nibbles import Tensor
 from w4a16gen.kernels.config import QuantMode
 from w4a16gen.runtime.default import library_in_use
 from w4a16gen.runtime.expert_calls import GATED_ACTIVATIONS
 from w4a16gen.weights.experts import GATE_FIRST, PackedExperts
+from w4a16gen.weights.packed import LAYOUT_TARGETS, TARGET_LAYOUTS
 
 _ARGUMENTS = (
     "(Tensor hidden, Tensor topk_ids, Tensor topk_weights, Tensor w13, Tensor w2, int hidden_size, int "
@@ -74,14 +76,16 @@ class _Facts(NamedTuple):
     down_group_size: int
     mode: str
     layout: str
+    """That of gate and up. The down projections have the layout of its target without a gate."""
     activation: str
 
     def packed(self, w13: Any, w2: Any) -> tuple[PackedExperts, PackedExperts]:
         """Return the projections of all experts: gate and up, and down."""
         hidden, inner, mode = self.hidden_size, self.intermediate_size, QuantMode.parse(self.mode)
+        plain = TARGET_LAYOUTS[LAYOUT_TARGETS[self.layout]]
         return (
             PackedExperts(w13, self.layout, 2 * inner, hidden, self.gate_up_group_size, mode, GATE_FIRST),
-            PackedExperts(w2, self.layout, hidden, inner, self.down_group_size, mode),
+            PackedExperts(w2, plain, hidden, inner, self.down_group_size, mode),
         )
 
 
@@ -122,8 +126,9 @@ def _one_by_one(hidden: Any, topk_ids: Any, topk_weights: Any, w13: Any, w2: Any
     packed, function = facts.packed(w13, w2), FUNCTIONS[GATED_ACTIVATIONS[facts.activation].function]
 
     def product(x: Any, weights: PackedExperts, expert: int) -> Any:
-        weight = weights.expert(expert)
-        return torch.ops.w4a16gen.gemm(x, weight.data, None, *ops.facts_of(weight), 1.0).float()
+        weight = replace(weights.expert(expert), layout=packed[1].layout)
+        y = torch.ops.w4a16gen.gemm(x, weight.data, None, *ops.facts_of(weight), 1.0).float()
+        return gates_first(y) if weights.gated else y
 
     def one_expert(x: Any, expert: int) -> Any:
         gate, up = product(x, packed[0], expert).chunk(2, dim=-1)

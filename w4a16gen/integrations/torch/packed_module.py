@@ -126,6 +126,7 @@ def product(
     residual: Tensor | None = None,
     dtype: Any = None,
     apart: bool = False,
+    layout: str | None = None,
 ) -> Tensor:
     """Return activation(alpha * x' W + bias) + residual, with what a layer says of its weights.
 
@@ -137,6 +138,7 @@ def product(
             `apart` is set and kernels of the weight's target cannot.
         dtype: of the result; None for that of x.
         apart: see `W4A16Linear.forward`.
+        layout: tag of the layout that kernels take the weights for; None is that of the layer.
     """
     packed, alpha, permutation, input_scale, bias = operands
     wanted = x.dtype if dtype is None else dtype
@@ -149,7 +151,7 @@ def product(
     added = bias if bias is None or layer.output_scale == 1 else bias * (1 / layer.output_scale)
     factor = alpha * layer.activation_scale / layer.output_scale
     x = x.to(torch.float16)
-    facts = layer.n, layer.k, layer.group_size, layer.mode, layer.layout
+    facts = layer.n, layer.k, layer.group_size, layer.mode, layer.layout if layout is None else layout
     has_kernels = not apart or LAYOUT_TARGETS[layer.layout] is Target.NATIVE
     adds = residual is not None and residual.dtype == wanted == torch.float16 and layer.output_scale == 1
     adds = adds and has_kernels
