@@ -166,7 +166,7 @@ def moe_layers(checkpoint: Mapping[str, Any]) -> Iterator[MoeLayer]:
         >>> import w4a16gen
         >>> checkpoint = w4a16gen.open_checkpoint("Qwen3-30B-A3B-GPTQ")  # doctest: +SKIP
         >>> for layer in moe_layers(checkpoint):  # doctest: +SKIP
-        ...     gate_up, down = pack_experts(layer.gate, layer.up), pack_experts(layer.down)
+        ...     gate_up, down = pack_experts(layer.gate, layer.up, gated=True), pack_experts(layer.down)
     """
     found = find_experts(checkpoint)
     for names in found.values():

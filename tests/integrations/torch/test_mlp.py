@@ -51,12 +51,14 @@ def test_interleaved_bytes_are_those_of_the_whole_weight(
     parts = [integration.ops.on_torch(w4a16gen.pack_weight(whole.channels(np.arange(at, at + n)))) for at in (0, n)]
     got = interleaving.interleave(*parts)
     np.testing.assert_array_equal(got.numpy(), w4a16gen.pack_weight(whole, gated=True).data)
+    assert torch.equal(interleaving.interleave(integration.ops.on_torch(w4a16gen.pack_weight(whole))), got)
 
 
 def test_bytes_that_cannot_be_interleaved_are_left_to_the_host(rng: np.random.Generator) -> None:
     on_torch = integration.ops.on_torch
     odd = [on_torch(w4a16gen.pack_weight(random_weight(rng, 48, 128, 64, FGS))) for _ in range(2)]
     assert interleaving.interleave(*odd) is None
+    assert interleaving.interleave(on_torch(w4a16gen.pack_weight(random_weight(rng, 96, 128, 64, FGS)))) is None
     cutlass = on_torch(w4a16gen.pack_weight(random_weight(rng, 64, 128, 64, FGS), target="cutlass"))
     assert interleaving.interleave(cutlass, cutlass) is None
     # A factor's scale whose last bit a lower channel holds, but an upper one does not.

@@ -17,6 +17,7 @@ from w4a16gen import InvalidValueError
 from w4a16gen.weights.expert_layers import MoeLayer, moe_layers
 from w4a16gen.weights.experts import pack_experts
 from w4a16gen.weights.packed_checkpoint import PackedLayer
+from w4a16gen.weights.reference import random_weight
 from w4a16gen.weights.writers.convert import convert
 
 torch = pytest.importorskip("torch")
@@ -76,7 +77,8 @@ def test_the_bytes_are_those_of_pack_experts(
         convert(folder, tmp_path / "packed")
         folder = tmp_path / "packed"
     (layer,) = moe_layers(w4a16gen.open_packed(folder) if is_packed else w4a16gen.open_checkpoint(folder))
-    for made, packed in zip(stacks(layer), (pack_experts(plain.gate, plain.up), pack_experts(plain.down)), strict=True):
+    wanted = pack_experts(plain.gate, plain.up, gated=True), pack_experts(plain.down)
+    for made, packed in zip(stacks(layer), wanted, strict=True):
         assert made.facts == {
             "experts": EXPERTS,
             "order": packed.order,
@@ -107,6 +109,22 @@ def test_each_expert_keeps_its_own_order_of_k(tmp_path: Path, rng: np.random.Gen
     for expert in range(EXPERTS):
         assert torch.equal(plain(x, expert), wanted[expert])
         assert torch.equal(joint(x, expert), torch.cat([wanted[expert]] * 2, dim=1))
+
+
+@pytest.mark.parametrize("inner", [24, 48, 64, 96])
+@pytest.mark.parametrize("mode", w4a16gen.QuantMode, ids=str)
+def test_gate_and_up_of_one_layer_are_packed_for_the_gate(
+    inner: int, mode: w4a16gen.QuantMode, rng: np.random.Generator
+) -> None:
+    weights = [random_weight(rng, 2 * inner, 96, 32 if mode.is_grouped else 96, mode) for _ in range(EXPERTS)]
+    layers = [
+        PackedLayer(f"e.{expert}", w4a16gen.pack_weight(weight), 1.0, None, None, None)
+        for expert, weight in enumerate(weights)
+    ]
+    made = stack_layers([(layer,) for layer in layers], Uploader("cpu"), gate_up=True)
+    wanted = pack_experts(weights, gate_up=True, gated=True)
+    assert (made.layout, made.order) == (wanted.layout, wanted.order)
+    np.testing.assert_array_equal(made.packed.numpy(), wanted.data)
 
 
 def test_layers_that_cannot_be_joined_or_stacked_are_named(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -146,7 +164,7 @@ def test_experts_of_other_group_sizes_are_brought_to_one(
     (layer,) = moe_layers(opened)
     joint = stacks(layer)[0]
     assert joint.group_size == 32
-    np.testing.assert_array_equal(joint.packed.numpy(), pack_experts(layer.gate, layer.up).data)
+    np.testing.assert_array_equal(joint.packed.numpy(), pack_experts(layer.gate, layer.up, gated=True).data)
     for expert in range(EXPERTS):
         np.testing.assert_array_equal(joint.dequantize(torch.float64)[expert, 64:].numpy(), wanted[expert])
 

@@ -127,7 +127,9 @@ def test_formats_dtypes_and_loaders_agree(kind: str, route: str, dtype: Any, tmp
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     for other in (ours, theirs):
         assert torch.equal(other(tiny.tokens()).logits, logits)
-        assert sum(isinstance(module, W4A16Experts) for module in other.modules()) == len(model.w4a16gen_report.experts)
+        layers = [module for module in other.modules() if isinstance(module, W4A16Experts)]
+        assert len(layers) == len(model.w4a16gen_report.experts)
+        assert all(layer.gate_up.weights_of().gated for layer in layers)
     dense = model.dequantize(torch.float32).float()
     assert not any(isinstance(module, (W4A16Experts, W4A16Linear)) for module in dense.modules())
     wanted = dense(tiny.tokens()).logits

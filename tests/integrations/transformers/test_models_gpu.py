@@ -64,13 +64,25 @@ def test_a_mixture_computes_what_it_does_on_the_cpu(kind: str, gpu_library: Libr
     model = from_pretrained(folder)
     layers = [module for module in model.modules() if isinstance(module, W4A16Experts)]
     assert layers
-    assert all(layer.is_grouped for layer in layers)
+    assert all(layer.is_grouped and layer.gate_up.weights_of().gated for layer in layers)
     ids = tiny.tokens().cuda()
     found = model(ids, use_cache=False).logits
     expected = from_pretrained(folder, device="cpu", dtype=torch.float32)(tiny.tokens()).logits
     error = (found.cpu().float() - expected).abs().amax(-1) / expected.abs().max()
     assert (error < 0.02).float().mean() > 0.9, "rounding may send a few tokens to other experts"
     assert torch.equal(model(ids, use_cache=False).logits, found)
+
+
+@pytest.mark.parametrize("kind", tiny.MIXTURES)
+def test_experts_have_the_bytes_that_they_have_on_the_cpu(kind: str, tmp_path: Path) -> None:
+    if not modules_of_experts(tiny.tiny_model(kind)):
+        pytest.skip("this transformers has a module for each expert")
+    folder = folder_with(tmp_path / "int4", tiny.tiny_model(kind), plain_gptq_tensors, PLAIN_GPTQ)
+    convert(folder, tmp_path / "packed")
+    for path in (folder, tmp_path / "packed"):
+        states = [from_pretrained(path, device=device).state_dict() for device in ("cpu", "cuda")]
+        assert any(name.endswith("experts.gate_up.packed") for name in states[0])
+        assert [name for name in states[0] if not torch.equal(states[0][name], states[1][name].cpu())] == []
 
 
 def test_a_gguf_file_and_a_packed_folder_give_the_same_layers_as_on_the_cpu(tmp_path: Path) -> None:

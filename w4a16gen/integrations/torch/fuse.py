@@ -147,7 +147,7 @@ def fuse_gated(gate: W4A16Linear, up: W4A16Linear, activation: Activation | str 
     _check(layers)
     _check_gated(gate, up)
     fused = W4A16Linear(
-        _interleaved(gate.weight_of(), up.weight_of()),
+        interleaved([gate.weight_of(), up.weight_of()]),
         _joined_bias(layers),
         permutation=gate.permutation,
         input_scale=gate.input_scale,
@@ -175,13 +175,21 @@ def _check_gated(gate: W4A16Linear, up: W4A16Linear) -> None:
         )
 
 
-def _interleaved(gate: PackedWeight, up: PackedWeight) -> PackedWeight:
-    """Return the packed weight of gates and factors, for gated activations."""
-    if (gate.mode, gate.layout) == (up.mode, up.layout):
-        data = interleave(gate, up)
+def interleaved(weights: Sequence[PackedWeight]) -> PackedWeight:
+    """Return the packed weight of gates and factors, for gated activations.
+
+    Args:
+        weights: the gates and their factors; or one weight of both, the gates first.
+
+    Raises:
+        InvalidValueError: if the layout for gated activations cannot hold them.
+    """
+    first = weights[0]
+    if all((weight.mode, weight.layout) == (first.mode, first.layout) for weight in weights):
+        data = interleave(*weights)
         if data is not None:
-            return PackedWeight(data, GATED_LAYOUT, 2 * gate.n, gate.k, gate.group_size, gate.mode)
-    return on_torch(_packed_again([gate, up], gated=True), gate.data.device)
+            return replace(first, data=data, layout=GATED_LAYOUT, n=sum(weight.n for weight in weights))
+    return on_torch(_packed_again(weights, gated=True), first.data.device)
 
 
 def _packed_again(weights: Sequence[PackedWeight], *, gated: bool = False) -> PackedWeight:

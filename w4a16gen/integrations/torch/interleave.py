@@ -7,6 +7,7 @@ blocks, and their order along K stays. See w4a16gen/cuda/native/layout.h.
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -26,20 +27,22 @@ _WHOLE_RUNS = 32
 """Gates of a multiple of this fill whole blocks together with their factors."""
 
 
-def interleave(gate: PackedWeight, up: PackedWeight) -> Any | None:
-    """Return the packed bytes of two weights as layout `fragment_blocks_v2_gated` has them.
+def interleave(*weights: PackedWeight) -> Any | None:
+    """Return the packed bytes of gates and factors as layout `fragment_blocks_v2_gated` has them.
 
     Args:
-        gate: the gates, with a torch tensor as data.
-        up: the factors, of the same sizes, mode and layout, on the same device.
+        weights: the gates, and the factors of the same sizes, mode and layout, on the same device; or one weight of
+            both, the gates first. Their data are torch tensors.
 
     Returns:
-        uint8 [bytes]; or None if the bytes cannot be interleaved without unpacking them: in another layout, with n of
-        no multiple of 32, or where a scale would lose bits. Waits for the device.
+        uint8 [bytes]; or None if the bytes cannot be interleaved without unpacking them: in another layout, with gates
+        of no multiple of 32, or where a scale would lose bits. Waits for the device.
     """
-    if gate.layout != TARGET_LAYOUTS[Target.NATIVE] or gate.n % _WHOLE_RUNS != 0:
+    first, gates_n = weights[0], sum(weight.n for weight in weights) // 2
+    if first.layout != TARGET_LAYOUTS[Target.NATIVE] or gates_n % _WHOLE_RUNS != 0:
         return None
-    gates, factors = _Parts(gate), _Parts(up)
+    parts = [_Parts(weight) for weight in weights]
+    gates, factors = parts if len(parts) > 1 else parts[0].halves()
     rows = [_rescaled(gates, becomes_upper=False), _rescaled(factors, becomes_upper=True)]
     if any(row is None for row in rows):
         return None
@@ -68,6 +71,15 @@ class _Parts:
         self.scale_rows = header // 128 // (2 if weight.mode.has_zeros else 1)
         self.factors = weight.data[start:].clone().view(torch.float32).reshape(-1, 8)[: weight.n // 8]
         """fp32 [runs of 8 channels, 8]."""
+
+    def halves(self) -> tuple[_Parts, _Parts]:
+        """Return the first and the second half of the channels, each a multiple of 32."""
+        first, second = copy(self), copy(self)
+        for name in ("words", "rows", "factors"):
+            halves = getattr(self, name).chunk(2)
+            setattr(first, name, halves[0])
+            setattr(second, name, halves[1])
+        return first, second
 
 
 def _change_of_unit(runs: int, device: Any, *, becomes_upper: bool) -> Any:

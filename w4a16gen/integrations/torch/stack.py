@@ -13,7 +13,7 @@ from w4a16gen.errors import InvalidValueError
 from w4a16gen.integrations.torch import formats
 from w4a16gen.integrations.torch.device_weights import DeviceWeight, pack_decoded
 from w4a16gen.integrations.torch.expert_projection import ExpertProjection
-from w4a16gen.integrations.torch.fuse import joined
+from w4a16gen.integrations.torch.fuse import interleaved, joined
 from w4a16gen.integrations.torch.nibbles import Decoded, Tensor
 from w4a16gen.integrations.torch.upload import Uploader
 from w4a16gen.kernels.config import QuantMode
@@ -37,7 +37,8 @@ def stack_layers(parts: Sequence[Sequence[Any]], uploader: Uploader, *, gate_up:
         parts: the layers of each expert, in the order of the experts: one, or the gate and the up projection, whose
             rows are joined.
         uploader: copies bytes to the device.
-        gate_up: whether the rows of each expert are those of a gate, and then of an up projection.
+        gate_up: whether the rows of each expert are those of a gate, and then of an up projection. They are packed
+            for kernels that apply the gate.
 
     Raises:
         InvalidValueError: if a layer is damaged, has a bias, or the layout cannot hold it. If the layers of an expert
@@ -53,7 +54,7 @@ def stack_layers(parts: Sequence[Sequence[Any]], uploader: Uploader, *, gate_up:
             check_no_bias(layer)
         permutation, scale = (_common(layers, part) for part in ("permutation", "input_scale"))
         make = _of_packed if isinstance(layers[0], PackedLayer) else _of_checkpoint
-        made = make(layers, form, permutation, uploader)
+        made = make(layers, form, permutation, uploader, gated=gate_up)
         weight = made.packed
         if first is None:
             first = weight
@@ -117,7 +118,7 @@ def _stacked(parts: Sequence[Any], default: Any) -> Tensor | None:
 
 
 def _of_checkpoint(
-    layers: Sequence[CheckpointLayer], form: tuple[int, QuantMode], order: Any, uploader: Uploader
+    layers: Sequence[CheckpointLayer], form: tuple[int, QuantMode], order: Any, uploader: Uploader, *, gated: bool
 ) -> DeviceWeight:
     """Decode the layers of an expert on the device, join their rows, and pack them."""
     decoded = [_in_form(_decoded(layer, uploader), form) for layer in layers]
@@ -127,7 +128,7 @@ def _of_checkpoint(
         q, scales = (torch.cat([part[i] for part in decoded], dim=i) for i in range(2))
         whole = Decoded(q, scales, zeros)
     permutation = None if order is None else uploader.array(np.asarray(order, np.int64))
-    return pack_decoded(whole, permutation, name=shown_name(layers[0].name))
+    return pack_decoded(whole, permutation, name=shown_name(layers[0].name), gated=gated)
 
 
 def _decoded(layer: CheckpointLayer, uploader: Uploader) -> Decoded:
@@ -154,7 +155,7 @@ def _in_form(decoded: Decoded, form: tuple[int, QuantMode]) -> Decoded:
 
 
 def _of_packed(
-    layers: Sequence[PackedLayer], form: tuple[int, QuantMode], _order: Any, uploader: Uploader
+    layers: Sequence[PackedLayer], form: tuple[int, QuantMode], _order: Any, uploader: Uploader, *, gated: bool
 ) -> DeviceWeight:
     """Join packed weights as bytes where their form allows it, or else unpack them and pack them again."""
     alphas = {layer.alpha for layer in layers}
@@ -167,6 +168,8 @@ def _of_packed(
     if any((weight.group_size, weight.mode) != form for weight in weights):
         weights = [pack_weight(regroup(weight.to_host().unpack(), *form)) for weight in weights]
     moved = [replace(weight, data=_on_device(weight.data, uploader)) for weight in weights]
+    if gated:
+        return DeviceWeight(interleaved(moved), None, alphas.pop())
     return DeviceWeight(moved[0] if len(moved) == 1 else joined(moved), None, alphas.pop())
 
 
