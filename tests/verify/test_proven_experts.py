@@ -67,7 +67,7 @@ def test_right_kernels_pass_every_kind_of_check() -> None:
     assert all(proof.passed == dict.fromkeys(KINDS, 4) for proof in proofs.values())
     cases, few = 2 * len(GATED_ACTIVATIONS), len(expert_layers.FEW_TOKENS)
     plain, gated = NAMES
-    counts = dict.fromkeys([*NAMES, *OTHERS], cases) | {plain: cases + 2 * few, gated: cases + few}
+    counts = dict.fromkeys(OTHERS, 2 * cases) | {plain: cases + 2 * few, gated: cases + few}
     assert layers == counts, "chosen kernels of a gated layer count for the first one, pairs for both"
 
 
@@ -93,6 +93,15 @@ def test_few_tokens_have_as_many_routes_as_may_be_unsorted(monkeypatch: pytest.M
     _in(Combining, lambda call: found.append(0 if call.rows_of_routes else call.tokens * call.slots))(monkeypatch)
     run()
     assert max(found) == MAX_UNSORTED_ROUTES
+
+
+def test_weights_for_the_gate_are_proven_without_gated_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    (proof,) = run(NAMES[:1]).values()
+    assert proof.failures == []
+    assert proof.passed[expert_layers.LAYER] == 2 * (2 * len(GATED_ACTIVATIONS) + len(expert_layers.FEW_TOKENS))
+    _another_gate(monkeypatch)
+    (proof,) = run(NAMES[:1]).values()
+    assert any("gated=True" in failure for failure in proof.failures)
 
 
 def test_gated_layers_need_kernels_of_both_kinds() -> None:

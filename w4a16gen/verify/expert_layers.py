@@ -58,7 +58,10 @@ def prove_layers(
     proofs: Mapping[KernelConfig, NumericProof],
     rng: np.random.Generator,
 ) -> None:
-    """Run layers of eight experts, with and without kernels that apply the gate."""
+    """Run layers of eight experts, whose weights are packed for kernels that apply the gate, and without it."""
+    able = {config.epilogue for config in proofs if config.mode is mode}
+    if Epilogue.NONE not in able:
+        return
     hidden, inner, group = sizes
     count, slots, library = 8, 3, gpu.library
     gate, up, down = (
@@ -66,13 +69,11 @@ def prove_layers(
         for n, k in ((inner, hidden), (inner, hidden), (hidden, inner))
     )
     w2 = library.to_device(pack_experts(down), gpu.device)
-    able = {config.epilogue for config in proofs if config.mode is mode}
     for gated in (False, True):
-        if not {Epilogue.NONE, Epilogue.GATED if gated else Epilogue.NONE} <= able:
-            continue
+        applied = Epilogue.GATED if gated and Epilogue.GATED in able else Epilogue.NONE
         w13 = library.to_device(pack_experts(gate, up, gated=gated), gpu.device)
         cases: list[tuple[_Case, Pair | None]] = [(case, None) for case in _cases()]
-        cases += _few_token_cases(proofs, mode, Epilogue.GATED if gated else Epilogue.NONE)
+        cases += _few_token_cases(proofs, mode, applied)
         for case, pair in cases:
             layer = _Layer(gpu, (w13, w2), case, slots if pair is None else FEW_SLOTS, rng, pair)
             tested = [proofs[kernel] for kernel in dict.fromkeys(layer.plan[:2]) if kernel in proofs]
