@@ -11,6 +11,9 @@ import torch
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.integrations.engines.layer import WAY_OUT, Call, EngineLayer, RawLayer, pack_layer
 from w4a16gen.integrations.engines.order import Order
+from w4a16gen.integrations.engines.words import awq_points
+from w4a16gen.integrations.torch import experts_op  # noqa: F401  (registers the operator)
+from w4a16gen.integrations.torch.nibbles import expand, expand_awq
 from w4a16gen.kernels.config import QuantMode
 from w4a16gen.runtime.default import moe
 from w4a16gen.weights.experts import GATE_FIRST, PackedExperts, expert_stride
@@ -42,6 +45,28 @@ class ExpertsCall:
             for data, call, order in parts
         )
         return first, second
+
+
+def gptq_expert(words: Any, scales: Any, points: Any = None) -> RawLayer:
+    """Return an expert whose words hold eight values of K.
+
+    Args:
+        words: int32 [k / 8, n].
+        scales: floats [groups, n].
+        points: uint8 [groups, n], 0 to 15; None for symmetric weights.
+    """
+    return RawLayer(expand(words.t()), scales, points)
+
+
+def awq_expert(words: Any, scales: Any, points: Any) -> RawLayer:
+    """Return an expert of an AWQ model.
+
+    Args:
+        words: int32 [k, n / 8], in AWQ's order.
+        scales: floats [groups, n].
+        points: int32 [groups, n / 8], in AWQ's order; None if weights have no zero points.
+    """
+    return RawLayer(expand_awq(words), scales, None if points is None else awq_points(points))
 
 
 def pack_projection(
@@ -108,11 +133,10 @@ def sum_of_experts(
         expert_map: int32 [all experts], the expert here for each id, or -1; None if ids are those.
         activation: name of the function of the gate.
     """
-    ids = topk_ids if topk_ids.dtype in (torch.int32, torch.int64) else topk_ids.to(torch.int64)
     result = moe(
         hidden.to(torch.float16).contiguous(),
         *weights,
-        ids.contiguous(),
+        _kernel_ids(topk_ids).contiguous(),
         topk_weights.to(torch.float32).contiguous(),
         expert_map=expert_map,
         activation=activation,
@@ -121,3 +145,38 @@ def sum_of_experts(
     )
     if result is not out:
         out.copy_(result)
+
+
+def traced_sum_of_experts(
+    hidden: Any,
+    weights: tuple[Any, Any],
+    call: ExpertsCall,
+    topk_ids: Any,
+    topk_weights: Any,
+    *,
+    activation: str = "silu",
+) -> Any:
+    """Return the sum over each token's routes of weight * expert(x), in a form that torch's compiler traces.
+
+    Activations of another dtype than fp16 are cast before the operator, and its result after it.
+
+    Args:
+        hidden: fp16 or bf16 [tokens, hidden].
+        weights: uint8 [experts, stride], as `pack_projection` packed them: gate and up, and down.
+        call: everything of the layer's calls that is no tensor.
+        topk_ids: integers [tokens, slots]; numbers that name no expert are skipped.
+        topk_weights: floating point [tokens, slots].
+        activation: name of the function of the gate.
+
+    Returns:
+        A new tensor [tokens, hidden] of the dtype of `hidden`.
+    """
+    first, second = call.gate_up, call.down
+    facts = second.n, second.k, first.group_size, second.group_size, first.mode, first.layout, activation
+    ids, factors = _kernel_ids(topk_ids), topk_weights.to(torch.float32)
+    return torch.ops.w4a16gen.moe(hidden.to(torch.float16), ids, factors, *weights, *facts).to(hidden.dtype)
+
+
+def _kernel_ids(topk_ids: Any) -> Any:
+    """Return numbers of experts in a dtype that kernels read."""
+    return topk_ids if topk_ids.dtype in (torch.int32, torch.int64) else topk_ids.to(torch.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,6 +143,20 @@ def why_experts_not_served(request: ExpertsRequest) -> str | None:
         if reason := why_no_grouped_kernel(problem, request.mode, epilogue):
             return reason
     return None
+
+
+def why_not_plain_experts(holders: Sequence[Any], options: Iterable[str], *, has_bias: bool) -> str | None:
+    """Return why experts are more than two products and a gate, or None.
+
+    Args:
+        holders: objects of the engine that may have the options as attributes.
+        options: names of what changes the gate, where it is not None.
+        has_bias: whether the projections have biases.
+    """
+    if has_bias:
+        return "experts with biases are not served"
+    found = [name for name in options for holder in holders if getattr(holder, name, None) is not None]
+    return f"experts with {found[0]} are not served: kernels compute the plain gate" if found else None
 
 
 def why_no_grouped_kernel(problem: Problem, mode: QuantMode, epilogue: Epilogue) -> str | None:

@@ -53,3 +53,18 @@ def register_safely(logger: logging.Logger, engine: str, register: Callable[[], 
         logger.warning("w4a16gen leaves %s alone: %s: %s", engine, type(error).__name__, error)
         return
     logger.info("%s", line)
+
+
+def tried(logger: logging.Logger, register: Callable[[], str], otherwise: str) -> str:
+    """Return the line of a part's registration, or what holds without the part: others serve most models alone.
+
+    Args:
+        logger: where the details of an error go.
+        register: registers the part and returns its line.
+        otherwise: what holds if it raises.
+    """
+    try:
+        return register()
+    except Exception as error:  # the engine may have changed in any way
+        logger.debug("a part was not registered", exc_info=True)
+        return f"{otherwise} ({type(error).__name__}: {error})"

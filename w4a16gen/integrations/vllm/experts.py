@@ -13,17 +13,22 @@ from typing import Any, ClassVar
 
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.integrations.engines.count import ServedCount
-from w4a16gen.integrations.engines.experts import ExpertsCall, pack_projection
-from w4a16gen.integrations.engines.layer import WAY_OUT, EngineLayer, RawLayer
-from w4a16gen.integrations.engines.limits import ExpertsRequest, why_experts_not_served, why_not_type
-from w4a16gen.integrations.engines.store import LayerStore
+from w4a16gen.integrations.engines.experts import ExpertsCall
+from w4a16gen.integrations.engines.experts_store import PARTS, ExpertsStore
+from w4a16gen.integrations.engines.layer import WAY_OUT, RawLayer
+from w4a16gen.integrations.engines.limits import (
+    ExpertsRequest,
+    why_experts_not_served,
+    why_not_plain_experts,
+    why_not_type,
+)
 from w4a16gen.integrations.vllm.kernel import capability
 from w4a16gen.integrations.vllm.modular_experts import FUSED_MOE
 
 COUNT = ServedCount(logging.getLogger("vllm.w4a16gen"), "expert layer")
 """Counts the layers of experts of this process."""
-_GATE_UP, _DOWN = PARTS = ("w13", "w2")
-"""What vLLM's names of parameters begin with."""
+_GATE_OPTIONS = ("swiglu_limit", "swiglu_alpha", "swiglu_beta")
+"""What kernels cannot compute, by vLLM's name."""
 
 
 class ExpertsMethod:
@@ -37,7 +42,7 @@ class ExpertsMethod:
     """The dtype in which files of the format store scales; None for that of the activations."""
     serves: bool = False
     """Whether this package serves the layer."""
-    _stores: Mapping[str, LayerStore] | None = None
+    _store: ExpertsStore | None = None
 
     def create_weights(
         self,
@@ -67,7 +72,7 @@ class ExpertsMethod:
         else:
             COUNT.expected()
             self.experts_cls = self.experts
-            self._stores = self._stores or {part: LayerStore(f"{part}_{self.names[0]}") for part in PARTS}
+            self._store = self._store or ExpertsStore(self.names)
             params_dtype = self.scale_dtype or params_dtype
         inherited: Any = super()
         inherited.create_weights(layer, *sizes, params_dtype, **extra_weight_attrs)
@@ -91,11 +96,8 @@ class ExpertsMethod:
             return reason
         if moe.moe_backend != "auto":
             return f"moe_backend is {moe.moe_backend}: leave it out to use w4a16gen"
-        if moe.has_bias:
-            return "experts with biases are not served"
-        for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta"):
-            if getattr(moe, name, None) is not None or getattr(layer, name, None) is not None:
-                return f"experts with {name} are not served: kernels compute the plain gate"
+        if reason := why_not_plain_experts((moe, layer), _GATE_OPTIONS, has_bias=moe.has_bias):
+            return reason
         unpadded = attributes.get("unpadded_hidden_size")
         if unpadded not in (None, sizes[1]):
             return f"hidden size {unpadded} must not be padded, but vLLM pads it to {sizes[1]}"
@@ -136,19 +138,19 @@ class ExpertsMethod:
         Raises:
             InvalidValueError: if the layer has biases, or cannot be packed.
         """
-        if not self.serves or self._stores is None:
+        if not self.serves or self._store is None:
             inherited: Any = super()
             inherited.process_weights_after_loading(layer)
             return
         self._refuse_biases(layer)
-        is_first = not self._stores[_DOWN].is_filled
-        calls = []
-        for part, store in self._stores.items():
-            packed = self._packed(layer, part)
-            store.fill(layer, packed, [f"{part}_{name}" for name in (*self.names[1:], "bias")])
-            setattr(layer, f"{part}_weight", getattr(layer, f"{part}_{self.names[0]}"))  # where vLLM looks for it
-            calls.append(packed.call)
-        self._set_up(layer, ExpertsCall(*calls))
+        is_first = not self._store.is_filled
+        moe: Any = getattr(self, "moe")  # noqa: B009  (of vLLM's base)
+        sizes = len(self._store.weights(layer)[0]), moe.hidden_dim, moe.intermediate_size_per_partition
+        mode = ExpertsRequest(*sizes, self.scale_group, self.has_zeros, "", "", None).mode
+        call = self._store.fill(layer, self.read, mode, has_zeros=self.has_zeros, name=layer.layer_name, drop=("bias",))
+        for part, weight in zip(PARTS, self._store.weights(layer), strict=True):
+            setattr(layer, f"{part}_weight", weight)  # where vLLM looks for it
+        self._set_up(layer, call)
         if is_first:
             COUNT.finished()
 
@@ -158,20 +160,6 @@ class ExpertsMethod:
             bias = getattr(layer, name, None)
             if bias is not None and bool(bias.any()):
                 raise InvalidValueError(f"{layer.layer_name}: experts with biases are not served; {WAY_OUT}")
-
-    def _packed(self, layer: Any, part: str) -> EngineLayer:
-        """Return one projection of all experts, packed."""
-        words, scales = (getattr(layer, f"{part}_{name}").data for name in self.names[:2])
-        points = getattr(layer, f"{part}_{self.names[2]}").data if self.has_zeros else None
-
-        def expert(index: int) -> RawLayer:
-            return self.read(words[index], scales[index], None if points is None else points[index])
-
-        moe: Any = getattr(self, "moe")  # noqa: B009
-        sizes = len(words), moe.hidden_dim, moe.intermediate_size_per_partition
-        mode = ExpertsRequest(*sizes, self.scale_group, self.has_zeros, "", "", None).mode
-        name = f"{part} of {layer.layer_name}"
-        return pack_projection(expert, len(words), mode, gated=part == _GATE_UP, name=name)
 
     def _set_up(self, layer: Any, call: ExpertsCall) -> None:
         """Make vLLM's kernel of the layer."""

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from w4a16gen.errors import UnsupportedProblemError
+from w4a16gen.integrations.engines.experts import awq_expert, gptq_expert
 from w4a16gen.integrations.engines.layer import RawLayer
-from w4a16gen.integrations.engines.words import awq_points, gptq_zero_points, zero_point_rules
-from w4a16gen.integrations.torch.nibbles import expand, expand_awq
+from w4a16gen.integrations.engines.words import gptq_zero_points, zero_point_rules
+from w4a16gen.integrations.torch.nibbles import expand
 from w4a16gen.integrations.vllm.experts import ExpertsMethod
 
 
@@ -55,7 +56,7 @@ class GPTQExperts(ExpertsMethod):
             points: int32 [groups, n / 8], or None.
         """
         rules = zero_point_rules(self.quant_config.full_config)
-        return RawLayer(expand(words.t()), scales, None if points is None else gptq_zero_points(points, **rules))
+        return gptq_expert(words, scales, None if points is None else gptq_zero_points(points, **rules))
 
 
 class AWQExperts(ExpertsMethod):
@@ -78,7 +79,7 @@ class AWQExperts(ExpertsMethod):
             scales: floats [groups, n].
             points: int32 [groups, n / 8], in AWQ's order.
         """
-        return RawLayer(expand_awq(words), scales, None if points is None else awq_points(points))
+        return awq_expert(words, scales, points)
 
 
 class CompressedTensorsExperts(ExpertsMethod):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from w4a16gen.errors import MissingToolError
+from w4a16gen.integrations.engines.switch import tried
 from w4a16gen.integrations.vllm.experts import ExpertsOverride
 from w4a16gen.integrations.vllm.experts_formats import AWQExperts, CompressedTensorsExperts, GPTQExperts
 from w4a16gen.integrations.vllm.gptq import ConfigOverride, LinearMethod
@@ -90,19 +90,10 @@ def register_all() -> str:
     """
     lines = [
         _insert_kernel(),
-        _tried(_override_gptq, "GPTQ models with act-order or zero points stay refused"),
-        _tried(_override_experts, "experts are left to vLLM"),
+        tried(LOGGER, _override_gptq, "GPTQ models with act-order or zero points stay refused"),
+        tried(LOGGER, _override_experts, "experts are left to vLLM"),
     ]
     return "; ".join(lines)
-
-
-def _tried(register: Callable[[], str], otherwise: str) -> str:
-    """Return the line of a registration, or what holds without it: the kernel serves most models alone."""
-    try:
-        return register()
-    except Exception as error:  # the engine may have changed in any way
-        LOGGER.debug("a part was not registered", exc_info=True)
-        return f"{otherwise} ({type(error).__name__}: {error})"
 
 
 def _first_module(names: tuple[str, ...]) -> Any:
