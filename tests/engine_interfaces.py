@@ -21,6 +21,8 @@ SOURCES_VARIABLE = "W4A16GEN_ENGINE_SOURCES"
 RECORDED = Path(__file__).parent / "integrations" / "interfaces.json"
 _GPTQ_KERNELS = "sglang/srt/hardware_backend/gpu/quantization/gptq_kernels.py"
 _SGLANG_SCHEME = "sglang/srt/layers/quantization/compressed_tensors/schemes/compressed_tensors_wNa16.py"
+_SGLANG_LAYERS = "sglang/srt/layers"
+_SGLANG_EXPERTS = f"{_SGLANG_LAYERS}/quantization/compressed_tensors/schemes/compressed_tensors_wNa16_moe.py"
 _VLLM_LAYERS = "vllm/model_executor/layers"
 _VLLM_COMPRESSED_EXPERTS = (
     f"{_VLLM_LAYERS}/quantization/compressed_tensors/compressed_tensors_moe/compressed_tensors_moe_wna16.py"
@@ -97,6 +99,33 @@ WANTED: dict[str, dict[str, tuple[str, ...]]] = {
             *("CompressedTensorsWNA16.create_weights", "CompressedTensorsWNA16.process_weights_after_loading"),
             "CompressedTensorsWNA16.apply_weights",
         ),
+        f"{_SGLANG_LAYERS}/quantization/gptq/schemes/gptq_moe.py": (
+            *("GPTQMarlinMoEScheme.__init__", "GPTQMarlinMoEScheme.create_weights"),
+            *("GPTQMarlinMoEScheme.process_weights_after_loading", "GPTQMarlinMoEScheme.apply_weights"),
+        ),
+        f"{_SGLANG_LAYERS}/quantization/awq/schemes/awq_moe.py": (
+            *("AWQMoEScheme.__init__", "AWQMoEScheme.create_weights"),
+            *("AWQMoEScheme.process_weights_after_loading", "AWQMoEScheme.apply_weights"),
+        ),
+        _SGLANG_EXPERTS: (
+            *("CompressedTensorsWNA16MoE.__init__", "CompressedTensorsWNA16MoE.create_weights"),
+            "CompressedTensorsWNA16MoE.process_weights_after_loading",
+            *("CompressedTensorsWNA16MoE.restore_weights_before_loading", "CompressedTensorsWNA16MoE.apply_weights"),
+        ),
+        f"{_SGLANG_LAYERS}/quantization/gptq/gptq.py": ("GPTQMarlinMoEMethod.apply",),
+        f"{_SGLANG_LAYERS}/quantization/awq/awq.py": ("AWQMoEMethod.apply",),
+        f"{_SGLANG_LAYERS}/quantization/compressed_tensors/compressed_tensors.py": (
+            "CompressedTensorsFusedMoEMethod.apply",
+        ),
+        f"{_SGLANG_LAYERS}/moe/moe_runner/base.py": ("MoeRunnerConfig",),
+        f"{_SGLANG_LAYERS}/moe/token_dispatcher/standard.py": (
+            *("StandardDispatchOutput", "StandardCombineInput", "StandardDispatcher.dispatch"),
+        ),
+        f"{_SGLANG_LAYERS}/moe/topk.py": ("StandardTopKOutput",),
+        f"{_SGLANG_LAYERS}/moe/utils.py": (
+            *("get_moe_runner_backend", "get_moe_a2a_backend", "MoeRunnerBackend.AUTO", "MoeA2ABackend.NONE"),
+        ),
+        "sglang/srt/runtime_context.py": ("get_lora",),
     },
     "gptqmodel": {
         "gptqmodel/utils/importer.py": ("AUTO_BACKEND_KERNEL_MAPPING",),

@@ -1,1 +1,1 @@
-"""As much of SGLang as the plug-in meets, written for the tests: its registry of hooks, two kernels and a scheme."""
+"""As much of SGLang as the plug-in meets, written for the tests: hooks, kernels, schemes, and a layer of experts."""

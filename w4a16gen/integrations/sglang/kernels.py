@@ -20,9 +20,10 @@ from w4a16gen.integrations.engines.store import LayerStore
 from w4a16gen.integrations.engines.words import awq_points
 from w4a16gen.integrations.torch.nibbles import expand_awq
 
-COUNT = ServedCount(logging.getLogger("w4a16gen.sglang"))
-"""Counts the layers of this process."""
-AWQ_BITS = 4
+LOGGER = logging.getLogger("w4a16gen.sglang")
+COUNT = ServedCount(LOGGER)
+"""Counts the linear layers of this process."""
+BITS = 4
 
 
 def capability_of(device: Any) -> tuple[int, int] | None:
@@ -146,9 +147,9 @@ class AWQKernel(_Kernel):
     """SGLang's class keeps it."""
 
     def _why_not(self, layer: Any) -> str | None:
-        bits = getattr(self.quant_config, "weight_bits", AWQ_BITS)
-        if bits != AWQ_BITS:
-            return f"weights of {bits} bits must have {AWQ_BITS}"
+        bits = getattr(self.quant_config, "weight_bits", BITS)
+        if bits != BITS:
+            return f"weights of {bits} bits must have {BITS}"
         n, k = layer.output_size_per_partition, layer.input_size_per_partition
         group, dtype, device = self.quant_config.group_size, str(layer.scales.dtype), layer.qweight.device
         return why_not_served(LayerRequest(n, k, group, True, dtype, capability_of(device)))
