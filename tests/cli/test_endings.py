@@ -85,14 +85,14 @@ WRONG = [
     ("report nothing", 2, "nothing/bench.jsonl is no record"),
     ("report number", 2, "number/bench.jsonl is no record"),
     ("report folder_record", 1, "folder_record/bench.jsonl: Is a directory"),
-    (f"report {FOLDER}", 1, "a_folder/bench.jsonl: No such file or directory"),
+    (f"report {FOLDER}", 2, "a_folder/bench.jsonl does not exist: `w4a16gen bench --report a_folder` writes it"),
     ("export --prefix out --build-dir binary_build", 3, "binary_build/manifest.json"),
     ("export --wheel out --build-dir nowhere", 3, "No build found in nowhere"),
     ("list --built --explain", 2, "--space and --explain are for spaces"),
     ("list --forbidden", 2, "--forbidden needs --explain"),
     ("emit --mixed-input-schedules", 2, "needs --target trtllm"),
     ("export", 2, "Specify --prefix, --wheel, or both"),
-    ("bench", 2, "Specify at least one of --problem, --model, --file"),
+    ("bench", 2, "Specify at least one of --problem, --model, --file, --random, --step, --moe"),
 ]
 
 

@@ -69,7 +69,9 @@ def test_the_default_kernels_are_built_before_the_first_time(cli: Runner, comman
 @pytest.mark.parametrize("gpus", [(), (A100,)], ids=["no GPU", "another GPU"])
 def test_nothing_is_built_where_no_kernel_can_run(cli: Runner, command: str, gpus: tuple[Any, ...]) -> None:
     machine = Machine(cli, gpus=gpus)
-    assert cli.run(command).exit_code == 3
+    shown = cli.run(command)
+    assert shown.exit_code == 3
+    assert "running needs an NVIDIA Hopper GPU" in shown.stderr, "a build would not help"
     assert (machine.built, machine.measured) == ([], 0)
 
 

@@ -82,7 +82,7 @@ def test_gemm_chooses_from_no_space_of_grouped_kernels(commands: Runner, argumen
 
 def test_a_folder_of_a_checkpoint_is_no_kernel(commands: Runner) -> None:
     code, text = error_of(commands, "inspect", NAME)
-    assert (code, text) == (2, f"{NAME} does not exist: name a folder or a file of a checkpoint")
+    assert (code, text) == (2, f"{NAME} does not exist: name a folder or a file of a checkpoint. Nothing is downloaded")
 
 
 def test_grouped_kernels_are_listed_and_emitted(commands: Runner, tmp_path: Path) -> None:

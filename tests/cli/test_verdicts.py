@@ -66,6 +66,13 @@ def test_verify_fails_where_a_numerical_proof_fails(cli: Runner, sources: str) -
     assert json.loads(wrong.stdout)["numerics"]["status"] == "failed"
 
 
+def test_verify_says_where_sources_are_missing(cli: Runner) -> None:
+    serve(cli, FakeLibrary([KERNEL]))
+    wrong = cli.run("verify --generated-dir nowhere")
+    assert wrong.exit_code == 2
+    assert "nowhere has no sources of the kernels: pass --generated-dir" in " ".join(wrong.stderr.split())
+
+
 def test_verify_fails_where_a_static_proof_fails(cli: Runner, sources: str, monkeypatch: pytest.MonkeyPatch) -> None:
     serve(cli, FakeLibrary([KERNEL], devices=[]))
     assert cli.run(f"verify {sources}").exit_code == 0

@@ -37,7 +37,7 @@ WITHOUT_BUILD = [
     ("build --build-dir /proc/read_only", 1, "/proc/read_only"),
     ("verify", 3, "No build found in build. Run `w4a16gen build`"),
     ("verify --build-dir elsewhere", 3, "No build found in elsewhere"),
-    ("run 16 512 512", 3, "No build found in build"),
+    ("run 16 512 512 --build-dir elsewhere", 3, "No build found in elsewhere"),
     ("run -1 512 512", 2, "No such option"),
     ("run 16 512", 2, "Missing argument 'K'"),
     ("run 16 512 many", 2, "'many' must be a whole number from 1"),

@@ -102,9 +102,9 @@ def test_bench_needs_a_problem_and_a_build(cli: CliRunner) -> None:
     nothing = cli.invoke(main, ["bench"])
     assert nothing.exit_code == 2
     assert "Specify at least one of --problem, --model, --file" in nothing.output
-    result = cli.invoke(main, ["bench", "--problem", "1x4096x4096"])
+    result = cli.invoke(main, ["bench", "--problem", "1x4096x4096", "--build-dir", "nowhere"])
     assert result.exit_code == 3
-    assert "No build found in build" in result.output
+    assert "No build found in nowhere" in result.output
 
 
 def test_explain_names_the_choice_and_what_it_was_weighed_against(cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 import subprocess
 import sys
@@ -16,13 +17,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import w4a16gen
-from w4a16gen import Problem, QuantizedWeight, QuantMode, pack_weight, quantize
+from w4a16gen import PackedExperts, Problem, QuantizedWeight, QuantMode, pack_experts, pack_weight, quantize
 from w4a16gen.errors import InvalidValueError, NotBuiltError, UnsupportedProblemError
 from w4a16gen.files import file_digest, write_json
 from w4a16gen.runtime import default as api
 from w4a16gen.runtime.arrays import is_contiguous
 from w4a16gen.runtime.artifact import MANIFEST, Build
+from w4a16gen.runtime.calls import _WAYS_TO_PACK
 from w4a16gen.runtime.folders import BUILD_FOLDER_VARIABLE
+from w4a16gen.weights.importers.layer import CheckpointLayer
+from w4a16gen.weights.packed_checkpoint import PackedLayer
 from w4a16gen.weights.reference import Expectation, random_weight
 
 
@@ -142,7 +146,12 @@ HOST: list[tuple[str, dict[str, Any], str]] = [
     ("alpha beyond fp32", {"alpha": 1e300}, r"alpha of 1e\+300 must fit in fp32"),
     ("alpha beyond float64", {"alpha": 10**400}, "alpha must fit in fp32"),
     ("a quantised weight", {"w": quantize(np.ones((8, 64)), group_size=64)}, r"pass w4a16gen.pack_weight\(w\)"),
-    ("an array for a weight", {"w": np.ones((8, 64))}, r"w of type ndarray .* pass w4a16gen.pack\(q, scales\)"),
+    (
+        "an array for a weight",
+        {"w": np.ones((8, 64))},
+        r"pass w4a16gen.pack_weight\(w4a16gen.quantize\(w, group_size=128\)\), or w4a16gen.pack\(q, scales\)",
+    ),
+    ("experts", {"w": pack_experts([quantize(np.ones((8, 64)), group_size=64)])}, r"pass w.expert\(number\)"),
     ("no weight", {"w": None}, "w of type NoneType must be a PackedWeight"),
     ("a number for a kernel", {"config": 3}, "a value of type int is not a kernel name"),
     ("three axes", {"a": np.ones((1, 3, 64), np.float16)}, r"must be \[m, 64\]: pass a.reshape\(-1, 64\)"),
@@ -164,6 +173,13 @@ def test_a_slip_is_refused_in_words(change: dict[str, Any], text: str) -> None:
     }
     with pytest.raises(InvalidValueError, match=text):
         w4a16gen.gemm(**(arguments | change))
+
+
+def test_a_value_that_is_nearly_a_weight_has_what_the_message_names() -> None:
+    kinds = {kind.__name__: kind for kind in (QuantizedWeight, CheckpointLayer, PackedLayer, PackedExperts)}
+    for name, way in _WAYS_TO_PACK.items():
+        for member in re.findall(r"\bw\.(\w+)", way):
+            assert member in (*dir(kinds[name]), *kinds[name].__annotations__)
 
 
 @pytest.mark.parametrize("alpha", [2, np.float32(2), np.int8(2), Fraction(2), float("inf"), -float("inf"), 0.0])

@@ -158,7 +158,7 @@ def test_sizes_of_a_problem_that_a_kernel_cannot_run_are_refused(fake_library: L
 def test_without_a_gpu_nothing_moves_there(fake_library: Library) -> None:
     if fake_library.devices():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(NoHopperGpuError, match="no CUDA device 0"):
+    with pytest.raises(NoHopperGpuError, match="no CUDA device 0: this machine has no CUDA GPU, and calls take host"):
         fake_library.to_device(A)
     config, problem = KernelConfig.parse(FGS), Problem(4, 16, 64, 64)
     with pytest.raises(NoHopperGpuError, match="pass sm_count"):

@@ -218,7 +218,7 @@ def main(ctx: click.Context) -> int:
         0  success
         1  a proof, a compilation, a check or a write failed
         2  a wrong call
-        3  a tool, a build or a GPU is missing
+        3  a tool, a build, a GPU or a cluster is missing
       130  interrupted
     """  # noqa: D301  (click's mark of a paragraph that is not wrapped)
     if ctx.invoked_subcommand is not None:

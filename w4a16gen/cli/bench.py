@@ -209,7 +209,7 @@ def command(
         )
     _refuse("only --random takes them", *_OF_DRAWS)
 
-    named = named_problems(problems, models, files, tokens, mode)
+    named = named_problems(problems, models, files, tokens, mode, others=", --random, --step, --moe")
     options = BenchOptions(
         finalists or 4,
         rounds,

@@ -22,6 +22,7 @@ def load_or_build(folder: Path | None) -> Library:
 
     Raises:
         NotBuiltError: if there is no build to load and none is made.
+        NoHopperGpuError: if there is no build, and no GPU that needs one.
         BuildError: if a kernel does not compile.
     """
     try:
@@ -30,7 +31,10 @@ def load_or_build(folder: Path | None) -> Library:
         if folder is not None or not _is_first_build():
             raise
     from w4a16gen.kernels.spaces import Filter
+    from w4a16gen.runtime.devices import first_hopper
 
+    driver = services().find_driver()
+    first_hopper(driver.gpus if driver else ())  # else minutes of building would end in this error
     note("no build found in ./build: the default kernels are built first")
     if failed_status(build_kernels(Filter(), (), Path("generated"), None, None)):
         raise BuildError("not every kernel compiled: run `w4a16gen build` again to see why")
@@ -38,11 +42,8 @@ def load_or_build(folder: Path | None) -> Library:
 
 
 def _is_first_build() -> bool:
-    """Whether there is no build at all, no variable names another one, and a Hopper GPU is there."""
+    """Whether there is no build at all, and no variable names another one."""
     from w4a16gen.runtime.artifact import MANIFEST
     from w4a16gen.runtime.folders import BUILD_FOLDER_VARIABLE, folder_to_load
 
-    if os.environ.get(BUILD_FOLDER_VARIABLE) or os.path.lexists(folder_to_load() / MANIFEST):
-        return False
-    driver = services().find_driver()
-    return driver is not None and any(gpu.is_hopper for gpu in driver.gpus)
+    return not os.environ.get(BUILD_FOLDER_VARIABLE) and not os.path.lexists(folder_to_load() / MANIFEST)

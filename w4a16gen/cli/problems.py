@@ -172,7 +172,7 @@ def named_problems(
         files: of `--file`.
         tokens: of `--tokens`.
         mode: of `--mode`.
-        others: another option of the command that names problems, for the message.
+        others: other options of the command that name problems, for the message.
 
     Raises:
         InvalidValueError: if a file or a model cannot be used.

@@ -58,8 +58,8 @@ def _prove(library: Library, generated: Path | None, *, sampled: bool = False, r
     sources = generated or library.build.sources
     if sources is None or not any((sources / source_name(info.config)).is_file() for info in library.kernels):
         raise InvalidValueError(
-            f"{sources or 'the build'} has no source of the build's kernels: pass --generated-dir with the folder that "
-            "`w4a16gen build` wrote them to"
+            f"{sources or library.build.folder} has no sources of the kernels: pass --generated-dir with the folder "
+            "that `w4a16gen build` wrote them to"
         )
     with services().show_progress("Proving", lines=True) as progress:
         proven: Report = services().verify(

@@ -190,8 +190,8 @@ def read_record(folder: Path) -> tuple[Run, list[Row]]:
     """Read the record of a run.
 
     Raises:
-        OSError: if there is no record in the folder.
-        InvalidValueError: if it holds anything else.
+        OSError: if the record cannot be read.
+        InvalidValueError: if there is none, or it holds anything else.
     """
     path = folder / RECORD
     try:
@@ -202,6 +202,8 @@ def read_record(folder: Path) -> tuple[Run, list[Row]]:
         for row in rows:
             _check(row)
         return Run(**head), rows
+    except FileNotFoundError:
+        raise InvalidValueError(f"{path} does not exist: `w4a16gen bench --report {folder}` writes it") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidValueError(f"{path} is no record of `w4a16gen bench --report`: {error}") from None
 

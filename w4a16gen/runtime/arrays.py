@@ -94,7 +94,8 @@ def upload(module: Any, name: str, value: Any, device: Any, devices: set[int]) -
     """
     index = integer("device", device)
     if index not in devices:
-        raise NoHopperGpuError(f"there is no CUDA device {index} on this machine")
+        found = f"CUDA devices {sorted(devices)}" if devices else "no CUDA GPU, and calls take host arrays as they are"
+        raise NoHopperGpuError(f"there is no CUDA device {index}: this machine has {found}")
     array = host_array(name, value, must_be="a dtype of numpy")
     if array.dtype.kind == "V":
         raise InvalidValueError(f"{name} of dtype {array.dtype} must be an array of plain numbers")
@@ -236,7 +237,9 @@ def check(
         InvalidValueError: naming what is off and what it must be.
     """
     if seen.dtype != dtype and dtype_name(seen.dtype) != dtype_name(dtype):
-        raise InvalidValueError(f"{name} of dtype {dtype_name(seen.dtype)} must be {dtype_name(dtype)}")
+        raise InvalidValueError(
+            f"{name} of dtype {dtype_name(seen.dtype)} must be {dtype_name(dtype)}: convert it first"
+        )
     if seen.shape != shape:
         raise InvalidValueError(f"{name} of shape {list(seen.shape)} must be {list(shape)}")
     if not seen.contiguous:

@@ -19,12 +19,19 @@ from w4a16gen.runtime.arrays import DeviceArray
 from w4a16gen.runtime.bindings import Bindings
 from w4a16gen.runtime.typing import DependentLaunch
 from w4a16gen.weights.packed import LAYOUT_TARGETS, TARGET_LAYOUTS, PackedWeight
-from w4a16gen.weights.quantized import QuantizedWeight
 
 AUTO: Literal["auto"] = "auto"
 """Leaves the kind of a launch to the library."""
 _AUTO_LAUNCH = 2
 _FLOAT_MAX = float(np.finfo(np.float32).max)
+_WAYS_TO_PACK = {
+    "QuantizedWeight": "w4a16gen.pack_weight(w)",
+    "CheckpointLayer": "w4a16gen.pack_weight(w.quantized())",
+    "PackedLayer": "w.weight",
+    "PackedExperts": "w.expert(number), or call w4a16gen.moe",
+}
+"""What a call of gemm should get instead of a value, by the name of its type."""
+_PACK_ARRAYS = "w4a16gen.pack_weight(w4a16gen.quantize(w, group_size=128)), or w4a16gen.pack(q, scales) of 4-bit values"
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,8 +120,8 @@ def checked_weight(w: Any) -> PackedWeight:
     """
     if isinstance(w, PackedWeight):
         return w
-    way_out = "w4a16gen.pack_weight(w)" if isinstance(w, QuantizedWeight) else "w4a16gen.pack(q, scales)"
-    raise InvalidValueError(f"w of type {type(w).__name__} must be a PackedWeight: pass {way_out}")
+    kind = type(w).__name__
+    raise InvalidValueError(f"w of type {kind} must be a PackedWeight: pass {_WAYS_TO_PACK.get(kind, _PACK_ARRAYS)}")
 
 
 class Launch(NamedTuple):

@@ -78,7 +78,9 @@ def operand(name: str, array: Any, *, written: bool = False) -> npt.NDArray[Any]
     if is_tensor(array):
         refuse_gradients(name, array)
         if str(array.dtype) != "torch.float16":
-            raise InvalidValueError(f"{name} of dtype {str(array.dtype).removeprefix('torch.')} must be float16")
+            raise InvalidValueError(
+                f"{name} of dtype {str(array.dtype).removeprefix('torch.')} must be float16: convert it first"
+            )
         array = host_array(name, array)
     if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
         raise InvalidValueError(
@@ -86,7 +88,7 @@ def operand(name: str, array: Any, *, written: bool = False) -> npt.NDArray[Any]
             "one GPU"
         )
     if array.dtype != np.float16:
-        raise InvalidValueError(f"{name} of dtype {array.dtype} must be float16")
+        raise InvalidValueError(f"{name} of dtype {array.dtype} must be float16: convert it first")
     if written and not array.flags.writeable:
         raise InvalidValueError(f"{name} {READ_ONLY}")
     return np.asarray(array)

@@ -322,7 +322,8 @@ def pack_weight(weight: QuantizedWeight, *, target: Target | str = Target.NATIVE
     """
     if not isinstance(weight, QuantizedWeight):
         raise InvalidValueError(
-            f"weight of type {type(weight).__name__} must be what quantize returns: w4a16gen.pack takes arrays"
+            f"weight of type {type(weight).__name__} must be what quantize returns, or quantized() of a checkpoint's "
+            "layer: w4a16gen.pack takes arrays"
         )
     layout = layout_for(Target.parse(target), gated=checked_flag("gated", gated))
     weight.check()

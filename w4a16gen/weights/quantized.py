@@ -162,7 +162,7 @@ def check_factors(scales: Any, zeros: Any, *, n: int, groups: int, mode: QuantMo
 
 def why_not_half(name: str, dtype: str) -> str:
     """Return the sentence about an array of another dtype than float16."""
-    return f"{name} of dtype {dtype} must be float16"
+    return f"{name} of dtype {dtype} must be float16: convert it first"
 
 
 def wrong_shape(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> str:
@@ -188,7 +188,9 @@ def check_group_size(k: int, group_size: int) -> None:
         InvalidValueError: naming both.
     """
     if group_size <= 0 or k % group_size != 0:
-        raise InvalidValueError(f"group size {group_size} must divide k = {k}")
+        raise InvalidValueError(
+            f"group size {group_size} must divide k = {k}: pass k, or a multiple of 32 that divides k"
+        )
 
 
 def mode_and_group_size(

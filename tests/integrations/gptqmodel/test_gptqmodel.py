@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from typing import Any
 
@@ -147,8 +148,17 @@ def test_the_switch_turns_them_off(engine: dict[str, Any], monkeypatch: pytest.M
     assert "W4A16GEN_PLUGINS is 'off'" in str(kind.validate(bits=4, group_size=64)[1])
 
 
+def test_without_gptqmodel_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_installed(_name: str) -> None:
+        raise ModuleNotFoundError("No module named 'gptqmodel'", name="gptqmodel")
+
+    monkeypatch.setattr(importlib, "import_module", not_installed)
+    with pytest.raises(MissingToolError, match=r"^gptqmodel is not installed: pip install gptqmodel$"):
+        register()
+
+
 @pytest.mark.parametrize("name", ["gptqmodel.utils.importer", "gptqmodel.quantization"])
-def test_without_gptqmodel_it_says_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_part_of_gptqmodel_it_says_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingToolError, match="pip install gptqmodel"):
         register()

@@ -40,6 +40,8 @@ def register() -> list[str]:
         table = importlib.import_module("gptqmodel.utils.importer").AUTO_BACKEND_KERNEL_MAPPING
         quantization = importlib.import_module("gptqmodel.quantization")
     except (ImportError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "gptqmodel":
+            raise MissingToolError("gptqmodel is not installed: pip install gptqmodel") from None
         raise MissingToolError(
             f"GPTQModel has no table of kernels that is known ({type(error).__name__}: {error}): "
             "`pip install gptqmodel`, or update it"

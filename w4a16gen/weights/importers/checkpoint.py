@@ -138,7 +138,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         ...     w4a16gen.open_checkpoint(folder)
         Traceback (most recent call last):
         ...
-        w4a16gen.errors.InvalidValueError: ... holds no *.safetensors file and no *.gguf file
+        w4a16gen.errors.InvalidValueError: ... holds no *.safetensors file and no *.gguf file: name the folder ...
     """
     place = as_path("path", path)
     try:
@@ -169,5 +169,7 @@ def _open(place: Path) -> Checkpoint:
         tensors = Tensors(infos, metadata)
         return Checkpoint(place, "gguf", metadata, tensors, gguf.stored_layers(tensors))
     if not place.exists():
-        raise InvalidValueError(f"{place} does not exist: name a folder or a file of a checkpoint")
+        raise InvalidValueError(
+            f"{place} does not exist: name a folder or a file of a checkpoint. Nothing is downloaded"
+        )
     raise InvalidValueError(f"{place} must be a folder, a .safetensors file or a .gguf file")

@@ -101,7 +101,10 @@ def find_layers(tensors: Tensors, method: str, config: dict[str, Any]) -> Layers
         InvalidValueError: if the method is not one that can be read, with the reason.
     """
     if method == "w4a16gen":
-        raise InvalidValueError("the weights are packed for this package already: open them with w4a16gen.open_packed")
+        raise InvalidValueError(
+            "the weights are packed for this package already: open them with w4a16gen.open_packed, or name the "
+            "checkpoint that they were converted from"
+        )
     if method in REFUSED:
         raise InvalidValueError(
             f"a checkpoint of {method} holds {REFUSED[method]}, which uint4 kernels cannot represent: "

@@ -121,4 +121,4 @@ def _why_no_tensors(folder: Path) -> str:
             f"{folder} holds {shown_name(pickles[0])}, a pickle, which can run code when it is read: "
             "save the model as safetensors"
         )
-    return f"{folder} holds no *.safetensors file and no *.gguf file"
+    return f"{folder} holds no *.safetensors file and no *.gguf file: name the folder that holds the model"

@@ -72,7 +72,7 @@ def map_file(path: Path) -> MappedFile:
         if not stat.S_ISREG(status.st_mode):
             raise InvalidValueError(f"{path} must be a regular file")
         if status.st_size == 0:
-            raise InvalidValueError(f"{path} is empty")
+            raise InvalidValueError(f"{path} is empty: copy or download it again")
         content = mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ)
     except OSError as error:
         raise InvalidValueError(f"{path} cannot be mapped: {error.strerror}") from None
