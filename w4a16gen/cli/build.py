@@ -117,7 +117,10 @@ def command(
     ray_env: Path | None,
     as_json: bool,
 ) -> int:
-    """Write, compile and link kernels. Only changed kernels are compiled again."""
+    """Write, compile and link kernels. Only changed kernels are compiled again.
+
+    The build replaces the one before in its folder, so name everything that you need.
+    """
     from w4a16gen.kernels.spaces import Filter
     from w4a16gen.runtime.folders import user_build_folder
 
