@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from docs.checkpoints import FOLDERS
 from fakes.checkpoints.cases import CASES
 from fakes.checkpoints.files import write_folder, write_safetensors
 from fakes.runner import Runner
@@ -112,6 +113,14 @@ def test_experts_that_share_a_tensor_share_its_bytes(cli: Runner, tmp_path: Path
     path = CASES["gguf-experts"](tmp_path, np.random.default_rng(1)).path
     value = of("inspect", cli.invoke(args=["inspect", str(path), "--json"]).stdout)
     assert value["totals"]["layer_bytes"] + value["totals"]["dense_bytes"] <= path.stat().st_size
+
+
+def test_inspect_names_the_build_that_experts_need(cli: Runner, tmp_path: Path) -> None:
+    FOLDERS["mixture"]()
+    (note,) = of("inspect", cli.run("inspect model-moe --json").stdout)["notes"]
+    assert note.startswith("Grouped kernels compute the experts of 1 layers instead: `w4a16gen build --space default ")
+    model(tmp_path / "model")
+    assert of("inspect", cli.run("inspect model --json").stdout)["notes"] == []
 
 
 def test_a_layer_without_a_kernel_says_why(cli: Runner, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from w4a16gen.kernels.device import Device
 from w4a16gen.kernels.problem import Problem
 from w4a16gen.progress import Progress
 from w4a16gen.weights.division import Axis, Share, axis_of, share
+from w4a16gen.weights.expert_names import find_experts
 from w4a16gen.weights.importers.checkpoint import Checkpoint, open_checkpoint
 from w4a16gen.weights.importers.folder import read_json
 from w4a16gen.weights.importers.layer import CheckpointLayer
@@ -29,6 +30,7 @@ _MOST_USABLE = 64
 _VECTOR = "a vector"
 _NUMBER = re.compile(r"\b\d+\b")
 _LAYOUT = TARGET_LAYOUTS[Target.NATIVE]
+_GROUPED = "`w4a16gen build --space default --space experts --epilogue none --epilogue gated`"
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,10 @@ def inspect_checkpoint(
     found.dense = _dense(checkpoint)
     found.unsupported = _by_pattern(checkpoint.unsupported)
     found.notes = [f"{text} ({count} layers)" for text, count in notes.items()]
+    if experts := find_experts(checkpoint):
+        found.notes.append(
+            f"Grouped kernels compute the experts of {len(experts)} layers instead: {_GROUPED} builds them"
+        )
     found.totals = {
         "layers": len(found.layers),
         "layer_bytes": sum(layer["bytes"] for layer in found.layers),
