@@ -24,6 +24,7 @@ from w4a16gen.build.objects import Failure
 from w4a16gen.build.toolchain import (
     compiler_identity,
     find_cmake,
+    find_compilers,
     find_cutlass,
     find_host_compiler,
     find_ninja,
@@ -119,6 +120,18 @@ def test_a_variable_that_names_no_program_is_told(
     with pytest.raises(MissingToolError, match=f"{variable}=.* is not an executable file"):
         find_nvcc() if variable == "W4A16GEN_NVCC" else find_cmake()
     assert finding("nvcc" if variable == "W4A16GEN_NVCC" else "cmake").fix == f"unset {variable}"
+    if variable == "W4A16GEN_NVCC":
+        assert finding("CUDA runtime headers").fix == "unset W4A16GEN_NVCC", "they lie beside nvcc"
+
+
+def test_an_old_nvcc_that_a_variable_names_is_unset_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = tmp_path / "nvcc"
+    old.write_text('#!/bin/sh\necho "Cuda compilation tools, release 12.4, V12.4.131"\n')
+    old.chmod(0o755)
+    monkeypatch.setenv("W4A16GEN_NVCC", str(old))
+    with pytest.raises(MissingToolError, match=r"Fix: unset W4A16GEN_NVCC; .*pip install"):
+        find_compilers()
+    assert finding("nvcc").fix.startswith("unset W4A16GEN_NVCC; ")
 
 
 def test_programs_of_packages_are_found_without_path(monkeypatch: pytest.MonkeyPatch) -> None:

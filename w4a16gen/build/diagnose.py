@@ -15,7 +15,15 @@ from pathlib import Path
 from w4a16gen.build import causes
 from w4a16gen.build.environment import IGNORED_VARIABLES, child_environment
 from w4a16gen.build.headers import CUDA_FOLDER
-from w4a16gen.build.install import INSTALL_COMPILER, install_compiler, install_cuda, install_python_headers, pip_install
+from w4a16gen.build.install import (
+    INSTALL_COMPILER,
+    UNSET_NVCC,
+    install_compiler,
+    install_cuda,
+    install_python_headers,
+    pip_install,
+    replace_nvcc,
+)
 from w4a16gen.build.scratch import alias
 from w4a16gen.build.toolchain import (
     MIN_CMAKE,
@@ -108,15 +116,14 @@ def _attempt(find: Callable[[], Path | None]) -> tuple[Path | None, str]:
 def _nvcc() -> Finding:
     nvcc, wrong = _attempt(find_nvcc)
     if wrong:
-        return Finding("nvcc", ok=False, detail=wrong, fix="unset W4A16GEN_NVCC")
+        return Finding("nvcc", ok=False, detail=wrong, fix=UNSET_NVCC)
     if nvcc is None:
         return _found("nvcc", nvcc, install_cuda())
     version = nvcc_version(nvcc)
     release = f"{nvcc}, release {version[0]}.{version[1]}" if version else f"{nvcc} does not tell its release"
     if version is None or version < MIN_NVCC:
         detail = f"{release}; {MIN_NVCC[0]}.{MIN_NVCC[1]} or newer is needed"
-        override = "unset W4A16GEN_NVCC; " if "W4A16GEN_NVCC" in os.environ else ""
-        return Finding("nvcc", ok=False, detail=detail, fix=f"{override}{install_cuda()}")
+        return Finding("nvcc", ok=False, detail=detail, fix=replace_nvcc())
     return Finding("nvcc", ok=True, detail=release)
 
 
@@ -128,10 +135,11 @@ def _cuda_include() -> Path | None:
 def _toolkit() -> list[Finding]:
     include = _cuda_include()
     cudart = find_cudart(include) if include else None
+    fix = UNSET_NVCC if _attempt(find_nvcc)[1] else install_cuda()  # both lie beside nvcc
     return [
         _wheel_releases(),
-        _found("CUDA runtime headers", include, install_cuda()),
-        _found("static CUDA runtime", cudart, install_cuda()),
+        _found("CUDA runtime headers", include, fix),
+        _found("static CUDA runtime", cudart, fix),
         _cuobjdump(),
     ]
 

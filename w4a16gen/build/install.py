@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 import shlex
 import site
@@ -11,6 +12,7 @@ import sysconfig
 from pathlib import Path
 
 _PACKAGE = "w4a16gen"
+UNSET_NVCC = "unset W4A16GEN_NVCC"
 _END_OF_NAME = re.compile(r"[^A-Za-z0-9._-]")
 
 
@@ -90,6 +92,11 @@ def pip_install(*names: str) -> str:
 def install_cuda() -> str:
     """Return the command that installs nvcc with its parts, in releases that fit each other."""
     return _pip(_requirements("cuda") or [f"{_PACKAGE}[cuda]"])
+
+
+def replace_nvcc() -> str:
+    """Return the command that gets another nvcc than the present one, which is too old or none at all."""
+    return f"{UNSET_NVCC}; {install_cuda()}" if "W4A16GEN_NVCC" in os.environ else install_cuda()
 
 
 def _pip(requirements: list[str]) -> str:

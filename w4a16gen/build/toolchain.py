@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from w4a16gen.build.install import INSTALL_COMPILER, install_cuda, install_python_headers, pip_install
+from w4a16gen.build.install import INSTALL_COMPILER, install_cuda, install_python_headers, pip_install, replace_nvcc
 from w4a16gen.build.versions import gcc_major, newest_supported_gcc, nvcc_version, program_version
 from w4a16gen.errors import MissingToolError
 
@@ -244,7 +244,7 @@ def find_compilers() -> Compilers:
     if version is None or version < MIN_NVCC:
         release = f"release {version[0]}.{version[1]}" if version else "no nvcc that tells its release"
         raise MissingToolError(
-            f"{nvcc} is {release}; {MIN_NVCC[0]}.{MIN_NVCC[1]} or newer is needed. Fix: {install_cuda()}"
+            f"{nvcc} is {release}; {MIN_NVCC[0]}.{MIN_NVCC[1]} or newer is needed. Fix: {replace_nvcc()}"
         )
     include = require("cuda_runtime_api.h", find_cuda_include(nvcc), install_cuda())
     return Compilers(
