@@ -5,9 +5,10 @@
     python tools/fit_cost_model.py --dry-run           # only prints errors and losses
 
 Each kernel's rates are fitted to its own times by robust least squares on the logarithm of estimated over recorded
-time. A weak prior keeps rates that few times determine near what the kernel's shape suggests. The result depends on the
-inputs only. Losses are of choices for layers that had no part in the rates: the layers are divided into three parts,
-and each is left out in turn. Needs scipy: pip install 'w4a16gen[tools]'.
+time. A weak prior keeps rates that few times determine near what the kernel's shape suggests. A kernel without times
+gets rates between those of tiles with fewer and with more tokens. The result depends on the inputs only. Losses are of
+choices for layers that had no part in the rates: the layers are divided into three parts, and each is left out in turn.
+Needs scipy: pip install 'w4a16gen[tools]'.
 """
 
 from __future__ import annotations
@@ -126,16 +127,52 @@ def fit_rates(kernel: KernelConfig, times: Times, model: CostModel, card: Card) 
         )
 
     found = least_squares(residuals, np.zeros(len(free)), loss="soft_l1", f_scale=ROBUST_WITHIN, diff_step=1e-4).x
-    return Rates(*(float(f"{value:.{DIGITS}g}") for value in rates_at(found)))
+    return rounded(rates_at(found))
 
 
 def fit_all(sample: Sample, kernels: Sequence[KernelConfig], constants: Constants) -> CostModel:
-    """Return a model with the rates of all kernels of a space."""
+    """Return a model with the rates of all kernels of a space, by their times or those of their neighbours."""
     plain = CostModel(constants, {})
-    rates = {
-        kernel.shape_name: fit_rates(kernel, sample.kernels.get(kernel, {}), plain, sample.card) for kernel in kernels
+    fitted = {
+        kernel: fit_rates(kernel, sample.kernels[kernel], plain, sample.card)
+        for kernel in kernels
+        if kernel in sample.kernels
     }
+    rates = {kernel.shape_name: fitted.get(kernel) or rates_between(kernel, fitted, constants) for kernel in kernels}
     return CostModel(constants, dict(sorted(rates.items())))
+
+
+def rates_between(kernel: KernelConfig, fitted: Mapping[KernelConfig, Rates], constants: Constants) -> Rates:
+    """Return the rates of a kernel without times: those that its shape suggests, off by as much as its neighbours'.
+
+    Neighbours differ in the tokens of the tile only, and are the next ones with fewer and with more. Between them the
+    logarithm of the ratio is linear in the tokens; a single neighbour's ratio counts alone.
+    """
+    alike = {
+        other.cta.tokens: other
+        for other in fitted
+        if replace(other, cta=replace(other.cta, tokens=kernel.cta.tokens)) == kernel
+    }
+    below = max((tokens for tokens in alike if tokens < kernel.cta.tokens), default=None)
+    above = min((tokens for tokens in alike if tokens > kernel.cta.tokens), default=below)
+    below = above if below is None else below
+    prior = prior_of(kernel, constants)
+    if below is None or above is None:
+        return rounded(prior)
+    share = (kernel.cta.tokens - below) / (above - below) if above > below else 0.0
+    low, high = (off_of(fitted[alike[tokens]], prior_of(alike[tokens], constants)) for tokens in (below, above))
+    off = [(1 - share) * first + share * second for first, second in zip(low, high, strict=True)]
+    return rounded(Rates(*(value * math.exp(log) for value, log in zip(prior, off, strict=True))))
+
+
+def off_of(rates: Rates, prior: Rates) -> list[float]:
+    """Return the logarithms of rates over those that the shape suggests; 0 for a rate that the kernel does not have."""
+    return [math.log(value / expected) if expected > 0 else 0.0 for value, expected in zip(rates, prior, strict=True)]
+
+
+def rounded(rates: Rates) -> Rates:
+    """Return rates with the digits that are written."""
+    return Rates(*(float(f"{value:.{DIGITS}g}") for value in rates))
 
 
 def fit_dense(times: Times, start: Constants, card: Card) -> Constants:

@@ -65,6 +65,38 @@ def test_a_kernel_without_times_has_the_rates_that_its_shape_suggests() -> None:
     )
 
 
+def like(tokens: int) -> KernelConfig:
+    """Return the kernel with another number of tokens."""
+    return replace(KERNEL, cta=replace(KERNEL.cta, tokens=tokens))
+
+
+def test_a_kernel_without_times_has_rates_between_those_of_its_neighbours() -> None:
+    def off_by(tokens: int, factor: float) -> tuple[KernelConfig, Rates]:
+        return like(tokens), Rates(*(factor * rate for rate in fit_cost_model.prior_of(like(tokens), START)))
+
+    far, below, above = off_by(64, 9.0), off_by(112, 1.0), off_by(136, 1.331)
+    other = replace(KERNEL, cluster=replace(KERNEL.cluster, channels=2)), off_by(120, 5.0)[1]
+    prior = fit_cost_model.prior_of(like(120), START)
+    for fitted, factor in (
+        ([far, below, above, other], 1.1),
+        ([below, other], 1.0),
+        ([above, other], 1.331),
+        ([other], 1.0),
+    ):
+        rates = fit_cost_model.rates_between(like(120), dict(fitted), START)
+        assert rates == pytest.approx([factor * rate for rate in prior], rel=1e-3)
+    assert prior.split_cycles == 0
+
+
+def test_every_kernel_of_a_space_gets_rates_by_its_times_or_by_those_of_others() -> None:
+    sample = fit_cost_model.sample_of(recordings_of(KERNEL, TRUTH))
+    model = fit_cost_model.fit_all(sample, [like(120), KERNEL], START)
+    assert list(model.rates) == sorted(model.rates)
+    fitted = fit_cost_model.fit_rates(KERNEL, sample.kernels[KERNEL], CostModel(START, {}), sample.card)
+    assert model.rates_of(KERNEL) == fitted
+    assert model.rates_of(like(120)) == fit_cost_model.rates_between(like(120), {KERNEL: fitted}, START)
+
+
 def test_several_times_count_as_their_geometric_mean_whatever_their_order() -> None:
     row = recordings_of(KERNEL, TRUTH)[0]
     pair = [row, recorded.Recorded(**{**vars(row), "microseconds": 4 * row.microseconds})]

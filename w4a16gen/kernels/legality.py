@@ -15,9 +15,9 @@ from w4a16gen.kernels.config import Epilogue, KernelConfig, Schedule, Scheduler,
 CTA_CHANNELS = (64, 128, 256)
 CTA_TOKENS = (8, 16, 32, 64, 128, 256)
 """Token tiles of CUTLASS kernels."""
-NATIVE_CTA_TOKENS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
-"""Token tiles of native kernels. WGMMA multiplies any multiple of 8 tokens. The steps grow with the tile, so that the
-share of the last tile that is left empty stays about the same."""
+NATIVE_CTA_TOKENS = tuple(range(8, 257, 8))
+"""Token tiles of native kernels: any number of tokens that WGMMA multiplies. A step of 8 makes the difference between
+one wave and two, or leaves less of the last tile empty."""
 CTA_K = (32, 64, 128)
 CLUSTER_CHANNELS = (1, 2, 4)
 CLUSTER_TOKENS = (1, 2, 4)
@@ -42,15 +42,19 @@ MAX_NATIVE_ACCUMULATORS = {
 of them: with 64 accumulators ptxas serialises WGMMAs (C7512). With eight warps a thread keeps four values for each
 accumulator, in half of an SM's registers."""
 MIN_SPILLING_ACCUMULATORS_OF_FOUR = 20
-MIN_SPILLING_STREAM_K_ACCUMULATORS = 96
+MIN_SPILLING_STREAM_K_ACCUMULATORS = 92
 MAX_STREAM_K_ACCUMULATORS_IN_CLUSTERS = 80
 MAX_STREAM_K_ACCUMULATORS_OF_ONE_FRAGMENT_IN_CLUSTERS = 96
 """The most fp32 accumulators per thread with stream-K in clusters. The second is for warpgroups of 64 channels without
-zeros. Beyond, ptxas spills (nvcc 13.0)."""
+zeros, and for tiles of whole 32 tokens. Beyond, ptxas spills (nvcc 13.0)."""
+EVEN_TOKENS = 32
+"""Tiles with a multiple of this many tokens take ptxas fewer registers to exchange sums than the sizes around them."""
 MAX_REDUCED_ACCUMULATORS = {1: MAX_ACCUMULATORS, 2: 96, 4: 64}
 """fp32 accumulators per thread from which, or beyond which, ptxas spills: with four warpgroups and stages of 64 k, with
 stream-K and warpgroups that split K, and by the CTAs of a cluster that split K. The last and the first hold for tiles
 that are no power of two of tokens; ptxas finds registers for the others (nvcc 13.0)."""
+MAX_REDUCED_ACCUMULATORS_OF_ODD_TILES = 80
+"""The same for clusters that split K, and tiles of 128 channels and more without a multiple of EVEN_TOKENS."""
 MAX_NATIVE_MULTICAST = 2
 """CTAs of a native kernel's cluster that receive one copy of an operand."""
 MAX_PORTABLE_CLUSTER = 8
@@ -175,7 +179,7 @@ def _lacks_registers_for_stream_k_in_clusters(config: KernelConfig, arrangement:
     cta, cluster = config.cta, config.cluster
     one_fragment = cta.channels == arrangement.along_channels * WARPGROUP_CHANNELS
     most = MAX_STREAM_K_ACCUMULATORS_IN_CLUSTERS
-    if one_fragment and not config.mode.has_zeros:
+    if one_fragment and not config.mode.has_zeros and cta.tokens % EVEN_TOKENS == 0:
         most = MAX_STREAM_K_ACCUMULATORS_OF_ONE_FRAGMENT_IN_CLUSTERS
     in_cluster = config.scheduler is Scheduler.STREAM_K and cluster.channels * cluster.tokens > 1
     if not in_cluster or arrangement.accumulators <= most:
@@ -200,7 +204,11 @@ def _lacks_registers_for_tile(config: KernelConfig, arrangement: Arrangement) ->
         return f"CTA {cta}: four warpgroups lack registers for {cta.tokens} tokens and k {cta.k} (ptxas spills)"
     two_fragments = cta.channels > arrangement.along_channels * WARPGROUP_CHANNELS
     most = MAX_REDUCED_ACCUMULATORS[splits]
-    if splits > 1 and arrangement.accumulators > most and (two_fragments or splits < max(CLUSTER_K)):
+    if cta.channels > WARPGROUP_CHANNELS and cta.tokens % EVEN_TOKENS != 0:
+        most = min(most, MAX_REDUCED_ACCUMULATORS_OF_ODD_TILES)
+    elif splits == max(CLUSTER_K) and not two_fragments:
+        most = MAX_ACCUMULATORS
+    if splits > 1 and arrangement.accumulators > most:
         return (
             f"CTA {cta}: a thread lacks registers to reduce {arrangement.accumulators} accumulators among {splits} "
             "CTAs (ptxas spills)"
