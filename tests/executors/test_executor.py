@@ -183,6 +183,7 @@ def test_work_is_divided_for_as_many_tasks_as_were_asked_for() -> None:
     assert (Executor([place]).planned_slots, Executor([place]).planned_memory) == (2, 10.0)
     asked = Executor([place], most=16)
     assert (asked.planned_slots, asked.planned_memory, asked.slots) == (16, float("inf"), 2)
+    assert Executor([]).planned_slots == 1, "places may join"
 
 
 def test_an_error_of_the_task_is_not_tried_again() -> None:
@@ -237,11 +238,12 @@ def test_stopping_drops_the_queue_and_ends_what_runs() -> None:
     executor.stop()
     assert first.result(10) == [1]
     assert second.cancelled()
+    assert wait([first, second], 10).done == {first, second}, "who waits for both is woken"
 
 
 def test_summaries_of_one_machine_are_added_up() -> None:
-    both = add_summaries([NodeSummary("b", 1, 2.0), NodeSummary("a", 1), NodeSummary("b", 2, 1.0, 1)])
-    assert both == [NodeSummary("a", 1), NodeSummary("b", 3, 3.0, 1)]
+    both = add_summaries([NodeSummary("b", 1, 2.0, 2), NodeSummary("a", 1), NodeSummary("b", 2, 1.0, 1)])
+    assert both == [NodeSummary("a", 1), NodeSummary("b", 3, 3.0, 3)]
 
 
 def test_only_names_of_functions_travel() -> None:

@@ -130,6 +130,24 @@ def test_what_other_tasks_took_decides_what_is_late() -> None:
         assert only.begun == [0, 1, 1]
 
 
+def test_a_shorter_task_does_not_make_others_late_sooner() -> None:
+    only = Worker("only", slots=2, holds=[0, 2])
+    with Executor([only]) as executor:
+        future = executor.submit(number_of, 0)
+        time.sleep(4 * LATE)
+        only.go_on.set()
+        assert future.result(10) == [0]
+        assert executor.submit(number_of, 1).result(10) == [1]
+        only.go_on.clear()
+        future = executor.submit(number_of, 2)
+        time.sleep(2 * LATE)
+        executor.repeat_late_tasks()
+        time.sleep(LATE)
+        assert only.begun == [0, 1, 2]
+        only.go_on.set()
+        assert future.result(10) == [2]
+
+
 @pytest.mark.parametrize("ends_first", ["slow", "other"])
 def test_one_lost_attempt_of_two_is_not_tried_again(ends_first: str) -> None:
     def lose() -> None:
@@ -162,6 +180,25 @@ def test_both_attempts_lost_are_tried_again() -> None:
         slow.go_on.set()
         other.go_on.set()
         assert future.result(10) == [0]
+
+
+def test_a_loss_after_the_other_attempt_was_done_is_not_told() -> None:
+    lost = threading.Event()
+
+    def lose() -> None:
+        lost.set()
+        raise WorkerLostError("the power was cut")
+
+    slow, other, told = Worker("slow", holds=[0]), Worker("other"), list[str]()
+    slow.ends = lose
+    with Executor([slow, other], tell=told.append) as executor:
+        future = executor.submit(number_of, 0)
+        repeat_until_done(executor, [future])
+        slow.go_on.set()
+        assert lost.wait(10)
+        assert [executor.submit(number_of, number).result(10) for number in (1, 2)] == [[1], [2]]
+    assert told == ["slow takes long for a task, which other tries too"]
+    assert sum(summary.lost for summary in executor.summaries) == 0
 
 
 def test_an_error_after_the_other_attempt_was_done_ends_nothing() -> None:
