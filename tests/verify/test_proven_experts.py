@@ -195,6 +195,24 @@ def _take_another_expert(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(faked, "numbers_of_experts", numbers_of_experts)
 
 
+def _write_before_workspace(call: Routing) -> None:
+    if call.hidden:  # of a layer, whose offsets begin the workspace
+        memory_at(call.offsets - 1, (1,), "|u1")[0] ^= 0xFF
+
+
+def _leave_out_tokens_of_nobody(patch: pytest.MonkeyPatch) -> None:
+    right = Combining.run
+
+    def run(call: Combining) -> None:
+        out = memory_at(call.output, (call.tokens, call.columns), "<f2")
+        before = out.copy()
+        right(call)
+        unused = ~out.any(axis=1)
+        out[unused] = before[unused]
+
+    patch.setattr(Combining, "run", run)
+
+
 def _add_twice(call: Combining) -> None:
     memory_at(call.output, (call.tokens, call.columns), "<f2")[...] *= np.float16(2)
 
@@ -212,6 +230,8 @@ FAULTS: dict[str, tuple[Fault, str, str]] = {
         NAMES[0],
         "layer .* gated=True tokens=[13] .*: error is .* times the bound",
     ),
+    "before the workspace": (_in(Routing, _write_before_workspace), NAMES[0], "layer .*: wrote beyond the workspace"),
+    "tokens of nobody": (_leave_out_tokens_of_nobody, NAMES[0], "layer .*: error is .* times the bound"),
     "sum": (_in(Combining, _add_twice), NAMES[1], "layer .* gated=True .*: error is .* times the bound"),
 }
 
@@ -221,6 +241,32 @@ def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch, fault: Fault, 
     fault(monkeypatch)
     failures = run()[name].failures
     assert any(re.match(text, failure) for failure in failures), failures
+
+
+def test_products_are_launched_by_themselves_and_behind_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Grouped] = []
+    _in(Grouped, made.append)(monkeypatch)
+    run(NAMES[1:])  # without layers, whose products are dependent too
+    assert {bool(call.dependent) for call in made} == {False, True}
+
+
+def test_layers_are_launched_with_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    sums, routings = list[Combining](), list[Routing]()
+    _in(Combining, sums.append)(monkeypatch)
+    _in(Routing, lambda call: routings.append(call) if call.hidden else None)(monkeypatch)
+    run()
+    assert {bool(call.weights) for call in sums} == {False, True}, "weights on the input, and on the results"
+    assert {bool(call.expert_map) for call in routings} == {False, True}
+
+
+def test_channels_that_hold_no_pairs_of_runs_are_proven_without_gates() -> None:
+    library = FakeLibrary(map(KernelConfig.parse, NAMES))
+    proofs = {config: NumericProof(config.name) for config in library.grouped_configs()}
+    experts.prove_experts(library, proofs, shapes=((40, 64, 32),), experts=(5,))
+    plain, gated = proofs.values()
+    assert plain.failures == gated.failures == []
+    assert plain.passed[grouped_products.PRODUCT] == 2
+    assert grouped_products.PRODUCT not in gated.passed
 
 
 def test_launches_that_fail_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,6 +293,8 @@ def test_random_routings_run_on_some_of_the_experts(monkeypatch: pytest.MonkeyPa
     )
     made = [call for call in library.module.expert_calls if isinstance(call, Grouped)]
     assert {call.experts for call in made} > {1, 9}
+    assert {bool(call.bias) for call in made} == {False, True}
+    assert {call.alpha for call in made} == {1.0, -0.75}
     experts.prove_random_routings(library, {}, 40)
     _in(Grouped, _halve_last_expert)(monkeypatch)
     experts.prove_random_routings(library, proofs, 20)
@@ -272,6 +320,8 @@ def test_routings_of_every_kind_are_drawn(count: int) -> None:
     assert any(
         len(set(here.tolist())) == 1 and here.size == ids.size > 8 for here, ids in zip(local, found, strict=True)
     )
+    alone = [len(set(here.tolist())) == 1 and here.size > 8 for here in local]
+    assert sum(alone) > 0.08 * len(found), "many routings are to one expert only"
     if count > 1:
         assert any(len(set(here.tolist())) > 1 for here in local)
         assert set(np.concatenate(local).tolist()) == set(range(count))
