@@ -6,15 +6,16 @@ import json
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from fakes.mixtures import DIVIDED, MODE, TINY, WITH_ZEROS, HostLibrary, few_layers, measured
 from fakes.words import unpacked
 
+from w4a16gen.measure import stage
 from w4a16gen.measure.models import Mixture
-from w4a16gen.measure.moe_entrants import Drawn, Routing, Work
-from w4a16gen.measure.moe_humming import NAME, humming_entrant, sort_routes
+from w4a16gen.measure.moe_entrants import Drawn, Routing, Work, copies_of
+from w4a16gen.measure.moe_humming import NAME, HummingLayers, humming_entrant, sort_routes
 
 torch: Any = pytest.importorskip("torch")
 
@@ -25,6 +26,11 @@ CPU = torch.device("cpu")
 class HummingLayer:
     """Multiplies rows of blocks by the weight of the block's expert, and writes a row for each route."""
 
+    made = 0
+    """Layers that were prepared, by any test."""
+    rows: ClassVar[list[int]] = []
+    """The rows that calls were estimated to have."""
+
     def __init__(
         self, *, shape_n: int, shape_k: int, weight_config: dict[str, Any], num_experts: int, torch_dtype: Any
     ) -> None:
@@ -33,6 +39,7 @@ class HummingLayer:
         self.humming_config = SimpleNamespace(shape=(num_experts, shape_n, shape_k))
         self.dense: list[Any] = []
         self.factor = 1.0
+        HummingLayer.made += 1
 
     def to(self, _device: Any) -> HummingLayer:
         return self
@@ -53,6 +60,7 @@ class HummingLayer:
         assert json.loads(given["compute_config"]) == {"gemm_type": "indexed"}
         ((_, most, kernel),) = json.loads(given["tuning_config"])
         assert given["valid_shape_m"] <= most
+        self.rows.append(given["valid_shape_m"])
         outputs, ids = given["outputs"], given["sorted_ids"]
         assert given["num_tokens_padded"].tolist() == [len(ids)]
         outputs.fill_(float("nan"))  # rows without a route hold anything
@@ -101,6 +109,26 @@ def test_each_copy_of_the_weights_is_read() -> None:
     copies[1][1].factor = 2.0
     assert not torch.equal(launches[1](), expected[1])
     assert torch.equal(launches[0](), expected[0])
+
+
+def test_weights_are_prepared_once_and_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "COLD_BYTES", 2e6)
+    drawn, made = Drawn(torch, TINY, MODE, CPU), HummingLayer.made
+    layers = HummingLayers(drawn, lambda function, **_: function)
+    for _ in range(2):
+        layers.prepare(Work(drawn, 3, 6, 2))
+        copies = layers._copies  # noqa: SLF001
+        assert len(copies) == copies_of(TINY, 3, (256 * 256 + 256 * 128) // 2) > 2
+    assert HummingLayer.made == made + 2, "one for each product"
+    assert len({id(layer) for copy in copies for layer in copy}) == 2 * len(copies)
+
+
+def test_rows_are_estimated_for_the_experts_here() -> None:
+    drawn = Drawn(torch, DIVIDED, MODE, CPU)
+    launch = HummingLayers(drawn, lambda function, **_: function).prepare(Work(drawn, 3, 1, 1))[0]
+    HummingLayer.rows.clear()
+    launch()
+    assert HummingLayer.rows == [3] * 2, "half of the experts are here, for 3 tokens with 2 routes each"
 
 
 def test_the_routes_of_an_expert_follow_one_another_and_blocks_belong_to_one() -> None:

@@ -143,7 +143,8 @@ class HummingLayers:
         routes = work.tokens * slots
         bytes_of_expert = int(BYTES_OF_WEIGHT * sum(at.n * at.k for at in (drawn.gate_up, drawn.down)))
         wanted = copies_of(mixture, work.tokens, bytes_of_expert)
-        self._copies += [self._new_layer() for _ in range(wanted - len(self._copies))]
+        while len(self._copies) < wanted:
+            self._copies.append(self._new_layer())
         rows = math.ceil(routes * mixture.experts / mixture.num_experts)  # those here, as humming's users estimate them
         block_rows, tuned = self._tuned(rows)
         ordered = [sort_routes(torch, routing, expert_map, mixture.experts, block_rows) for routing in work.routings]
