@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,13 @@ from w4a16gen.integrations.sglang import experts, kernels, plugin, served_expert
 
 COUNT, HIDDEN, INNER, SLOTS = 4, 128, 64, 2
 LOGGER = "w4a16gen.sglang"
+
+
+class Order(Enum):
+    """compressed-tensors' orders of columns."""
+
+    GROUP = "group"
+    DYNAMIC = "dynamic"
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +118,8 @@ def test_the_factor_of_routed_experts_multiplies_the_result(rng: np.random.Gener
     stored, layer = served(rng, routed_scaling_factor=2.5)
     x, ids, weights = drawn(rng, 5)
     stored.assert_is_sum(layer(x, weights, ids), x, ids, weights * 2.5)
+    rounded = weights.bfloat16()
+    assert torch.equal(layer(x, rounded, ids), layer(x, rounded.float(), ids)), "the product of both is not rounded"
 
 
 def test_weights_on_the_input_count_once(rng: np.random.Generator) -> None:
@@ -155,6 +165,8 @@ LEFT: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"weight_bits": 8}, {}, "weights of 8 bits must have 4"),
     ({}, {"with_bias": True}, "experts with biases are not served"),
     ({}, {"swiglu_limit": 7.0}, "experts with swiglu_limit are not served"),
+    ({}, {"gemm1_alpha": 1.7}, "experts with gemm1_alpha are not served"),
+    ({}, {"gemm1_beta": 1.0}, "experts with gemm1_beta are not served"),
     ({}, {"gemm1_clamp_limit": 7.0}, "experts with gemm1_clamp_limit are not served"),
     ({}, {"no_combine": True}, "experts whose results are not added are not served"),
     ({}, {"is_gated": False}, "experts without gates are not served"),
@@ -220,6 +232,8 @@ def test_methods_that_page_or_wrap_weights_keep_them(rng: np.random.Generator, c
     [
         ({"is_sym": False}, None, "zero points of compressed-tensors experts are not served"),
         ({}, "group", "experts of models with act-order are not served"),
+        ({}, Order.GROUP, "experts of models with act-order are not served"),
+        ({}, Order.DYNAMIC, "experts of models with act-order are not served"),
         ({}, "weight", ""),
     ],
 )
