@@ -12,9 +12,11 @@ torch = pytest.importorskip("torch")
 from fakes.engine_experts import StoredExperts, routing  # noqa: E402
 from fakes.engine_layers import activations  # noqa: E402
 
-from w4a16gen.integrations.engines.experts import gptq_expert, traced_sum_of_experts  # noqa: E402
+from w4a16gen.integrations.engines import experts as engine_experts  # noqa: E402
+from w4a16gen.integrations.engines.experts import gptq_expert, sum_of_experts, traced_sum_of_experts  # noqa: E402
 from w4a16gen.integrations.engines.experts_store import PARTS, ExpertsStore  # noqa: E402
 from w4a16gen.kernels.config import QuantMode  # noqa: E402
+from w4a16gen.runtime import default  # noqa: E402
 
 EXPERTS, HIDDEN, INNER, GROUP, SLOTS = 4, 128, 64, 32, 2
 
@@ -71,3 +73,27 @@ def test_a_layer_is_traced_as_one_graph(dtype: Any, stored: StoredExperts, rng: 
 
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(x, ids.short(), factors.bfloat16()), layer(x, ids, factors.bfloat16().float()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_kernels_get_arrays_that_they_can_read_and_write_in_place(
+    dtype: Any, stored: StoredExperts, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, call = packed(stored)
+    x, routes = activations(rng, HIDDEN, 5, dtype).t(), routing(rng, 5, SLOTS, EXPERTS)
+    ids, factors = (part.t().contiguous().t() for part in (routes[0].short(), routes[1].to(dtype)))
+    seen: dict[str, Any] = {}
+
+    def moe(*arrays: Any, **options: Any) -> Any:
+        hidden, _, _, numbers, shares = arrays
+        assert all(array.is_contiguous() for array in (hidden, numbers, shares))
+        assert (hidden.dtype, numbers.dtype, shares.dtype) == (torch.float16, torch.int64, torch.float32)
+        seen.update(options)
+        return default.moe(*arrays, **options)
+
+    monkeypatch.setattr(engine_experts, "moe", moe)
+    out = torch.full(x.shape, torch.nan, dtype=dtype)
+    sum_of_experts(x, call.packed(*weights), ids, factors, out, activation="gelu")
+    stored.assert_is_sum(out, x, ids, factors.float(), activation="gelu")
+    assert seen["out"] is (out if dtype == torch.float16 else None), "nothing is copied that need not be"
+    assert seen["dependent_launch"] == "auto"
