@@ -74,12 +74,13 @@ def test_a_kernel_without_times_has_rates_between_those_of_its_neighbours() -> N
     def off_by(tokens: int, factor: float) -> tuple[KernelConfig, Rates]:
         return like(tokens), Rates(*(factor * rate for rate in fit_cost_model.prior_of(like(tokens), START)))
 
-    far, below, above = off_by(64, 9.0), off_by(112, 1.0), off_by(136, 1.331)
+    below, above = off_by(112, 0.729), off_by(136, 1.331)
+    further = off_by(64, 9.0), off_by(256, 9.0)
     other = replace(KERNEL, cluster=replace(KERNEL.cluster, channels=2)), off_by(120, 5.0)[1]
     prior = fit_cost_model.prior_of(like(120), START)
     for fitted, factor in (
-        ([far, below, above, other], 1.1),
-        ([below, other], 1.0),
+        ([*further, below, above, other], 0.891),
+        ([below, other], 0.729),
         ([above, other], 1.331),
         ([other], 1.0),
     ):
