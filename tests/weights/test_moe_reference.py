@@ -325,15 +325,21 @@ def test_wrong_arguments_are_refused(rng: np.random.Generator) -> None:
         "topk_weights": weights,
     }
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"hidden": hidden.astype(np.float32)}, r"hidden must be float16 \[tokens, 96\]"),
-        ({"hidden": hidden[:, 1:]}, r"hidden must be float16 \[tokens, 96\]"),
-        ({"topk_weights": weights.astype(np.float16)}, "topk_weights must be float32"),
+        (
+            {"hidden": hidden.astype(np.float32)},
+            r"hidden of dtype float32 and shape \[4, 96\] must be float16 \[tokens, 96\]",
+        ),
+        ({"hidden": hidden[:, 1:]}, r"hidden of dtype float16 and shape \[4, 95\] must be float16 \[tokens, 96\]"),
+        (
+            {"topk_weights": weights.astype(np.float16)},
+            r"topk_weights of dtype float16 and shape \[4, 2\] must be float32",
+        ),
         ({"topk_weights": weights[:3]}, r"topk_ids of shape \[4, 2\] and topk_weights of shape \[3, 2\] must be"),
         ({"topk_ids": ids.astype(np.float32)}, "topk_ids of dtype float32"),
         ({"expert_map": ids}, r"expert_map of dtype int32 and shape \[4, 2\] must be integers \[all experts\]"),
         ({"activation": "tanh"}, "activation 'tanh' must be one of silu, gelu"),
         ({"down": DOWN[:2]}, "gate, up and down of 5, 5, 2 experts"),
-        ({"topk_ids": ids.tolist()}, r"topk_ids of no array must be integers \[tokens, slots\]"),
+        ({"topk_ids": ids.tolist()}, r"topk_ids of type list must be integers \[tokens, slots\]"),
         ({"topk_ids": np.array(0), "topk_weights": np.array(1, np.float32)}, r"topk_ids of .* and shape \[\] must be"),
         ({"activation": ["silu"]}, r"activation a value of type list must be one of silu"),
         ({"gate": None}, "gate of type NoneType must be a sequence of QuantizedWeight"),

@@ -260,18 +260,25 @@ def why_overlaps(name: str) -> str:
     return f"output overlaps the {name}: pass another array"
 
 
-def check_activations_shape(shape: tuple[int, ...], k: int) -> None:
+def check_activations_shape(shape: tuple[int, ...], k: int, *, hidden: bool = False) -> None:
     """Raise unless activations are [m, k].
+
+    Args:
+        shape: their shape.
+        k: the columns that they must have.
+        hidden: whether they are the hidden states of a layer of experts, [tokens, k].
 
     Raises:
         InvalidValueError: naming the shape and a way out.
     """
     if len(shape) != 2 or shape[1] != k:  # noqa: PLR2004
-        hint = ""
+        argument, hint = "hidden" if hidden else "a", ""
         if len(shape) > 2 and shape[-1] == k:  # noqa: PLR2004
-            hint = f": pass a.reshape(-1, {k})"
+            hint = f": pass {argument}.reshape(-1, {k})"
         elif len(shape) == 1 and shape[0] == k:
-            hint = ": for one token, pass a[None]"
+            hint = f": for one token, pass {argument}[None]"
         elif len(shape) == 2 and shape[0] == k:  # noqa: PLR2004
             hint = ": they look transposed"
+        if hidden:
+            raise InvalidValueError(f"hidden of shape {list(shape)} must be [tokens, {k}]{hint}")
         raise InvalidValueError(f"activations of shape {list(shape)} must be [m, {k}]{hint}")

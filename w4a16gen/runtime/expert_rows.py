@@ -112,6 +112,8 @@ class RowLister:
         seen = view(name, given, self._bindings.module)
         if len(seen.shape) != 1:
             raise InvalidValueError(f"{name} of shape {list(seen.shape)} must have one dimension")
+        if offsets is not None and seen.shape[0] <= 1:
+            raise InvalidValueError(f"offsets of shape {list(seen.shape)} must be [experts + 1], of one expert or more")
         device = seen.device or 0
         length, tile = integer("rows", rows), positive("tile_tokens", tile_tokens)
         check(name, seen, dtype="<i4", shape=seen.shape if indices is None else (length,), device=device)

@@ -156,7 +156,7 @@ class ExpertLauncher:
         packed2 = self._arrays.packed("w2", w2, device)
         check_pair(w13, w2)
         states = view("hidden", hidden, module)
-        check_activations_shape(states.shape, w2.n)
+        check_activations_shape(states.shape, w2.n, hidden=True)
         check("hidden", states, dtype="<f2", shape=states.shape, device=device)
         tokens = states.shape[0]
         choice = self._arrays.choice(topk_ids, options.expert_map, device, tokens)

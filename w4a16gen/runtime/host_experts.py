@@ -31,7 +31,7 @@ def moe_on_host(
         check_packed(name, w)
     check_pair(w13, w2)
     states = operand("hidden", hidden)
-    check_activations_shape(states.shape, w2.n)
+    check_activations_shape(states.shape, w2.n, hidden=True)
     result = None if options.out is None else operand("output", options.out, written=True)
     if result is not None and result.shape != states.shape:
         raise InvalidValueError(f"output of shape {list(result.shape)} must be {list(states.shape)}")

@@ -220,11 +220,17 @@ def route_reference(
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32), rows.astype(np.int32)
 
 
+def _kind_of(values: Any) -> str:
+    """Return what messages say of a value."""
+    if not isinstance(values, np.ndarray):
+        return f"type {type(values).__name__}"
+    return f"dtype {values.dtype} and shape {list(values.shape)}"
+
+
 def _integers(name: str, values: Any, rank: int) -> npt.NDArray[np.int64]:
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "iu" or values.ndim != rank:
-        found = f"dtype {values.dtype} and shape {list(values.shape)}" if isinstance(values, np.ndarray) else "no array"
         wanted = "[tokens, slots]" if rank == _MATRIX else "[all experts]"
-        raise InvalidValueError(f"{name} of {found} must be integers {wanted}")
+        raise InvalidValueError(f"{name} of {_kind_of(values)} must be integers {wanted}")
     return values.astype(np.int64)
 
 
@@ -263,9 +269,9 @@ def _checked_shape(
                     f"{name} of expert {index} is {[weight.n, weight.k]}, but must be {list(wanted)}"
                 )
     if not isinstance(hidden, np.ndarray) or hidden.dtype != np.float16 or hidden.shape[1:] != (size,):
-        raise InvalidValueError(f"hidden must be float16 [tokens, {size}]")
+        raise InvalidValueError(f"hidden of {_kind_of(hidden)} must be float16 [tokens, {size}]")
     if not isinstance(topk_weights, np.ndarray) or topk_weights.dtype != np.float32:
-        raise InvalidValueError("topk_weights must be float32 [tokens, slots]")
+        raise InvalidValueError(f"topk_weights of {_kind_of(topk_weights)} must be float32 [tokens, slots]")
     ids = _integers("topk_ids", topk_ids, _MATRIX)
     if ids.shape != topk_weights.shape or len(ids) != len(hidden):
         raise InvalidValueError(

@@ -309,6 +309,8 @@ def test_projections_that_do_not_fit_together_are_refused(rng: np.random.Generat
             W4A16Experts.from_packed(*arguments)
     for parts, message in (
         ({"alphas": [1.0]}, "alphas of 1 experts must be of 5"),
+        ({"alphas": 2.0}, "alphas of type float must be a sequence with a factor for each of 5 experts"),
+        ({"input_scale": "x"}, "input_scale of type str must be a tensor or an array of numbers"),
         ({"permutation": np.arange(HIDDEN)}, r"permutation of int64 \[96\] must be int64 \[5, 96\]"),
         ({"permutation": np.zeros((EXPERTS, HIDDEN), np.int64)}, "permutation must hold each of 0 to 95 once"),
         ({"input_scale": torch.ones(HIDDEN)}, r"input_scale of float16 \[96\] must be float16 \[5, 96\]"),

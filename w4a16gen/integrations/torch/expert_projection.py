@@ -71,13 +71,11 @@ class ExpertProjection(PackedModule):
         device = weights.data.device
         shape = self.experts, self.k
         self.permutation = None if permutation is None else _orders(permutation, shape, device)
-        self.input_scale = None if input_scale is None else given.half("input_scale", input_scale, device)
+        scale = given.tensor_of("input_scale", input_scale)
+        self.input_scale = None if scale is None else given.half("input_scale", scale, device)
         if self.input_scale is not None:
             given.check_tensor("input_scale", self.input_scale, shape, torch.float16)
-        factors = (1.0,) * self.experts if alphas is None else tuple(given.finite_alpha(alpha) for alpha in alphas)
-        if len(factors) != self.experts:
-            raise InvalidValueError(f"alphas of {len(factors)} experts must be of {self.experts}")
-        self.alphas = factors
+        self.alphas = (1.0,) * self.experts if alphas is None else _factors(alphas, self.experts)
         self.nbytes_of_expert = weights.expert(0).nbytes
 
     def forward(self, x: Tensor, expert: int) -> Tensor:
@@ -179,3 +177,16 @@ def _orders(values: Any, shape: tuple[int, int], device: Any) -> Tensor:
     orders = given.tensor_of("permutation", values)
     given.check_tensor("permutation", orders, shape, orders.dtype)
     return torch.stack([given.order("permutation", row, device, shape[1]) for row in orders])
+
+
+def _factors(alphas: Any, experts: int) -> tuple[float, ...]:
+    """Return the factor of each expert's product."""
+    try:
+        found = tuple(alphas)
+    except TypeError:  # also of tensors without dimensions
+        raise InvalidValueError(
+            f"alphas of {given.kind_of(alphas)} must be a sequence with a factor for each of {experts} experts"
+        ) from None
+    if len(found) != experts:
+        raise InvalidValueError(f"alphas of {len(found)} experts must be of {experts}")
+    return tuple(given.finite_alpha(alpha) for alpha in found)
