@@ -32,6 +32,7 @@ from w4a16gen.choose.cards import card_of
 from w4a16gen.errors import CudaError, UnsupportedProblemError, W4A16Error
 from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.kernels.spaces import enumerate_space, with_epilogues
+from w4a16gen.runtime import expert_arrays
 from w4a16gen.runtime.expert_calls import GATED_ACTIVATIONS, MAX_EXPERTS
 from w4a16gen.runtime.expert_plan import INVARIANT_TOKENS, MAX_UNSORTED_ROUTES, UNSORTED_TOKENS, MoePlan, moe_sizes
 from w4a16gen.weights.experts import PackedExperts, pack_experts
@@ -452,6 +453,21 @@ def test_tokens_without_experts_get_zeros(layer: Layer) -> None:
     layer.factors[:] = np.nan
     out = layer.on(np.full((TOKENS, HIDDEN), np.nan, np.float16))
     assert not layer.moe(out=out).to_host().any()
+
+
+def test_memory_of_torchs_own_stream_is_allocated_in_a_capture_too(
+    library: FakeLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, stream = Layer(library), library.module.Stream(0)
+    arguments = layer.arguments(stream=stream)
+    monkeypatch.setattr(expert_arrays, "is_torchs_stream", lambda *_: True)
+    stream.begin_capture()
+    assert library.moe(**arguments).shape == (TOKENS, HIDDEN)
+    stream.end_capture()
+
+
+def test_as_many_experts_are_routed_as_may_be(library: FakeLibrary, layer: Layer) -> None:
+    assert library.route_tokens(layer.on(layer.ids), MAX_EXPERTS, 8).experts == MAX_EXPERTS
 
 
 def test_a_captured_layer_is_replayed_with_other_inputs(library: FakeLibrary) -> None:
@@ -889,6 +905,9 @@ def test_a_build_without_the_kernels_names_the_command() -> None:
     refused(Layer(FakeLibrary(other_mode), gated=True).moe, {}, f"with epilogue gated: {WITH_GATE}", NotBuiltError)
     gated = FakeLibrary(of(Epilogue.GATED, tokens={8}))
     refused(Layer(gated, gated=True).moe, {}, f"no grouped kernel of mode fgs: {COMMAND}`", NotBuiltError)
+    other_modes = [replace(config, mode=QuantMode.FINEGRAINED_SCALE_AND_ZEROS) for config in KERNELS]
+    mixed = FakeLibrary([*of(Epilogue.NONE, tokens={8}), *other_modes])
+    assert Layer(mixed, gated=True).moe().shape == (TOKENS, HIDDEN), "kernels of another mode do not count"
     apart = FakeLibrary([*of(Epilogue.GATED, tokens={8}), *of(Epilogue.NONE, tokens={16})])
     refused(
         Layer(apart, gated=True).moe,

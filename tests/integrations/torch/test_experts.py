@@ -298,9 +298,11 @@ def test_wrong_calls_are_refused(rng: np.random.Generator) -> None:
 def test_projections_that_do_not_fit_together_are_refused(rng: np.random.Generator) -> None:
     gate, up, down = weights_of(rng)
     joint = pack_experts(gate, up)
+    half_down = [random_weight(rng, HIDDEN, INTERMEDIATE // 2, 32, QuantMode.FINEGRAINED_SCALE_AND_ZEROS)] * EXPERTS
     cases: tuple[tuple[tuple[Any, ...], str], ...] = (
         ((joint, pack_experts(down[:2])), "gate_up of 5 experts"),
         ((pack_experts(down), joint), "must be joined"),
+        ((pack_experts([*gate]), pack_experts(half_down)), "must be joined"),
         ((joint, pack_experts(down), "tanh"), "activation 'tanh' must be a function, or one of silu"),
         ((joint, down), "experts of type list must be PackedExperts"),
     )
@@ -409,6 +411,30 @@ def test_what_grouped_kernels_cannot_do_is_computed_one_by_one(rng: np.random.Ge
     many = [random_weight(rng, 32, 32, 32, QuantMode.FINEGRAINED_SCALE_ONLY)]
     for count in (MAX_EXPERTS, MAX_EXPERTS + 1):
         assert experts_of([many * count] * 3).is_grouped == (count == MAX_EXPERTS)
+
+
+def test_projections_of_different_modes_or_for_other_kernels_are_computed_one_by_one(rng: np.random.Generator) -> None:
+    gate, up, down = weights_of(rng)
+    other = [random_weight(rng, HIDDEN, INTERMEDIATE, 32, QuantMode.FINEGRAINED_SCALE_ONLY) for _ in range(EXPERTS)]
+    call = routing(rng)
+    for gate_up, second in (
+        (pack_experts(gate, up, gated=True), other),
+        (pack_experts(gate, up, target="cutlass"), down),
+    ):
+        experts = W4A16Experts.from_packed(gate_up, pack_experts(second))
+        assert not experts.is_grouped
+        expectation = MoeExpectation(call[0], gate, up, second, *call[1:])
+        assert 0 < expectation.error_over_bound(experts(*tensors(*call)).numpy()) <= 1
+
+
+def test_gradients_do_not_change_the_result(rng: np.random.Generator) -> None:
+    experts = experts_of(weights_of(rng))
+    hidden, ids, factors = tensors(*routing(rng))
+    given = hidden.float()
+    wanted = experts(given, ids, factors)
+    recorded = experts(given.clone().requires_grad_(), ids, factors)
+    assert torch.equal(recorded.detach(), wanted), "both round the sum to fp16"
+    assert torch.equal(wanted, wanted.half().float())
 
 
 def test_calls_wait_unless_grouped_kernels_serve_them(
