@@ -136,6 +136,9 @@ def test_layers_that_cannot_be_joined_or_stacked_are_named(tmp_path: Path, rng: 
     (layer,) = moe_layers(w4a16gen.open_checkpoint(folder_of(tmp_path / "bias", rng, bias=bias)))
     with pytest.raises(InvalidValueError, match=r"experts.0.up_proj' has a bias: experts with biases are not served"):
         stacks(layer)
+    zeros = np.zeros(64, np.float16)
+    (layer,) = moe_layers(w4a16gen.open_checkpoint(folder_of(tmp_path / "zeros", rng, bias=zeros)))
+    assert stacks(layer)[0].experts == EXPERTS, "a bias of zeros is none"
     (layer,) = moe_layers(w4a16gen.open_checkpoint(folder_of(tmp_path / "sizes", rng)))
     mixed = [(layer.layers["gate"][0],), (layer.layers["down"][1],)]
     with pytest.raises(InvalidValueError, match=r"1.down_proj' is \[192, 64\], but that of expert 0 is \[64, 192\]"):
@@ -167,6 +170,20 @@ def test_experts_of_other_group_sizes_are_brought_to_one(
     np.testing.assert_array_equal(joint.packed.numpy(), pack_experts(layer.gate, layer.up, gated=True).data)
     for expert in range(EXPERTS):
         np.testing.assert_array_equal(joint.dequantize(torch.float64)[expert, 64:].numpy(), wanted[expert])
+
+
+def test_factors_belong_to_their_experts_and_are_equal_within_one(rng: np.random.Generator) -> None:
+    weights = [w4a16gen.quantize(rng.standard_normal((64, 96)), group_size=32) for _ in range(2)]
+    parts = [
+        PackedLayer(f"e.{number}", w4a16gen.pack_weight(weight), 2.0**number, None, None, None)
+        for number, weight in enumerate(weights)
+    ]
+    made = stack_layers([(part,) for part in parts], Uploader("cpu"), gate_up=False)
+    assert made.alphas == (1.0, 2.0)
+    with pytest.raises(
+        InvalidValueError, match=r"'e\.0' has another alpha than the projection beside it: load the check"
+    ):
+        stack_layers([parts], Uploader("cpu"), gate_up=True)
 
 
 def test_an_order_or_a_scale_of_one_expert_changes_no_other(rng: np.random.Generator) -> None:
