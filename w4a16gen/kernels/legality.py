@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from w4a16gen.kernels.arrangement import (
     NATIVE_WARPGROUPS,
     PACKED_BLOCK_K,
@@ -73,13 +75,21 @@ def why_forbidden(config: KernelConfig) -> str | None:
         ("cluster", "k", config.cluster.k, CLUSTER_K),
     ):
         if value not in allowed:
-            return f"{shape} {name} of {value} must be one of {', '.join(map(str, allowed))}"
+            return f"{shape} {name} of {value} must be {_listed(allowed)}"
     reason = why_not_of_target(config)
     if reason is None and config.is_grouped:
         reason = _forbidden_grouped(config)
     if reason is not None:
         return reason
     return _forbidden_native(config) if config.target is Target.NATIVE else _forbidden_cutlass(config)
+
+
+def _listed(allowed: Sequence[int]) -> str:
+    """Return the values that a rule allows, as the end of a sentence."""
+    step, last = allowed[0], allowed[-1]
+    if tuple(allowed) == tuple(range(step, last + 1, step)):
+        return f"a multiple of {step} up to {last}"
+    return f"one of {', '.join(map(str, allowed))}"
 
 
 def _forbidden_grouped(config: KernelConfig) -> str | None:
