@@ -52,7 +52,8 @@ class W4A16Experts(torch.nn.Module):
     the products before. Without such kernels, and for other weights, a launch between the products applies it.
 
     `.to(device)`, `state_dict`, `copy.deepcopy` and pickle work as with other modules. `.half()`, `.bfloat16()` and
-    `.to(dtype)` change nothing. `load_state_dict` takes the state of either packing, and keeps that packing.
+    `.to(dtype)` change nothing. `load_state_dict` takes the state of either packing, and keeps that packing. The packed
+    bytes and `_extra_state` of a projection belong together: one without the other may be of the other packing.
 
     Attributes:
         gate_up: the gate and up projections, joined: the rows of the gate first.
