@@ -157,6 +157,8 @@ LEFT: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"moe_backend": "marlin"}, {}, "moe_backend is marlin: leave it out to use w4a16gen"),
     ({"has_bias": True}, {}, "experts with biases are not served"),
     ({"swiglu_limit": 7.0}, {}, "experts with swiglu_limit are not served"),
+    ({"swiglu_alpha": 1.7}, {}, "experts with swiglu_alpha are not served"),
+    ({"swiglu_beta": 1.0}, {}, "experts with swiglu_beta are not served"),
     ({"activation": MoEActivation.SWIGLUOAI}, {}, "experts with activation swigluoai must have one of silu, gelu"),
     ({"is_lora_enabled": True}, {}, "kernel does not support LoRA"),
     ({"moe_parallel_config": ALL2ALL}, {}, "kernel does not support parallel config"),
@@ -183,6 +185,13 @@ def test_what_is_not_served_is_left_to_vllm(
     assert layer.w13_weight == "Marlin's"
     assert layer.quant_method.get_fused_moe_quant_config(layer) == "vLLM's"
     assert layer.w13_scales.dtype == options.get("dtype", torch.float16)
+
+
+def test_a_gate_that_only_the_layer_changes_is_left_to_vllm(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    monkeypatch.setattr(RoutedExperts, "swiglu_limit", 7.0, raising=False)
+    with caplog.at_level("INFO", logger="vllm.w4a16gen"):
+        assert layer_of(config_of("gptq", 32)).quant_method.experts_cls is MarlinExperts
+    assert "experts with swiglu_limit are not served" in caplog.text
 
 
 def test_tokens_that_vllm_gathers_and_scatters_are_served() -> None:
