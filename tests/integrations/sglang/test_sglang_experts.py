@@ -13,7 +13,14 @@ torch = pytest.importorskip("torch")
 from fakes.engine_experts import StoredExperts, routing  # noqa: E402
 from fakes.engine_layers import StoredWeight, activations  # noqa: E402
 from fakes.sglang_package import engine as sglang  # noqa: E402
-from fakes.sglang_package.experts import Backend, FusedMoE, MoeRunnerConfig, QuantConfig, Settings  # noqa: E402
+from fakes.sglang_package.experts import (  # noqa: E402
+    AWQMoEScheme,
+    Backend,
+    FusedMoE,
+    MoeRunnerConfig,
+    QuantConfig,
+    Settings,
+)
 from fakes.sglang_package.installed import EXPERTS, install  # noqa: E402
 
 from w4a16gen import InvalidValueError, UnsupportedProblemError  # noqa: E402
@@ -286,4 +293,16 @@ def test_absent_parts_leave_experts_to_sglang(
         plugin.register()
     line = "w4a16gen goes before SGLang's Marlin kernels for GPTQ, AWQ and compressed-tensors layers; their experts are"
     assert caplog.records[-1].message.startswith(f"{line} left to SGLang (")
+    assert not any("MoE" in target for target in sglang.HookRegistry._hooks)  # noqa: SLF001
+
+
+def test_a_scheme_without_a_known_method_leaves_experts_to_sglang(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch)
+    for scheme in (AWQMoEScheme, *AWQMoEScheme.__bases__):
+        monkeypatch.delattr(scheme, "apply_weights")
+    with caplog.at_level("INFO", logger=LOGGER):
+        plugin.register()
+    assert "their experts are left to SGLang (AttributeError" in caplog.records[-1].message
     assert not any("MoE" in target for target in sglang.HookRegistry._hooks)  # noqa: SLF001
