@@ -81,7 +81,7 @@ def variants(
     return {
         PLAIN: product,
         "silu": call(plain, out, activation="silu"),
-        "gelu_erf": call(plain, out, activation="gelu_erf"),
+        "gelu": call(plain, out, activation="gelu"),
         "relu2": call(plain, out, activation="relu2"),
         "residual": call(plain, out, residual=residual),
         "residual in place": call(plain, out, residual=out),

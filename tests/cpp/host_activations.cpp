@@ -12,7 +12,7 @@ namespace native = w4a16::native;
 
 int main(int count, char** arguments) {
   if (count < 2) {
-    for (int number = W4A16_NO_ACTIVATION; number <= W4A16_GEGLU_ERF; ++number) {
+    for (int number = W4A16_NO_ACTIVATION; number <= W4A16_GEGLU; ++number) {
       const native::Activation activation = native::activation_of(number);
       std::printf("%d %d %d\n", number, w4a16::is_gated(number) ? 1 : 0, static_cast<int>(activation.kind));
     }

@@ -43,12 +43,12 @@ CALLS = (
     (Activation.NONE, True, True),
     (Activation.SILU, True, False),
     (Activation.GELU_TANH, False, False),
-    (Activation.GELU_ERF, True, True),
+    (Activation.GELU, True, True),
     (Activation.RELU2, False, False),
     (Activation.SWIGLU, False, False),
     (Activation.SWIGLU, True, True),
     (Activation.GEGLU_TANH, False, False),
-    (Activation.GEGLU_ERF, True, False),
+    (Activation.GEGLU, True, False),
 )
 """The activation, whether there is a residual, and whether it is the output."""
 MUTANTS = {

@@ -707,7 +707,7 @@ PRODUCT: list[tuple[str, dict[str, Any], str]] = [
     (
         "gated experts without a gate",
         {"w": "gated"},
-        "activation none must be one of swiglu, geglu_erf, geglu_tanh: the experts are packed for gated activations",
+        "activation none must be one of swiglu, geglu, geglu_tanh: the experts are packed for gated activations",
     ),
     ("not a kernel", {"config": "fast"}, "'fast' is not a kernel name"),
     ("a kernel of another epilogue", {"config": GATED}, f"{GATED.name} is of mode fgs and epilogue gated, but .* fgs"),

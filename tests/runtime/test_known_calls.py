@@ -316,7 +316,7 @@ def test_a_strange_stride_of_a_single_row_does_not_matter(calls: Any, recorded: 
     assert (recorded.kernel, recorded.problem.m) == (0, 1)
 
 
-@pytest.mark.parametrize(("activation", "number"), [(None, 0), ("silu", 1), ("relu2", 4), (Activation.GELU_ERF, 3)])
+@pytest.mark.parametrize(("activation", "number"), [(None, 0), ("silu", 1), ("relu2", 4), (Activation.GELU, 3)])
 def test_an_activation_and_a_residual_are_passed_on(
     activation: Any, number: int, calls: Any, recorded: Recorded
 ) -> None:

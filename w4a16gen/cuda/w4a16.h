@@ -45,11 +45,11 @@ typedef enum {
   W4A16_NO_ACTIVATION = 0,
   W4A16_SILU = 1,       /* x / (1 + e^-x) */
   W4A16_GELU_TANH = 2,  /* GELU, approximated by tanh */
-  W4A16_GELU_ERF = 3,   /* GELU: x * Phi(x) */
+  W4A16_GELU = 3,       /* GELU: x * Phi(x) */
   W4A16_RELU2 = 4,      /* max(x, 0)^2 */
   W4A16_SWIGLU = 5,     /* silu(gate) * factor */
   W4A16_GEGLU_TANH = 6, /* gelu_tanh(gate) * factor */
-  W4A16_GEGLU_ERF = 7   /* gelu_erf(gate) * factor */
+  W4A16_GEGLU = 7       /* gelu(gate) * factor */
 } w4a16_activation;
 
 /* What a kernel can do behind a plain product. Each kernel has one of these epilogues. */
@@ -217,7 +217,7 @@ typedef struct {
   int64_t rows;                  /* 0: nothing is launched */
   int64_t columns;               /* a multiple of 8 */
   void* stream;                  /* cudaStream_t of the current device */
-  int32_t activation;            /* w4a16_activation: W4A16_SWIGLU, W4A16_GEGLU_TANH or W4A16_GEGLU_ERF */
+  int32_t activation;            /* w4a16_activation: W4A16_SWIGLU, W4A16_GEGLU_TANH or W4A16_GEGLU */
   int32_t dependent_launch;
 } w4a16_activate_arguments;
 

@@ -25,7 +25,7 @@ class Activation(OrderedEnum):
     """x / (1 + e^-x)."""
     GELU_TANH = "gelu_tanh"
     """GELU, approximated by tanh."""
-    GELU_ERF = "gelu_erf"
+    GELU = "gelu"
     """GELU: x * Phi(x), with the normal distribution's Phi."""
     RELU2 = "relu2"
     """max(x, 0)^2."""
@@ -33,8 +33,8 @@ class Activation(OrderedEnum):
     """silu(gate) * factor."""
     GEGLU_TANH = "geglu_tanh"
     """gelu_tanh(gate) * factor."""
-    GEGLU_ERF = "geglu_erf"
-    """gelu_erf(gate) * factor."""
+    GEGLU = "geglu"
+    """gelu(gate) * factor."""
 
     @classmethod
     def of(cls, name: Activation | str | None) -> Activation:
@@ -64,7 +64,7 @@ class Activation(OrderedEnum):
 _FUNCTIONS = {
     Activation.SWIGLU: Activation.SILU,
     Activation.GEGLU_TANH: Activation.GELU_TANH,
-    Activation.GEGLU_ERF: Activation.GELU_ERF,
+    Activation.GEGLU: Activation.GELU,
 }
 
 

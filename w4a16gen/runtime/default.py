@@ -156,7 +156,7 @@ def pack(
         zero_points: integers of 0 to 15, [k / group_size, n], in place of the zeros; or None.
         group_size: values of K per scale; None takes k / rows of the scales.
         target: the kernel family that will read it, `native` or `cutlass`; on a GPU only `native`.
-        gated: whether it is for gated activations (swiglu, geglu_tanh, geglu_erf): the first half of its channels gates
+        gated: whether it is for gated activations (swiglu, geglu_tanh, geglu): the first half of its channels gates
             the second, and n is a multiple of 16. Only for target `native`.
 
     Returns:
@@ -288,7 +288,7 @@ def grouped_gemm(  # noqa: PLR0913  (the options of one call)
         bias: fp16 [experts, n], or None.
         alpha: factor of the products, fp32.
         config: the kernel, or its name; None chooses one. Its CTA tokens must be those of `rows`.
-        activation: swiglu, geglu_tanh or geglu_erf for experts that are packed with gated=True, otherwise None.
+        activation: swiglu, geglu_tanh or geglu for experts that are packed with gated=True, otherwise None.
         out: fp16 [rows, n], or of gated experts [rows, n / 2]; None allocates. Rows of no expert are not written.
         stream: a CUDA stream object or address; None is the current stream of torch or CuPy, else the default.
         dependent_launch: see `gemm`.
@@ -471,8 +471,8 @@ def gemm(  # noqa: PLR0913  (the options of one call)
         stream: a CUDA stream object or address; None is the current stream of torch or CuPy, else the default.
         dependent_launch: let the kernel start while those before it on the stream still run; "auto" does so where it
             gains. See `Library.gemm`.
-        activation: silu, gelu_tanh, gelu_erf or relu2; for weights that were packed with gated=True swiglu, geglu_tanh
-            or geglu_erf; None for none. Only for weights of target native.
+        activation: silu, gelu_tanh, gelu or relu2; for weights that were packed with gated=True swiglu, geglu_tanh
+            or geglu; None for none. Only for weights of target native.
         residual: fp16 of the output's shape, contiguous, in the same memory, or None. It may be `out` itself. Only for
             weights of target native.
 

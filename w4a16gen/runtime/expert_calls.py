@@ -14,7 +14,7 @@ from w4a16gen.runtime.typing import DependentLaunch
 from w4a16gen.weights.experts import PackedExperts
 from w4a16gen.weights.packed import LAYOUT_TARGETS, checked_flag
 
-GATED_ACTIVATIONS = {"silu": Activation.SWIGLU, "gelu": Activation.GEGLU_ERF, "gelu_tanh": Activation.GEGLU_TANH}
+GATED_ACTIVATIONS = {"silu": Activation.SWIGLU, "gelu": Activation.GEGLU, "gelu_tanh": Activation.GEGLU_TANH}
 """The functions of the gate that kernels compute, by name."""
 MAX_EXPERTS = 1024
 """Experts that grouped kernels serve: routing has a thread for each, in one CTA."""

@@ -434,7 +434,7 @@ class Library:
             bias: fp16 [experts, n] on the same GPU, or None.
             alpha: factor of the products, fp32.
             config: the kernel, or its name; None chooses one. Its CTA tokens must be those of `rows`.
-            activation: swiglu, geglu_tanh or geglu_erf for experts that are packed with gated=True, otherwise None.
+            activation: swiglu, geglu_tanh or geglu for experts that are packed with gated=True, otherwise None.
             out: fp16 [rows, n] to write into, of gated experts [rows, n / 2]; None allocates. Rows of no expert are not
                 written.
             stream: a CUDA stream object or address; None is the current stream of torch or CuPy, else the default.

@@ -29,7 +29,7 @@ class _Accuracy(NamedTuple):
 _ACCURACY = {
     Activation.SILU: _Accuracy(1.1, 2.0**-16, 2.0**-40),
     Activation.GELU_TANH: _Accuracy(1.13, 2.0**-16, 2.0**-40),
-    Activation.GELU_ERF: _Accuracy(1.13, 2.0**-14 + 2.0**-16, 2.0**-27),
+    Activation.GELU: _Accuracy(1.13, 2.0**-14 + 2.0**-16, 2.0**-27),
 }
 """Measured over all of |x| < 30 by tests/kernels/test_activation.py; cuda/native/activation.h has the formula."""
 
@@ -74,7 +74,7 @@ def _function(activation: Activation, x: Double) -> Double:
     if activation is Activation.RELU2:
         positive: Double = np.maximum(x, 0.0)
         return positive * positive
-    if activation is Activation.GELU_ERF:
+    if activation is Activation.GELU:
         twice_phi: Double = _ERFC(-x / math.sqrt(2)) if x.size else x
         return x * 0.5 * twice_phi
     twice_u = x if activation is Activation.SILU else 2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)

@@ -61,7 +61,7 @@ def _gelu_tanh_slope(x: Double) -> Double:
 ACTIVATIONS = {
     # A gelu subtracts numbers near 1 where x is negative, so that its roundings are relative to x.
     "silu": GateFunction(_SILU, _silu_slope, 0.5, lambda x: np.abs(_SILU(x))),
-    "gelu": GateFunction(partial(activated, Activation.GELU_ERF), _gelu_slope, 0.8, np.abs),
+    "gelu": GateFunction(partial(activated, Activation.GELU), _gelu_slope, 0.8, np.abs),
     "gelu_tanh": GateFunction(partial(activated, Activation.GELU_TANH), _gelu_tanh_slope, 0.8, np.abs),
     "relu": GateFunction(lambda x: np.maximum(x, 0.0), np.ones_like, 0.0, np.abs),  # its slope has a step, so take 1
 }

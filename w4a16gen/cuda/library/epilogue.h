@@ -10,7 +10,7 @@ namespace w4a16 {
 
 constexpr int64_t kGatedMultiple = 16;  // 8 gates and their 8 factors are packed side by side
 
-constexpr bool is_gated(int32_t activation) { return activation >= W4A16_SWIGLU && activation <= W4A16_GEGLU_ERF; }
+constexpr bool is_gated(int32_t activation) { return activation >= W4A16_SWIGLU && activation <= W4A16_GEGLU; }
 
 // The epilogue of the kernels that compute a call.
 constexpr int32_t needed_epilogue(int32_t activation, bool has_residual) {

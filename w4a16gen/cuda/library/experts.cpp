@@ -192,7 +192,7 @@ std::string why_not(const w4a16_activate_arguments& given) {
   if (sentence.empty()) sentence = why_not_columns(given.columns);
   if (sentence.empty() && !is_gated(given.activation)) {
     sentence = "activation of " + std::to_string(given.activation) + " must be a gated w4a16_activation, " +
-               std::to_string(W4A16_SWIGLU) + " to " + std::to_string(W4A16_GEGLU_ERF);
+               std::to_string(W4A16_SWIGLU) + " to " + std::to_string(W4A16_GEGLU);
   }
   if (!sentence.empty() || given.rows == 0) return sentence;
   const uint64_t bytes = bytes_of(given.rows, given.columns, kHalfBytes);

@@ -44,9 +44,9 @@ inline std::string why_other_epilogue(const w4a16_kernel_info& kernel, int32_t n
 inline std::string why_not_epilogue(const Kernel& kernel, const w4a16_problem& problem,
                                     const w4a16_gemm_arguments& arguments) {
   const int32_t activation = arguments.activation;
-  if (activation < W4A16_NO_ACTIVATION || activation > W4A16_GEGLU_ERF) {
+  if (activation < W4A16_NO_ACTIVATION || activation > W4A16_GEGLU) {
     return "activation of " + std::to_string(activation) + " must be a w4a16_activation, 0 to " +
-           std::to_string(W4A16_GEGLU_ERF);
+           std::to_string(W4A16_GEGLU);
   }
   const bool has_residual = arguments.residual != nullptr;
   const int32_t needed = needed_epilogue(activation, has_residual);

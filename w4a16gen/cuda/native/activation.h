@@ -1,6 +1,6 @@
 // The activations of an epilogue, as one formula with numbers that the host chooses.
 //
-// silu(x) = x * sigmoid(x), gelu_tanh(x) = x * sigmoid(2 u(x)), and gelu_erf(x) = x * Phi(x), where the logarithm of
+// silu(x) = x * sigmoid(x), gelu_tanh(x) = x * sigmoid(2 u(x)), and gelu(x) = x * Phi(x), where the logarithm of
 // Phi(x) / Phi(-x) is an odd function. So each is x / (1 + 2^(x * P(x^2))), with a polynomial P. A kernel then needs
 // one piece of code for all three. Their exponentials and reciprocals take longer than the polynomial.
 #pragma once
@@ -34,8 +34,8 @@ W4A16_HOST_DEVICE constexpr Activation activation_of(int number) {
     case W4A16_GELU_TANH:
     case W4A16_GEGLU_TANH:
       return {EpilogueKind::kSigmoid, 64.f, {kTanh, kTanh * 0.044715f}};
-    case W4A16_GELU_ERF:
-    case W4A16_GEGLU_ERF:
+    case W4A16_GELU:
+    case W4A16_GEGLU:
       // Minimax for |x| up to 6: x * Phi(x) is off by at most 2^-14 of itself + 2^-27.
       return {EpilogueKind::kSigmoid,
               36.f,

@@ -15,7 +15,7 @@ FUNCTIONS: dict[Activation, Callable[[Any], Any]] = {
     Activation.NONE: lambda x: x,
     Activation.SILU: torch.nn.functional.silu,
     Activation.GELU_TANH: torch.nn.GELU(approximate="tanh"),
-    Activation.GELU_ERF: torch.nn.functional.gelu,
+    Activation.GELU: torch.nn.functional.gelu,
     Activation.RELU2: lambda x: torch.relu(x).square(),
 }
 """By `Activation.function`."""

@@ -28,7 +28,7 @@ _KERNEL_INTEGERS = (torch.int32, torch.int64)
 """Dtypes of ids that kernels read."""
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": FUNCTIONS[Activation.SILU],
-    "gelu": FUNCTIONS[Activation.GELU_ERF],
+    "gelu": FUNCTIONS[Activation.GELU],
     "gelu_tanh": FUNCTIONS[Activation.GELU_TANH],
     "relu": torch.nn.functional.relu,
 }

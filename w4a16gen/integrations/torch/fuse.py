@@ -128,7 +128,7 @@ def fuse_gated(gate: W4A16Linear, up: W4A16Linear, activation: Activation | str 
     Args:
         gate: the layer whose outputs go through the function.
         up: the layer whose outputs they multiply, with the same input.
-        activation: swiglu, geglu_tanh or geglu_erf.
+        activation: swiglu, geglu_tanh or geglu.
 
     Raises:
         InvalidValueError: if they differ in what `fuse` asks for, in n or in target, or have output scales or

@@ -86,7 +86,7 @@ class W4A16MLP(torch.nn.Module):
             gate: the layer whose outputs go through the function.
             up: the layer whose outputs they multiply.
             down: the layer that follows.
-            activation: swiglu, geglu_tanh or geglu_erf.
+            activation: swiglu, geglu_tanh or geglu.
 
         Raises:
             InvalidValueError: if the layers do not fit together; see `fuse_gated`.
