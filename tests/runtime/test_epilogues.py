@@ -174,7 +174,7 @@ def _zeros(*shape: int) -> Half:
 OVERLAPPING = np.zeros(M * N + 64, np.float16)
 ON_CUTLASS = "target cutlass compute no activations and add no residual: pack the weight for target native"
 WRONG: list[tuple[str, dict[str, Any], str]] = [
-    ("an activation that is none", {"activation": "gelu"}, "'gelu' is not one of none, silu"),
+    ("an activation that is none", {"activation": "mish"}, "'mish' is not one of none, silu"),
     ("a number", {"activation": 1}, "a value of type int is not one of none"),
     ("a gated activation of a plain weight", {"activation": "swiglu"}, "swiglu needs a weight .* gated=True"),
     ("a plain call of a gated weight", {"w": True}, "none does not fit a weight that was packed with gated=True"),

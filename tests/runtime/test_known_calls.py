@@ -254,7 +254,7 @@ RIGHT: dict[str, Any] = {
         {"out": Offering((16, N), given_strides=(1, 16))},
         {"out": Offering((16, N), requires_grad=True)},
         {"out": "out"},
-        {"activation": "gelu"},
+        {"activation": "mish"},
         {"activation": "swiglu"},
         {"activation": 1},
         {"activation": ["silu"]},

@@ -114,9 +114,6 @@ def moe_sizes(
 def chosen_pair(configs: Iterable[KernelConfig], sizes: MoeSizes, card: Card, *, invariant: bool) -> Pair:
     """Return the kernels of a layer of experts.
 
-    Weights that are packed for kernels that apply the gate get kernels without an epilogue where the build has no
-    others of the mode: to those they are weights in another order of channels.
-
     Args:
         configs: the grouped kernels that are built.
         sizes: the sizes of the call.
@@ -130,9 +127,22 @@ def chosen_pair(configs: Iterable[KernelConfig], sizes: MoeSizes, card: Card, *,
     tokens = INVARIANT_TOKENS if invariant else max(1, sizes.tokens)
     routing = choosing.Routing(tokens, sizes.slots, sizes.experts, sizes.global_experts)
     every = list(configs)
-    built = {config.epilogue for config in every if config.mode is sizes.mode}
-    applied = Epilogue.GATED if sizes.gated and built != {Epilogue.NONE} else Epilogue.NONE
+    applied = gate_epilogue(every, sizes.mode) if sizes.gated else Epilogue.NONE
     return choosing.choose_pair(every, sizes.mode, (sizes.gate_up, applied), sizes.down, routing, card)
+
+
+def gate_epilogue(configs: Iterable[KernelConfig], mode: QuantMode) -> Epilogue:
+    """Return the epilogue of the kernels that multiply weights which are packed for the gate.
+
+    To kernels without an epilogue they are weights in another order of channels. Those serve where a build has no
+    other grouped kernels of the mode; a launch behind the product then applies the gate.
+
+    Args:
+        configs: the grouped kernels that are built.
+        mode: the mode of the weights.
+    """
+    built = {config.epilogue for config in configs if config.mode is mode}
+    return Epilogue.NONE if built == {Epilogue.NONE} else Epilogue.GATED
 
 
 def planned(sizes: MoeSizes, pair: Pair, token_tiles_bytes: int) -> MoePlan:

@@ -207,14 +207,15 @@ def experts_kernels(mode: str = "fgs", *epilogues: Epilogue) -> list[KernelConfi
     return [kernel for kernel in kernels if str(kernel.mode) == mode]
 
 
-def test_a_build_with_grouped_kernels_with_and_without_the_gate_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_with_grouped_kernels_is_asked_and_need_not_apply_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, experts_kernels())
     assert why_experts_not_served(experts_request()) is None
     assert why_experts_not_served(experts_request(group_size=128)) is None, "all of k in the down projection"
     use(monkeypatch, experts_kernels("cs"))
     assert why_experts_not_served(experts_request(group_size=-1)) is None
+    use(monkeypatch, experts_kernels("fgs", Epilogue.NONE))
+    assert why_experts_not_served(experts_request()) is None
     for mode, epilogues, wanted in (
-        ("fgs", [Epilogue.NONE], "mode fgs with epilogue gated"),
         ("fgs", [Epilogue.GATED], "mode fgs with epilogue none"),
         ("fgsz", [], "mode fgs with epilogue gated"),
     ):

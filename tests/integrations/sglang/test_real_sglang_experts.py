@@ -54,7 +54,7 @@ EXPERTS, HIDDEN, INTERMEDIATE, SLOTS = 4, 256, 128, 2
 def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Apply the hooks once, on what is taken for a Hopper GPU whose build has every kernel."""
     monkeypatch.setattr(limits, "why_no_kernel", lambda *_: None)
-    monkeypatch.setattr(limits, "why_no_grouped_kernel", lambda *_: None)
+    monkeypatch.setattr(limits, "why_no_grouped_kernels", lambda *_: None)
     monkeypatch.setattr(served_experts, "capability_of", lambda _: (9, 0))
     monkeypatch.setattr(served, "COUNT", ServedCount(LOGGER, "expert layer"))
     monkeypatch.setattr(awq, "verify_marlin_supported", lambda *_, **__: None)

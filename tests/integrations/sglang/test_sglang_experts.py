@@ -43,7 +43,7 @@ class Order(Enum):
 def engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Install the stand-in with the plug-in, on a Hopper GPU whose build has every kernel."""
     made = install(monkeypatch)
-    monkeypatch.setattr(limits, "why_no_grouped_kernel", lambda *_: None)
+    monkeypatch.setattr(limits, "why_no_grouped_kernels", lambda *_: None)
     monkeypatch.setattr(served_experts, "capability_of", lambda _: (9, 0))
     monkeypatch.setattr(experts, "COUNT", ServedCount(kernels.LOGGER, "expert layer"))
     plugin.register()

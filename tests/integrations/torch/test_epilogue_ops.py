@@ -71,7 +71,7 @@ def test_calls_without_an_epilogue_stay_as_they_were(rng: np.random.Generator) -
 @pytest.mark.parametrize(
     ("gated", "activation", "shape", "message"),
     [
-        (False, "gelu", None, "'gelu' is not one of none, silu"),
+        (False, "mish", None, "'mish' is not one of none, silu"),
         (False, "swiglu", None, "swiglu needs a weight whose gates and factors are interleaved"),
         (True, "none", None, "none does not fit a weight that was packed with gated=True"),
         (False, "none", (3, 32), r"residual of shape \[3, 32\] must be \[3, 64\]"),

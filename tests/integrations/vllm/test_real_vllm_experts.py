@@ -45,7 +45,7 @@ EXPERTS, HIDDEN, INTERMEDIATE, SLOTS = 4, 256, 128, 2
 @pytest.fixture(autouse=True)
 def engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Register the plug-in with vLLM on what it takes for a Hopper GPU, whose build has every kernel."""
-    monkeypatch.setattr(limits, "why_no_grouped_kernel", lambda *_: None)
+    monkeypatch.setattr(limits, "why_no_grouped_kernels", lambda *_: None)
     monkeypatch.setattr(workspace, "_manager", workspace.WorkspaceManager(torch.device("cpu")))
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     register_on_hopper(monkeypatch)

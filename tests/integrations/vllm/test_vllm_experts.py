@@ -33,7 +33,7 @@ COUNT, HIDDEN, INNER, SLOTS = 4, 128, 64, 2
 def engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Install the stand-in with the plug-in, on a machine whose build has every kernel."""
     install(monkeypatch)
-    monkeypatch.setattr(limits, "why_no_grouped_kernel", lambda *_: None)
+    monkeypatch.setattr(limits, "why_no_grouped_kernels", lambda *_: None)
     monkeypatch.setattr(experts, "COUNT", type(experts.COUNT)(experts.COUNT._logger, "expert layer"))  # noqa: SLF001
     plugin.register()
 

@@ -12,6 +12,7 @@ from w4a16gen.kernels.config import Epilogue, QuantMode, Target
 from w4a16gen.kernels.problem import NATIVE_GROUP_MULTIPLE, Problem, why_cannot_run, why_never_runs
 from w4a16gen.runtime.default import library_in_use
 from w4a16gen.runtime.expert_calls import GATED_ACTIVATIONS, MAX_EXPERTS
+from w4a16gen.runtime.expert_plan import gate_epilogue
 
 HOPPER = (9, 0)
 _DTYPES = ("float16", "bfloat16")
@@ -139,10 +140,7 @@ def why_experts_not_served(request: ExpertsRequest) -> str | None:
         return f"experts with activation {request.activation} must have one of {', '.join(GATED_ACTIVATIONS)}"
     if not 0 < request.experts <= MAX_EXPERTS:
         return f"experts of {request.experts} on one GPU must be 1 to {MAX_EXPERTS}: use more GPUs"
-    for problem, epilogue in zip(request.problems, (Epilogue.GATED, Epilogue.NONE), strict=True):
-        if reason := why_no_grouped_kernel(problem, request.mode, epilogue):
-            return reason
-    return None
+    return why_no_grouped_kernels(request.problems, request.mode)
 
 
 def why_not_plain_experts(holders: Sequence[Any], options: Iterable[str], *, has_bias: bool) -> str | None:
@@ -159,26 +157,28 @@ def why_not_plain_experts(holders: Sequence[Any], options: Iterable[str], *, has
     return f"experts with {found[0]} are not served: kernels compute the plain gate" if found else None
 
 
-def why_no_grouped_kernel(problem: Problem, mode: QuantMode, epilogue: Epilogue) -> str | None:
-    """Return why the default build cannot run a product of experts, or None if one of its grouped kernels can.
+def why_no_grouped_kernels(problems: tuple[Problem, Problem], mode: QuantMode) -> str | None:
+    """Return why the default build cannot run the products of a layer of experts, or None if it can.
 
     Args:
-        problem: the product of one expert.
+        problems: gate and up together, and down, of one expert.
         mode: the mode of the weights.
-        epilogue: what the kernels compute behind the product.
     """
     try:
         configs = library_in_use().grouped_configs()
     except (W4A16Error, OSError) as error:
         return f"no build can be used: {error}"
-    kernels = [kernel for kernel in configs if kernel.mode is mode and kernel.epilogue is epilogue]
-    if not kernels:
-        return (
-            f"the build has no grouped kernel of mode {mode} with epilogue {epilogue}: run `w4a16gen build --space "
-            "default --space experts --epilogue none --epilogue gated`"
-        )
-    reasons = [why_cannot_run(kernel, problem) for kernel in kernels]
-    return None if None in reasons else reasons[0]
+    for problem, epilogue in zip(problems, (gate_epilogue(configs, mode), Epilogue.NONE), strict=True):
+        kernels = [kernel for kernel in configs if kernel.mode is mode and kernel.epilogue is epilogue]
+        if not kernels:
+            return (
+                f"the build has no grouped kernel of mode {mode} with epilogue {epilogue}: run `w4a16gen build --space "
+                "default --space experts --epilogue none --epilogue gated`"
+            )
+        reasons = [why_cannot_run(kernel, problem) for kernel in kernels]
+        if None not in reasons:
+            return reasons[0]
+    return None
 
 
 def _why_not_dtype(dtype: str) -> str | None:
