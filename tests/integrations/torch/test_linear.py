@@ -237,6 +237,8 @@ def test_wrong_inputs_are_refused(layer: Any) -> None:
         linear.W4A16Linear(w4a16gen.pack_weight(w4a16gen.quantize(np.eye(N, K), group_size=GROUP)))
     with pytest.raises(InvalidValueError, match="is on the meta device and has no values"):
         linear.W4A16Linear.from_linear(torch.nn.Linear(K, N, device="meta"))
+    with pytest.raises(InvalidValueError, match="n of 60 must be a positive multiple of 8: pad the layer"):
+        linear.W4A16Linear.from_linear(torch.nn.Linear(K, 60))
     with pytest.raises(InvalidValueError, match="linear of type Conv1d must be a torch"):
         linear.W4A16Linear.from_linear(torch.nn.Conv1d(3, 4, 1))
     with pytest.raises(InvalidValueError, match="w of type NoneType must be a PackedWeight"):

@@ -254,7 +254,7 @@ def test_a_folder_of_another_source_is_not_continued(tmp_path: Path) -> None:
     source, out = layers_of(tmp_path), tmp_path / "out"
     convert(source, out)
     os.utime(source / "model.safetensors", ns=(1, 1))
-    with pytest.raises(InvalidValueError, match="other files"):
+    with pytest.raises(InvalidValueError, match="result of another checkpoint, or of other options"):
         convert(source, out)
 
 
@@ -327,7 +327,7 @@ def test_what_another_process_wrote_meanwhile_is_left_alone(tmp_path: Path, monk
     convert(source, out, max_shard_bytes=20_000)
     before = files_of(out)
     monkeypatch.setattr("w4a16gen.weights.writers.convert.is_finished", lambda _: False)
-    with pytest.raises(InvalidValueError, match="other files"):
+    with pytest.raises(InvalidValueError, match="result of another checkpoint, or of other options"):
         convert(source, out)
     assert files_of(out) == before
 

@@ -169,7 +169,7 @@ def test_an_interrupted_run_continues(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         quantize_model(source, tmp_path / "out", GROUP, progress=interrupt, max_shard_bytes=9000)
-    with pytest.raises(InvalidValueError, match="other files"):
+    with pytest.raises(InvalidValueError, match="result of another checkpoint, or of other options"):
         quantize_model(source, tmp_path / "out", Settings(32), max_shard_bytes=9000)
     quantize_model(source, tmp_path / "out", GROUP, max_shard_bytes=9000)
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())

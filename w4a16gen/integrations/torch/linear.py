@@ -15,6 +15,7 @@ from w4a16gen.integrations.torch.state import check_tensors, read_state, write_s
 from w4a16gen.integrations.torch.upload import Uploader
 from w4a16gen.kernels.config import QuantMode
 from w4a16gen.kernels.epilogue import Activation
+from w4a16gen.kernels.problem import Problem, why_never_runs
 from w4a16gen.runtime.calls import GemmOptions, checked_weight
 from w4a16gen.weights.importers.layer import CheckpointLayer
 from w4a16gen.weights.packed import GATED_LAYOUT, PackedWeight, pack_weight
@@ -166,10 +167,13 @@ class W4A16Linear(PackedModule):
             zero_points: whether each group has a zero point.
 
         Raises:
-            InvalidValueError: if the group size does not divide k, or a value is not finite.
+            InvalidValueError: if the group size does not divide k, a value is not finite, or n or k is no multiple of
+                8.
         """
         if not isinstance(linear, torch.nn.Linear):
             raise InvalidValueError(f"linear of type {type(linear).__name__} must be a torch.nn.Linear")
+        if reason := why_never_runs(Problem(1, linear.out_features, linear.in_features, linear.in_features)):
+            raise InvalidValueError(reason)
         weight = linear.weight.detach()
         if weight.is_meta:
             raise InvalidValueError("the layer is on the meta device and has no values: load it first")

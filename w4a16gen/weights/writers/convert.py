@@ -79,7 +79,7 @@ def convert(
         What was written.
 
     Raises:
-        InvalidValueError: if the checkpoint cannot be read, a layer cannot be packed, the folder holds other files,
+        InvalidValueError: if the checkpoint cannot be read, a layer cannot be packed, the folder holds anything else,
             another process writes to it, or the disk has too little free space.
         OSError: if a file cannot be written.
     """

@@ -114,8 +114,8 @@ def quantize_model(
 
     Raises:
         InvalidValueError: if the model cannot be read or is quantized already, no layer can be quantized, a weight is
-            not finite, a pattern matches no module, the folder holds other files, another process writes to it, or the
-            disk has too little free space.
+            not finite, a pattern matches no module, the folder holds anything else, another process writes to it, or
+            the disk has too little free space.
         OSError: if a file cannot be written.
     """
     settings = settings or Settings()

@@ -148,7 +148,10 @@ def is_finished(job: Job) -> bool:
     temporary = {name for name in present if name.startswith(".") and name.endswith(".tmp")}
     ignored = temporary | {STATE} if found and not digests else temporary  # no shard of another job would be lost
     if found != job.source and not set(present) <= ignored:
-        raise InvalidValueError(f"{folder} holds other files, such as {present[0]!r}: name a new folder")
+        what = (
+            "the result of another checkpoint, or of other options" if found else f"other files, such as {present[0]!r}"
+        )
+        raise InvalidValueError(f"{folder} holds {what}: name a new folder")
     return STATE not in present and INDEX in present and all(has_digest(folder / n, d) for n, d in digests.items())
 
 
