@@ -15,7 +15,7 @@ from w4a16gen.weights.packed import GATED_LAYOUT  # noqa: E402
 PLAIN_LAYOUT = "fragment_blocks_v2"
 GATES = {
     Activation.SWIGLU: torch.nn.functional.silu,
-    Activation.GEGLU_ERF: torch.nn.functional.gelu,
+    Activation.GEGLU: torch.nn.functional.gelu,
     Activation.GEGLU_TANH: torch.nn.GELU(approximate="tanh"),
 }
 M, N, K = 3, 48, 16
