@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +109,19 @@ class StoredExperts:
         assert got.shape == expected.result.shape
         assert np.abs(expected.result).max() > 0
         assert (error <= bound).all(), (error / bound).max()
+
+    def assert_computed_by(self, layer: Callable[..., Any], hidden: Any, ids: Any, weights: Any) -> None:
+        """Fail unless a layer of an engine gives the sums, and in BF16 the same ones rounded.
+
+        Args:
+            layer: takes activations, weights and ids.
+            hidden: fp16 [tokens, hidden].
+            ids: int32 [tokens, slots].
+            weights: fp32 [tokens, slots].
+        """
+        got = layer(hidden, weights, ids)
+        self.assert_is_sum(got, hidden, ids, weights)
+        assert torch.equal(layer(hidden.bfloat16(), weights, ids), layer(hidden, weights, ids).bfloat16())
 
 
 def routing(rng: np.random.Generator, tokens: int, slots: int, experts: int) -> tuple[Any, Any]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -233,22 +231,12 @@ def test_the_command_prints_an_object(cli: Runner) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "is_installed", "takes_part"),
-    [
-        ("", False, False),
-        ("", True, True),
-        ("--no-rivals", True, False),
-        ("--rivals", False, True),
-        ("--rival humming", False, True),
-    ],
+    ("options", "wanted"), [("", None), ("--no-rivals", False), ("--rivals", True), ("--rival humming", True)]
 )
-def test_humming_takes_part_where_it_is_installed_or_asked_for(
-    options: str, is_installed: bool, takes_part: bool, cli: Runner, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_user_may_say_whether_humming_takes_part(options: str, wanted: bool | None, cli: Runner) -> None:
     command = Command(cli, {})
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: SimpleNamespace() if is_installed else None)
     assert cli.run(f"bench --moe tiny --tokens 4 {options}").exit_code == 0
-    assert command.humming is takes_part
+    assert command.humming is wanted
 
 
 def test_a_wrong_result_ends_the_command_with_an_error(cli: Runner) -> None:

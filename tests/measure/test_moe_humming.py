@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from dataclasses import replace
@@ -144,6 +145,14 @@ def test_the_routes_of_an_expert_follow_one_another_and_blocks_belong_to_one() -
     assert found.experts.tolist() == [0, 1]
     nowhere = sort_routes(torch, Routing(ids[:1], None), torch.full((4,), -1, dtype=torch.int32), 2, 4)
     assert nowhere.rows.tolist() == [0]
+
+
+@pytest.mark.parametrize("is_installed", [False, True])
+def test_it_takes_part_where_it_is_installed(is_installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if is_installed and name == "humming" else None)
+    (point,) = measured(HostLibrary(), humming=None).points
+    assert not point.left_out
+    assert (point.timing(NAME) is not None) is is_installed
 
 
 def test_a_wrong_product_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -183,7 +182,7 @@ def command(
         _refuse("--moe times the kernels that calls get", *_OF_SINGLES, "finalists")
         _refuse("--moe times layers of experts", "random", *_NAMED, *_OF_DRAWS, "steps", *_OF_STEPS)
         counts = tokens if _is_given("tokens") else MOE_TOKENS
-        choice_of_layers = MoeChoice(mixtures, counts, mode, rounds, _has_humming(named_rivals, rivals))
+        choice_of_layers = MoeChoice(mixtures, counts, mode, rounds, _wants_humming(named_rivals, rivals))
         return moe_bench(choice_of_layers, folder, wide=wide, as_json=as_json)
     if steps:
         _refuse("--step runs on this machine", *_OF_CLUSTERS)
@@ -265,20 +264,18 @@ def _named_rivals(names: Sequence[str], rivals: bool | None) -> tuple[Rival, ...
     return tuple(rival for rival in RIVALS if rival.name in names)
 
 
-def _has_humming(named: Sequence[Rival], rivals: bool | None) -> bool:
-    """Return whether humming's kernels take part in `--moe`: where they are installed, unless the user says it.
+def _wants_humming(named: Sequence[Rival], rivals: bool | None) -> bool | None:
+    """Return whether the user wants humming's kernels beside layers of experts; None if nothing was said.
 
     Raises:
         click.UsageError: if another rival is named.
     """
-    from w4a16gen.measure.moe_humming import MODULE
+    from w4a16gen.measure.rivals import HUMMING
 
-    others = [rival.name for rival in named if rival.module != MODULE]
+    others = [rival.name for rival in named if rival is not HUMMING]
     if others:
-        raise click.UsageError(f"--moe times no rival but {MODULE}: drop --rival {others[0]}")
-    if named or rivals is not None:
-        return bool(named or rivals)
-    return importlib.util.find_spec(MODULE) is not None
+        raise click.UsageError(f"--moe times no rival but {HUMMING.name}: drop --rival {others[0]}")
+    return True if named else rivals
 
 
 def _refuse(reason: str, *parameters: str) -> None:

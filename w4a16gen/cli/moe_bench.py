@@ -44,8 +44,8 @@ class MoeChoice:
     """Of each GPU."""
     mode: QuantMode
     rounds: int
-    humming: bool
-    """Whether humming's kernels take part."""
+    humming: bool | None
+    """Whether humming's kernels take part; None where they are installed."""
 
 
 def mixture_names() -> Iterable[str]:

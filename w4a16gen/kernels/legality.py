@@ -48,15 +48,16 @@ MIN_SPILLING_STREAM_K_ACCUMULATORS = 92
 MAX_STREAM_K_ACCUMULATORS_IN_CLUSTERS = 80
 MAX_STREAM_K_ACCUMULATORS_OF_ONE_FRAGMENT_IN_CLUSTERS = 96
 """The most fp32 accumulators per thread with stream-K in clusters. The second is for warpgroups of 64 channels without
-zeros, and for tiles of whole 32 tokens. Beyond, ptxas spills (nvcc 13.0)."""
-EVEN_TOKENS = 32
+zeros, and for tiles of a multiple of LEAN_TOKENS. Beyond, ptxas spills in some modes (nvcc 13.0)."""
+LEAN_TOKENS = 32
 """Tiles with a multiple of this many tokens take ptxas fewer registers to exchange sums than the sizes around them."""
 MAX_REDUCED_ACCUMULATORS = {1: MAX_ACCUMULATORS, 2: 96, 4: 64}
 """fp32 accumulators per thread from which, or beyond which, ptxas spills: with four warpgroups and stages of 64 k, with
 stream-K and warpgroups that split K, and by the CTAs of a cluster that split K. The last and the first hold for tiles
 that are no power of two of tokens; ptxas finds registers for the others (nvcc 13.0)."""
-MAX_REDUCED_ACCUMULATORS_OF_ODD_TILES = 80
-"""The same for clusters that split K, and tiles of 128 channels and more without a multiple of EVEN_TOKENS."""
+MAX_REDUCED_ACCUMULATORS_OF_OTHER_TILES = 80
+"""The same for clusters that split K, and tiles of 128 channels and more without a multiple of LEAN_TOKENS. Beyond,
+ptxas spills for some numbers of tokens, in some modes (nvcc 13.0)."""
 MAX_NATIVE_MULTICAST = 2
 """CTAs of a native kernel's cluster that receive one copy of an operand."""
 MAX_PORTABLE_CLUSTER = 8
@@ -189,13 +190,14 @@ def _lacks_registers_for_stream_k_in_clusters(config: KernelConfig, arrangement:
     cta, cluster = config.cta, config.cluster
     one_fragment = cta.channels == arrangement.along_channels * WARPGROUP_CHANNELS
     most = MAX_STREAM_K_ACCUMULATORS_IN_CLUSTERS
-    if one_fragment and not config.mode.has_zeros and cta.tokens % EVEN_TOKENS == 0:
+    if one_fragment and not config.mode.has_zeros and cta.tokens % LEAN_TOKENS == 0:
         most = MAX_STREAM_K_ACCUMULATORS_OF_ONE_FRAGMENT_IN_CLUSTERS
     in_cluster = config.scheduler is Scheduler.STREAM_K and cluster.channels * cluster.tokens > 1
     if not in_cluster or arrangement.accumulators <= most:
         return None
     return (
-        f"CTA {cta}: stream-K in clusters lacks registers beside {arrangement.accumulators} accumulators (ptxas spills)"
+        f"CTA {cta}: stream-K in clusters lacks registers beside {arrangement.accumulators} accumulators "
+        "(ptxas spills in some modes)"
     )
 
 
@@ -214,14 +216,14 @@ def _lacks_registers_for_tile(config: KernelConfig, arrangement: Arrangement) ->
         return f"CTA {cta}: four warpgroups lack registers for {cta.tokens} tokens and k {cta.k} (ptxas spills)"
     two_fragments = cta.channels > arrangement.along_channels * WARPGROUP_CHANNELS
     most = MAX_REDUCED_ACCUMULATORS[splits]
-    if cta.channels > WARPGROUP_CHANNELS and cta.tokens % EVEN_TOKENS != 0:
-        most = min(most, MAX_REDUCED_ACCUMULATORS_OF_ODD_TILES)
+    if cta.channels > WARPGROUP_CHANNELS and cta.tokens % LEAN_TOKENS != 0:
+        most = min(most, MAX_REDUCED_ACCUMULATORS_OF_OTHER_TILES)
     elif splits == max(CLUSTER_K) and not two_fragments:
         most = MAX_ACCUMULATORS
     if splits > 1 and arrangement.accumulators > most:
         return (
             f"CTA {cta}: a thread lacks registers to reduce {arrangement.accumulators} accumulators among {splits} "
-            "CTAs (ptxas spills)"
+            "CTAs (ptxas spills in some modes)"
         )
     return None
 

@@ -28,7 +28,7 @@ from w4a16gen.measure.moe_entrants import (
     check_built,
     entrants_of,
 )
-from w4a16gen.measure.moe_humming import humming_entrant
+from w4a16gen.measure.moe_humming import humming_entrant, is_installed
 from w4a16gen.measure.probes import cold_read_microseconds
 from w4a16gen.measure.results import Timing
 from w4a16gen.measure.rivals import find_torch
@@ -157,7 +157,7 @@ def run_moe_bench(
     tell: Callable[[str], None],
     show_progress: Callable[..., AbstractContextManager[Progress]],
     machine: Machine | None = None,
-    humming: bool = False,
+    humming: bool | None = False,
 ) -> MoeBench:
     """Time a layer of experts with each entrant, in turns, in one process.
 
@@ -173,7 +173,7 @@ def run_moe_bench(
         tell: called with a sentence about each entrant that is left out.
         show_progress: shows a bar with a title.
         machine: where to run; None takes the first Hopper GPU.
-        humming: whether humming's kernels take part.
+        humming: whether humming's kernels take part; None where they are installed.
 
     Raises:
         NoHopperGpuError: if there is no Hopper GPU.
@@ -192,7 +192,8 @@ def run_moe_bench(
     points = []
     with show_progress(f"Timing {name}", len(tokens)) as progress, machine.torch.inference_mode():
         own = OwnLayers(library, drawn)
-        entrants = entrants_of(own, drawn) + [humming_entrant(drawn, machine.compiled)] * humming
+        takes_part = is_installed() if humming is None else humming
+        entrants = entrants_of(own, drawn) + [humming_entrant(drawn, machine.compiled)] * takes_part
         stage = _Stage(library, machine, drawn, own, entrants)
         for done, count in enumerate(tokens, 1):
             point = stage.measure(count, rounds)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -13,14 +13,13 @@ from typing import Any
 
 from w4a16gen.errors import UnsupportedProblemError
 from w4a16gen.kernels.problem import Problem
-from w4a16gen.measure.moe_entrants import Drawn, Entrant, Launch, Routing, Work, copies_of
+from w4a16gen.measure.moe_entrants import OWN_ERROR, Drawn, Entrant, Launch, Routing, Work, copies_of
 from w4a16gen.measure.rival_products import gptq_tensors, gptq_weight_config
+from w4a16gen.measure.rivals import HUMMING
 from w4a16gen.measure.torch_weight import TorchWeight
 
 NAME = "humming_sorted"
 """Its rows are sorted before the layer begins, by the host, which takes no time of it."""
-MODULE, PACKAGE = "humming", "humming-kernels"
-LARGEST_ERROR = 0.005
 INDEXED = json.dumps({"gemm_type": "indexed"})
 """The form of product that reads rows of the hidden states, and writes a row for each route."""
 BYTES_OF_WEIGHT = 0.5
@@ -177,4 +176,9 @@ class HummingLayers:
 
 def humming_entrant(drawn: Drawn, compiled: Compiled) -> Entrant:
     """Return the entrant of humming's kernels."""
-    return Entrant(NAME, LARGEST_ERROR, HummingLayers(drawn, compiled).prepare, PACKAGE)
+    return Entrant(NAME, OWN_ERROR, HummingLayers(drawn, compiled).prepare, HUMMING.package)
+
+
+def is_installed() -> bool:
+    """Return whether humming can be imported."""
+    return importlib.util.find_spec(HUMMING.module) is not None

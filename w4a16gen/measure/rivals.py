@@ -90,8 +90,9 @@ def relative_error(got: npt.NDArray[Any], exact: npt.NDArray[np.float64]) -> flo
     return float(np.linalg.norm(got - exact) / np.linalg.norm(exact))
 
 
+HUMMING = Rival("humming", "humming-kernels", "float16", 0.004, humming_products, "humming")
 RIVALS = (
-    Rival("humming", "humming-kernels", "float16", 0.004, humming_products, "humming"),
+    HUMMING,
     Rival("quack_bf16", "quack-kernels", BF16, 0.03, quack_products),
     Rival("turbomind", "lmdeploy", "float16", 0.004, turbomind_products),
     Rival("tinygemm_bf16", "torch", BF16, 0.03, tinygemm_products),

@@ -7,24 +7,20 @@ that imports. The test answers for the GPU.
 from __future__ import annotations
 
 import importlib
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from fakes.engine_code import importing
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of GPTQModel and what it imports
-try:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        importer: Any = importlib.import_module("gptqmodel.utils.importer")
-        quantization: Any = importlib.import_module("gptqmodel.quantization")
-        places: Any = importlib.import_module("gptqmodel.models._const")
-        backends: Any = importlib.import_module("gptqmodel.utils.backend")
-except Exception as missing:  # noqa: BLE001  (it raises many kinds of errors where a part of it is missing)
-    pytest.skip(f"GPTQModel cannot be imported: {type(missing).__name__}: {missing}", allow_module_level=True)
+with importing("GPTQModel"):
+    importer: Any = importlib.import_module("gptqmodel.utils.importer")
+    quantization: Any = importlib.import_module("gptqmodel.quantization")
+    places: Any = importlib.import_module("gptqmodel.models._const")
+    backends: Any = importlib.import_module("gptqmodel.utils.backend")
 
 from fakes.engine_layers import StoredWeight, activations, assert_is_product  # noqa: E402
 

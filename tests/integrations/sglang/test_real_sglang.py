@@ -9,28 +9,24 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
-import warnings
 from typing import Any
 
 import numpy as np
 import pytest
+from fakes.engine_code import importing
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of SGLang and what it imports
 QUANTIZATION = "sglang.srt.layers.quantization"
-try:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        importlib.import_module(QUANTIZATION)
-        hooks: Any = importlib.import_module("sglang.srt.plugins.hook_registry")
-        gptq: Any = importlib.import_module(f"{QUANTIZATION}.gptq")
-        awq_config: Any = importlib.import_module(f"{QUANTIZATION}.awq.awq")
-        gptq_scheme: Any = importlib.import_module(f"{QUANTIZATION}.gptq.schemes.gptq_marlin")
-        awq_scheme: Any = importlib.import_module(f"{QUANTIZATION}.awq.schemes.awq_marlin")
-        compressed: Any = importlib.import_module(f"{QUANTIZATION}.compressed_tensors.schemes.compressed_tensors_wNa16")
-        marlin: Any = importlib.import_module(f"{QUANTIZATION}.marlin_utils")
-except Exception as missing:  # noqa: BLE001  (SGLang raises many kinds of errors where a part of it is missing)
-    pytest.skip(f"SGLang cannot be imported: {type(missing).__name__}: {missing}", allow_module_level=True)
+with importing("SGLang"):
+    importlib.import_module(QUANTIZATION)
+    hooks: Any = importlib.import_module("sglang.srt.plugins.hook_registry")
+    gptq: Any = importlib.import_module(f"{QUANTIZATION}.gptq")
+    awq_config: Any = importlib.import_module(f"{QUANTIZATION}.awq.awq")
+    gptq_scheme: Any = importlib.import_module(f"{QUANTIZATION}.gptq.schemes.gptq_marlin")
+    awq_scheme: Any = importlib.import_module(f"{QUANTIZATION}.awq.schemes.awq_marlin")
+    compressed: Any = importlib.import_module(f"{QUANTIZATION}.compressed_tensors.schemes.compressed_tensors_wNa16")
+    marlin: Any = importlib.import_module(f"{QUANTIZATION}.marlin_utils")
 
 from fakes.engine_layers import StoredWeight, activations, assert_is_product  # noqa: E402
 from fakes.vllm_package.kernels import scalar_types  # noqa: E402

@@ -6,37 +6,33 @@ It runs where SGLang can be imported, as `test_real_sglang.py` does.
 from __future__ import annotations
 
 import importlib
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
+from fakes.engine_code import importing
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of SGLang and what it imports
 LAYERS = "sglang.srt.layers"
-try:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        importlib.import_module(f"{LAYERS}.quantization")
-        hooks: Any = importlib.import_module("sglang.srt.plugins.hook_registry")
-        context: Any = importlib.import_module("sglang.srt.runtime_context")
-        gptq: Any = importlib.import_module(f"{LAYERS}.quantization.gptq.gptq")
-        awq: Any = importlib.import_module(f"{LAYERS}.quantization.awq.awq")
-        compressed: Any = importlib.import_module(f"{LAYERS}.quantization.compressed_tensors.compressed_tensors")
-        fused: Any = importlib.import_module(f"{LAYERS}.moe.fused_moe_triton.layer")
-        gptq_moe: Any = importlib.import_module(f"{LAYERS}.quantization.gptq.schemes.gptq_moe")
-        compressed_moe: Any = importlib.import_module(
-            f"{LAYERS}.quantization.compressed_tensors.schemes.compressed_tensors_wNa16_moe"
-        )
-        standard: Any = importlib.import_module(f"{LAYERS}.moe.token_dispatcher.standard")
-        loader: Any = importlib.import_module("sglang.srt.model_loader.loader")
-        topk: Any = importlib.import_module(f"{LAYERS}.moe.topk")
-        moe_utils: Any = importlib.import_module(f"{LAYERS}.moe.utils")
-except Exception as missing:  # noqa: BLE001  (SGLang raises many kinds of errors where a part of it is missing)
-    pytest.skip(f"SGLang cannot be imported: {type(missing).__name__}: {missing}", allow_module_level=True)
+with importing("SGLang"):
+    importlib.import_module(f"{LAYERS}.quantization")
+    hooks: Any = importlib.import_module("sglang.srt.plugins.hook_registry")
+    context: Any = importlib.import_module("sglang.srt.runtime_context")
+    gptq: Any = importlib.import_module(f"{LAYERS}.quantization.gptq.gptq")
+    awq: Any = importlib.import_module(f"{LAYERS}.quantization.awq.awq")
+    compressed: Any = importlib.import_module(f"{LAYERS}.quantization.compressed_tensors.compressed_tensors")
+    fused: Any = importlib.import_module(f"{LAYERS}.moe.fused_moe_triton.layer")
+    gptq_moe: Any = importlib.import_module(f"{LAYERS}.quantization.gptq.schemes.gptq_moe")
+    compressed_moe: Any = importlib.import_module(
+        f"{LAYERS}.quantization.compressed_tensors.schemes.compressed_tensors_wNa16_moe"
+    )
+    standard: Any = importlib.import_module(f"{LAYERS}.moe.token_dispatcher.standard")
+    loader: Any = importlib.import_module("sglang.srt.model_loader.loader")
+    topk: Any = importlib.import_module(f"{LAYERS}.moe.topk")
+    moe_utils: Any = importlib.import_module(f"{LAYERS}.moe.utils")
 
 from fakes.engine_experts import StoredExperts, routing  # noqa: E402
 from fakes.engine_layers import activations  # noqa: E402

@@ -7,27 +7,23 @@ What vLLM asks about the GPU and the ranks is answered by the test.
 from __future__ import annotations
 
 import importlib
-import warnings
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from fakes.engine_code import importing
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of vLLM and what it imports
 LAYERS = "vllm.model_executor.layers"
-try:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        linear: Any = importlib.import_module(f"{LAYERS}.linear")
-        importlib.import_module(f"{LAYERS}.quantization.compressed_tensors.compressed_tensors")
-        quantization: Any = importlib.import_module(f"{LAYERS}.quantization")
-        quantization.get_quantization_config("gptq")  # imports all methods, which ask for the real machine
-        parameter: Any = importlib.import_module("vllm.model_executor.parameter")
-        reload: Any = importlib.import_module("vllm.model_executor.model_loader.reload")
-except Exception as missing:  # noqa: BLE001  (vLLM raises many kinds of errors where a part of it is missing)
-    pytest.skip(f"vLLM cannot be imported: {type(missing).__name__}: {missing}", allow_module_level=True)
+with importing("vLLM"):
+    linear: Any = importlib.import_module(f"{LAYERS}.linear")
+    importlib.import_module(f"{LAYERS}.quantization.compressed_tensors.compressed_tensors")
+    quantization: Any = importlib.import_module(f"{LAYERS}.quantization")
+    quantization.get_quantization_config("gptq")  # imports all methods, which ask for the real machine
+    parameter: Any = importlib.import_module("vllm.model_executor.parameter")
+    reload: Any = importlib.import_module("vllm.model_executor.model_loader.reload")
 
 from fakes.engine_layers import StoredWeight, activations, assert_is_product  # noqa: E402
 from fakes.real_vllm import config_of, register_on_hopper  # noqa: E402

@@ -6,31 +6,27 @@ It runs where vLLM can be imported, as `test_real_vllm.py` does.
 from __future__ import annotations
 
 import importlib
-import warnings
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from fakes.engine_code import importing
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of vLLM and what it imports
 LAYERS = "vllm.model_executor.layers"
-try:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        importlib.import_module(f"{LAYERS}.quantization.compressed_tensors.compressed_tensors")
-        quantization: Any = importlib.import_module(f"{LAYERS}.quantization")
-        quantization.get_quantization_config("gptq")  # imports all methods, which ask for the real machine
-        fused: Any = importlib.import_module(f"{LAYERS}.fused_moe")
-        config: Any = importlib.import_module(f"{LAYERS}.fused_moe.config")
-        maps: Any = importlib.import_module(f"{LAYERS}.fused_moe.expert_map_manager")
-        activations_of: Any = importlib.import_module(f"{LAYERS}.fused_moe.activation")
-        workspace: Any = importlib.import_module("vllm.v1.worker.workspace")
-        reload: Any = importlib.import_module("vllm.model_executor.model_loader.reload")
-except Exception as missing:  # noqa: BLE001  (vLLM raises many kinds of errors where a part of it is missing)
-    pytest.skip(f"vLLM cannot be imported: {type(missing).__name__}: {missing}", allow_module_level=True)
+with importing("vLLM"):
+    importlib.import_module(f"{LAYERS}.quantization.compressed_tensors.compressed_tensors")
+    quantization: Any = importlib.import_module(f"{LAYERS}.quantization")
+    quantization.get_quantization_config("gptq")  # imports all methods, which ask for the real machine
+    fused: Any = importlib.import_module(f"{LAYERS}.fused_moe")
+    config: Any = importlib.import_module(f"{LAYERS}.fused_moe.config")
+    maps: Any = importlib.import_module(f"{LAYERS}.fused_moe.expert_map_manager")
+    activations_of: Any = importlib.import_module(f"{LAYERS}.fused_moe.activation")
+    workspace: Any = importlib.import_module("vllm.v1.worker.workspace")
+    reload: Any = importlib.import_module("vllm.model_executor.model_loader.reload")
 
 from fakes.engine_experts import StoredExperts, routing  # noqa: E402
 from fakes.engine_layers import activations  # noqa: E402
