@@ -18,7 +18,7 @@ from fakes.engine_code import importing
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of SGLang and what it imports
 QUANTIZATION = "sglang.srt.layers.quantization"
-with importing("SGLang"):
+with importing("SGLang's linear layers"):
     importlib.import_module(QUANTIZATION)
     hooks: Any = importlib.import_module("sglang.srt.plugins.hook_registry")
     gptq: Any = importlib.import_module(f"{QUANTIZATION}.gptq")

@@ -17,7 +17,7 @@ from fakes.engine_code import importing
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of SGLang and what it imports
 LAYERS = "sglang.srt.layers"
-with importing("SGLang"):
+with importing("SGLang's experts"):
     importlib.import_module(f"{LAYERS}.quantization")
     hooks: Any = importlib.import_module("sglang.srt.plugins.hook_registry")
     context: Any = importlib.import_module("sglang.srt.runtime_context")

@@ -17,7 +17,7 @@ from fakes.engine_code import importing
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of vLLM and what it imports
 LAYERS = "vllm.model_executor.layers"
-with importing("vLLM"):
+with importing("vLLM's linear layers"):
     linear: Any = importlib.import_module(f"{LAYERS}.linear")
     importlib.import_module(f"{LAYERS}.quantization.compressed_tensors.compressed_tensors")
     quantization: Any = importlib.import_module(f"{LAYERS}.quantization")
