@@ -14,9 +14,11 @@ Needs scipy: pip install 'w4a16gen[tools]'.
 from __future__ import annotations
 
 import argparse
+import bisect
 import itertools
 import json
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -40,11 +42,16 @@ SAMPLE = DATA_FOLDER / "h200_sample.csv.xz"
 """All kernels that may be fastest somewhere, and cuBLAS, on random problems; the rates are fitted to it."""
 SAMPLE_BEFORE = DATA_FOLDER / "h200_sample_before.csv.xz"
 """Times of kernels before their code changed. They count where `SAMPLE` has fewer than `FEWEST_TIMES` of a kernel."""
+OTHER_CARDS = (DATA_FOLDER / "h200_more_tiles.csv.xz", DATA_FOLDER / "h200_candidates.csv.xz")
+"""Times by other H200s: of tiles of sixteen more numbers of tokens, and of the kernels that space `default` was chosen
+among. Each file has kernels that `SAMPLE` has too."""
 H100_TIMES = DATA_FOLDER / "h100_times.csv.xz"
 """Older kernels and cuBLAS on an H100, for seconds at the power limit."""
 START = DATA_FOLDER / "start.json"
 MODE = QuantMode.FINEGRAINED_SCALE_ONLY
 FEWEST_TIMES = 10
+FLOPS_OF_CARDS = (2e10, 1e11, 4e11)
+"""Between these numbers of operations, two cards of a kind differ by one factor: power limits long problems only."""
 PRIOR_WEIGHTS = Rates(0.1, 0.1, 0.2, 0.1, 0.8)
 """What a rate that is off by a factor e costs, beside an error of 1 in a time."""
 ROBUST_WITHIN = 0.05
@@ -90,6 +97,57 @@ def with_older(sample: Sample, older: Sample) -> Sample:
         if len(sample.kernels.get(kernel, {})) < FEWEST_TIMES
     }
     return Sample(sample.card, {**sample.kernels, **few}, sample.cublas)
+
+
+def as_on_the_same_card(other: Sample, sample: Sample, constants: Constants) -> Sample:
+    """Return times of another card of the kind as if the sample's card had taken them.
+
+    Kernels that both have are compared by their rates in the sample, for problems with like numbers of operations.
+    The medians of the errors differ by the factor between the cards. Where no such kernel was timed, times stay.
+    """
+    model = CostModel(constants, {})
+    shared = {
+        kernel: fit_rates(kernel, times, model, sample.card)
+        for kernel, times in sample.kernels.items()
+        if len(times) >= FEWEST_TIMES and kernel in other.kernels
+    }
+
+    def errors(of: Sample) -> dict[int, list[float]]:
+        logs: dict[int, list[float]] = {}
+        for kernel, rates in shared.items():
+            for problem, time in of.kernels[kernel].items():
+                cycles = model.cycles(rates, model.work(kernel, problem, sample.card), sample.card)
+                log = math.log(cycles / constants.cycles_per_microsecond / time)
+                logs.setdefault(bisect.bisect(FLOPS_OF_CARDS, problem.flops), []).append(log)
+        return logs
+
+    here, there = errors(sample), errors(other)
+    factors = {at: math.exp(statistics.median(there[at]) - statistics.median(here[at])) for at in here if at in there}
+    kernels = {
+        kernel: {
+            problem: time * factors.get(bisect.bisect(FLOPS_OF_CARDS, problem.flops), 1.0)
+            for problem, time in times.items()
+        }
+        for kernel, times in other.kernels.items()
+    }
+    return Sample(sample.card, kernels, other.cublas)
+
+
+def together(first: Sample, second: Sample) -> Sample:
+    """Return the times of two samples of a card; the second one's where both have a problem."""
+    kernels = {
+        kernel: {**first.kernels.get(kernel, {}), **second.kernels.get(kernel, {})}
+        for kernel in first.kernels.keys() | second.kernels.keys()
+    }
+    return Sample(first.card, kernels, {**first.cublas, **second.cublas})
+
+
+def with_other_cards(first: Sample, constants: Constants) -> Sample:
+    """Return a sample with the times of `OTHER_CARDS`, as if its card had taken all of them."""
+    sample = first
+    for path in OTHER_CARDS:
+        sample = together(sample, as_on_the_same_card(sample_of(read([path])), first, constants))
+    return sample
 
 
 def prior_of(kernel: KernelConfig, constants: Constants) -> Rates:
@@ -302,15 +360,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print errors and losses, and write nothing")
     options = parser.parse_args(arguments)
     start = Constants.from_json(json.loads(START.read_text())["constants"])
-    current = sample_of(read([SAMPLE, *options.times]))
+    first = sample_of(read([SAMPLE, *options.times]))
+    current = with_other_cards(first, start)
     sample = with_older(current, sample_of(read([SAMPLE_BEFORE])))
     on_h100 = sample_of(read([H100_TIMES]))
     constants = fit_dense(on_h100.cublas, start, on_h100.card)
     kernels = {config.shape_name: replace(config, mode=MODE) for config in enumerate_space("native")}
     model = fit_all(sample, list(kernels.values()), constants)
     reports = {
-        "errors": errors_by_band(model, current),
-        "choice_loss_in_left_out_layers": losses_of_left_out_layers(current, constants),
+        "errors": errors_by_band(model, first),
+        "choice_loss_in_left_out_layers": losses_of_left_out_layers(first, constants),
+        "errors_on_all_cards": errors_by_band(model, current),
+        "choice_loss_in_left_out_layers_on_all_cards": losses_of_left_out_layers(current, constants),
         "errors_on_h100": errors_by_band(model, on_h100),
         "choice_loss_on_h100": losses(estimates_of(model, on_h100), on_h100),
     }

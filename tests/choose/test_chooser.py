@@ -151,7 +151,7 @@ def test_the_first_estimate_is_the_choice() -> None:
 
 
 def test_oversized_tiles_are_chosen_only_where_nothing_else_is_built() -> None:
-    small, large = (config for config in NATIVE if str(config.cta) in {"256x8x128", "256x48x128"})
+    small, large = (config for config in NATIVE if str(config.cta) in {"256x8x128", "256x72x128"})
     for m in (1, 8, 15):
         problem = replace(UNKNOWN, m=m)
         assert chooser_of([small, large]).choose(problem, MODE, device=H100).kernel == small

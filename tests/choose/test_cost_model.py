@@ -116,6 +116,30 @@ def test_stream_k_divides_the_last_waves_only() -> None:
     assert (more.tiles, more.blocks, more.clusters_per_split_tile) == (2.5, 80.0, 2.0)
 
 
+def test_stream_k_reads_again_what_l2_does_not_keep() -> None:
+    config, whole = kernel("cta128x144x128_cluster1x1x1_warpgroups2_streamk"), 32384
+    problem = Problem(3195, 1408, whole, 128)  # 253 tiles on 132 SMs: all of them are divided
+    activations, weight, l2_bytes = 2 * 3195 * whole, 1408 * whole / 2, MODEL.constants.l2_bytes
+    again = 253 * 2 * 144 * whole - activations, 253 * 128 * whole / 2 - weight
+    expected = (1 - l2_bytes / activations) * again[0] + (1 - l2_bytes / (activations + weight)) * again[1]
+    work = MODEL.work(config, problem)
+    assert work.read_apart_bytes == pytest.approx(expected)
+    assert MODEL.cycles(MODEL.rates_of(config), work) > MODEL.cycles(
+        MODEL.rates_of(config), work._replace(read_apart_bytes=0.0)
+    )
+
+
+def test_nothing_is_read_again_where_l2_keeps_it_or_tiles_are_whole() -> None:
+    stream_k, persistent = (
+        kernel(f"cta128x144x128_cluster1x1x1_warpgroups2_{scheduler}") for scheduler in ("streamk", "persistent")
+    )
+    long = Problem(3195, 1408, 32384, 128)
+    assert MODEL.work(persistent, long).read_apart_bytes == 0
+    assert MODEL.work(stream_k, Problem(3195, 1408, 4096, 128)).read_apart_bytes == 0, "26 and 3 MB"
+    full = Problem(144 * 12, 128 * 11, 32384, 128)
+    assert MODEL.work(stream_k, full).read_apart_bytes == 0, "a whole wave of whole tiles"
+
+
 def test_clusters_of_four_fit_less_well() -> None:
     config = kernel("cta64x16x128_cluster1x1x4_warps8_persistent")
     assert MODEL.work(config, Problem(16, 64 * 30, 4096, 128)).tiles == 1

@@ -175,7 +175,7 @@ def test_cpp_honours_the_environment_variable_as_python_does(
         "w4a16_sm90_native_fgs_cta64x8x128_cluster1x1x1_warps9_persistent",
         "w4a16_sm90_marlin_fgs_cta64x8x128_cluster1x1x1_warps8_persistent",
         "w4a16_sm90_native_fgx_cta64x8x128_cluster1x1x1_warps8_persistent",
-        "w4a16_sm90_native_fgs_cta64x8x128_cluster1x1x1_warps8_streamk",
+        "w4a16_sm90_native_fgs_cta64x8x128_cluster1x1x1_warpgroups2_streamk",
     ],
 )
 def test_cpp_refuses_the_names_that_python_refuses(

@@ -10,8 +10,8 @@ from fakes.runner import Runner
     ("problem", "sentence"),
     [
         ("16 4096 4096", "times as long as"),
-        ("1024 1024 1024", "nearly the same as"),
-        ("520 4096 4096", "4-bit weights no longer help"),
+        ("900 1024 1024", "nearly the same as"),
+        ("3500 4096 4096", "4-bit weights no longer help"),
         ("1 8 65536", "the layer is too small for 4-bit weights to help"),
     ],
 )

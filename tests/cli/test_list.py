@@ -140,7 +140,7 @@ def test_kernels_that_differ_in_mode_only_share_a_pattern() -> None:
     kernels = enumerate_space("default")
     shapes = by_shape(kernels)
     assert [len(shape) for shape in shapes] == [len(QuantMode)] * (len(kernels) // len(QuantMode))
-    assert shape_pattern(shapes[0]) == "native_{cs,fgs,fgsz}_cta64x8x128_cluster1x1x1_warps8_persistent"
+    assert shape_pattern(shapes[0]) == "native_{cs,fgs,fgsz}_cta64x8x128_cluster1x1x1_warpgroups4_persistent"
     assert shape_pattern(shapes[0][:1]) == shapes[0][0].short_name
 
 

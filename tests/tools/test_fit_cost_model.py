@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import math
 from dataclasses import replace
@@ -116,7 +117,8 @@ def test_older_times_count_where_there_are_few() -> None:
 
 def test_the_committed_rates_are_the_best_for_the_committed_times() -> None:
     committed = default_cost_model()
-    current = fit_cost_model.sample_of(recorded.read([fit_cost_model.SAMPLE]))
+    first = fit_cost_model.sample_of(recorded.read([fit_cost_model.SAMPLE]))
+    current = fit_cost_model.with_other_cards(first, START)
     older = fit_cost_model.sample_of(recorded.read([fit_cost_model.SAMPLE_BEFORE]))
     sample = fit_cost_model.with_older(current, older)
     plain = CostModel(replace(committed.constants, sustained_factor=1.0), {})
@@ -138,6 +140,10 @@ def test_choices_for_layers_without_a_part_in_the_rates_are_near_the_fastest() -
     assert all(band["geometric_mean"] < 0.02 and band["worst"] < 0.15 for band in losses.values())
     errors = residuals["errors"]
     assert all(abs(band["mean"]) < 0.02 and band["deviation"] < 0.07 for band in errors.values())
+    # Long problems were timed once each there, at a clock that the power limit moved: largest losses say little.
+    on_all_cards = residuals["choice_loss_in_left_out_layers_on_all_cards"]
+    assert sum(band["problems"] for band in on_all_cards.values()) > 1000
+    assert all(band["geometric_mean"] < 0.03 for band in on_all_cards.values())
 
 
 def test_the_committed_errors_are_those_of_the_committed_rates() -> None:
@@ -152,7 +158,7 @@ def test_choices_on_an_h100_for_layers_that_no_constant_knows_are_near_the_faste
     sample = fit_cost_model.sample_of(recorded.read([recorded.DATA_FOLDER / "h100_held_out.csv.xz"]))
     losses = fit_cost_model.losses(fit_cost_model.estimates_of(default_cost_model(), sample), sample)
     assert sum(band["problems"] for band in losses.values()) == 100
-    for tokens, most in (("1 to 64", 0.003), ("65 to 256", 0.003), ("257 to 1024", 0.02), ("1025 and more", 0.04)):
+    for tokens, most in (("1 to 64", 0.003), ("65 to 256", 0.003), ("257 to 1024", 0.01), ("1025 and more", 0.02)):
         assert losses[tokens]["geometric_mean"] < most, tokens
 
 
@@ -188,3 +194,34 @@ def test_the_factor_of_sustained_work_is_of_long_problems_only() -> None:
     factor = fit_cost_model.sustained_factor(model, fit_cost_model.Sample(card, {KERNEL: times}, {}))
     assert factor == pytest.approx(1.2, abs=0.001)
     assert math.isfinite(factor)
+
+
+def test_times_of_another_card_count_as_those_of_the_first() -> None:
+    rows = recordings_of(KERNEL, TRUTH)
+    first = fit_cost_model.sample_of(rows)
+    factors = {0: 0.5, 1: 0.8, 2: 0.9, 3: 1.1}
+
+    def there(row: recorded.Recorded) -> float:
+        return row.microseconds * factors[bisect.bisect(fit_cost_model.FLOPS_OF_CARDS, row.problem.flops)]
+
+    slower = [recorded.Recorded(**{**vars(row), "microseconds": there(row)}) for row in rows]
+    unknown = [recorded.Recorded(**{**vars(row), "kernel": STREAM_K}) for row in slower]
+    scaled = fit_cost_model.as_on_the_same_card(fit_cost_model.sample_of(slower + unknown), first, START)
+    for row in rows:
+        assert scaled.kernels[KERNEL][row.problem] == pytest.approx(row.microseconds)
+        assert scaled.kernels[STREAM_K][row.problem] == pytest.approx(row.microseconds)
+
+
+def test_times_of_another_card_stay_where_no_kernel_is_shared() -> None:
+    first = fit_cost_model.sample_of(recordings_of(KERNEL, TRUTH))
+    other = fit_cost_model.sample_of(recordings_of(STREAM_K, TRUTH._replace(split_cycles=2500.0)))
+    assert fit_cost_model.as_on_the_same_card(other, first, START).kernels == other.kernels
+
+
+def test_of_two_samples_the_second_counts_where_both_have_a_time() -> None:
+    a, b = Problem(16, 512, 1024, 128), Problem(32, 512, 1024, 128)
+    first = fit_cost_model.Sample(card_of(H200), {KERNEL: {a: 1.0, b: 2.0}}, {a: 5.0})
+    second = fit_cost_model.Sample(card_of(H200), {KERNEL: {b: 3.0}, STREAM_K: {a: 4.0}}, {})
+    both = fit_cost_model.together(first, second)
+    assert both.kernels == {KERNEL: {a: 1.0, b: 3.0}, STREAM_K: {a: 4.0}}
+    assert both.cublas == {a: 5.0}

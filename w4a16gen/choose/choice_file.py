@@ -15,7 +15,7 @@ from w4a16gen.kernels.legality import CTA_TOKENS
 
 CHOICE_FILE = "share/w4a16/choice.txt"
 """Path in an exported prefix."""
-SCHEMA = "w4a16gen.choice/3"
+SCHEMA = "w4a16gen.choice/4"
 _FNV_OFFSET, _FNV_PRIME = 0xCBF29CE484222325, 0x100000001B3
 
 

@@ -18,7 +18,7 @@ from w4a16gen.kernels.problem import Problem, runnable
 
 MODEL_PATH = Path(__file__).resolve().parent / "data" / "cost_model.json"
 """The file that `tools/fit_cost_model.py` writes."""
-SCHEMA = "w4a16gen.cost_model/2"
+SCHEMA = "w4a16gen.cost_model/3"
 PACKED_BLOCK_CHANNELS = 64
 PACKED_BLOCK_K = 128
 CLUSTER_SIZE_THAT_FITS_BADLY = 4
@@ -52,6 +52,8 @@ class Work(NamedTuple):
     """Tokens of a tile times its blocks of 64 channels."""
     weight_bytes: float
     """The packed weight, which every launch reads once."""
+    read_apart_bytes: float
+    """Bytes of tiles that stream-K divides which other tiles read too, at other times; L2 does not keep them."""
     is_long: bool
     """Whether the power limit sets the clock."""
 
@@ -70,6 +72,8 @@ class Constants:
     """Fewest cycles for 64 channels x 128 values of K, per token of the tile: the tensor cores' peak."""
     packed_bytes_per_cycle: float
     """Bytes per cycle of packed weights that a whole H100 reads."""
+    l2_bytes: float
+    """Bytes of operands that L2 keeps."""
     overlap_loss: float
     """Share of the shorter of reading and working that the longer does not hide."""
     long_flops: float
@@ -223,11 +227,12 @@ class CostModel:
         if size == CLUSTER_SIZE_THAT_FITS_BADLY:
             at_once = max(1, int(self.constants.clusters_of_4) * card.sm_count // H100.sm_count)
         ctas_per_sm = native_arrangement(config).ctas_per_sm
-        sharing = 0.0
+        sharing = read_apart = 0.0
         if config.scheduler is Scheduler.STREAM_K:
             own_tiles = max(1.0, tiles / at_once)
             blocks = tiles * k_blocks / at_once
             sharing = _clusters_per_split_tile(tiles, at_once * ctas_per_sm, k_blocks)
+            read_apart = self._read_apart(config, problem, tiles, _split_tiles(tiles, at_once * ctas_per_sm))
         else:
             own_tiles = float(max(1, -(-tiles // at_once)))
             if ctas_per_sm > 1 and (own_tiles > 1 or not fills_sms_first):
@@ -240,8 +245,26 @@ class CostModel:
             clusters_per_split_tile=sharing,
             tile_area=cta.tokens * (cta.channels // PACKED_BLOCK_CHANNELS),
             weight_bytes=weights * (problem.n * problem.k / 2 + 2 * problem.groups * problem.n),
+            read_apart_bytes=read_apart,
             is_long=self.is_long(problem),
         )
+
+    def _read_apart(self, config: KernelConfig, problem: Problem, tiles: int, split_tiles: int) -> float:
+        """Return the bytes that split tiles read from memory although other tiles read them too.
+
+        Whole tiles of a wave read the same operands at the same time. Clusters that begin at different places of K
+        find in L2 only what it keeps.
+        """
+        if split_tiles == 0:
+            return 0.0
+        cta, cluster, l2_bytes = config.cta, config.cluster, self.constants.l2_bytes
+        activations, weight = 2 * problem.m * problem.k, problem.n * problem.k / 2
+        read_by_tiles = (
+            2 * cta.tokens * cluster.tokens * problem.k - activations / tiles,
+            cta.channels * cluster.channels * problem.k / 2 - weight / tiles,
+        )
+        missed = (max(0.0, 1 - l2_bytes / activations), max(0.0, 1 - l2_bytes / (activations + weight)))
+        return split_tiles * sum(share * max(0.0, nbytes) for share, nbytes in zip(missed, read_by_tiles, strict=True))
 
     def cycles(self, rates: Rates, work: Work, card: Card = H100) -> float:
         """Return the SM cycles of some work: tile after tile, beside reading the weights."""
@@ -253,7 +276,7 @@ class CostModel:
         if work.is_long:
             working *= rates.long_factor * shared.sustained_factor
         memory = card.memory_bandwidth / H100.memory_bandwidth
-        reading = work.weight_bytes / (shared.packed_bytes_per_cycle * memory)
+        reading = (work.weight_bytes + work.read_apart_bytes) / (shared.packed_bytes_per_cycle * memory)
         return rates.launch_cycles + max(working, reading) + shared.overlap_loss * min(working, reading)
 
     def dense_microseconds(self, problem: Problem, card: Card = H100) -> float:
@@ -268,6 +291,14 @@ class CostModel:
         working = problem.flops / (rate * tensor)
         hidden = min(reading, working)
         return shared.dense_launch_microseconds + max(reading, working) + shared.dense_overlap_loss * hidden
+
+
+def _split_tiles(tiles: int, clusters: int) -> int:
+    """Return how many tiles stream-K divides; see `scheduler::streamk` in native/tiles.h."""
+    if tiles < clusters:
+        return tiles
+    rest = tiles % clusters
+    return clusters + rest if rest else 0
 
 
 def _clusters_per_split_tile(tiles: int, clusters: int, k_blocks: int) -> float:

@@ -39,7 +39,7 @@ struct ChoiceFile {
     std::istringstream lines(text);
     std::string line;
     std::getline(lines, line);
-    require(line == "w4a16gen.choice/3", "schema '" + line + "' must be 'w4a16gen.choice/3'");
+    require(line == "w4a16gen.choice/4", "schema '" + line + "' must be 'w4a16gen.choice/4'");
     std::map<std::string, double> values;
     while (std::getline(lines, line) && line.rfind("end ", 0) != 0) {
       std::istringstream fields(line);

@@ -116,7 +116,7 @@ struct Problem {
 // clang-format off
 #define W4A16_CHOICE_CONSTANTS(X) \
   X(cycles_per_microsecond) X(clusters_of_4) X(paired_share) X(tensor_cycles) X(packed_bytes_per_cycle) \
-  X(overlap_loss) X(long_flops) X(sustained_factor) X(token_step) X(smallest_tile_tokens)
+  X(l2_bytes) X(overlap_loss) X(long_flops) X(sustained_factor) X(token_step) X(smallest_tile_tokens)
 // clang-format on
 struct Constants {
 #define W4A16_MEMBER(name) double name;
@@ -135,6 +135,21 @@ struct Constants {
 // Exact for quotients of whole numbers below 2^53.
 inline double divide_up(double value, double by) { return std::ceil(value / by); }
 
+// The bytes that split tiles of stream-K read from memory although other tiles read them too.
+inline double read_apart(const Constants& c, const Kernel& kernel, const Problem& problem, double tiles,
+                         double split_tiles) {
+  if (split_tiles == 0) return 0;
+  const double m = static_cast<double>(problem.m), n = static_cast<double>(problem.n),
+               k = static_cast<double>(problem.k);
+  const double activations = 2 * m * k, weight = n * k / 2;
+  const double activations_of_tile = 2.0 * kernel.cta[1] * kernel.cluster[1] * k - activations / tiles;
+  const double weight_of_tile = kernel.cta[0] * kernel.cluster[0] * k / 2 - weight / tiles;
+  const double missed_activations = std::max(0.0, 1 - c.l2_bytes / activations);
+  const double missed_weight = std::max(0.0, 1 - c.l2_bytes / (activations + weight));
+  return split_tiles *
+         (missed_activations * std::max(0.0, activations_of_tile) + missed_weight * std::max(0.0, weight_of_tile));
+}
+
 // The estimated microseconds of a native kernel: CostModel.microseconds of choose/cost_model.py, line by line.
 inline double estimate(const Constants& c, const Card& h100, const Kernel& kernel, const Problem& problem,
                        const Card& card) {
@@ -146,16 +161,17 @@ inline double estimate(const Constants& c, const Card& h100, const Kernel& kerne
   const double k_blocks = divide_up(k, 128);
   double at_once = std::max(1, card.sm_count / size);
   if (size == 4) at_once = std::max(1, static_cast<int>(c.clusters_of_4) * card.sm_count / h100.sm_count);
-  double own_tiles, blocks, sharing = 0;
+  double own_tiles, blocks, sharing = 0, apart = 0;
   if (kernel.is_stream_k) {
     own_tiles = std::max(1.0, tiles / at_once);
     blocks = tiles * k_blocks / at_once;
     const double clusters = at_once * kernel.ctas_per_sm;
-    if (tiles <= clusters) {
-      sharing = std::min(clusters / std::max(tiles, 1.0), k_blocks);
-    } else {
-      sharing = std::fmod(tiles, clusters) != 0 ? 2.0 : 0.0;
-    }
+    const double rest = std::fmod(tiles, clusters);
+    sharing = rest != 0 ? 2.0 : 0.0;
+    if (tiles <= clusters) sharing = std::min(clusters / std::max(tiles, 1.0), k_blocks);
+    double split_tiles = rest != 0 ? clusters + rest : 0.0;
+    if (tiles < clusters) split_tiles = tiles;
+    apart = read_apart(c, kernel, problem, tiles, split_tiles);
   } else {
     own_tiles = std::max(1.0, divide_up(tiles, at_once));
     if (kernel.ctas_per_sm > 1 && own_tiles > 1) {
@@ -170,7 +186,7 @@ inline double estimate(const Constants& c, const Card& h100, const Kernel& kerne
   working += kernel.split_cycles * sharing;
   if (2 * m * n * k > c.long_flops) working *= kernel.long_factor * c.sustained_factor;
   const double memory = card.memory_bandwidth / h100.memory_bandwidth;
-  const double reading = (n * k / 2 + 2 * groups * n) / (c.packed_bytes_per_cycle * memory);
+  const double reading = (n * k / 2 + 2 * groups * n + apart) / (c.packed_bytes_per_cycle * memory);
   const double cycles = kernel.launch_cycles + std::max(working, reading) + c.overlap_loss * std::min(working, reading);
   return cycles / c.cycles_per_microsecond;
 }
