@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 import pytest
 
@@ -40,10 +43,10 @@ def compilers(monkeypatch: pytest.MonkeyPatch) -> Compilers:
     return found
 
 
-def run() -> tuple[list[str], list[tuple[int, int]]]:
+def run(ready: int = len(PROBLEMS)) -> tuple[list[str], list[tuple[int, int]]]:
     told: list[str] = []
     steps: list[tuple[int, int]] = []
-    ahead.compile_ahead(
+    found = ahead.compile_ahead(
         PROBLEMS,
         MODE,
         RIVALS,
@@ -53,6 +56,7 @@ def run() -> tuple[list[str], list[tuple[int, int]]]:
         progress=lambda done, total, _what: steps.append((done, total)),
         executor=ThreadPoolExecutor(1),
     )
+    assert found == ready
     return told, steps
 
 
@@ -74,6 +78,25 @@ def test_failures_are_said_and_do_not_end_the_run(compilers: Compilers) -> None:
     compilers.outcomes = {2: BrokenProcessPool("gone")}
     told, _ = run()
     assert told == ["1 of 3 kernels of rivals were not compiled ahead: a process ended"]
+
+
+def test_nothing_is_begun_after_the_end(compilers: Compilers, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_end = threading.Event()
+
+    def compile_one(*arguments: Any) -> str:
+        if compilers.compiled:
+            may_end.wait()  # the second one has begun when the end comes
+        return compilers.compile_one(*arguments)
+
+    def progress(*_: Any) -> None:
+        threading.Timer(0.2, may_end.set).start()
+
+    monkeypatch.setattr(ahead, "compile_one", compile_one)
+    pool = ThreadPoolExecutor(1)
+    ready = ahead.compile_ahead(
+        PROBLEMS, MODE, RIVALS, 3, jobs=1, tell=str, progress=progress, executor=pool, until=time.monotonic()
+    )
+    assert ready == len(compilers.compiled) < len(PROBLEMS)
 
 
 def test_an_interruption_ends_it(compilers: Compilers) -> None:

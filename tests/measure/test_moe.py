@@ -115,7 +115,10 @@ def test_a_wrong_result_of_ours_is_an_error() -> None:
     (point,) = found.points
     assert [timing.name for timing in point.timings] == [DENSE]
     assert "what rounding explains" in found.wrong[3]
-    assert told == [f"tiny, 3 tokens: {OWN} is left out: {found.wrong[3]}"]
+    assert told == [
+        f"tiny, 3 tokens: {OWN} is left out: {found.wrong[3]}",
+        f"tiny, 3 tokens: {DENSE} {point.timings[0].median:.1f} us",
+    ]
     assert not point.parts
 
 

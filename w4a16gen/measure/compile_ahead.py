@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import multiprocessing
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -31,7 +33,8 @@ def compile_ahead(
     tell: Callable[[str], None],
     progress: Progress,
     executor: Executor | None = None,
-) -> None:
+    until: float | None = None,
+) -> int:
     """Let rivals compile what they need for problems; their caches on disk keep it for this process.
 
     Args:
@@ -43,11 +46,15 @@ def compile_ahead(
         tell: called with a sentence about failures, which do not end the run: timing meets them again.
         progress: called after each kernel.
         executor: where it runs; None makes processes.
+        until: the time of `time.monotonic` after which nothing more is begun; None has no end.
+
+    Returns:
+        How many of the problems, from the first on, have nothing left to compile. Failures count as done.
     """
     compiling = [rival.name for rival in rivals if rival.module and importlib.util.find_spec(rival.module)]
     tasks = [(name, problem) for problem in problems for name in compiling]
     if not tasks:
-        return
+        return len(problems)
     spawned = multiprocessing.get_context("spawn")
     reasons: Counter[str] = Counter()
     with executor or ProcessPoolExecutor(min(jobs, MOST_PROCESSES, len(tasks)), spawned) as pool:
@@ -56,6 +63,9 @@ def compile_ahead(
             for done, future in enumerate(as_done(pending), 1):
                 reasons[future.result()] += 1
                 progress(done, len(tasks), "")
+                if until is not None and time.monotonic() >= until:
+                    pool.shutdown(wait=True, cancel_futures=True)  # what has begun ends
+                    break
         except BrokenProcessPool:
             reasons["a process ended"] += 1
         except BaseException:
@@ -64,6 +74,8 @@ def compile_ahead(
     for reason, count in reasons.items():
         if reason:
             tell(f"{count} of {len(tasks)} kernels of rivals were not compiled ahead: {reason}")
+    begun = itertools.takewhile(lambda future: not future.cancelled(), pending)
+    return sum(1 for _ in begun) // len(compiling)
 
 
 def compile_one(name: str, problem: Problem, mode: QuantMode, device: int) -> str:

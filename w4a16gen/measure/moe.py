@@ -170,7 +170,7 @@ def run_moe_bench(
         tokens: numbers of tokens of each GPU.
         mode: the quantisation mode.
         rounds: timed replays of each entrant.
-        tell: called with a sentence about each entrant that is left out.
+        tell: called with a sentence about each number of tokens that was timed, and each entrant that is left out.
         show_progress: shows a bar with a title.
         machine: where to run; None takes the first Hopper GPU.
         humming: whether humming's kernels take part; None where they are installed.
@@ -200,6 +200,9 @@ def run_moe_bench(
             points.append(point)
             for entrant, reason in point.left_out.items():
                 tell(f"{name}, {count} tokens: {entrant} is left out: {reason}")
+            if point.timings:
+                times = ", ".join(f"{timing.name} {timing.median:.1f} us" for timing in point.timings)
+                tell(f"{name}, {count} tokens: {times}")
             progress(done, len(tokens), f"{count} tokens")
     return MoeBench(name, mixture, gpu, mode, points)
 

@@ -39,6 +39,8 @@ from w4a16gen.runtime.library import Library
 
 _NAME_DIGITS = 16
 """Digits of a build's digest in the record."""
+COMPILING_SHARE = 0.5
+"""Share of a budget after which no more kernels of rivals are compiled. Later cells are left to the next run."""
 Measure = Callable[[Problem, Attempts], Comparison]
 """Times one cell."""
 
@@ -162,8 +164,17 @@ def run_random_bench(
         if measure is None and options.rivals:
             jobs = os.cpu_count() or 1
             with show_progress("Compiling rivals' kernels", lines=True) as progress:
-                wanted = [problem for _, problem in missing]
-                compile_ahead(wanted, draw.mode, options.rivals, gpu.index, jobs=jobs, tell=tell, progress=progress)
+                ready = compile_ahead(
+                    [problem for _, problem in missing],
+                    draw.mode,
+                    options.rivals,
+                    gpu.index,
+                    jobs=jobs,
+                    tell=tell,
+                    progress=progress,
+                    until=None if draw.budget_seconds is None else began + COMPILING_SHARE * draw.budget_seconds,
+                )
+            missing = missing[:ready]
         with show_progress("Timing cells", len(missing)) as progress:
             try:
                 _time_missing(missing, record, timed, draw.budget_seconds, began, tell, progress)
