@@ -76,7 +76,7 @@ def figures(page: Path, tokens: str) -> list[float]:
     """Return the speed-up and the share of the floor that a page shows for a token count."""
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.read_text().splitlines()]
     if page.name == "README.md":
-        column = next(line.index(tokens) for line in lines if line[0] == "tokens")
+        column = next(line.index(tokens) for line in lines if line[0] == "tokens" and tokens in line)
         return [float(line[column]) for line in lines if re.match(r"speed-up over|share of the", line[0])]
     row = next(line for line in lines if line[0].split(",")[0] == tokens and "(" in line[1])
     return [float(row[1].split(" ")[0]), float(row[2])]
@@ -90,6 +90,26 @@ def test_speed_ups_follow_from_the_recorded_times(page: Path, tokens: str) -> No
     shown = figures(page, tokens)
     for number, values in enumerate(zip(*rows, strict=True)):
         assert shown[number] == pytest.approx(geometric_mean(values), abs=0.051 if number == 0 else 0.0051)
+
+
+@pytest.mark.parametrize(
+    ("page", "rows"),
+    [(ROOT / "README.md", 3), (DOCS / "performance.md", 4)],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_figures_of_random_layers_follow_from_the_recorded_times(page: Path, rows: int) -> None:
+    cells = list(csv.DictReader((DOCS / "assets" / "h200-2026-11-30-random.csv").read_text().splitlines()))
+    shown = re.findall(
+        r"^\| ([\d,]+) to ([\d,]+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \| (\d+) \|", page.read_text(), re.MULTILINE
+    )
+    assert len(shown) == rows
+    for first, last, problems, mean, least, slower in shown:
+        low, high = (int(number.replace(",", "")) for number in (first, last))
+        ratios = [float(cell["cublas_us"]) / float(cell["call_us"]) for cell in cells if low <= int(cell["m"]) <= high]
+        assert len(ratios) == int(problems)
+        assert float(mean) == pytest.approx(geometric_mean(ratios), abs=0.0051)
+        assert float(least) == pytest.approx(min(ratios), abs=0.0051)
+        assert int(slower) == sum(ratio < 1 for ratio in ratios)
 
 
 FOREIGN_MESSAGES = ("Killed", "unspecified launch failure")
