@@ -92,11 +92,12 @@ def test_nothing_is_begun_after_the_end(compilers: Compilers, monkeypatch: pytes
         threading.Timer(0.2, may_end.set).start()
 
     monkeypatch.setattr(ahead, "compile_one", compile_one)
-    pool = ThreadPoolExecutor(1)
+    pool, told = ThreadPoolExecutor(1), list[str]()
     ready = ahead.compile_ahead(
-        PROBLEMS, MODE, RIVALS, 3, jobs=1, tell=str, progress=progress, executor=pool, until=time.monotonic()
+        PROBLEMS, MODE, RIVALS, 3, jobs=1, tell=told.append, progress=progress, executor=pool, until=time.monotonic()
     )
     assert ready == len(compilers.compiled) < len(PROBLEMS)
+    assert told == []
 
 
 def test_an_interruption_ends_it(compilers: Compilers) -> None:
