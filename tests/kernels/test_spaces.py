@@ -11,7 +11,7 @@ import pytest
 
 from w4a16gen import ClusterShape, CtaShape, KernelConfig, QuantMode, Schedule, Scheduler, Target
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.kernels.arrangement import native_arrangement
+from w4a16gen.kernels.arrangement import BARRIER_BYTES, MAX_STAGES_BESIDE_EXPERTS, native_arrangement
 from w4a16gen.kernels.config import Epilogue
 from w4a16gen.kernels.legality import why_forbidden
 from w4a16gen.kernels.spaces import (
@@ -320,6 +320,16 @@ def test_grouped_kernels_that_are_forbidden(change: dict[str, Any], reason: str)
     config = KernelConfig.parse("w4a16_sm90_native_fgs_cta128x64x128_cluster1x1x1_warpgroups2_grouped")
     assert why_forbidden(config) is None
     assert reason in str(why_forbidden(replace(config, **change)))
+
+
+def test_stages_of_grouped_kernels_of_few_tokens_leave_room_for_experts() -> None:
+    config = KernelConfig.parse("w4a16_sm90_native_fgs_cta64x8x64_cluster1x1x1_warpgroups2_grouped")
+    persistent = replace(config, scheduler=Scheduler.PERSISTENT)
+    assert native_arrangement(persistent).stages > MAX_STAGES_BESIDE_EXPERTS
+    barriers = 8 * (2 * native_arrangement(config).stages + 3)
+    assert barriers + 64 * 2 <= BARRIER_BYTES, "three more barriers, and 16 bits for each of 64 experts"
+    larger = replace(config, cta=CtaShape(64, 16, 64))
+    assert native_arrangement(larger) == native_arrangement(replace(larger, scheduler=Scheduler.PERSISTENT))
 
 
 def test_grouped_kernels_store_from_registers() -> None:

@@ -316,6 +316,23 @@ def test_few_tokens_are_multiplied_and_combined_without_sorting(
     assert 0 < layer.expected(expert_map=places).error_over_bound(got.to_host()) <= 1
 
 
+def test_few_tokens_take_tiles_of_8_tokens_whatever_the_estimates_say(
+    library: FakeLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = FewTokens(library, 8, 8)
+
+    def prefers_large_tiles(config: KernelConfig, *_: Any) -> float:
+        return 1.0 / config.cta.tokens
+
+    monkeypatch.setattr(choosing, "microseconds", prefers_large_tiles)
+    for tokens, slots, invariant, is_few in ((1, 1, False, True), (8, 8, False, True), (8, 8, True, False)):
+        sizes = moe_sizes(tokens, slots, layer.w13, layer.w2)
+        plan = library.experts.plan(sizes, 0, invariant=invariant)
+        assert (plan.gate_up.cta.tokens == plan.down.cta.tokens == UNSORTED_TOKENS) == is_few
+    for tokens, slots in ((9, 1), (8, 9)):
+        assert library.experts.plan(moe_sizes(tokens, slots, layer.w13, layer.w2), 0).down.cta.tokens > UNSORTED_TOKENS
+
+
 @pytest.mark.parametrize("tokens", [1, 8])
 def test_few_tokens_need_no_sorting_without_gated_kernels_either(library: FakeLibrary, tokens: int) -> None:
     layer = FewTokens(library, tokens, 8, gated=False)

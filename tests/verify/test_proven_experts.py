@@ -48,6 +48,7 @@ KINDS = {grouped_products.ROUTING, grouped_products.PRODUCT}
 def small_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prove layers of one size."""
     monkeypatch.setattr(experts, "LAYER_SIZES", ((64, 96, 32),))
+    monkeypatch.setattr(expert_layers, "LAYER_EXPERTS", 8)
     monkeypatch.setattr(expert_layers, "LAYER_TOKENS", (1, 9))
 
 

@@ -24,6 +24,10 @@ RESERVED_SHARED_BYTES = 1024
 MAX_STAGES = 32
 BARRIER_BYTES = 8 * (2 * MAX_STAGES + 2)
 """Two barriers per stage and two for sums from the cluster."""
+FEW_TOKENS = 8
+"""CTA tokens of grouped kernels that can find experts in the ids themselves."""
+MAX_STAGES_BESIDE_EXPERTS = 23
+"""Stages whose barriers leave room behind them for the numbers of the 64 experts that few tokens choose at most."""
 
 PAIRED_CTAS = 2
 """CTAs that share an SM if their registers allow it. One then fetches while the other finishes, also across dependent
@@ -102,8 +106,11 @@ def native_arrangement(config: KernelConfig) -> Arrangement:
     budget = SHARED_BYTES_PER_SM // ctas_per_sm - RESERVED_SHARED_BYTES
     useful = max(USEFUL_WEIGHT_BYTES // weight_bytes, 2 * along_k)
 
+    finds_experts = config.is_grouped and cta.tokens == FEW_TOKENS
+    most = MAX_STAGES_BESIDE_EXPERTS if finds_experts else MAX_STAGES
+
     def stages_beside(others: int) -> int:
-        fitting = min(MAX_STAGES, (budget - others) // stage_bytes)
+        fitting = min(most, (budget - others) // stage_bytes)
         # A slot of the ring always falls to the same warpgroup along K, which would otherwise mistake its barrier's
         # phase.
         return min(fitting, useful) // along_k * along_k

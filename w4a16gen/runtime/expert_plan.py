@@ -44,6 +44,11 @@ class MoeSizes(NamedTuple):
         return self.tokens * self.slots
 
     @property
+    def are_few(self) -> bool:
+        """Whether there are so few tokens and routes that products can find their experts in the ids themselves."""
+        return self.tokens <= UNSORTED_TOKENS and self.routes <= MAX_UNSORTED_ROUTES
+
+    @property
     def unsorted_rows(self) -> int:
         """The rows of products whose routes are unsorted."""
         return UNSORTED_TOKENS * min(self.routes, self.experts)
@@ -112,7 +117,7 @@ def moe_sizes(
 
 
 def chosen_pair(configs: Iterable[KernelConfig], sizes: MoeSizes, card: Card, *, invariant: bool) -> Pair:
-    """Return the kernels of a layer of experts.
+    """Return the kernels of a layer of experts. Those of few tokens find their experts themselves, if such are built.
 
     Args:
         configs: the grouped kernels that are built.
@@ -128,7 +133,14 @@ def chosen_pair(configs: Iterable[KernelConfig], sizes: MoeSizes, card: Card, *,
     routing = choosing.Routing(tokens, sizes.slots, sizes.experts, sizes.global_experts)
     every = list(configs)
     applied = gate_epilogue(every, sizes.mode) if sizes.gated else Epilogue.NONE
-    return choosing.choose_pair(every, sizes.mode, (sizes.gate_up, applied), sizes.down, routing, card)
+    finding = _finding_experts(every, sizes.mode, applied) if sizes.are_few and not invariant else []
+    return choosing.choose_pair(finding or every, sizes.mode, (sizes.gate_up, applied), sizes.down, routing, card)
+
+
+def _finding_experts(configs: Iterable[KernelConfig], mode: QuantMode, epilogue: Epilogue) -> list[KernelConfig]:
+    """Return the kernels of a mode that find experts in the ids, if they can compute both products of a layer."""
+    found = [config for config in configs if config.mode is mode and config.cta.tokens == UNSORTED_TOKENS]
+    return found if {epilogue, Epilogue.NONE} <= {config.epilogue for config in found} else []
 
 
 def gate_epilogue(configs: Iterable[KernelConfig], mode: QuantMode) -> Epilogue:
@@ -153,8 +165,7 @@ def planned(sizes: MoeSizes, pair: Pair, token_tiles_bytes: int) -> MoePlan:
         pair: the kernels.
         token_tiles_bytes: what the list of token tiles may need.
     """
-    few = sizes.tokens <= UNSORTED_TOKENS and sizes.routes <= MAX_UNSORTED_ROUTES
-    can_leave_unsorted = few and all(config.cta.tokens == UNSORTED_TOKENS for config in pair)
+    can_leave_unsorted = sizes.are_few and all(config.cta.tokens == UNSORTED_TOKENS for config in pair)
     rows = max(sizes.routes, sizes.unsorted_rows) if can_leave_unsorted else sizes.routes
     hidden, intermediate = sizes.down.n, sizes.down.k
     applies_gate = sizes.gated and pair[0].epilogue is Epilogue.GATED

@@ -23,6 +23,8 @@ from w4a16gen.weights.reference import random_weight
 
 LAYER = "layer"
 """A kind of checks."""
+LAYER_EXPERTS = 40
+"""Experts of a layer: few tokens may choose more than a warp has lanes."""
 LAYER_TOKENS = (1, 5, 40, 300)
 FEW_TOKENS = (1, 3, UNSORTED_TOKENS)
 """Tokens of layers whose routes are not sorted, for each pair of kernels."""
@@ -58,12 +60,12 @@ def prove_layers(
     proofs: Mapping[KernelConfig, NumericProof],
     rng: np.random.Generator,
 ) -> None:
-    """Run layers of eight experts, whose weights are packed for kernels that apply the gate, and without it."""
+    """Run layers of experts, whose weights are packed for kernels that apply the gate, and without it."""
     able = {config.epilogue for config in proofs if config.mode is mode}
     if Epilogue.NONE not in able:
         return
     hidden, inner, group = sizes
-    count, slots, library = 8, 3, gpu.library
+    count, slots, library = LAYER_EXPERTS, 3, gpu.library
     gate, up, down = (
         [random_weight(rng, n, k, group if mode.is_grouped else k, mode, size=0.05) for _ in range(count)]
         for n, k in ((inner, hidden), (inner, hidden), (hidden, inner))
