@@ -115,8 +115,8 @@ _DEFAULT_SHAPES = frozenset(
         "cta256x128x64_cluster1x1x1_warpgroups2_persistent",
     }
 )
-"""The kernels of space `default`, by `KernelConfig.shape_name`: of 118 that an H200 timed on 374 random problems
-(2026-11), the set of this size that loses least. Estimates for 700 problems of an H100 and 700 of an H200 count too.
+"""The kernels of space `default`, by `KernelConfig.shape_name`: the set of this size that loses least to 118 kernels,
+which H200s timed on 374 random problems (2026-11). Estimates for 700 problems of an H100 and 700 of an H200 count too.
 Twelve kernels of up to 16 tokens were kept from the set before: chains of dependent launches need them."""
 
 
@@ -125,7 +125,7 @@ def _not_in_default(config: KernelConfig) -> str | None:
     if config.target is not Target.NATIVE:
         return "the default space contains native kernels only: they are faster and compile in a second"
     if config.shape_name not in _DEFAULT_SHAPES:
-        return "the default space contains a few native kernels that lose least to all that a GPU has timed"
+        return "the default space contains a few native kernels that lose little to the others"
     return None
 
 
@@ -157,9 +157,10 @@ _EXPERT_SHAPES = frozenset(
         "cta256x120x64_cluster2x1x1_warpgroups2_grouped",
     }
 )
-"""The kernels of space `experts`, by `KernelConfig.shape_name`: of all grouped kernels the set of this size that loses
-least by the estimates of 588 layers. They are of twelve models, 1 to 8,192 tokens, an H100 and an H200. The four of 8
-tokens and the one of 80 are chosen by times of layers of Qwen3-30B-A3B and Mixtral-8x7B (H200, 2026-11)."""
+"""The kernels of space `experts`, by `KernelConfig.shape_name`: the set of this size that loses least to all
+grouped kernels, by estimates of 588 layers. The layers are of twelve models with 1 to 8,192 tokens, on an H100 and an
+H200. The four kernels of 8 tokens and the one of 80 were chosen by times of layers of Qwen3-30B-A3B and Mixtral-8x7B
+(H200, 2026-11)."""
 
 
 def _not_in_experts(config: KernelConfig) -> str | None:

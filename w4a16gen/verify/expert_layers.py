@@ -24,7 +24,7 @@ from w4a16gen.weights.reference import random_weight
 LAYER = "layer"
 """A kind of checks."""
 LAYER_EXPERTS = 40
-"""Experts of a layer: few tokens may choose more than a warp has lanes."""
+"""Experts of a layer: more than a warp has lanes, and few tokens may choose all of them."""
 LAYER_TOKENS = (1, 5, 40, 300)
 FEW_TOKENS = (1, 3, UNSORTED_TOKENS)
 """Tokens of layers whose routes are not sorted, for each pair of kernels."""
