@@ -116,12 +116,24 @@ def test_stream_k_divides_the_last_waves_only() -> None:
     assert (more.tiles, more.blocks, more.clusters_per_split_tile) == (2.5, 80.0, 2.0)
 
 
-def test_stream_k_reads_again_what_l2_does_not_keep() -> None:
-    config, whole = kernel("cta128x144x128_cluster1x1x1_warpgroups2_streamk"), 32384
-    problem = Problem(3195, 1408, whole, 128)  # 253 tiles on 132 SMs: all of them are divided
-    activations, weight, l2_bytes = 2 * 3195 * whole, 1408 * whole / 2, MODEL.constants.l2_bytes
-    again = 253 * 2 * 144 * whole - activations, 253 * 128 * whole / 2 - weight
-    expected = (1 - l2_bytes / activations) * again[0] + (1 - l2_bytes / (activations + weight)) * again[1]
+@pytest.mark.parametrize(
+    ("shape", "m", "n", "tiles", "split"),
+    [
+        ("cta128x144x128_cluster1x1x1_warpgroups2_streamk", 3195, 1408, 23 * 11, 132 + 121),
+        ("cta128x144x128_cluster2x1x1_warpgroups2_streamk", 3195, 1408, 23 * 6, 66 + 6),
+        ("cta128x128x128_cluster1x2x1_warpgroups2_streamk", 2700, 1408, 11 * 11, 66 + 55),
+        ("cta64x8x128_cluster1x1x1_warps8_streamk", 1024, 192, 128 * 3, 264 + 120),  # two CTAs share an SM
+        ("cta128x144x128_cluster1x1x1_warpgroups2_streamk", 3195, 384, 23 * 3, 23 * 3),
+    ],
+)
+def test_stream_k_reads_again_what_l2_does_not_keep(shape: str, m: int, n: int, tiles: int, split: int) -> None:
+    config, whole = kernel(shape), 32384
+    problem = Problem(m, n, whole, 128)
+    activations, weight, l2_bytes = 2 * m * whole, n * whole / 2, MODEL.constants.l2_bytes
+    tokens, channels = config.cta.tokens * config.cluster.tokens, config.cta.channels * config.cluster.channels
+    again = tiles * 2 * tokens * whole - activations, tiles * channels * whole / 2 - weight
+    missed = (1 - l2_bytes / activations) * again[0] + (1 - l2_bytes / (activations + weight)) * again[1]
+    expected = missed * split / tiles
     work = MODEL.work(config, problem)
     assert work.read_apart_bytes == pytest.approx(expected)
     assert MODEL.cycles(MODEL.rates_of(config), work) > MODEL.cycles(

@@ -6,7 +6,7 @@ import os
 import random
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from w4a16gen.choose.cost_model import CostModel, Rates, default_cost_model
 from w4a16gen.choose.overrides import KERNELS_VARIABLE, kernels_of_environment
 from w4a16gen.choose.timing_table import TABLE, Measured, add_times, one_time
 from w4a16gen.errors import InvalidValueError, NotBuiltError, W4A16Error
-from w4a16gen.kernels.config import Target
+from w4a16gen.kernels.config import KernelConfig, Target
 from w4a16gen.kernels.device import HOPPER, Device
 from w4a16gen.kernels.epilogue import why_not_gated
 from w4a16gen.kernels.problem import why_cannot_run
@@ -82,11 +82,13 @@ def ask_python(chooser: Chooser, question: Question) -> tuple[str, float, str]:
     return choice.kernel.name, choice.microseconds or 0.0, choice.source.value
 
 
-def assert_same(program: Path, folder: Path, questions: Sequence[Question], table: Path) -> list[str]:
+def assert_same(
+    program: Path, folder: Path, questions: Sequence[Question], table: Path, hashes: Mapping[KernelConfig, str] = HASHES
+) -> list[str]:
     """Check that C++ gives Python's answers; return the sources of the choices."""
     choice_file = folder / "choice.txt"
-    choice_file.write_text(choice_text(HASHES, table))
-    chooser = Chooser(HASHES, table)
+    choice_file.write_text(choice_text(hashes, table))
+    chooser = Chooser(hashes, table)
     sources = []
     answers = ask_cpp(program, choice_file, questions)
     for question, answer in zip(questions, answers, strict=True):
@@ -115,6 +117,23 @@ def random_questions(count: int, seed: int) -> list[Question]:
 def test_cpp_and_python_agree_on_random_problems(program: Path, tmp_path: Path) -> None:
     sources = assert_same(program, tmp_path, random_questions(2000, seed=1), tmp_path / TABLE)
     assert sources == ["estimate"] * 2000
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        "cta64x8x128_cluster1x1x1_warps8_streamk",  # two CTAs share an SM
+        "cta128x128x128_cluster1x2x1_warpgroups2_streamk",
+        "cta128x144x128_cluster1x1x1_warpgroups2_streamk",
+        "cta128x144x128_cluster2x1x1_warpgroups2_streamk",
+    ],
+)
+def test_cpp_and_python_agree_on_what_stream_k_reads_apart(program: Path, tmp_path: Path, shape: str) -> None:
+    config = KernelConfig.parse(f"w4a16_sm90_native_fgs_{shape}")
+    k = 32384  # L2 keeps the activations of none
+    sizes = [(3195, 1408), (2700, 1408), (1024, 192), (1056, 128), (144 * 12, 128 * 11), (3195, 384)]
+    questions = [(FGS, Problem(m, n, k, 128), H100) for m, n in sizes]
+    assert_same(program, tmp_path, questions, tmp_path / TABLE, build_of([config]).content_hashes)
 
 
 def test_cpp_and_python_agree_where_the_build_has_a_tuning_table(program: Path, tmp_path: Path) -> None:

@@ -264,7 +264,7 @@ class CostModel:
             cta.channels * cluster.channels * problem.k / 2 - weight / tiles,
         )
         missed = (max(0.0, 1 - l2_bytes / activations), max(0.0, 1 - l2_bytes / (activations + weight)))
-        return split_tiles * sum(share * max(0.0, nbytes) for share, nbytes in zip(missed, read_by_tiles, strict=True))
+        return split_tiles * sum(share * nbytes for share, nbytes in zip(missed, read_by_tiles, strict=True))
 
     def cycles(self, rates: Rates, work: Work, card: Card = H100) -> float:
         """Return the SM cycles of some work: tile after tile, beside reading the weights."""

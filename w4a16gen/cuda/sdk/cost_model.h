@@ -135,6 +135,19 @@ struct Constants {
 // Exact for quotients of whole numbers below 2^53.
 inline double divide_up(double value, double by) { return std::ceil(value / by); }
 
+// How many tiles stream-K divides; see scheduler::streamk in native/tiles.h.
+inline double count_split_tiles(double tiles, double clusters) {
+  if (tiles < clusters) return tiles;
+  const double rest = std::fmod(tiles, clusters);
+  return rest != 0 ? clusters + rest : 0;
+}
+
+// How many clusters share a tile that stream-K divides.
+inline double clusters_per_split_tile(double tiles, double clusters, double k_blocks) {
+  if (tiles <= clusters) return std::min(clusters / std::max(tiles, 1.0), k_blocks);
+  return std::fmod(tiles, clusters) != 0 ? 2 : 0;
+}
+
 // The bytes that split tiles of stream-K read from memory although other tiles read them too.
 inline double read_apart(const Constants& c, const Kernel& kernel, const Problem& problem, double tiles,
                          double split_tiles) {
@@ -146,8 +159,7 @@ inline double read_apart(const Constants& c, const Kernel& kernel, const Problem
   const double weight_of_tile = kernel.cta[0] * kernel.cluster[0] * k / 2 - weight / tiles;
   const double missed_activations = std::max(0.0, 1 - c.l2_bytes / activations);
   const double missed_weight = std::max(0.0, 1 - c.l2_bytes / (activations + weight));
-  return split_tiles *
-         (missed_activations * std::max(0.0, activations_of_tile) + missed_weight * std::max(0.0, weight_of_tile));
+  return split_tiles * (missed_activations * activations_of_tile + missed_weight * weight_of_tile);
 }
 
 // The estimated microseconds of a native kernel: CostModel.microseconds of choose/cost_model.py, line by line.
@@ -166,12 +178,8 @@ inline double estimate(const Constants& c, const Card& h100, const Kernel& kerne
     own_tiles = std::max(1.0, tiles / at_once);
     blocks = tiles * k_blocks / at_once;
     const double clusters = at_once * kernel.ctas_per_sm;
-    const double rest = std::fmod(tiles, clusters);
-    sharing = rest != 0 ? 2.0 : 0.0;
-    if (tiles <= clusters) sharing = std::min(clusters / std::max(tiles, 1.0), k_blocks);
-    double split_tiles = rest != 0 ? clusters + rest : 0.0;
-    if (tiles < clusters) split_tiles = tiles;
-    apart = read_apart(c, kernel, problem, tiles, split_tiles);
+    sharing = clusters_per_split_tile(tiles, clusters, k_blocks);
+    apart = read_apart(c, kernel, problem, tiles, count_split_tiles(tiles, clusters));
   } else {
     own_tiles = std::max(1.0, divide_up(tiles, at_once));
     if (kernel.ctas_per_sm > 1 && own_tiles > 1) {
