@@ -12,9 +12,9 @@ import numpy.typing as npt
 
 from fakes.memory import memory_at
 from w4a16gen import Epilogue, KernelConfig, PackedWeight, Problem
+from w4a16gen.kernels.arrangement import UNSORTED_TOKENS
 from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.kernels.problem import MAX_DIMENSION
-from w4a16gen.runtime.expert_plan import UNSORTED_TOKENS
 from w4a16gen.weights.activations import activated
 from w4a16gen.weights.moe_reference import local_ids, route_reference
 from w4a16gen.weights.packed import layout_for

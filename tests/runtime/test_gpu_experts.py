@@ -10,9 +10,10 @@ import pytest
 
 from w4a16gen import Epilogue, KernelConfig, Library, QuantMode
 from w4a16gen.errors import InvalidValueError
+from w4a16gen.kernels.arrangement import UNSORTED_TOKENS
 from w4a16gen.kernels.spaces import enumerate_space, with_epilogues
 from w4a16gen.runtime.expert_calls import MAX_EXPERTS, MoeOptions
-from w4a16gen.runtime.expert_plan import UNSORTED_TOKENS, Pair, moe_sizes
+from w4a16gen.runtime.expert_plan import Pair, moe_sizes
 from w4a16gen.runtime.expert_rows import ExpertRows
 from w4a16gen.verify import experts, grouped_products
 from w4a16gen.verify.numeric import NumericProof

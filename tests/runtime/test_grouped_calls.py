@@ -30,11 +30,12 @@ from w4a16gen import (
 from w4a16gen.choose import experts as choosing
 from w4a16gen.choose.cards import card_of
 from w4a16gen.errors import CudaError, UnsupportedProblemError, W4A16Error
+from w4a16gen.kernels.arrangement import MAX_UNSORTED_ROUTES, UNSORTED_TOKENS
 from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.kernels.spaces import enumerate_space, with_epilogues
 from w4a16gen.runtime import expert_arrays
 from w4a16gen.runtime.expert_calls import GATED_ACTIVATIONS, MAX_EXPERTS
-from w4a16gen.runtime.expert_plan import INVARIANT_TOKENS, MAX_UNSORTED_ROUTES, UNSORTED_TOKENS, MoePlan, moe_sizes
+from w4a16gen.runtime.expert_plan import INVARIANT_TOKENS, MoePlan, chosen_pair, moe_sizes
 from w4a16gen.weights.experts import PackedExperts, pack_experts
 from w4a16gen.weights.layouts.geometry import ALIGNMENT
 from w4a16gen.weights.moe_reference import MoeExpectation, route_reference
@@ -331,6 +332,23 @@ def test_few_tokens_take_tiles_of_8_tokens_whatever_the_estimates_say(
         assert (plan.gate_up.cta.tokens == plan.down.cta.tokens == UNSORTED_TOKENS) == is_few
     for tokens, slots in ((9, 1), (8, 9)):
         assert library.experts.plan(moe_sizes(tokens, slots, layer.w13, layer.w2), 0).down.cta.tokens > UNSORTED_TOKENS
+
+
+def test_few_tokens_take_larger_tiles_where_those_of_8_cannot_compute_both_products(library: FakeLibrary) -> None:
+    layer = FewTokens(library, 8, 8)
+    sizes = moe_sizes(8, 8, layer.w13, layer.w2)
+    small = [config for config in KERNELS if config.cta.tokens == UNSORTED_TOKENS]
+    for built in (
+        [replace(config, mode=QuantMode.PER_COLUMN_SCALE_ONLY) for config in small],
+        [config for config in small if config.epilogue is Epilogue.NONE],
+        [config for config in small if config.epilogue is Epilogue.GATED],
+        [],
+    ):
+        gate_up, down = chosen_pair(built + LARGE_TILES, sizes, card_of(H100), invariant=False)
+        assert (gate_up.mode, gate_up.epilogue) == (MODE, Epilogue.GATED)
+        assert (down.mode, down.epilogue) == (MODE, Epilogue.NONE)
+    gate_up, down = chosen_pair(KERNELS, sizes, card_of(H100), invariant=False)
+    assert gate_up.cta.tokens == down.cta.tokens == UNSORTED_TOKENS
 
 
 @pytest.mark.parametrize("tokens", [1, 8])

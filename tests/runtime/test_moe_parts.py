@@ -10,9 +10,10 @@ import pytest
 from fakes.library import FakeLibrary
 
 from w4a16gen import Epilogue, KernelConfig
+from w4a16gen.kernels.arrangement import UNSORTED_TOKENS
 from w4a16gen.kernels.spaces import enumerate_space, with_epilogues
 from w4a16gen.runtime.expert_calls import MoeOptions
-from w4a16gen.runtime.expert_plan import MOE_PARTS, UNSORTED_TOKENS
+from w4a16gen.runtime.expert_plan import MOE_PARTS
 from w4a16gen.weights.experts import PackedExperts, pack_experts
 from w4a16gen.weights.quantize import quantize
 

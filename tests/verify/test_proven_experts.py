@@ -16,9 +16,9 @@ from fakes.library import FakeLibrary
 from fakes.memory import memory_at
 
 from w4a16gen import Epilogue, KernelConfig
+from w4a16gen.kernels.arrangement import MAX_UNSORTED_ROUTES
 from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.runtime.expert_calls import GATED_ACTIVATIONS
-from w4a16gen.runtime.expert_plan import MAX_UNSORTED_ROUTES
 from w4a16gen.verify import (
     epilogues,
     expert_inputs,

@@ -24,10 +24,12 @@ RESERVED_SHARED_BYTES = 1024
 MAX_STAGES = 32
 BARRIER_BYTES = 8 * (2 * MAX_STAGES + 2)
 """Two barriers per stage and two for sums from the cluster."""
-FEW_TOKENS = 8
-"""CTA tokens of grouped kernels that can find experts in the ids themselves."""
-MAX_STAGES_BESIDE_EXPERTS = 23
-"""Stages whose barriers leave room behind them for the numbers of the 64 experts that few tokens choose at most."""
+UNSORTED_TOKENS, MAX_UNSORTED_ROUTES = 8, 64
+"""Tokens and routes up to which grouped kernels with tiles of that many tokens find experts in the ids themselves. Each
+expert that is chosen then has that many rows."""
+EXPERT_BYTES = 2
+MAX_STAGES_BESIDE_EXPERTS = ((BARRIER_BYTES - MAX_UNSORTED_ROUTES * EXPERT_BYTES) // 8 - 3) // 2
+"""Stages whose barriers, with those for sums and the residual, leave room for the numbers of experts behind them."""
 
 PAIRED_CTAS = 2
 """CTAs that share an SM if their registers allow it. One then fetches while the other finishes, also across dependent
@@ -106,7 +108,7 @@ def native_arrangement(config: KernelConfig) -> Arrangement:
     budget = SHARED_BYTES_PER_SM // ctas_per_sm - RESERVED_SHARED_BYTES
     useful = max(USEFUL_WEIGHT_BYTES // weight_bytes, 2 * along_k)
 
-    finds_experts = config.is_grouped and cta.tokens == FEW_TOKENS
+    finds_experts = config.is_grouped and cta.tokens == UNSORTED_TOKENS
     most = MAX_STAGES_BESIDE_EXPERTS if finds_experts else MAX_STAGES
 
     def stages_beside(others: int) -> int:

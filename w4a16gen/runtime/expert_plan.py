@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from w4a16gen.choose import experts as choosing
 from w4a16gen.choose.cards import Card
+from w4a16gen.kernels.arrangement import MAX_UNSORTED_ROUTES, UNSORTED_TOKENS
 from w4a16gen.kernels.config import Epilogue, KernelConfig, QuantMode
 from w4a16gen.kernels.problem import Problem
 from w4a16gen.weights.experts import PackedExperts
@@ -15,9 +16,6 @@ from w4a16gen.weights.layouts.geometry import align
 
 INVARIANT_TOKENS = 64
 """The number of tokens that kernels are chosen for where results must not depend on it."""
-UNSORTED_TOKENS, MAX_UNSORTED_ROUTES = 8, 64
-"""Tokens and routes up to which products find their experts in the ids themselves. Each expert that is chosen then has
-that many rows."""
 ROUTING, GATE_UP, ACTIVATION, DOWN, COMBINING = MOE_PARTS = ("routing", "gate_up", "activation", "down", "combining")
 """The launches of a layer of experts, in order. Routing gathers the rows too. Kernels that apply the gate themselves
 leave out the activation, and with few tokens also the routing."""

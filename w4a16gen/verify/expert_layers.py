@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from w4a16gen.errors import W4A16Error
+from w4a16gen.kernels.arrangement import MAX_UNSORTED_ROUTES, UNSORTED_TOKENS
 from w4a16gen.kernels.config import Epilogue, KernelConfig, QuantMode
 from w4a16gen.runtime.expert_calls import GATED_ACTIVATIONS, MoeOptions
-from w4a16gen.runtime.expert_plan import MAX_UNSORTED_ROUTES, UNSORTED_TOKENS, Pair, moe_sizes
+from w4a16gen.runtime.expert_plan import Pair, moe_sizes
 from w4a16gen.verify.expert_inputs import draw_ids
 from w4a16gen.verify.guards import GUARD_BYTES, POISON, GuardedGpu, Window, unguarded
 from w4a16gen.verify.numeric import NumericProof, judge_error
