@@ -103,7 +103,8 @@ def as_on_the_same_card(other: Sample, sample: Sample, constants: Constants) -> 
     """Return times of another card of the kind as if the sample's card had taken them.
 
     Kernels that both have are compared by their rates in the sample, for problems with like numbers of operations.
-    The medians of the errors differ by the factor between the cards. Where no such kernel was timed, times stay.
+    The medians of the errors differ by the factor between the cards. Where no such kernel was timed, times stay, as do
+    those of cuBLAS.
     """
     model = CostModel(constants, {})
     shared = {
@@ -118,19 +119,20 @@ def as_on_the_same_card(other: Sample, sample: Sample, constants: Constants) -> 
             for problem, time in of.kernels[kernel].items():
                 cycles = model.cycles(rates, model.work(kernel, problem, sample.card), sample.card)
                 log = math.log(cycles / constants.cycles_per_microsecond / time)
-                logs.setdefault(bisect.bisect(FLOPS_OF_CARDS, problem.flops), []).append(log)
+                logs.setdefault(_flops_band(problem), []).append(log)
         return logs
 
     here, there = errors(sample), errors(other)
     factors = {at: math.exp(statistics.median(there[at]) - statistics.median(here[at])) for at in here if at in there}
     kernels = {
-        kernel: {
-            problem: time * factors.get(bisect.bisect(FLOPS_OF_CARDS, problem.flops), 1.0)
-            for problem, time in times.items()
-        }
+        kernel: {problem: time * factors.get(_flops_band(problem), 1.0) for problem, time in times.items()}
         for kernel, times in other.kernels.items()
     }
     return Sample(sample.card, kernels, other.cublas)
+
+
+def _flops_band(problem: Problem) -> int:
+    return bisect.bisect(FLOPS_OF_CARDS, problem.flops)
 
 
 def together(first: Sample, second: Sample) -> Sample:
@@ -380,7 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(json.dumps(reports, indent=2))
     times = sum(map(len, sample.kernels.values()))
     source = (
-        f"Written by tools/fit_cost_model.py from {times} times of {len(sample.kernels)} kernels on an NVIDIA H200. "
+        f"Written by tools/fit_cost_model.py from {times} times of {len(sample.kernels)} kernels on NVIDIA H200s. "
         f"Dense FP16 and sustained_factor: from {H100_TIMES.name}. {json.loads(START.read_text())['source']}"
     )
     if not options.dry_run:

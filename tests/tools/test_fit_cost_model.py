@@ -219,9 +219,43 @@ def test_times_of_another_card_stay_where_no_kernel_is_shared() -> None:
 
 
 def test_of_two_samples_the_second_counts_where_both_have_a_time() -> None:
-    a, b = Problem(16, 512, 1024, 128), Problem(32, 512, 1024, 128)
-    first = fit_cost_model.Sample(card_of(H200), {KERNEL: {a: 1.0, b: 2.0}}, {a: 5.0})
-    second = fit_cost_model.Sample(card_of(H200), {KERNEL: {b: 3.0}, STREAM_K: {a: 4.0}}, {})
+    a, b, c = (Problem(m, 512, 1024, 128) for m in (16, 32, 64))
+    first = fit_cost_model.Sample(card_of(H200), {KERNEL: {a: 1.0, b: 2.0}}, {a: 5.0, c: 8.0})
+    second = fit_cost_model.Sample(card_of(H200), {KERNEL: {b: 3.0}, STREAM_K: {a: 4.0}}, {a: 6.0, b: 7.0})
     both = fit_cost_model.together(first, second)
     assert both.kernels == {KERNEL: {a: 1.0, b: 3.0}, STREAM_K: {a: 4.0}}
-    assert both.cublas == {a: 5.0}
+    assert both.cublas == {a: 6.0, b: 7.0, c: 8.0}
+
+
+def times_factor(rows: list[recorded.Recorded], factor: float) -> list[recorded.Recorded]:
+    return [recorded.Recorded(**{**vars(row), "microseconds": row.microseconds * factor}) for row in rows]
+
+
+def test_times_of_another_card_stay_where_shared_kernels_have_few_times() -> None:
+    rows = recordings_of(KERNEL, TRUTH)
+    few = fit_cost_model.sample_of(rows[: fit_cost_model.FEWEST_TIMES - 1])
+    other = fit_cost_model.sample_of(times_factor(rows, 0.5))
+    assert fit_cost_model.as_on_the_same_card(other, few, START).kernels == other.kernels
+
+
+def test_a_wrong_time_of_another_card_does_not_move_the_others() -> None:
+    rows = recordings_of(KERNEL, TRUTH)
+    there = times_factor(rows[:1], 50.0) + times_factor(rows[1:], 0.5)
+    scaled = fit_cost_model.as_on_the_same_card(fit_cost_model.sample_of(there), fit_cost_model.sample_of(rows), START)
+    for row in rows[1:]:
+        assert scaled.kernels[KERNEL][row.problem] == pytest.approx(row.microseconds, rel=0.01)
+
+
+def test_every_other_card_is_compared_with_the_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = recordings_of(KERNEL, TRUTH)
+    unknown = recordings_of(STREAM_K, TRUTH._replace(split_cycles=2500.0))
+    cards = {"second": times_factor(first + unknown, 0.5), "third": times_factor(unknown[:5], 2.0)}
+    monkeypatch.setattr(fit_cost_model, "OTHER_CARDS", tuple(cards))
+    monkeypatch.setattr(fit_cost_model, "read", lambda paths: [row for path in paths for row in cards[path]])
+    found = fit_cost_model.with_other_cards(fit_cost_model.sample_of(first), START).kernels
+    for row in first:
+        assert found[KERNEL][row.problem] == pytest.approx(row.microseconds)
+    for row in unknown[:5]:
+        assert found[STREAM_K][row.problem] == pytest.approx(2.0 * row.microseconds), "the first card has no time of it"
+    for row in unknown[5:]:
+        assert found[STREAM_K][row.problem] == pytest.approx(row.microseconds), "the second card's"
