@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -98,6 +100,49 @@ def test_nothing_is_begun_after_the_end(compilers: Compilers, monkeypatch: pytes
     )
     assert ready == len(compilers.compiled) < len(PROBLEMS)
     assert told == []
+
+
+class FirstOnly(Executor):
+    """Runs the first tasks at once, and no other until it is shut down."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.waiting: list[Future[Any]] = []
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        if self.count > 0:
+            future.set_result(fn(*args, **kwargs))
+        else:
+            self.waiting.append(future)
+        self.count -= 1
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        del wait
+        assert all(future.cancel() for future in self.waiting if cancel_futures)
+
+
+@pytest.mark.parametrize(("compiled", "ready"), [(1, 0), (3, 1), (4, 2)])
+def test_a_problem_is_ready_when_all_rivals_have_compiled_for_it(
+    compilers: Compilers, compiled: int, ready: int
+) -> None:
+    rivals = [replace(RIVALS[0], name=name, module="any") for name in ("first", "second")]
+    steps: list[int] = []
+    found = ahead.compile_ahead(
+        PROBLEMS,
+        MODE,
+        rivals,
+        3,
+        jobs=1,
+        tell=pytest.fail,
+        progress=lambda done, _total, _what: steps.append(done),
+        executor=FirstOnly(compiled),
+        until=time.monotonic(),
+    )
+    assert found == ready
+    assert len(compilers.compiled) == compiled
+    assert steps == [1], "the end has come with the first one"
 
 
 def test_an_interruption_ends_it(compilers: Compilers) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -206,6 +207,28 @@ def test_a_draw_of_many_layers_has_plots_without_a_line_for_each(cli: Runner, gp
     plot = (Path(FOLDER) / "speedup.svg").read_text()
     assert f"{len(layers)} layers, larger ones darker" in plot
     assert "layer 8192x3584" not in plot
+
+
+def test_rivals_kernels_are_compiled_within_a_share_of_the_budget(
+    cli: Runner, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[int, float | None]] = []
+
+    def compile_ahead(problems: Sequence[Problem], *_: Any, until: float | None, **__: Any) -> int:
+        given.append((len(problems), until))
+        return 2
+
+    monkeypatch.setattr(random_bench, "compile_ahead", compile_ahead)
+    monkeypatch.setattr(random_bench, "_gpu_measure", lambda *_: gpu.measure)
+    cli.services = replace(cli.services, random_bench=random_bench.run_random_bench)
+    gpu.clock = 1000.0
+    done = cli.run("bench --random 6 --seed 7 --budget 10")
+    assert done.exit_code == 0, done.output
+    assert given == [(6, 1000.0 + 300.0)]
+    assert gpu.timed == [problem for _, problem in draw_cells(6, 7, MODE)][:2], "the others would compile meanwhile"
+    assert "4 of 6 cells are left out" in said(done.stderr)
+    assert cli.run("bench --random 6 --seed 7").exit_code == 0
+    assert given[1:] == [(4, None)]
 
 
 def run_without_a_stand_in(library: FakeLibrary) -> Callable[[], Any]:
