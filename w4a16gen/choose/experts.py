@@ -11,6 +11,7 @@ from typing import NamedTuple
 from w4a16gen.choose.cards import Card
 from w4a16gen.choose.cost_model import default_cost_model
 from w4a16gen.errors import NotBuiltError, UnsupportedProblemError
+from w4a16gen.kernels.arrangement import MAX_UNSORTED_ROUTES, UNSORTED_TOKENS
 from w4a16gen.kernels.config import Epilogue, KernelConfig, QuantMode, Scheduler
 from w4a16gen.kernels.problem import Problem, why_cannot_run
 
@@ -39,6 +40,16 @@ class Routing:
     def rows(self) -> float:
         """Rows of all experts here, on average."""
         return self.tokens * self.share * self.experts
+
+
+def are_few(tokens: int, slots: int) -> bool:
+    """Return whether products can find their experts in the ids themselves.
+
+    Args:
+        tokens: the tokens of the layer.
+        slots: experts of a token.
+    """
+    return tokens <= UNSORTED_TOKENS and tokens * slots <= MAX_UNSORTED_ROUTES
 
 
 class Load(NamedTuple):
@@ -114,6 +125,8 @@ def choose_pair(
 ) -> tuple[KernelConfig, KernelConfig]:
     """Return the kernels of a layer of experts. They have equal CTA tokens, because one list of tiles serves both.
 
+    Few tokens get tiles of 8 tokens if both products can have them: these need no launch that sorts routes.
+
     Args:
         configs: the grouped kernels that are built.
         mode: the quantisation mode of both weights.
@@ -129,8 +142,11 @@ def choose_pair(
     every = list(configs)
     first = _able(every, mode, *gate_up)
     second = _able(every, mode, down, Epilogue.NONE)
+    tiles = {config.cta.tokens for config in first} & {config.cta.tokens for config in second}
+    if are_few(routing.tokens, routing.slots) and UNSORTED_TOKENS in tiles:
+        tiles = {UNSORTED_TOKENS}
     pairs = []
-    for tokens in sorted({config.cta.tokens for config in first} & {config.cta.tokens for config in second}):
+    for tokens in sorted(tiles):
         times = [
             min(
                 (microseconds(config, problem, routing, card), config) for config in able if config.cta.tokens == tokens

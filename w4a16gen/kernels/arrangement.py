@@ -27,8 +27,8 @@ BARRIER_BYTES = 8 * (2 * MAX_STAGES + 2)
 UNSORTED_TOKENS, MAX_UNSORTED_ROUTES = 8, 64
 """Tokens and routes up to which grouped kernels with tiles of that many tokens find experts in the ids themselves. Each
 expert that is chosen then has that many rows."""
-EXPERT_BYTES = 2
-MAX_STAGES_BESIDE_EXPERTS = ((BARRIER_BYTES - MAX_UNSORTED_ROUTES * EXPERT_BYTES) // 8 - 3) // 2
+EXPERT_NUMBER_BYTES = 2
+MAX_STAGES_BESIDE_EXPERTS = ((BARRIER_BYTES - MAX_UNSORTED_ROUTES * EXPERT_NUMBER_BYTES) // 8 - 3) // 2
 """Stages whose barriers, with those for sums and the residual, leave room for the numbers of experts behind them."""
 
 PAIRED_CTAS = 2

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from w4a16gen.choose import experts as choosing
 from w4a16gen.choose.cards import Card
-from w4a16gen.kernels.arrangement import MAX_UNSORTED_ROUTES, UNSORTED_TOKENS
+from w4a16gen.kernels.arrangement import UNSORTED_TOKENS
 from w4a16gen.kernels.config import Epilogue, KernelConfig, QuantMode
 from w4a16gen.kernels.problem import Problem
 from w4a16gen.weights.experts import PackedExperts
@@ -40,11 +40,6 @@ class MoeSizes(NamedTuple):
     def routes(self) -> int:
         """The rows that there may be where routes are sorted."""
         return self.tokens * self.slots
-
-    @property
-    def are_few(self) -> bool:
-        """Whether there are so few tokens and routes that products can find their experts in the ids themselves."""
-        return self.tokens <= UNSORTED_TOKENS and self.routes <= MAX_UNSORTED_ROUTES
 
     @property
     def unsorted_rows(self) -> int:
@@ -115,7 +110,7 @@ def moe_sizes(
 
 
 def chosen_pair(configs: Iterable[KernelConfig], sizes: MoeSizes, card: Card, *, invariant: bool) -> Pair:
-    """Return the kernels of a layer of experts. Those of few tokens find their experts themselves, if such are built.
+    """Return the kernels of a layer of experts.
 
     Args:
         configs: the grouped kernels that are built.
@@ -131,14 +126,7 @@ def chosen_pair(configs: Iterable[KernelConfig], sizes: MoeSizes, card: Card, *,
     routing = choosing.Routing(tokens, sizes.slots, sizes.experts, sizes.global_experts)
     every = list(configs)
     applied = gate_epilogue(every, sizes.mode) if sizes.gated else Epilogue.NONE
-    finding = _finding_experts(every, sizes.mode, applied) if sizes.are_few and not invariant else []
-    return choosing.choose_pair(finding or every, sizes.mode, (sizes.gate_up, applied), sizes.down, routing, card)
-
-
-def _finding_experts(configs: Iterable[KernelConfig], mode: QuantMode, epilogue: Epilogue) -> list[KernelConfig]:
-    """Return the kernels of a mode that find experts in the ids, if they can compute both products of a layer."""
-    found = [config for config in configs if config.mode is mode and config.cta.tokens == UNSORTED_TOKENS]
-    return found if {epilogue, Epilogue.NONE} <= {config.epilogue for config in found} else []
+    return choosing.choose_pair(every, sizes.mode, (sizes.gate_up, applied), sizes.down, routing, card)
 
 
 def gate_epilogue(configs: Iterable[KernelConfig], mode: QuantMode) -> Epilogue:
@@ -163,7 +151,8 @@ def planned(sizes: MoeSizes, pair: Pair, token_tiles_bytes: int) -> MoePlan:
         pair: the kernels.
         token_tiles_bytes: what the list of token tiles may need.
     """
-    can_leave_unsorted = sizes.are_few and all(config.cta.tokens == UNSORTED_TOKENS for config in pair)
+    few = choosing.are_few(sizes.tokens, sizes.slots)
+    can_leave_unsorted = few and all(config.cta.tokens == UNSORTED_TOKENS for config in pair)
     rows = max(sizes.routes, sizes.unsorted_rows) if can_leave_unsorted else sizes.routes
     hidden, intermediate = sizes.down.n, sizes.down.k
     applies_gate = sizes.gated and pair[0].epilogue is Epilogue.GATED
