@@ -87,7 +87,7 @@ def test_nothing_is_begun_after_the_end(compilers: Compilers, monkeypatch: pytes
 
     def compile_one(*arguments: Any) -> str:
         if compilers.compiled:
-            may_end.wait()  # the second one has begun when the end comes
+            may_end.wait(10)  # the second one has begun when the end comes
         return compilers.compile_one(*arguments)
 
     def progress(*_: Any) -> None:
@@ -115,8 +115,16 @@ class FirstOnly(Executor):
             future.set_result(fn(*args, **kwargs))
         else:
             self.waiting.append(future)
+            timer = threading.Timer(5, self._fail, [future])
+            timer.daemon = True
+            timer.start()
         self.count -= 1
         return future
+
+    def _fail(self, future: Future[Any]) -> None:
+        """End the wait for a task that should have been cancelled, so that the test fails and does not hang."""
+        if future.set_running_or_notify_cancel():
+            future.set_exception(AssertionError("a task was awaited that does not run"))
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         del wait
