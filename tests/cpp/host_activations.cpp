@@ -23,6 +23,9 @@ int main(int count, char** arguments) {
   while (std::scanf("%f", &x) == 1) {
     const auto exp2 = [](float power) { return std::exp2(power); };
     const auto reciprocal = [](float value) { return 1.f / value; };
-    std::printf("%.9g\n", static_cast<double>(native::sigmoid_activation(activation, x, exp2, reciprocal)));
+    const bool is_silu = activation.kind == native::EpilogueKind::kSilu;
+    const float value = is_silu ? native::sigmoid_activation<true>(activation, x, exp2, reciprocal)
+                                : native::sigmoid_activation<false>(activation, x, exp2, reciprocal);
+    std::printf("%.9g\n", static_cast<double>(value));
   }
 }

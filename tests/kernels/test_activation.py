@@ -41,7 +41,7 @@ def test_large_arguments_give_the_limits(program: Path, activation: Activation, 
 
 
 def test_the_library_numbers_them_alike(program: Path) -> None:
-    kinds = {Activation.NONE: 0, Activation.RELU2: 1} | dict.fromkeys(SIGMOIDS, 2)
+    kinds = {Activation.NONE: 0, Activation.RELU2: 1} | dict.fromkeys(SIGMOIDS, 2) | {Activation.SILU: 3}
     wanted = [f"{item.number} {int(item.is_gated)} {kinds[item.function]}" for item in Activation]
     assert output_of(program) == wanted
 

@@ -1,8 +1,8 @@
 // The activations of an epilogue, as one formula with numbers that the host chooses.
 //
 // silu(x) = x * sigmoid(x), gelu_tanh(x) = x * sigmoid(2 u(x)), and gelu(x) = x * Phi(x), where the logarithm of
-// Phi(x) / Phi(-x) is an odd function. So each is x / (1 + 2^(x * P(x^2))), with a polynomial P. A kernel then needs
-// one piece of code for all three. Their exponentials and reciprocals take longer than the polynomial.
+// Phi(x) / Phi(-x) is an odd function. So each is x / (1 + 2^(x * P(x^2))), with a polynomial P. P of SiLU is a constant:
+// kernels have a second piece of code for it, since the polynomial takes as long as the rest.
 #pragma once
 
 #include "library/epilogue.h"
@@ -16,6 +16,7 @@ enum class EpilogueKind : int {
   kLinear,   // x
   kSquare,   // relu(x)^2
   kSigmoid,  // x / (1 + 2^(x * P(x^2)))
+  kSilu,     // the same with a P that is its first coefficient
 };
 
 struct Activation {
@@ -30,7 +31,7 @@ W4A16_HOST_DEVICE constexpr Activation activation_of(int number) {
   switch (number) {
     case W4A16_SILU:
     case W4A16_SWIGLU:
-      return {EpilogueKind::kSigmoid, 64.f, {-kLog2E}};
+      return {EpilogueKind::kSilu, 64.f, {-kLog2E}};
     case W4A16_GELU_TANH:
     case W4A16_GEGLU_TANH:
       return {EpilogueKind::kSigmoid, 64.f, {kTanh, kTanh * 0.044715f}};
@@ -48,19 +49,24 @@ W4A16_HOST_DEVICE constexpr Activation activation_of(int number) {
   }
 }
 
-// x / (1 + 2^(x * P(x^2))). `exp2` and `reciprocal` are the machine's: 2^128 and more may be infinity, whose reciprocal
-// is 0.
-template <class Exp2, class Reciprocal>
-W4A16_HOST_DEVICE inline float sigmoid_activation(const Activation& activation, float x, const Exp2& exp2,
-                                                  const Reciprocal& reciprocal) {
+// P(x^2) of an activation.
+template <bool IsConstant>
+W4A16_HOST_DEVICE inline float polynomial(const Activation& activation, float x) {
+  if (IsConstant) return activation.coefficients[0];
   const float product = x * x;
   const float square = product < activation.largest_square ? product : activation.largest_square;
-  float polynomial = activation.coefficients[kActivationCoefficients - 1];
+  float value = activation.coefficients[kActivationCoefficients - 1];
 #pragma unroll
-  for (int i = kActivationCoefficients - 2; i >= 0; --i) {
-    polynomial = polynomial * square + activation.coefficients[i];
-  }
-  return x * reciprocal(1.f + exp2(x * polynomial));
+  for (int i = kActivationCoefficients - 2; i >= 0; --i) value = value * square + activation.coefficients[i];
+  return value;
+}
+
+// x / (1 + 2^(x * P(x^2))). `exp2` and `reciprocal` are the machine's: 2^128 and more may be infinity, whose reciprocal
+// is 0.
+template <bool IsConstant, class Exp2, class Reciprocal>
+W4A16_HOST_DEVICE inline float sigmoid_activation(const Activation& activation, float x, const Exp2& exp2,
+                                                  const Reciprocal& reciprocal) {
+  return x * reciprocal(1.f + exp2(x * polynomial<IsConstant>(activation, x)));
 }
 
 }  // namespace w4a16::native

@@ -47,8 +47,8 @@ __global__ void __launch_bounds__(Threads) activate_rows(const __grid_constant__
     Halves values;
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
-      const float gate =
-          sigmoid_activation(p.activation, __half2float(gates.value[j]), exp2_approximate, reciprocal_approximate);
+      const float gate = sigmoid_activation<false>(p.activation, __half2float(gates.value[j]), exp2_approximate,
+                                                   reciprocal_approximate);
       values.value[j] = __float2half_rn(gate * __half2float(factors.value[j]));
     }
     p.output[vector] = values;

@@ -13,8 +13,9 @@ namespace w4a16::native {
 template <bool Gated>
 using PieceOfOutputs = uint32_t[Gated ? 1 : 2];
 
+template <bool IsSilu>
 __device__ inline void activate(const Activation& activation, float& x) {
-  x = sigmoid_activation(activation, x, exp2_approximate, reciprocal_approximate);
+  x = sigmoid_activation<IsSilu>(activation, x, exp2_approximate, reciprocal_approximate);
 }
 
 // A thread's channels of a fragment. The biases of gated ones are in the order of the canonical weight.
@@ -30,7 +31,7 @@ __device__ inline PairOfChannels<S> channels_of(const Parameters& p, const Tile&
 }
 
 // Replaces the residual of a piece by its outputs.
-template <class S, int Count>
+template <class S, bool IsSilu, int Count>
 __device__ inline void finish_piece(const Parameters& p, const PairOfChannels<S>& channels, const float (&sum)[Count],
                                     int group, PieceOfOutputs<S::Gates>& piece) {
   float x[4];
@@ -39,12 +40,12 @@ __device__ inline void finish_piece(const Parameters& p, const PairOfChannels<S>
   if constexpr (S::Gates) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      activate(p.activation, x[i]);
+      activate<IsSilu>(p.activation, x[i]);
       x[i] *= x[i + 2];
     }
-  } else if (p.activation.kind == EpilogueKind::kSigmoid) {
+  } else if (IsSilu || p.activation.kind == EpilogueKind::kSigmoid) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) activate(p.activation, x[i]);
+    for (int i = 0; i < 4; ++i) activate<IsSilu>(p.activation, x[i]);
   } else if (p.activation.kind == EpilogueKind::kSquare) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) x[i] *= fmaxf(x[i], 0.f);
@@ -58,7 +59,7 @@ __device__ inline void finish_piece(const Parameters& p, const PairOfChannels<S>
 
 // As store_from_registers. A warp has 8 channels of a token if they are gated: half a sector, of which a neighbour has
 // the rest.
-template <class S>
+template <class S, bool IsSilu>
 __device__ inline void finish_from_registers(const Parameters& p, const Tile& tile, int rank, const Consumer& me,
                                              const ChannelFactors<S>& factors, const Accumulators<S>& sum) {
   constexpr int kGroups = S::Tokens / 8;
@@ -82,7 +83,7 @@ __device__ inline void finish_from_registers(const Parameters& p, const Tile& ti
         if (!is_stored(f, begin + i)) continue;
         PieceOfOutputs<S::Gates>& piece = pieces[i];
         if (p.residual_pointer != nullptr) to_sums(piece, me.lane);
-        finish_piece<S>(p, channels, sum[f], begin + i, piece);
+        finish_piece<S, IsSilu>(p, channels, sum[f], begin + i, piece);
         const PlaceOfPiece place = PlaceOfPiece::of<S>(p, tile, me, f, begin + i);
         half* const to = p.output_pointer + place.offset();
         const uint32_t lower = transpose_8x8(piece[0]);
@@ -98,7 +99,7 @@ __device__ inline void finish_from_registers(const Parameters& p, const Tile& ti
 }
 
 // As store_through_shared. Boxes of gated outputs have 32 channels: rows of 64 bytes, with the 64-byte swizzle.
-template <class S>
+template <class S, bool IsSilu>
 __device__ inline void finish_through_shared(const Parameters& p, const Shared<S>& shared, const Tile& tile, int rank,
                                              const Consumer& me, const ChannelFactors<S>& factors,
                                              const Accumulators<S>& sum) {
@@ -129,8 +130,8 @@ __device__ inline void finish_through_shared(const Parameters& p, const Shared<S
       if (p.residual_pointer != nullptr) load_transposed(at, matrices);
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
-        finish_piece<S>(p, channels, sum[f], group + i,
-                        reinterpret_cast<PieceOfOutputs<S::Gates>&>(matrices[i * kParts]));
+        finish_piece<S, IsSilu>(p, channels, sum[f], group + i,
+                                reinterpret_cast<PieceOfOutputs<S::Gates>&>(matrices[i * kParts]));
       }
       store_transposed(at, matrices);
     }
@@ -146,13 +147,23 @@ __device__ inline void finish_through_shared(const Parameters& p, const Shared<S
   }
 }
 
+template <class S, bool IsSilu>
+__device__ inline void finish_with(const Parameters& p, const Shared<S>& shared, const Tile& tile, int rank,
+                                   const Consumer& me, const ChannelFactors<S>& factors, const Accumulators<S>& sum) {
+  if constexpr (S::StoresThroughShared) {
+    finish_through_shared<S, IsSilu>(p, shared, tile, rank, me, factors, sum);
+  } else {
+    finish_from_registers<S, IsSilu>(p, tile, rank, me, factors, sum);
+  }
+}
+
 template <class S>
 __device__ inline void finish(const Parameters& p, const Shared<S>& shared, const Tile& tile, int rank,
                               const Consumer& me, const ChannelFactors<S>& factors, const Accumulators<S>& sum) {
-  if constexpr (S::StoresThroughShared) {
-    finish_through_shared<S>(p, shared, tile, rank, me, factors, sum);
+  if (p.activation.kind == EpilogueKind::kSilu) {
+    finish_with<S, true>(p, shared, tile, rank, me, factors, sum);
   } else {
-    finish_from_registers<S>(p, tile, rank, me, factors, sum);
+    finish_with<S, false>(p, shared, tile, rank, me, factors, sum);
   }
 }
 
