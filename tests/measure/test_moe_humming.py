@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
+from fakes.humming import kernel_taken
 from fakes.mixtures import DIVIDED, MODE, TINY, WITH_ZEROS, HostLibrary, few_layers, measured
 from fakes.words import unpacked
 
@@ -20,7 +21,9 @@ from w4a16gen.measure.moe_humming import NAME, HummingLayers, humming_entrant, s
 
 torch: Any = pytest.importorskip("torch")
 
-BLOCK = 16
+BLOCK, LARGE_BLOCK = 16, 32
+"""Rows of a block of humming's kernels for at most FEW rows, and of those for more."""
+FEW = 6
 CPU = torch.device("cpu")
 
 
@@ -29,8 +32,8 @@ class HummingLayer:
 
     made = 0
     """Layers that were prepared, by any test."""
-    rows: ClassVar[list[int]] = []
-    """The rows that calls were estimated to have."""
+    calls: ClassVar[list[tuple[int, int, str]]] = []
+    """The rows that calls were estimated to have, those of their blocks, and what they chose their kernel by."""
 
     def __init__(
         self, *, shape_n: int, shape_k: int, weight_config: dict[str, Any], num_experts: int, torch_dtype: Any
@@ -59,13 +62,11 @@ class HummingLayer:
 
     def __call__(self, a: Any, **given: Any) -> None:
         assert json.loads(given["compute_config"]) == {"gemm_type": "indexed"}
-        ((_, most, kernel),) = json.loads(given["tuning_config"])
-        assert given["valid_shape_m"] <= most
-        self.rows.append(given["valid_shape_m"])
+        rows = kernel_taken(given["tuning_config"], given["valid_shape_m"])["block_shape"][0]
+        self.calls.append((given["valid_shape_m"], rows, given["tuning_config"]))
         outputs, ids = given["outputs"], given["sorted_ids"]
         assert given["num_tokens_padded"].tolist() == [len(ids)]
         outputs.fill_(float("nan"))  # rows without a route hold anything
-        rows = kernel["block_shape"][0]
         for block, expert in zip(ids.view(-1, rows), given["expert_ids"].tolist(), strict=True):
             routes = block[block < a.shape[0] * given["top_k"]].long()
             product = a[routes // given["top_k"]].float() @ self.dense[expert]
@@ -74,17 +75,20 @@ class HummingLayer:
 
 @pytest.fixture(autouse=True)
 def blocks(monkeypatch: pytest.MonkeyPatch) -> dict[Any, int]:
-    """Install a stand-in; return the rows of a block by the size of the layer, 16 unless they are set."""
+    """Install a stand-in; return the rows of a block of few rows by the size of the layer, 16 unless they are set."""
     few_layers(monkeypatch)
     sizes: dict[Any, int] = {}
 
-    def choose(config: Any, rows: int, *, gemm_type: str, device: Any) -> dict[str, Any]:
-        assert rows > 0
+    def table(config: Any, *, gemm_type: str, device: Any) -> list[list[Any]]:
         assert (gemm_type, device) == ("indexed", CPU)
-        return {"block_shape": [sizes.get(config.shape[1], BLOCK), 128, 64]}
+        blocks = sizes.get(config.shape[1], BLOCK), LARGE_BLOCK, 2 * LARGE_BLOCK
+        kernels = [{"block_shape": [rows, 128, 64]} for rows in blocks]
+        return [[0, FEW, kernels[0]], [FEW, 4 * FEW, kernels[1]], [4 * FEW, 1 << 30, kernels[2]]]
+
+    HummingLayer.calls.clear()
 
     monkeypatch.setitem(sys.modules, "humming.layer", SimpleNamespace(HummingLayer=HummingLayer))
-    monkeypatch.setitem(sys.modules, "humming.tune", SimpleNamespace(get_heuristics_config=choose))
+    monkeypatch.setitem(sys.modules, "humming.tune", SimpleNamespace(get_heuristics_config=table))
     return sizes
 
 
@@ -100,7 +104,7 @@ def test_it_computes_the_layer_and_is_timed(mixture: Mixture) -> None:
 def test_each_copy_of_the_weights_is_read() -> None:
     drawn = Drawn(torch, TINY, MODE, CPU)
     work = Work(drawn, 3, 6, 2)
-    launches = humming_entrant(drawn, lambda function, **_: function).prepare(work)
+    launches = humming_entrant(drawn, lambda function, **_: function, [3]).prepare(work)
     assert len(launches) == 6
     expected = [launch().clone() for launch in launches[:2]]
     assert not torch.equal(*expected), "two routings take turns"
@@ -115,7 +119,7 @@ def test_each_copy_of_the_weights_is_read() -> None:
 def test_weights_are_prepared_once_and_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "COLD_BYTES", 2e6)
     drawn, made = Drawn(torch, TINY, MODE, CPU), HummingLayer.made
-    layers = HummingLayers(drawn, lambda function, **_: function)
+    layers = HummingLayers(drawn, lambda function, **_: function, [3])
     for _ in range(2):
         layers.prepare(Work(drawn, 3, 6, 2))
         copies = layers._copies  # noqa: SLF001
@@ -126,10 +130,24 @@ def test_weights_are_prepared_once_and_copied(monkeypatch: pytest.MonkeyPatch) -
 
 def test_rows_are_estimated_for_the_experts_here() -> None:
     drawn = Drawn(torch, DIVIDED, MODE, CPU)
-    launch = HummingLayers(drawn, lambda function, **_: function).prepare(Work(drawn, 3, 1, 1))[0]
-    HummingLayer.rows.clear()
-    launch()
-    assert HummingLayer.rows == [3] * 2, "half of the experts are here, for 3 tokens with 2 routes each"
+    HummingLayers(drawn, lambda function, **_: function, [3]).prepare(Work(drawn, 3, 1, 1))[0]()
+    assert [rows for rows, *_ in HummingLayer.calls] == [3] * 2, "half of the experts, for 3 tokens with 2 routes each"
+
+
+@pytest.mark.parametrize("mixture", [TINY, DIVIDED], ids=["whole", "divided"])
+def test_kernels_of_all_numbers_of_tokens_are_compiled_at_once_and_each_takes_its_own(mixture: Mixture) -> None:
+    few, more = FEW // 2, FEW // 2 + 1  # tokens, which have two routes each
+    measured(HostLibrary(), mixture, (few, more), humming=True)
+    first, *others = HummingLayer.calls
+    assert {(rows, block) for rows, block, _ in HummingLayer.calls} == {(FEW, BLOCK), (FEW + 2, LARGE_BLOCK)}
+    assert {tuning for *_, tuning in others} == {first[-1]}
+    assert len(json.loads(first[-1])) == 2, "none of more rows"
+
+
+def test_a_number_of_tokens_that_nobody_announced_takes_its_own_kernel_too() -> None:
+    drawn = Drawn(torch, TINY, MODE, CPU)
+    HummingLayers(drawn, lambda function, **_: function, [1]).prepare(Work(drawn, FEW, 1, 1))[0]()
+    assert {(rows, block) for rows, block, _ in HummingLayer.calls} == {(2 * FEW, LARGE_BLOCK)}
 
 
 def test_the_routes_of_an_expert_follow_one_another_and_blocks_belong_to_one() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from fakes.humming import kernel_taken
 from fakes.words import unpacked
 
 from w4a16gen import Problem, QuantMode
@@ -37,8 +39,8 @@ def everything(weight: TorchWeight) -> Any:
     return weight.channels(np.arange(weight.n))
 
 
-def activations(dtype: Any) -> Any:
-    return torch.randn((M, K), generator=torch.Generator().manual_seed(3)).to(dtype)
+def activations(dtype: Any, m: int = M) -> Any:
+    return torch.randn((m, K), generator=torch.Generator().manual_seed(3)).to(dtype)
 
 
 def error_of(product: Any, a: Any, weight: TorchWeight) -> float:
@@ -82,9 +84,13 @@ def test_cublas_multiplies_by_the_dequantised_weight(mode: QuantMode) -> None:
 class HummingLayer:
     """Multiplies by what it was loaded with, read as a symmetric GPTQ weight."""
 
+    tunings: ClassVar[list[str]] = []
+    """What calls were given."""
+
     def __init__(self, *, shape_n: int, shape_k: int, weight_config: dict[str, Any], torch_dtype: Any) -> None:
         assert (shape_n, shape_k, torch_dtype) == (N, K, torch.float16)
         assert weight_config == {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True}
+        self.humming_config = (shape_n, shape_k)
         self.dense: Any = None
 
     def to(self, _device: Any) -> HummingLayer:
@@ -98,12 +104,39 @@ class HummingLayer:
     def transform(self) -> None:
         """Do nothing: only humming's own layout needs it."""
 
-    def __call__(self, a: Any, *, outputs: Any) -> None:
+    def __call__(self, a: Any, *, outputs: Any, tuning_config: str) -> None:
+        self.tunings.append(tuning_config)
         outputs.copy_(a.float() @ self.dense)
 
 
-def test_humming_gets_gptqs_form(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def humming(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Install a stand-in for humming; return what its layers' calls are given to choose their kernel by."""
+
+    def table(config: Any, *, device: Any) -> list[list[Any]]:
+        assert (config, device) == ((N, K), torch.device("cpu"))
+        return [[0, 1, "one"], [1, 4, "few"], [4, 8, "more"], [8, 1 << 30, "many"]]
+
     monkeypatch.setitem(sys.modules, "humming.layer", SimpleNamespace(HummingLayer=HummingLayer))
+    monkeypatch.setitem(sys.modules, "humming.tune", SimpleNamespace(get_heuristics_config=table))
+    HummingLayer.tunings.clear()
+    return HummingLayer.tunings
+
+
+@pytest.mark.parametrize(
+    ("rows", "kernel"), [(1, "one"), (2, "few"), (4, "few"), (5, "more"), (8, "more"), (9, "many"), (9000, "many")]
+)
+def test_humming_compiles_only_the_kernel_of_its_own_choice(humming: list[str], rows: int, kernel: str) -> None:
+    for product in humming_products(activations(torch.float16, rows), drawn(), 2):
+        product()
+    assert len(humming) == 2
+    for tuning in humming:
+        assert kernel_taken(tuning, rows) == kernel
+        assert len(json.loads(tuning)) == 1
+
+
+@pytest.mark.usefixtures("humming")
+def test_humming_gets_gptqs_form() -> None:
     weight, a = drawn(), activations(torch.float16)
     products = humming_products(a, weight, 2)
     assert len(products) == 2

@@ -193,7 +193,10 @@ def run_moe_bench(
     with show_progress(f"Timing {name}", len(tokens)) as progress, machine.torch.inference_mode():
         own = OwnLayers(library, drawn)
         takes_part = is_installed() if humming is None else humming
-        entrants = entrants_of(own, drawn) + [humming_entrant(drawn, machine.compiled)] * takes_part
+        entrants = entrants_of(own, drawn)
+        if takes_part:
+            everyones = [count * mixture.gpus for count in tokens]
+            entrants.append(humming_entrant(drawn, machine.compiled, everyones))
         stage = _Stage(library, machine, drawn, own, entrants)
         for done, count in enumerate(tokens, 1):
             point = stage.measure(count, rounds)

@@ -14,16 +14,21 @@ from typing import Any
 from w4a16gen.errors import UnsupportedProblemError
 from w4a16gen.kernels.problem import Problem
 from w4a16gen.measure.moe_entrants import OWN_ERROR, Drawn, Entrant, Launch, Routing, Work, copies_of
-from w4a16gen.measure.rival_products import gptq_tensors, gptq_weight_config
+from w4a16gen.measure.rival_products import (
+    gptq_tensors,
+    gptq_weight_config,
+    humming_kernel,
+    humming_table,
+    humming_tuning,
+)
 from w4a16gen.measure.rivals import HUMMING
 from w4a16gen.measure.torch_weight import TorchWeight
 
 NAME = "humming_sorted"
 """Its rows are sorted before the layer begins, by the host, which takes no time of it."""
-INDEXED = json.dumps({"gemm_type": "indexed"})
+INDEXED = {"gemm_type": "indexed"}
 """The form of product that reads rows of the hidden states, and writes a row for each route."""
 BYTES_OF_WEIGHT = 0.5
-ANY_ROWS = 1 << 30
 
 Compiled = Callable[..., Callable[..., None]]
 """Compiles a function; `takes_part=True` lets it take part in dependent launches."""
@@ -68,14 +73,15 @@ def sort_routes(torch: Any, routing: Routing, expert_map: Any, experts: int, blo
 class HummingLayers:
     """humming's indexed kernels, with a compiled gate and a compiled combination behind them."""
 
-    def __init__(self, drawn: Drawn, compiled: Compiled) -> None:
+    def __init__(self, drawn: Drawn, compiled: Compiled, tokens: Sequence[int]) -> None:
         """Take the layer; its weights are prepared when they are first needed.
 
         Args:
             drawn: the layer.
             compiled: compiles the functions behind the products.
+            tokens: numbers of tokens of all GPUs. humming compiles the kernels for all of them at once, in parallel.
         """
-        self._drawn, self._compiled = drawn, compiled
+        self._drawn, self._compiled, self._tokens = drawn, compiled, tokens
         self._copies: list[tuple[Any, Any]] = []
 
     def _gate(self, rows: Any, out: Any) -> None:
@@ -115,20 +121,23 @@ class HummingLayers:
         layer.transform()
         return layer
 
-    def _tuned(self, rows: int) -> tuple[int, list[str]]:
-        """Return the rows of a block, and what makes humming take the kernel of its estimate, for each product.
+    def _rows(self, tokens: int) -> int:
+        """Return how many rows the experts here get on average, by which humming's users let it choose."""
+        mixture = self._drawn.mixture
+        return math.ceil(tokens * mixture.num_experts_per_tok * mixture.experts / mixture.num_experts)
 
-        A list of one kernel keeps humming from compiling those for other numbers of rows.
+    def _tuned(self, rows: int) -> tuple[int, list[str]]:
+        """Return the rows of a block, and the tuning of each product.
+
+        Raises:
+            UnsupportedProblemError: if the products want blocks of different sizes.
         """
-        choose = importlib.import_module("humming.tune").get_heuristics_config
-        kernels = [
-            choose(layer.humming_config, rows, gemm_type="indexed", device=self._drawn.device)
-            for layer in self._copies[0]
-        ]
-        sizes = sorted({kernel["block_shape"][0] for kernel in kernels})
+        tables = [humming_table(layer, self._drawn.device, **INDEXED) for layer in self._copies[0]]
+        sizes = sorted({humming_kernel(table, rows)["block_shape"][0] for table in tables})
         if len(sizes) > 1:
             raise UnsupportedProblemError(f"its products want blocks of {sizes[0]} and of {sizes[1]} rows")
-        return sizes[0], [json.dumps([[0, ANY_ROWS, kernel]]) for kernel in kernels]
+        counts = {rows, *map(self._rows, self._tokens)}
+        return sizes[0], [humming_tuning(table, counts) for table in tables]
 
     def prepare(self, work: Work) -> list[Launch]:
         """Return a launch per layer.
@@ -144,7 +153,7 @@ class HummingLayers:
         wanted = copies_of(mixture, work.tokens, bytes_of_expert)
         while len(self._copies) < wanted:
             self._copies.append(self._new_layer())
-        rows = math.ceil(routes * mixture.experts / mixture.num_experts)  # those here, as humming's users estimate them
+        rows = self._rows(work.tokens)
         block_rows, tuned = self._tuned(rows)
         ordered = [sort_routes(torch, routing, expert_map, mixture.experts, block_rows) for routing in work.routings]
         here = [(routing.ids if expert_map is None else expert_map[routing.ids]) >= 0 for routing in work.routings]
@@ -163,7 +172,7 @@ class HummingLayers:
                 "expert_ids": blocks.experts,
                 "num_tokens_padded": blocks.rows,
                 "valid_shape_m": rows,
-                "compute_config": INDEXED,
+                "compute_config": json.dumps(INDEXED),
             }
             gate_up(work.hidden, outputs=products, top_k=slots, tuning_config=tuned[0], **options)
             gate(products, inner)
@@ -174,9 +183,9 @@ class HummingLayers:
         return [partial(compute, turn) for turn in range(work.launches)]
 
 
-def humming_entrant(drawn: Drawn, compiled: Compiled) -> Entrant:
-    """Return the entrant of humming's kernels."""
-    return Entrant(NAME, OWN_ERROR, HummingLayers(drawn, compiled).prepare, HUMMING.package)
+def humming_entrant(drawn: Drawn, compiled: Compiled, tokens: Sequence[int]) -> Entrant:
+    """Return the entrant of humming's kernels; see `HummingLayers`."""
+    return Entrant(NAME, OWN_ERROR, HummingLayers(drawn, compiled, tokens).prepare, HUMMING.package)
 
 
 def is_installed() -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Collection, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -15,6 +16,8 @@ Product = Callable[[], Any]
 """Multiplies the activations by one copy of the weight and returns the output."""
 GPTQ_ZERO_WORD = 0x77777777
 """Eight zero points of 8, each stored less 1."""
+HummingTable = Sequence[tuple[int, int, dict[str, Any]]]
+"""humming's kernels in ascending, adjoining ranges of rows: more than the first number, and at most the second one."""
 QUACK_FORMATS = {32: "int4_g32", 64: "int4_g64", 128: "int4"}
 """QuACK's names of symmetric 4-bit weights, by group size."""
 QUACK_TILE_K = 64
@@ -72,6 +75,38 @@ def gptq_tensors(weight: TorchWeight) -> dict[str, Any]:
     }
 
 
+def humming_table(layer: Any, device: Any, **compute: Any) -> HummingTable:
+    """Return the table from which humming takes the kernel of a call.
+
+    Args:
+        layer: a prepared layer of humming.
+        device: torch's device.
+        compute: what the calls pass as `compute_config`.
+    """
+    tune = importlib.import_module("humming.tune")
+    table: HummingTable = tune.get_heuristics_config(layer.humming_config, device=device, **compute)
+    return table
+
+
+def humming_kernel(table: HummingTable, rows: int) -> dict[str, Any]:
+    """Return the kernel of a table that a call with some rows takes."""
+    return next(kernel for least, most, kernel in table if least < rows <= most)
+
+
+def humming_tuning(table: HummingTable, counts: Collection[int]) -> str:
+    """Return the `tuning_config` with which humming compiles only the kernels for some numbers of rows.
+
+    Without it, a layer's first call compiles its whole table, about 30 kernels. The ranges begin at 0: humming takes
+    the first one that a number is in, and looks for a range of one row in every call too.
+
+    Args:
+        table: the layer's table.
+        counts: the numbers of rows.
+    """
+    used = [(0, most, kernel) for least, most, kernel in table if any(least < rows <= most for rows in counts)]
+    return json.dumps(used)
+
+
 def humming_products(a: Any, weight: TorchWeight, copies: int) -> Sequence[Product]:
     """Prepare humming's kernels from a symmetric weight in GPTQ's form."""
     layer_type = importlib.import_module("humming.layer").HummingLayer
@@ -80,11 +115,12 @@ def humming_products(a: Any, weight: TorchWeight, copies: int) -> Sequence[Produ
     ).to(a.device)
     layer.load_from_tensors(gptq_tensors(weight))
     layer.transform()
+    tuning = humming_tuning(humming_table(layer, a.device), [a.shape[0]])
     out = weight.torch.empty((a.shape[0], weight.n), dtype=a.dtype, device=a.device)
 
     def product(copy: Any) -> Product:
         def multiply() -> Any:
-            copy(a, outputs=out)
+            copy(a, outputs=out, tuning_config=tuning)
             return out
 
         return multiply
