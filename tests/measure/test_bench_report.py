@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import threading
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -251,6 +252,34 @@ def test_bench_records_as_it_goes(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert "is wrong: its error is 1.5 times the bound" in told[-2]
 
 
+def test_bench_lets_rivals_compile_for_all_problems_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    problems = [Problem(m, 4096, 4096, 128) for m in (1, 2)]
+    order: list[object] = []
+
+    def compile_ahead(given: Sequence[Problem], mode: QuantMode, rivals: object, device: int, **_: object) -> int:
+        order.append((list(given), mode, rivals, device))
+        return len(given)
+
+    def compare(_library: object, problem: Problem, *_: object, **__: object) -> Comparison:
+        order.append(problem)
+        return compared(problem, 10.0)
+
+    monkeypatch.setattr(bench, "compile_ahead", compile_ahead)
+    monkeypatch.setattr(bench, "compare", compare)
+    monkeypatch.setattr(bench, "tensor_peak", lambda _library, _device: PEAK)
+    bench.run_bench(
+        FakeLibrary([]),
+        [("qkv", problem) for problem in problems],
+        MODE,
+        bench.BenchOptions(rivals=RIVALS),
+        version="0.1.0",
+        report=None,
+        tell=lambda _sentence: None,
+        show_progress=lambda _title: nullcontext(no_progress),
+    )
+    assert order == [(problems, MODE, RIVALS, 0), *problems]
+
+
 def test_bench_takes_the_gpus_of_a_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     began: dict[int, int] = {}
     all_began = threading.Barrier(2)
@@ -263,6 +292,7 @@ def test_bench_takes_the_gpus_of_a_cluster(monkeypatch: pytest.MonkeyPatch, tmp_
         return compared(problem, 10.0, floor=5.0, cublas=8.0)
 
     monkeypatch.setattr(bench, "compare", compare)
+    monkeypatch.setattr(bench, "compile_ahead", pytest.fail)  # this machine may have no GPU
     monkeypatch.setattr(bench, "tensor_peak", lambda _library, _device: PEAK)
     cards = [replace(H100, sm_count=count) for count in (1, 2)]
     places = [InProcess(f"node {card.sm_count}", Context(Gpu(FakeLibrary([], devices=[card]), 0))) for card in cards]

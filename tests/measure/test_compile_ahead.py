@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,8 @@ import pytest
 
 from w4a16gen import Problem, QuantMode
 from w4a16gen.measure import compile_ahead as ahead
-from w4a16gen.measure.rivals import RIVALS
+from w4a16gen.measure.rivals import HUMMING, RIVALS, Rival
+from w4a16gen.progress import Progress
 
 MODE = QuantMode.FINEGRAINED_SCALE_ONLY
 PROBLEMS = [Problem(m, 64, 128, 128) for m in (1, 2, 3)]
@@ -45,26 +47,62 @@ def compilers(monkeypatch: pytest.MonkeyPatch) -> Compilers:
     return found
 
 
-def run(ready: int = len(PROBLEMS)) -> tuple[list[str], list[tuple[int, int]]]:
+def showing(report: Progress) -> Callable[..., AbstractContextManager[Progress]]:
+    """Return what shows progress by reporting it."""
+
+    def show(title: str, *, lines: bool) -> AbstractContextManager[Progress]:
+        assert (title, lines) == ("Compiling rivals' kernels", True)
+        return nullcontext(report)
+
+    return show
+
+
+def run(
+    problems: Sequence[Problem] = PROBLEMS, rivals: Sequence[Rival] = (HUMMING,)
+) -> tuple[list[str], list[tuple[int, int]]]:
     told: list[str] = []
     steps: list[tuple[int, int]] = []
     found = ahead.compile_ahead(
-        PROBLEMS,
+        problems,
         MODE,
-        RIVALS,
+        rivals,
         3,
-        jobs=2,
         tell=told.append,
-        progress=lambda done, total, _what: steps.append((done, total)),
+        show_progress=showing(lambda done, total, _what: steps.append((done, total))),
         executor=ThreadPoolExecutor(1),
     )
-    assert found == ready
+    assert found == len(problems)
     return told, steps
 
 
-def test_rivals_that_compile_for_every_layer_do_so_ahead(compilers: Compilers) -> None:
-    assert run() == ([], [(1, 3), (2, 3), (3, 3)])
-    assert set(compilers.compiled) == {("humming", problem) for problem in PROBLEMS}
+def test_rivals_that_compile_do_so_ahead(compilers: Compilers) -> None:
+    assert run(rivals=RIVALS) == ([], [(done, 6) for done in range(1, 7)])
+    assert set(compilers.compiled) == {(name, problem) for name in ("humming", "quack_bf16") for problem in PROBLEMS}
+
+
+def test_one_kernel_is_left_to_the_run_itself(compilers: Compilers) -> None:
+    assert run(PROBLEMS[:1]) == ([], [])
+    assert compilers.compiled == []
+    assert run(PROBLEMS[:1], RIVALS) == ([], [(1, 2), (2, 2)])
+
+
+@pytest.mark.parametrize(("cores", "processes"), [(None, 1), (2, 2), (64, len(PROBLEMS))])
+def test_there_are_no_more_processes_than_cores_or_kernels(
+    compilers: Compilers, monkeypatch: pytest.MonkeyPatch, cores: int | None, processes: int
+) -> None:
+    begun: list[int] = []
+
+    def pool(workers: int, context: Any) -> Executor:
+        assert context.get_start_method() == "spawn"
+        begun.append(workers)
+        return ThreadPoolExecutor(workers)
+
+    monkeypatch.setattr(ahead, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    show = showing(lambda *_: None)
+    ahead.compile_ahead(PROBLEMS, MODE, [HUMMING], 3, tell=pytest.fail, show_progress=show)
+    assert begun == [processes]
+    assert len(compilers.compiled) == len(PROBLEMS)
 
 
 def test_nothing_is_done_for_what_is_not_installed(compilers: Compilers, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +134,14 @@ def test_nothing_is_begun_after_the_end(compilers: Compilers, monkeypatch: pytes
     monkeypatch.setattr(ahead, "compile_one", compile_one)
     pool, told = ThreadPoolExecutor(1), list[str]()
     ready = ahead.compile_ahead(
-        PROBLEMS, MODE, RIVALS, 3, jobs=1, tell=told.append, progress=progress, executor=pool, until=time.monotonic()
+        PROBLEMS,
+        MODE,
+        [HUMMING],
+        3,
+        tell=told.append,
+        show_progress=showing(progress),
+        executor=pool,
+        until=time.monotonic(),
     )
     assert ready == len(compilers.compiled) < len(PROBLEMS)
     assert told == []
@@ -142,9 +187,8 @@ def test_a_problem_is_ready_when_all_rivals_have_compiled_for_it(
         MODE,
         rivals,
         3,
-        jobs=1,
         tell=pytest.fail,
-        progress=lambda done, _total, _what: steps.append(done),
+        show_progress=showing(lambda done, _total, _what: steps.append(done)),
         executor=FirstOnly(compiled),
         until=time.monotonic(),
     )

@@ -15,10 +15,11 @@ from fakes.library import FakeLibrary
 from fakes.runner import Runner
 from json_shapes import SCHEMAS, STEP, check
 
-from w4a16gen import Epilogue, InvalidValueError, QuantMode, pack_weight
+from w4a16gen import Epilogue, InvalidValueError, Problem, QuantMode, pack_weight
 from w4a16gen.cli.services import Services
 from w4a16gen.kernels.spaces import enumerate_space, with_epilogues
 from w4a16gen.measure import models
+from w4a16gen.measure import step as step_bench
 from w4a16gen.measure.decoder import Decoder, Parts, Step
 from w4a16gen.measure.kernel_kinds import Shares, kind_of, sum_up
 from w4a16gen.measure.models import Model
@@ -233,6 +234,26 @@ def test_what_is_not_installed_or_fails_is_left_out_with_its_reason() -> None:
     assert set(found.wrong) == {OWN_DEPENDENT}
     assert found.timing(OWN) is not None
     assert found.timing(OWN_PDL) is not None
+
+
+def test_rivals_compile_for_all_layers_before_they_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[Any] = []
+
+    def compile_ahead(problems: Sequence[Problem], mode: QuantMode, rivals: Any, device: int, **_: Any) -> int:
+        order.append((list(problems), mode, list(rivals), device))
+        return len(problems)
+
+    def prepare(a: Any, weight: TorchWeight, copies: int) -> Sequence[Product]:
+        order.append(weight.n)
+        return cublas_products(a, weight, copies)
+
+    monkeypatch.setattr(step_bench, "compile_ahead", compile_ahead)
+    monkeypatch.setattr(step_bench, "gpu_machine", lambda _torch, _index: host_machine())
+    rival = Rival("other", "other-kernels", "float16", 0.01, prepare)
+    found = measured(HostLibrary(), rivals=[rival], machine=None)
+    assert found.timing("other") is not None
+    problems = list(DECODING.problems().values())
+    assert order == [(problems, MODE, [rival], H100.index), *(problem.n for problem in problems)]
 
 
 def test_a_rival_in_bf16_has_tensors_of_its_own() -> None:

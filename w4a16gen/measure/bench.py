@@ -14,6 +14,7 @@ from w4a16gen.kernels.config import Epilogue, KernelConfig, QuantMode, Target
 from w4a16gen.kernels.device import Device
 from w4a16gen.kernels.problem import Problem
 from w4a16gen.measure.compare import compare, with_one_of
+from w4a16gen.measure.compile_ahead import compile_ahead
 from w4a16gen.measure.gpus import Cards, Gpu
 from w4a16gen.measure.probes import TensorPeak, tensor_peak
 from w4a16gen.measure.record import Recorder, Row, Run, row_of, run_of
@@ -123,6 +124,7 @@ def run_bench(
     done: dict[int, tuple[Comparison, Row | None]] = {}
     problems = [problem for _, problem in named]
     if cards is None:
+        compile_ahead(problems, mode, options.rivals, gpu.index, tell=tell, show_progress=show_progress)
         source = _compared_here(library, problems, mode, options, show_progress)
     else:
         source = _compared_on(cards, problems, mode, options, show_progress)

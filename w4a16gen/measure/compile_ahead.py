@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import multiprocessing
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
 from typing import Any
 
 from w4a16gen.executors.waiting import as_done
@@ -29,9 +31,8 @@ def compile_ahead(
     rivals: Sequence[Rival],
     device: int,
     *,
-    jobs: int,
     tell: Callable[[str], None],
-    progress: Progress,
+    show_progress: Callable[..., AbstractContextManager[Progress]],
     executor: Executor | None = None,
     until: float | None = None,
 ) -> int:
@@ -40,11 +41,10 @@ def compile_ahead(
     Args:
         problems: the problems.
         mode: the quantisation mode.
-        rivals: the rivals; those that do not compile for every layer, or are not installed, are passed over.
+        rivals: the rivals; those that compile nothing, or are not installed, are passed over.
         device: the GPU.
-        jobs: processes at once.
         tell: called with a sentence about failures, which do not end the run: timing meets them again.
-        progress: called after each kernel.
+        show_progress: shows a bar with a title, unless there is nothing to do.
         executor: where it runs; None makes processes.
         until: the time of `time.monotonic` after which nothing more is begun; None has no end.
 
@@ -53,11 +53,10 @@ def compile_ahead(
     """
     compiling = [rival.name for rival in rivals if rival.module and importlib.util.find_spec(rival.module)]
     tasks = [(name, problem) for problem in problems for name in compiling]
-    if not tasks:
+    if len(tasks) <= 1:  # another process compiles one kernel no faster than this one
         return len(problems)
-    spawned = multiprocessing.get_context("spawn")
     reasons: Counter[str] = Counter()
-    with executor or ProcessPoolExecutor(min(jobs, MOST_PROCESSES, len(tasks)), spawned) as pool:
+    with show_progress("Compiling rivals' kernels", lines=True) as progress, executor or _processes(len(tasks)) as pool:
         pending = [pool.submit(compile_one, name, problem, mode, device) for name, problem in tasks]
         try:
             for done, future in enumerate(as_done(pending), 1):
@@ -76,6 +75,12 @@ def compile_ahead(
             tell(f"{count} of {len(tasks)} kernels of rivals were not compiled ahead: {reason}")
     begun = itertools.takewhile(lambda future: not future.cancelled(), pending)
     return sum(1 for _ in begun) // len(compiling)
+
+
+def _processes(tasks: int) -> Executor:
+    """Return processes for a number of tasks: a fork of this one could not use its GPU."""
+    workers = min(os.cpu_count() or 1, MOST_PROCESSES, tasks)
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
 
 
 def compile_one(name: str, problem: Problem, mode: QuantMode, device: int) -> str:

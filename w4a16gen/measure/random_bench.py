@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import os
 import statistics
 import time
 from collections import Counter
@@ -162,18 +161,15 @@ def run_random_bench(
         if len(missing) < len(cells):
             tell(f"{len(cells) - len(missing)} of {len(cells)} cells are in {report} already")
         if measure is None and options.rivals:
-            jobs = os.cpu_count() or 1
-            with show_progress("Compiling rivals' kernels", lines=True) as progress:
-                ready = compile_ahead(
-                    [problem for _, problem in missing],
-                    draw.mode,
-                    options.rivals,
-                    gpu.index,
-                    jobs=jobs,
-                    tell=tell,
-                    progress=progress,
-                    until=None if draw.budget_seconds is None else began + COMPILING_SHARE * draw.budget_seconds,
-                )
+            ready = compile_ahead(
+                [problem for _, problem in missing],
+                draw.mode,
+                options.rivals,
+                gpu.index,
+                tell=tell,
+                show_progress=show_progress,
+                until=None if draw.budget_seconds is None else began + COMPILING_SHARE * draw.budget_seconds,
+            )
             missing = missing[:ready]
         with show_progress("Timing cells", len(missing)) as progress:
             try:

@@ -46,7 +46,7 @@ class Rival:
     """Takes the activations on a GPU as `dtype`, the weight there, and the number of copies. Raises ImportError if the
     package is not installed, and UnsupportedProblemError for a weight that it cannot represent."""
     module: str = ""
-    """The module to import, if it compiles a kernel for every layer at its first call; see `compile_ahead`."""
+    """The module to import, if it compiles at a layer's first call and keeps kernels on disk; see `compile_ahead`."""
 
 
 def find_torch() -> Any | None:
@@ -93,7 +93,7 @@ def relative_error(got: npt.NDArray[Any], exact: npt.NDArray[np.float64]) -> flo
 HUMMING = Rival("humming", "humming-kernels", "float16", 0.004, humming_products, "humming")
 RIVALS = (
     HUMMING,
-    Rival("quack_bf16", "quack-kernels", BF16, 0.03, quack_products),
+    Rival("quack_bf16", "quack-kernels", BF16, 0.03, quack_products, "quack"),
     Rival("turbomind", "lmdeploy", "float16", 0.004, turbomind_products),
     Rival("tinygemm_bf16", "torch", BF16, 0.03, tinygemm_products),
 )

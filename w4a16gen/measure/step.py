@@ -15,6 +15,7 @@ from w4a16gen.kernels.config import Epilogue, QuantMode
 from w4a16gen.kernels.device import Device
 from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.measure.compare import attempt
+from w4a16gen.measure.compile_ahead import compile_ahead
 from w4a16gen.measure.decoder import Decoder, Parts, Step
 from w4a16gen.measure.kernel_kinds import Shares, shares_of
 from w4a16gen.measure.probes import cold_read_microseconds
@@ -207,6 +208,8 @@ def run_step_bench(
         if torch is None:
             raise MissingToolError("bench --step runs the rest of the model with torch: pip install torch")
         machine = gpu_machine(torch, gpu.index)
+        problems = list(step.problems().values())
+        compile_ahead(problems, mode, rivals, gpu.index, tell=tell, show_progress=show_progress)
     entrants = entrants_of(library, rivals, mode)
     if not any(entrant.is_fused for entrant in entrants):
         tell(f"Products with SwiGLU and residual are not timed: `{FUSED_BUILD}` builds their kernels")
