@@ -1,8 +1,8 @@
 // The activations of an epilogue, as one formula with numbers that the host chooses.
 //
 // silu(x) = x * sigmoid(x), gelu_tanh(x) = x * sigmoid(2 u(x)), and gelu(x) = x * Phi(x), where the logarithm of
-// Phi(x) / Phi(-x) is an odd function. So each is x / (1 + 2^(x * P(x^2))), with a polynomial P. P of SiLU is a constant:
-// kernels have a second piece of code for it, since the polynomial takes as long as the rest.
+// Phi(x) / Phi(-x) is an odd function. So each is x / (1 + 2^(x * P(x^2))), with a polynomial P. P of SiLU is a
+// constant: kernels have a second piece of code for it, since the polynomial takes as long as the rest.
 #pragma once
 
 #include "library/epilogue.h"
