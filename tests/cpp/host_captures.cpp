@@ -1,12 +1,16 @@
 // host_captures LAUNCH [FACT...] > how w4a16_gemm launches when it is asked for this w4a16_launch, or why it does not
 //
 // The CUDA driver is a stand-in. Facts say what it knows of the stream:
-//   none, ended               the stream is in no capture, or in one that has become invalid
-//   native, native_handle     the next node depends on a kernel of target native, found by its function or by its
-//   handle ordinary, pack, cutlass   on another kernel copy                      on a copy edge, other_edge          on
-//   a kernel with an incoming edge of programmatic launch, or of the start of a kernel attribute                 on a
-//   kernel that was launched with the attribute of dependent launches part                      on a part of a native
-//   kernel fail:NAME, absent:NAME    a function of the driver fails, or is not there
+//
+// - none, ended: the stream is in no capture, or in one that has become invalid
+// - native, native_handle: the next node depends on a kernel of target native, found by its function or by its handle
+// - native:CTAS,THREADS,REGISTERS,BYTES: the same, with CTAs of this many threads, registers and shared bytes
+// - ordinary, pack, cutlass: on another kernel
+// - copy: on a copy
+// - edge, other_edge: on a kernel with an incoming edge of programmatic launch, or of the start of a kernel
+// - attribute: on a kernel that was launched with the attribute of dependent launches
+// - part: on a part of a native kernel
+// - fail:NAME, absent:NAME: a function of the driver fails, or is not there
 #include <cstdio>
 #include <cstdlib>
 #include <set>
@@ -23,6 +27,10 @@ struct Node {
   bool has_handle = false;
   bool has_attribute = false;
   std::vector<CUgraphEdgeData> incoming = {};
+  unsigned ctas = 132;
+  unsigned threads = 384;
+  unsigned shared_bytes = 113 * 1024;
+  int registers = 80;
 };
 
 constexpr CUgraphEdgeData kFull{};
@@ -36,6 +44,7 @@ CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_ACTIVE;
 std::vector<CUgraphNode> dependencies;
 std::vector<CUgraphEdgeData> edges;
 std::set<std::string> failing, absent;
+int registers = 0;  // of the kernel that was asked for last
 
 const Node& at(CUgraphNode node) { return *reinterpret_cast<const Node*>(node); }
 
@@ -64,6 +73,10 @@ CUresult node_parameters(CUgraphNode node, CUDA_KERNEL_NODE_PARAMS* parameters) 
   } else {
     parameters->func = reinterpret_cast<CUfunction>(symbol);
   }
+  parameters->gridDimX = at(node).ctas;
+  parameters->blockDimX = at(node).threads;
+  parameters->sharedMemBytes = at(node).shared_bytes;
+  registers = at(node).registers;
   return result_of("cuGraphKernelNodeGetParams");
 }
 
@@ -89,6 +102,17 @@ CUresult kernel_name(const char** name, CUkernel kernel) {
   return result_of("cuKernelGetName");
 }
 
+CUresult function_attribute(int* value, CUfunction_attribute attribute, CUfunction function) {
+  if (function == nullptr || attribute != CU_FUNC_ATTRIBUTE_NUM_REGS) return CUDA_ERROR_INVALID_VALUE;
+  *value = registers;
+  return result_of("cuFuncGetAttribute");
+}
+
+CUresult function_of_kernel(CUfunction* function, CUkernel kernel) {
+  *function = reinterpret_cast<CUfunction>(kernel);
+  return result_of("cuKernelGetFunction");
+}
+
 void* found_function(const std::string& name) {
   if (name == "cuStreamGetCaptureInfo") return reinterpret_cast<void*>(&capture_info);
   if (name == "cuGraphNodeGetType") return reinterpret_cast<void*>(&node_type);
@@ -97,6 +121,8 @@ void* found_function(const std::string& name) {
   if (name == "cuGraphNodeGetDependencies") return reinterpret_cast<void*>(&node_dependencies);
   if (name == "cuFuncGetName") return reinterpret_cast<void*>(&function_name);
   if (name == "cuKernelGetName") return reinterpret_cast<void*>(&kernel_name);
+  if (name == "cuFuncGetAttribute") return reinterpret_cast<void*>(&function_attribute);
+  if (name == "cuKernelGetFunction") return reinterpret_cast<void*>(&function_of_kernel);
   std::fprintf(stderr, "the library asks the driver for %s\n", name.c_str());
   std::exit(1);
 }
@@ -107,11 +133,17 @@ void add(const Node& node, const CUgraphEdgeData& edge = kFull) {
 }
 
 void take(const std::string& fact) {
-  constexpr char kNative[] = "_ZN5w4a166native6kernelINS_4nameELi2EEEvNS0_10ParametersE";
+  static constexpr char kNative[] = "_ZN5w4a166native6kernelINS_4nameELi2EEEvNS0_10ParametersE";
   const size_t colon = fact.find(':');
   if (fact == "none") status = CU_STREAM_CAPTURE_STATUS_NONE;
   if (fact == "ended") status = CU_STREAM_CAPTURE_STATUS_INVALIDATED;
   if (fact == "native") add({CU_GRAPH_NODE_TYPE_KERNEL, kNative});
+  if (fact.substr(0, colon) == "native" && colon != std::string::npos) {
+    Node node{CU_GRAPH_NODE_TYPE_KERNEL, kNative};
+    std::sscanf(fact.c_str() + colon + 1, "%u,%u,%d,%u", &node.ctas, &node.threads, &node.registers,
+                &node.shared_bytes);
+    add(node);
+  }
   if (fact == "native_handle") add({CU_GRAPH_NODE_TYPE_KERNEL, kNative, true});
   if (fact == "ordinary") add({});
   if (fact == "pack") add({CU_GRAPH_NODE_TYPE_KERNEL, "_ZN5w4a166native11pack_kernelILi1EEEvNS0_4PackE"});
@@ -136,7 +168,9 @@ w4a16::Kernel make_kernel() {
   kernel.packed_bytes = [](const w4a16::Problem&) { return size_t{128}; };
   kernel.workspace_bytes = [](const w4a16::Problem&, int) { return size_t{0}; };
   kernel.launch = [](const w4a16::Launch& launch) {
-    launched = launch.arguments.dependent_launch == W4A16_DEPENDENT_LAUNCH  ? "dependent"
+    const bool is_dependent = launch.arguments.dependent_launch == W4A16_DEPENDENT_LAUNCH;
+    launched = launch.one_cta_per_sm ? is_dependent ? "dependent, alone" : "alone"
+               : is_dependent        ? "dependent"
                : launch.arguments.dependent_launch == W4A16_ORDINARY_LAUNCH ? "ordinary"
                                                                             : "neither";
     return cudaSuccess;

@@ -38,8 +38,8 @@ void print_constants() {
   print("PACKED_BLOCK_K", native::kBlockK);
   print("SCALE_ROW_BYTES", native::kRowBytes);
   print("MAX_SCALE_ROWS", native::kMaxScaleRows);
-  print("SHARED_BYTES_PER_SM", native::kSharedBytesPerSm);
-  print("RESERVED_SHARED_BYTES", native::kReservedSharedBytes);
+  print("SHARED_BYTES_PER_SM", w4a16::kSharedBytesPerSm);
+  print("RESERVED_SHARED_BYTES", w4a16::kReservedSharedBytes);
   std::printf("layout native %s\nlayout cutlass %s\n", native::kLayout, cutlass_target::kLayout);
   std::printf("layout gated %s\ngated order", native::kGatedLayout);
   for (int channel = 0; channel < 48; ++channel)

@@ -16,6 +16,8 @@ QUESTIONS = (
     "cuGraphNodeGetDependencies",
     "cuFuncGetName",
     "cuKernelGetName",
+    "cuFuncGetAttribute",
+    "cuKernelGetFunction",
 )
 
 
@@ -25,9 +27,32 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compile_for_host("host_captures", tmp_path_factory.mktemp("captures"))
 
 
-@pytest.mark.parametrize("facts", ["native", "native_handle", "edge", "attribute"])
-def test_a_launch_behind_a_kernel_that_takes_part_is_dependent(program: Path, facts: str) -> None:
-    assert output_of(program, AUTO, facts) == ["dependent"]
+@pytest.mark.parametrize("facts", ["native", "native_handle", "native:132,384,85,115712", "native:1,640,51,0"])
+@pytest.mark.parametrize("asked", [AUTO, DEPENDENT])
+def test_a_launch_is_dependent_beside_a_native_kernel_that_leaves_room(program: Path, asked: str, facts: str) -> None:
+    assert output_of(program, asked, facts) == ["dependent"]
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        "native:133,384,80,1024",
+        "native:132,384,86,1024",
+        "native:132,640,52,1024",
+        "native:132,384,80,115713",
+        "native fail:cuFuncGetAttribute",
+        "native_handle fail:cuKernelGetFunction",
+        "edge",
+        "attribute",
+    ],
+)
+@pytest.mark.parametrize("asked", [AUTO, DEPENDENT])
+def test_a_dependent_launch_that_finds_no_room_takes_sms_alone(program: Path, asked: str, facts: str) -> None:
+    assert output_of(program, asked, *facts.split()) == ["dependent, alone"]
+
+
+def test_a_dependent_launch_behind_an_ordinary_kernel_takes_sms_alone(program: Path) -> None:
+    assert output_of(program, DEPENDENT, "ordinary") == ["dependent, alone"]
 
 
 @pytest.mark.parametrize(
@@ -69,7 +94,7 @@ def test_a_question_that_fails_is_answered_with_no(program: Path, behind: str, n
 
 def test_one_answer_is_enough(program: Path) -> None:
     others = "cuGraphKernelNodeGetParams", "cuGraphKernelNodeGetAttribute"
-    assert output_of(program, AUTO, "edge", *(f"fail:{name}" for name in others)) == ["dependent"]
+    assert output_of(program, AUTO, "edge", *(f"fail:{name}" for name in others)) == ["dependent, alone"]
 
 
 @pytest.mark.parametrize("name", QUESTIONS)

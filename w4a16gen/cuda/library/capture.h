@@ -1,4 +1,4 @@
-// What a stream capture says of the launch that comes next: whether it gains as a dependent one.
+// What a stream capture says of the launch that comes next: whether it gains as a dependent one, and how.
 //
 // Behind a kernel that takes part in dependent launches a product gains; behind any other one it takes longer than as
 // an ordinary launch. Only a capture knows what comes before.
@@ -10,6 +10,7 @@
 #include <string>
 
 #include "library/driver.h"
+#include "library/hopper.h"
 #include "w4a16.h"
 
 namespace w4a16 {
@@ -21,16 +22,28 @@ inline bool is_native_kernel(const char* symbol) {
   return std::strncmp(symbol, kBegin, sizeof(kBegin) - 1) == 0;
 }
 
+// The kernel that the next launch of a capture follows.
+enum class Previous {
+  kUnknown,      // there is no capture, or the launch follows something else
+  kOrdinary,     // a kernel that takes no part in dependent launches
+  kParticipant,  // a kernel that takes part
+  kPaired,       // a native kernel that leaves room for a CTA of the same size on every SM
+};
+
 // The driver's questions about a capture. A question that fails is answered with no. The driver keeps no error of it,
 // unlike the runtime, whose caller may be about to ask for its last one.
 class Capture {
  public:
-  // Returns whether the stream is in a capture, and its next launch follows one kernel that takes part in dependent
-  // launches, and nothing else.
-  bool follows_participant(cudaStream_t stream) const {
+  // Returns the only kernel that the next launch of the stream follows, on a device with some SMs.
+  Previous previous(cudaStream_t stream, int sm_count) const {
     CUgraphNode node = nullptr;
-    return has_functions() && find_only_dependency(stream, &node) && is_kernel(node) &&
-           (is_native(node) || has_attribute(node) || has_programmatic_edge(node));
+    if (!has_functions() || !find_only_dependency(stream, &node) || !is_kernel(node)) return Previous::kUnknown;
+    CUDA_KERNEL_NODE_PARAMS parameters{};
+    if (parameters_(node, &parameters) == CUDA_SUCCESS && is_native(parameters)) {
+      return is_paired(parameters, sm_count) ? Previous::kPaired : Previous::kParticipant;
+    }
+    const bool takes_part = has_attribute(node) || has_programmatic_edge(node);
+    return takes_part ? Previous::kParticipant : Previous::kOrdinary;
   }
 
  private:
@@ -38,7 +51,8 @@ class Capture {
 
   bool has_functions() const {
     return capture_info_ != nullptr && type_ != nullptr && parameters_ != nullptr && attribute_ != nullptr &&
-           dependencies_ != nullptr && function_name_ != nullptr && kernel_name_ != nullptr;
+           dependencies_ != nullptr && function_name_ != nullptr && kernel_name_ != nullptr &&
+           function_attribute_ != nullptr && function_of_kernel_ != nullptr;
   }
 
   bool find_only_dependency(cudaStream_t stream, CUgraphNode* node) const {
@@ -58,13 +72,23 @@ class Capture {
     return type_(node, &type) == CUDA_SUCCESS && type == CU_GRAPH_NODE_TYPE_KERNEL;
   }
 
-  bool is_native(CUgraphNode node) const {
-    CUDA_KERNEL_NODE_PARAMS parameters{};
-    if (parameters_(node, &parameters) != CUDA_SUCCESS) return false;
+  bool is_native(const CUDA_KERNEL_NODE_PARAMS& parameters) const {
     const char* name = nullptr;
     const CUresult result =
         parameters.func != nullptr ? function_name_(&name, parameters.func) : kernel_name_(&name, parameters.kern);
     return result == CUDA_SUCCESS && name != nullptr && is_native_kernel(name);
+  }
+
+  // Whether no SM has more than one of the kernel's CTAs, which takes at most half of the registers and memory there.
+  bool is_paired(const CUDA_KERNEL_NODE_PARAMS& parameters, int sm_count) const {
+    CUfunction function = parameters.func;
+    if (function == nullptr && function_of_kernel_(&function, parameters.kern) != CUDA_SUCCESS) return false;
+    int registers = 0;
+    if (function_attribute_(&registers, CU_FUNC_ATTRIBUTE_NUM_REGS, function) != CUDA_SUCCESS) return false;
+    const auto threads = static_cast<int>(parameters.blockDimX);
+    const auto shared_bytes = static_cast<int>(parameters.sharedMemBytes);
+    return static_cast<int>(parameters.gridDimX) <= sm_count && 2 * registers * threads <= kRegistersPerSm &&
+           2 * (shared_bytes + kReservedSharedBytes) <= kSharedBytesPerSm;
   }
 
   bool has_attribute(CUgraphNode node) const {
@@ -97,6 +121,8 @@ class Capture {
   decltype(&cuGraphNodeGetDependencies_v2) dependencies_ = find<decltype(dependencies_)>("cuGraphNodeGetDependencies");
   decltype(&cuFuncGetName) function_name_ = find<decltype(function_name_)>("cuFuncGetName");
   decltype(&cuKernelGetName) kernel_name_ = find<decltype(kernel_name_)>("cuKernelGetName");
+  decltype(&cuFuncGetAttribute) function_attribute_ = find<decltype(function_attribute_)>("cuFuncGetAttribute");
+  decltype(&cuKernelGetFunction) function_of_kernel_ = find<decltype(function_of_kernel_)>("cuKernelGetFunction");
 };
 
 // Returns why a number is no w4a16_launch, or an empty string if it is one.
@@ -106,12 +132,20 @@ inline std::string why_not_launch(int32_t launch) {
          std::to_string(W4A16_AUTO_LAUNCH);
 }
 
-// Returns the kind of launch that a w4a16_launch asks for on a stream: W4A16_ORDINARY_LAUNCH or W4A16_DEPENDENT_LAUNCH.
-inline int32_t resolved_launch(int32_t launch, void* stream) {
-  if (launch != W4A16_AUTO_LAUNCH) return launch;
+// How a launch follows the kernel before it.
+struct Following {
+  int32_t launch;       // W4A16_ORDINARY_LAUNCH or W4A16_DEPENDENT_LAUNCH
+  bool one_cta_per_sm;  // a dependent launch that finds no room beside the CTAs before it: see Launch
+};
+
+// Returns how a launch that asks for a w4a16_launch follows what is on its stream.
+inline Following following(int32_t launch, void* stream, int sm_count) {
   static const Capture capture;
-  return capture.follows_participant(static_cast<cudaStream_t>(stream)) ? W4A16_DEPENDENT_LAUNCH
-                                                                        : W4A16_ORDINARY_LAUNCH;
+  if (launch == W4A16_ORDINARY_LAUNCH) return {launch, false};
+  const Previous previous = capture.previous(static_cast<cudaStream_t>(stream), sm_count);
+  const bool gains = previous == Previous::kParticipant || previous == Previous::kPaired;
+  if (launch == W4A16_AUTO_LAUNCH && !gains) return {W4A16_ORDINARY_LAUNCH, false};
+  return {W4A16_DEPENDENT_LAUNCH, previous == Previous::kOrdinary || previous == Previous::kParticipant};
 }
 
 }  // namespace w4a16

@@ -30,6 +30,9 @@ struct Launch {
   int device;
   int sm_count;
   w4a16_experts experts = {};  // of a grouped product
+  // Whether each SM takes one CTA of a dependent launch at most, if all CTAs fit so. Those of a launch that finds no
+  // room beside the CTAs before it go to the first SMs that become free, two to each if they can, and others stay idle.
+  bool one_cta_per_sm = false;
 };
 
 // Functions that measure the GPU instead of a kernel: see w4a16_probe_read and w4a16_probe_multiply.

@@ -28,11 +28,17 @@ inline bool encode_tensor_map(CUtensorMap* map, const void* matrix, int64_t rows
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-// A kernel's function for one number of scale rows. Per device: its driver handle, and how many clusters run at once (0
-// before the first launch).
+// How many clusters of a function run at once, with as many CTAs on an SM as there can be, and with one.
+struct Occupancy {
+  int clusters;
+  int clusters_alone;
+};
+
+// A kernel's function for one number of scale rows. Per device: its driver handle, and its occupancy (0 before the
+// first launch).
 struct Function {
   const void* address;
-  std::atomic<int> clusters_at_once[kMaxDevices] = {};
+  std::atomic<Occupancy> occupancy[kMaxDevices] = {};
   std::atomic<CUfunction> loaded[kMaxDevices] = {};
 
   explicit Function(const void* function) : address(function) {}
@@ -66,31 +72,47 @@ cudaLaunchConfig_t configuration_of(cudaLaunchAttribute* attributes) {
   return configuration;
 }
 
+// Finds how many clusters with some shared memory run at once, of which `ctas_per_sm` CTAs share an SM.
+template <class S>
+cudaError_t find_clusters(const Function& function, int sm_count, int ctas_per_sm, int shared_bytes, int* clusters) {
+  *clusters = sm_count * ctas_per_sm;
+  if (S::ClusterSize > 1) {
+    cudaLaunchAttribute attributes[1] = {};
+    cudaLaunchConfig_t configuration = configuration_of<S>(attributes);
+    configuration.gridDim = static_cast<unsigned>(sm_count / S::ClusterSize * S::ClusterSize);
+    configuration.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    const cudaError_t error = cudaOccupancyMaxActiveClusters(clusters, function.address, &configuration);
+    if (error != cudaSuccess) return error;
+  }
+  return *clusters < 1 ? cudaErrorInvalidConfiguration : cudaSuccess;
+}
+
 // Before a function's first launch on a device: raises its shared memory limit and finds how many clusters run at once.
 template <class S>
-cudaError_t prepare(Function& function, const Launch& launch, int* clusters_at_once) {
-  std::atomic<int>* known = launch.device < kMaxDevices ? &function.clusters_at_once[launch.device] : nullptr;
-  if (known != nullptr && (*clusters_at_once = known->load(std::memory_order_acquire)) != 0) return cudaSuccess;
+cudaError_t prepare(Function& function, const Launch& launch, Occupancy* occupancy) {
+  std::atomic<Occupancy>* known = launch.device < kMaxDevices ? &function.occupancy[launch.device] : nullptr;
+  if (known != nullptr) {
+    *occupancy = known->load(std::memory_order_acquire);
+    if (occupancy->clusters != 0) return cudaSuccess;
+  }
+  constexpr int kMostSharedBytes = S::PadsGrid ? S::SharedBytesAlone : S::SharedBytes;
   cudaError_t error =
-      cudaFuncSetAttribute(function.address, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SharedBytes);
+      cudaFuncSetAttribute(function.address, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostSharedBytes);
   if (error != cudaSuccess) return error;
   // Two CTAs share an SM only if the carveout gives shared memory its maximum.
   error = cudaFuncSetAttribute(function.address, cudaFuncAttributePreferredSharedMemoryCarveout,
                                cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess) return error;
-  *clusters_at_once = launch.sm_count * S::CtasPerSm;
-  if (S::ClusterSize > 1) {
-    cudaLaunchAttribute attributes[1] = {};
-    cudaLaunchConfig_t configuration = configuration_of<S>(attributes);
-    configuration.gridDim = static_cast<unsigned>(launch.sm_count / S::ClusterSize * S::ClusterSize);
-    error = cudaOccupancyMaxActiveClusters(clusters_at_once, function.address, &configuration);
+  error = find_clusters<S>(function, launch.sm_count, S::CtasPerSm, S::SharedBytes, &occupancy->clusters);
+  if (error != cudaSuccess) return error;
+  if (S::PadsGrid) {
+    error = find_clusters<S>(function, launch.sm_count, 1, S::SharedBytesAlone, &occupancy->clusters_alone);
     if (error != cudaSuccess) return error;
   }
-  if (*clusters_at_once < 1) return cudaErrorInvalidConfiguration;
   if (known != nullptr) {
     cudaFunction_t loaded = nullptr;
     if (cudaGetFuncBySymbol(&loaded, function.address) == cudaSuccess) function.loaded[launch.device] = loaded;
-    known->store(*clusters_at_once, std::memory_order_release);
+    known->store(*occupancy, std::memory_order_release);
   }
   return cudaSuccess;
 }
@@ -173,9 +195,10 @@ template <class S>
 cudaError_t launch(const Launch& launch) {
   const PackedLayout layout(launch.problem, S::Mode);
   Function& function = function_for<S>(layout.scale_rows);
-  int clusters_at_once = 0;
-  cudaError_t error = prepare<S>(function, launch, &clusters_at_once);
+  Occupancy occupancy{};
+  cudaError_t error = prepare<S>(function, launch, &occupancy);
   if (error != cudaSuccess) return error;
+  const int clusters_at_once = occupancy.clusters;
 
   const auto& [m, n, k, group_size] = launch.problem;
   const auto& given = launch.arguments;
@@ -234,8 +257,10 @@ cudaError_t launch(const Launch& launch) {
 
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t configuration = configuration_of<S>(attributes);
-  configuration.gridDim =
-      static_cast<unsigned>(parameters.is_dependent ? padded_grid<S>(ctas, clusters_at_once) : ctas);
+  const bool is_alone = S::PadsGrid && launch.one_cta_per_sm && ctas <= occupancy.clusters_alone * S::ClusterSize;
+  if (is_alone) configuration.dynamicSmemBytes = S::SharedBytesAlone;
+  const bool is_padded = parameters.is_dependent && !is_alone;
+  configuration.gridDim = static_cast<unsigned>(is_padded ? padded_grid<S>(ctas, clusters_at_once) : ctas);
   configuration.stream = static_cast<cudaStream_t>(given.stream);
   if (given.dependent_launch != 0) {
     attributes[configuration.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;

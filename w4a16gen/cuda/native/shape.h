@@ -5,15 +5,13 @@
 #pragma once
 
 #include "library/experts.h"
+#include "library/hopper.h"
 #include "native/layout.h"
 
 namespace w4a16::native {
 
 constexpr int kWarpgroup = 128;
 constexpr int kWarp = 32;
-constexpr int kRegistersPerSm = 65536;
-constexpr int kSharedBytesPerSm = 228 * 1024;
-constexpr int kReservedSharedBytes = 1024;  // taken by the driver for every CTA on an SM
 
 W4A16_HOST_DEVICE constexpr int min_of(int a, int b) { return a < b ? a : b; }
 W4A16_HOST_DEVICE constexpr int max_of(int a, int b) { return a < b ? b : a; }
@@ -191,6 +189,9 @@ struct StorageShape {
   static constexpr int FlagBytes = 128;
   static constexpr int FixupBytes = FlagBytes + T::Channels * T::Tokens * 4;
   static_assert(Thread::Consumers / kWarp * 8 <= FlagBytes, "a flag takes 8 bytes");
+
+  // Shared memory with which each SM takes one CTA only; see Launch::one_cta_per_sm.
+  static constexpr int SharedBytesAlone = max_of(SharedBytes, kSharedBytesPerSm / 2);
 
   W4A16_HOST_DEVICE static constexpr int header_bytes(int rows) { return rows * kRowBytes * (T::Zeros ? 2 : 1); }
 };
