@@ -42,7 +42,7 @@ SAMPLE = DATA_FOLDER / "h200_sample.csv.xz"
 """All kernels that may be fastest somewhere, and cuBLAS, on random problems; the rates are fitted to it."""
 SAMPLE_BEFORE = DATA_FOLDER / "h200_sample_before.csv.xz"
 """Times of kernels before their code changed. They count where `SAMPLE` has fewer than `FEWEST_TIMES` of a kernel."""
-OTHER_CARDS = (DATA_FOLDER / "h200_more_tiles.csv.xz", DATA_FOLDER / "h200_candidates.csv.xz")
+OTHER_CARDS = tuple(DATA_FOLDER / f"h200_{name}.csv.xz" for name in ("more_tiles", "candidates", "graph_sizes"))
 """Times by other H200s: of tiles of sixteen more numbers of tokens, and of the kernels that space `default` was chosen
 among. Each file has kernels that `SAMPLE` has too."""
 H100_TIMES = DATA_FOLDER / "h100_times.csv.xz"

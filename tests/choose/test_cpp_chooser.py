@@ -400,7 +400,8 @@ def test_cpp_and_python_agree_on_kernels_with_epilogues(
     hashes = build_of(with_epilogues(DEFAULT, list(Epilogue))).content_hashes
     table, file = tmp_path / TABLE, tmp_path / "choice.txt"
     measured = Problem(32, 4096, 4096, 128)
-    slow = replace(DEFAULT[60], epilogue=Epilogue.GATED)
+    plain_fgs = [config for config in DEFAULT if config.mode is FGS]
+    slow = replace(plain_fgs[0], epilogue=Epilogue.GATED)
     add_times(table, one_time(H100, measured, slow, Measured(1.0, hashes[slow])))
     file.write_text(choice_text(hashes, table))
     chooser = Chooser(hashes, table)
@@ -418,7 +419,7 @@ def test_cpp_and_python_agree_on_kernels_with_epilogues(
             sources.add((epilogue, choice.source.value))
     assert (Epilogue.GATED, "tuning_table") in sources
     assert (Epilogue.NONE, "tuning_table") not in sources
-    plain, gated = DEFAULT[61].name, f"{DEFAULT[62].name}_gated"
+    plain, gated = plain_fgs[1].name, f"{plain_fgs[2].name}_gated"
     monkeypatch.setenv(KERNELS_VARIABLE, f"{plain},{gated}")
     (one, other) = ask_cpp(program, file, [("fgs+none", measured, H100), ("fgs+gated", measured, H100)])  # type: ignore[list-item]
     assert (one, other) == (f"{plain} 0 override", f"{gated} 0 override")

@@ -132,7 +132,7 @@ def test_list_explain(own: Runner) -> None:
 
 
 def test_emit(own: Runner) -> None:
-    first = checked("emit", own.run("emit --json --cta 128x128x64 --cluster 2x1x1 --output out"))
+    first = checked("emit", own.run("emit --json --cta 128x256x64 --cluster 2x1x1 --output out"))
     assert first["spaces"] == ["trtllm-native"]
     assert [file["written"] for file in first["files"]] == [True] * 3
     again = checked("emit", own.run("emit --json --mode cs --output out --remove-stale"))

@@ -15,7 +15,7 @@ from w4a16gen.cli.services import Services
 from w4a16gen.kernels.config import Epilogue
 from w4a16gen.kernels.spaces import enumerate_space, with_epilogues
 
-SHAPE = "--cta 128x128x64 --cluster 2x1x1"
+SHAPE = "--cta 128x256x64 --cluster 2x1x1"
 
 
 def test_list_prints_bare_names_in_a_pipe_and_counts_beside_them(cli: Runner) -> None:
@@ -82,7 +82,7 @@ def test_the_build_is_listed_with_all_its_epilogues(cli: Runner) -> None:
 def test_what_a_space_leaves_out_and_what_is_forbidden_have_epilogues_too(cli: Runner) -> None:
     filters = f"{SHAPE} --mode fgs --epilogue gated"
     left_out = cli.run(f"list --explain {filters}").stdout.splitlines()
-    name = "w4a16_sm90_native_fgs_cta128x128x64_cluster2x1x1_warpgroups2_persistent_gated"
+    name = "w4a16_sm90_native_fgs_cta128x256x64_cluster2x1x1_warpgroups2_persistent_gated"
     assert any(line.startswith(f"{name}\t") for line in left_out)
     assert all("_gated\t" in line for line in left_out)
     forbidden = cli.run(f"list --explain --forbidden --target cutlass {filters}").stdout.splitlines()
@@ -92,10 +92,10 @@ def test_what_a_space_leaves_out_and_what_is_forbidden_have_epilogues_too(cli: R
 def test_list_as_json_has_the_documented_fields(cli: Runner) -> None:
     assert json.loads(cli.run(f"list --json {SHAPE} --mode fgs").stdout)["kernels"] == [
         {
-            "name": "w4a16_sm90_native_fgs_cta128x128x64_cluster2x1x1_warpgroups2_persistent",
+            "name": "w4a16_sm90_native_fgs_cta128x256x64_cluster2x1x1_warpgroups2_persistent",
             "target": "native",
             "mode": "fgs",
-            "cta": [128, 128, 64],
+            "cta": [128, 256, 64],
             "cluster": [2, 1, 1],
             "schedule": "warpgroups2",
             "scheduler": "persistent",

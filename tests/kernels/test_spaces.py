@@ -115,12 +115,12 @@ def test_forbidden_and_left_out_are_told_apart() -> None:
             assert (reason.kind is ReasonKind.LEFT_OUT) == (config in legal)
 
 
-def test_default_has_every_mode_with_the_same_tiles_of_8_to_192_tokens() -> None:
+def test_default_has_every_mode_with_the_same_tiles_of_8_to_200_tokens() -> None:
     by_mode = Counter(config.mode for config in enumerate_space("default"))
     assert set(by_mode) == set(QuantMode)
     for mode in QuantMode:
         tokens = {config.cta.tokens for config in select("default", Filter(modes=[mode]))}
-        assert set(range(8, 177, 8)) | {192} == tokens
+        assert set(range(8, 145, 8)) | {160, 168, 176, 200} == tokens
     shapes = [{c.shape_name for c in select("default", Filter(modes=[mode]))} for mode in QuantMode]
     assert shapes[0] == shapes[1] == shapes[2]
 
@@ -170,17 +170,17 @@ CTA, CLUSTER = CtaShape.parse, ClusterShape.parse
 @pytest.mark.parametrize(
     ("wanted", "space", "count"),
     [
-        (Filter(), "default", 180),
-        (Filter(modes=[QuantMode.PER_COLUMN_SCALE_ONLY]), "default", 60),
-        (Filter([CTA("128x128x64")], [CLUSTER("2x1x1")]), "trtllm-native", 3),
+        (Filter(), "default", 189),
+        (Filter(modes=[QuantMode.PER_COLUMN_SCALE_ONLY]), "default", 63),
+        (Filter([CTA("128x256x64")], [CLUSTER("2x1x1")]), "trtllm-native", 3),
         (Filter(targets=[Target.CUTLASS]), "trtllm", 63),
         (Filter([CTA("64x8x128")], [CLUSTER("1x2x1")]), "native", 18),
-        (Filter([CTA("64x8x128"), CTA("128x128x64")]), "default", 21),
+        (Filter([CTA("64x8x128"), CTA("128x128x64")]), "default", 27),
         (Filter([CTA("256x64x64")], [CLUSTER("4x1x1")]), "all", 9),
-        (Filter(epilogues=[Epilogue.NONE]), "default", 180),
-        (Filter(epilogues=[Epilogue.GATED]), "default", 180),
-        (Filter(epilogues=[Epilogue.GATED, Epilogue.NONE, Epilogue.GATED]), "default", 360),
-        (Filter([CTA("128x128x64")], [CLUSTER("2x1x1")], epilogues=list(Epilogue)), "trtllm-native", 9),
+        (Filter(epilogues=[Epilogue.NONE]), "default", 189),
+        (Filter(epilogues=[Epilogue.GATED]), "default", 189),
+        (Filter(epilogues=[Epilogue.GATED, Epilogue.NONE, Epilogue.GATED]), "default", 378),
+        (Filter([CTA("128x256x64")], [CLUSTER("2x1x1")], epilogues=list(Epilogue)), "trtllm-native", 9),
     ],
     ids=str,
 )
@@ -219,9 +219,9 @@ def test_several_spaces_are_their_union() -> None:
     ("wanted", "spaces", "message"),
     [
         (
-            Filter([CTA("128x128x64")], [CLUSTER("2x1x1")]),
+            Filter([CTA("128x256x64")], [CLUSTER("2x1x1")]),
             ["default"],
-            "--cta 128x128x64, --cluster 2x1x1 is legal, but not in space default: use --space trtllm-native",
+            "--cta 128x256x64, --cluster 2x1x1 is legal, but not in space default: use --space trtllm-native",
         ),
         (
             Filter([CTA("64x8x128"), CTA("128x128x64")]),
