@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from w4a16gen.errors import UnsupportedProblemError
 from w4a16gen.kernels.problem import Problem
 from w4a16gen.measure.moe_entrants import OWN_ERROR, Drawn, Entrant, Launch, Routing, Work, copies_of
 from w4a16gen.measure.rival_products import (
@@ -70,6 +69,16 @@ def sort_routes(torch: Any, routing: Routing, expert_map: Any, experts: int, blo
     return Sorted(places, names.to(torch.int32), places.new_tensor([len(places)]))
 
 
+@dataclass(frozen=True)
+class _Tuned:
+    """How humming computes a product."""
+
+    block_rows: int
+    """Rows of a block. Each product has its own: its routes are sorted into blocks of this size."""
+    tuning: str
+    """humming's `tuning_config`."""
+
+
 class HummingLayers:
     """humming's indexed kernels, with a compiled gate and a compiled combination behind them."""
 
@@ -126,25 +135,20 @@ class HummingLayers:
         mixture = self._drawn.mixture
         return math.ceil(tokens * mixture.num_experts_per_tok * mixture.experts / mixture.num_experts)
 
-    def _tuned(self, rows: int) -> tuple[int, list[str]]:
-        """Return the rows of a block, and the tuning of each product.
-
-        Raises:
-            UnsupportedProblemError: if the products want blocks of different sizes.
-        """
+    def _tuned(self, rows: int) -> list[_Tuned]:
+        """Return how each product runs with a number of rows."""
         tables = [humming_table(layer, self._drawn.device, **INDEXED) for layer in self._copies[0]]
-        sizes = sorted({humming_kernel(table, rows)["block_shape"][0] for table in tables})
-        if len(sizes) > 1:
-            raise UnsupportedProblemError(f"its products want blocks of {sizes[0]} and of {sizes[1]} rows")
         counts = {rows, *map(self._rows, self._tokens)}
-        return sizes[0], [humming_tuning(table, counts) for table in tables]
+        return [
+            _Tuned(humming_kernel(table, rows)["block_shape"][0], humming_tuning(table, counts)) for table in tables
+        ]
 
     def prepare(self, work: Work) -> list[Launch]:
         """Return a launch per layer.
 
         Raises:
             ImportError: if humming is not installed.
-            UnsupportedProblemError: if the weights have zeros, or the products want blocks of different sizes.
+            UnsupportedProblemError: if the weights have zeros.
         """
         drawn, mixture, torch = self._drawn, self._drawn.mixture, self._drawn.torch
         slots, expert_map = mixture.num_experts_per_tok, drawn.expert_map
@@ -154,8 +158,11 @@ class HummingLayers:
         while len(self._copies) < wanted:
             self._copies.append(self._new_layer())
         rows = self._rows(work.tokens)
-        block_rows, tuned = self._tuned(rows)
-        ordered = [sort_routes(torch, routing, expert_map, mixture.experts, block_rows) for routing in work.routings]
+        tuned = self._tuned(rows)
+        ordered = [
+            [sort_routes(torch, routing, expert_map, mixture.experts, product.block_rows) for product in tuned]
+            for routing in work.routings
+        ]
         here = [(routing.ids if expert_map is None else expert_map[routing.ids]) >= 0 for routing in work.routings]
         products, inner, results = (
             torch.empty((routes, width), dtype=torch.float16, device=drawn.device)
@@ -166,17 +173,21 @@ class HummingLayers:
 
         def compute(turn: int) -> Any:
             number = turn % len(ordered)
-            blocks, (gate_up, down) = ordered[number], self._copies[turn % wanted]
-            options = {
-                "sorted_ids": blocks.routes,
-                "expert_ids": blocks.experts,
-                "num_tokens_padded": blocks.rows,
-                "valid_shape_m": rows,
-                "compute_config": json.dumps(INDEXED),
-            }
-            gate_up(work.hidden, outputs=products, top_k=slots, tuning_config=tuned[0], **options)
+            gate_up, down = self._copies[turn % wanted]
+            for_gate_up, for_down = (
+                {
+                    "sorted_ids": blocks.routes,
+                    "expert_ids": blocks.experts,
+                    "num_tokens_padded": blocks.rows,
+                    "valid_shape_m": rows,
+                    "compute_config": json.dumps(INDEXED),
+                    "tuning_config": product.tuning,
+                }
+                for blocks, product in zip(ordered[number], tuned, strict=True)
+            )
+            gate_up(work.hidden, outputs=products, top_k=slots, **for_gate_up)
             gate(products, inner)
-            down(inner, outputs=results, top_k=1, tuning_config=tuned[1], **options)
+            down(inner, outputs=results, top_k=1, **for_down)
             combine(results, work.routings[number].weights, here[number], out)
             return out
 
