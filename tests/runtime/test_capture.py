@@ -27,7 +27,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compile_for_host("host_captures", tmp_path_factory.mktemp("captures"))
 
 
-@pytest.mark.parametrize("facts", ["native", "native_handle", "native:132,384,85,115712", "native:1,640,51,0"])
+@pytest.mark.parametrize("facts", ["native", "native_handle", "native:132,384,80,115712", "native:1,640,48,0"])
 @pytest.mark.parametrize("asked", [AUTO, DEPENDENT])
 def test_a_launch_is_dependent_beside_a_native_kernel_that_leaves_room(program: Path, asked: str, facts: str) -> None:
     assert output_of(program, asked, facts) == ["dependent"]
@@ -37,8 +37,8 @@ def test_a_launch_is_dependent_beside_a_native_kernel_that_leaves_room(program: 
     "facts",
     [
         "native:133,384,80,1024",
-        "native:132,384,86,1024",
-        "native:132,640,52,1024",
+        "native:132,384,81,1024",
+        "native:132,640,49,1024",
         "native:132,384,80,115713",
         "native fail:cuFuncGetAttribute",
         "native_handle fail:cuKernelGetFunction",

@@ -79,15 +79,16 @@ class Capture {
     return result == CUDA_SUCCESS && name != nullptr && is_native_kernel(name);
   }
 
-  // Whether no SM has more than one of the kernel's CTAs, which takes at most half of the registers and memory there.
+  // Whether there are no more CTAs than SMs, each with at most half of an SM's registers and shared memory.
   bool is_paired(const CUDA_KERNEL_NODE_PARAMS& parameters, int sm_count) const {
     CUfunction function = parameters.func;
     if (function == nullptr && function_of_kernel_(&function, parameters.kern) != CUDA_SUCCESS) return false;
     int registers = 0;
     if (function_attribute_(&registers, CU_FUNC_ATTRIBUTE_NUM_REGS, function) != CUDA_SUCCESS) return false;
+    const int allocated = (registers + kRegisterUnit - 1) / kRegisterUnit * kRegisterUnit;
     const auto threads = static_cast<int>(parameters.blockDimX);
     const auto shared_bytes = static_cast<int>(parameters.sharedMemBytes);
-    return static_cast<int>(parameters.gridDimX) <= sm_count && 2 * registers * threads <= kRegistersPerSm &&
+    return static_cast<int>(parameters.gridDimX) <= sm_count && 2 * allocated * threads <= kRegistersPerSm &&
            2 * (shared_bytes + kReservedSharedBytes) <= kSharedBytesPerSm;
   }
 
