@@ -124,6 +124,8 @@ class Launch:
     """What is added, of the shape of the output."""
     in_place: bool = False
     """Whether the output holds the residual."""
+    is_captured: bool = False
+    """Whether it is captured, behind a kernel of another library."""
 
 
 class Operands(NamedTuple):
@@ -159,6 +161,7 @@ class Emulation:
         self.library = ctypes.CDLL(str(library))
         self.library.emulation_add_buffer.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
         self.library.emulation_add_previous.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64]
+        self.library.emulation_shared_bytes.restype = ctypes.c_size_t
 
     def gemm(self, config: KernelConfig, a: Half, weight: QuantizedWeight, launch: Launch) -> Half:
         """Return activation(alpha * a x weight + bias) + residual.
@@ -185,6 +188,8 @@ class Emulation:
         self._call("w4a16_workspace_bytes", kernel, problem, launch.sm_count, ctypes.byref(needed))
         workspace = aligned(rng.integers(0, 256, needed.value, np.uint8))
         self.library.emulation_set(launch.seed, launch.sm_count)
+        if launch.is_captured:
+            self.library.emulation_capture()
         for buffer in (activations, packed, bias, residual):
             if buffer is not None:
                 self.library.emulation_add_buffer(buffer.ctypes.data, buffer.nbytes)
@@ -212,6 +217,10 @@ class Emulation:
         if not (output[-CANARY:] == 0xFF).all():
             raise EmulationError("the kernel wrote behind its output")
         return output[:-CANARY].view(np.float16).reshape(m, columns)
+
+    def launched(self) -> tuple[int, int]:
+        """Return the CTAs of the last launch, and the bytes of shared memory of each."""
+        return self.library.emulation_grid(), self.library.emulation_shared_bytes()
 
     def _call(self, name: str, kernel: int, problem: CProblem, *arguments: Any) -> None:
         message = ctypes.create_string_buffer(MESSAGE_BYTES)

@@ -23,6 +23,8 @@ namespace w4a16::native {
 alignas(1024) uint8_t memory[227 * 1024];
 }
 constexpr size_t kMostExchangedBytes = 64 * 1024;
+constexpr size_t kMostSharedBytes = 48 * 1024;  // dynamic ones of a kernel that asks for no more
+constexpr int kSmsPerGpc = 6;                   // a cluster is within one GPC
 
 namespace emulation {
 namespace {
@@ -136,8 +138,12 @@ struct Settings {
   int sm_count = 4;
   std::vector<Range> buffers;
   std::vector<Written> previous;  // by the previous kernel
+  bool is_captured = false;       // behind a kernel of another library
+  cudaLaunchConfig_t launched{};
+  int questions = 0;  // about occupancy
   std::string error;
   std::vector<void*> stacks;
+  std::map<const void*, size_t> most_shared_bytes;  // dynamic ones, by function
 };
 
 Machine* machine = nullptr;
@@ -531,6 +537,7 @@ EMULATION_API void emulation_set(unsigned seed, int sm_count) {
   settings().sm_count = sm_count;
   settings().buffers.clear();
   settings().previous.clear();
+  settings().is_captured = false;
 }
 
 EMULATION_API void emulation_add_buffer(const void* begin, uint64_t bytes) {
@@ -542,9 +549,22 @@ EMULATION_API void emulation_add_previous(void* to, const void* from, uint64_t b
   settings().previous.push_back({to, from, bytes});
 }
 
+// The next launch is captured, and follows a kernel of another library only.
+EMULATION_API void emulation_capture(void) { settings().is_captured = true; }
+
+EMULATION_API unsigned emulation_grid(void) { return settings().launched.gridDim.x; }
+
+EMULATION_API int emulation_questions(void) { return settings().questions; }
+
+EMULATION_API size_t emulation_shared_bytes(void) { return settings().launched.dynamicSmemBytes; }
+
 EMULATION_API const char* emulation_error(void) { return settings().error.c_str(); }
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* configuration, const void* function, void** arguments) {
+  settings().launched = *configuration;
+  const auto limit = settings().most_shared_bytes.find(function);
+  const size_t most = limit == settings().most_shared_bytes.end() ? kMostSharedBytes : limit->second;
+  if (configuration->dynamicSmemBytes > most) return cudaErrorInvalidValue;
   emulation::Machine all;
   machine = &all;
   all.grid = configuration->gridDim.x;
@@ -584,7 +604,13 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* configuration, const v
   return all.error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
+    settings().most_shared_bytes[function] = static_cast<size_t>(value);
+  }
+  return cudaSuccess;
+}
+
 cudaError_t cudaGetFuncBySymbol(cudaFunction_t*, const void*) { return cudaErrorNotSupported; }
 cudaError_t cudaGetLastError(void) { return cudaSuccess; }
 
@@ -595,6 +621,7 @@ cudaError_t cudaMemsetAsync(void* written, int value, size_t bytes, cudaStream_t
 }
 
 const char* cudaGetErrorString(cudaError_t error) {
+  if (error == cudaErrorInvalidConfiguration) return "invalid configuration argument";
   return error == cudaErrorLaunchFailure ? settings().error.c_str() : "an error of the emulation";
 }
 
@@ -613,9 +640,12 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
 }
 
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t* configuration) {
+  ++settings().questions;
   const auto size = static_cast<int>(configuration->attrs[0].val.clusterDim.x);
   const int ctas_per_sm = configuration->dynamicSmemBytes > 113 * 1024 ? 1 : 2;
-  *clusters = settings().sm_count * ctas_per_sm / size;
+  const int sms = settings().sm_count;
+  const int of_whole_gpcs = sms / kSmsPerGpc * (kSmsPerGpc * ctas_per_sm / size);
+  *clusters = of_whole_gpcs + sms % kSmsPerGpc * ctas_per_sm / size;
   return cudaSuccess;
 }
 
@@ -630,10 +660,61 @@ static CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t, 
   return CUDA_SUCCESS;
 }
 
+static CUresult capture_info(CUstream, CUstreamCaptureStatus* status, cuuint64_t*, CUgraph*, const CUgraphNode** nodes,
+                             const CUgraphEdgeData** edges, size_t* count) {
+  static const CUgraphNode node = nullptr;
+  static const CUgraphEdgeData full{};
+  *status = settings().is_captured ? CU_STREAM_CAPTURE_STATUS_ACTIVE : CU_STREAM_CAPTURE_STATUS_NONE;
+  *nodes = &node;
+  *edges = &full;
+  *count = 1;
+  return CUDA_SUCCESS;
+}
+
+static CUresult node_type(CUgraphNode, CUgraphNodeType* type) {
+  *type = CU_GRAPH_NODE_TYPE_KERNEL;
+  return CUDA_SUCCESS;
+}
+
+static CUresult node_parameters(CUgraphNode, CUDA_KERNEL_NODE_PARAMS* parameters) {
+  parameters->func = reinterpret_cast<CUfunction>(uintptr_t{1});
+  return CUDA_SUCCESS;
+}
+
+static CUresult node_attribute(CUgraphNode, CUkernelNodeAttrID, CUkernelNodeAttrValue* value) {
+  *value = {};
+  return CUDA_SUCCESS;
+}
+
+static CUresult node_dependencies(CUgraphNode, CUgraphNode*, CUgraphEdgeData*, size_t* count) {
+  *count = 0;
+  return CUDA_SUCCESS;
+}
+
+static CUresult function_name(const char** name, CUfunction) {
+  *name = "_Z5otherPf";
+  return CUDA_SUCCESS;
+}
+
+static CUresult unknown() { return CUDA_ERROR_NOT_SUPPORTED; }
+
 cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, unsigned long long,
                                              cudaDriverEntryPointQueryResult*) {
-  if (std::string(name) != "cuTensorMapEncodeTiled") return cudaErrorNotSupported;
-  *function = reinterpret_cast<void*>(&encode_tiled);
+  const std::map<std::string, void*> functions = {
+      {"cuTensorMapEncodeTiled", reinterpret_cast<void*>(&encode_tiled)},
+      {"cuStreamGetCaptureInfo", reinterpret_cast<void*>(&capture_info)},
+      {"cuGraphNodeGetType", reinterpret_cast<void*>(&node_type)},
+      {"cuGraphKernelNodeGetParams", reinterpret_cast<void*>(&node_parameters)},
+      {"cuGraphKernelNodeGetAttribute", reinterpret_cast<void*>(&node_attribute)},
+      {"cuGraphNodeGetDependencies", reinterpret_cast<void*>(&node_dependencies)},
+      {"cuFuncGetName", reinterpret_cast<void*>(&function_name)},
+      {"cuKernelGetName", reinterpret_cast<void*>(&unknown)},
+      {"cuFuncGetAttribute", reinterpret_cast<void*>(&unknown)},
+      {"cuKernelGetFunction", reinterpret_cast<void*>(&unknown)},
+  };
+  const auto found = functions.find(name);
+  if (found == functions.end()) return cudaErrorNotSupported;
+  *function = found->second;
   return cudaSuccess;
 }
 

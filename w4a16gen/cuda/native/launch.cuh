@@ -28,7 +28,8 @@ inline bool encode_tensor_map(CUtensorMap* map, const void* matrix, int64_t rows
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-// How many clusters of a function run at once, with as many CTAs on an SM as there can be, and with one.
+// How many clusters of a function run at once, with as many CTAs on an SM as there can be, and with one. The second
+// number is 0 if no cluster fits so, and where no launch asks for it.
 struct Occupancy {
   int clusters;
   int clusters_alone;
@@ -81,10 +82,9 @@ cudaError_t find_clusters(const Function& function, int sm_count, int ctas_per_s
     cudaLaunchConfig_t configuration = configuration_of<S>(attributes);
     configuration.gridDim = static_cast<unsigned>(sm_count / S::ClusterSize * S::ClusterSize);
     configuration.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-    const cudaError_t error = cudaOccupancyMaxActiveClusters(clusters, function.address, &configuration);
-    if (error != cudaSuccess) return error;
+    return cudaOccupancyMaxActiveClusters(clusters, function.address, &configuration);
   }
-  return *clusters < 1 ? cudaErrorInvalidConfiguration : cudaSuccess;
+  return cudaSuccess;
 }
 
 // Before a function's first launch on a device: raises its shared memory limit and finds how many clusters run at once.
@@ -105,6 +105,7 @@ cudaError_t prepare(Function& function, const Launch& launch, Occupancy* occupan
   if (error != cudaSuccess) return error;
   error = find_clusters<S>(function, launch.sm_count, S::CtasPerSm, S::SharedBytes, &occupancy->clusters);
   if (error != cudaSuccess) return error;
+  if (occupancy->clusters < 1) return cudaErrorInvalidConfiguration;
   if (S::PadsGrid) {
     error = find_clusters<S>(function, launch.sm_count, 1, S::SharedBytesAlone, &occupancy->clusters_alone);
     if (error != cudaSuccess) return error;

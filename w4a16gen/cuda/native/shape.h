@@ -121,7 +121,8 @@ struct ThreadShape {
   static constexpr int Threads = kWarpgroup + Consumers;
   static_assert(T::Warpgroups == 2 || T::Warpgroups == 4, "a CTA has two or four consumer warpgroups");
   static_assert(!T::ByWarps || CtasPerSm == 2, "kernels whose warps multiply independently share an SM in pairs");
-  // Whether a dependent launch has redundant CTAs, so that every SM gets one (padded_grid in tiles.h).
+  // Whether a dependent launch sees to it that every SM gets one CTA: with redundant CTAs (padded_grid in tiles.h), or
+  // with more shared memory (SharedBytesAlone).
   static constexpr bool PadsGrid = CtasPerSm == 2 && !T::StreamK && !T::Grouped;
 
   static constexpr int Accumulators = T::Fragments * T::Tokens / 2;  // fp32, of one thread
@@ -135,7 +136,7 @@ struct ThreadShape {
   static constexpr int MaxPiecesOnTheWay = T::Warpgroups == 4 ? 4 : 8;
 
   // Registers of a thread after setmaxnreg has moved them from the producers to the consumers.
-  static constexpr int LaunchRegisters = kRegistersPerSm / (Threads * CtasPerSm) / 8 * 8;
+  static constexpr int LaunchRegisters = kRegistersPerSm / (Threads * CtasPerSm) / kRegisterUnit * kRegisterUnit;
   static constexpr int ProducerRegisters = T::Warpgroups == 4 ? 64 : CtasPerSm == 2 ? 48 : 56;
   static constexpr int ConsumerRegisters = T::Warpgroups == 4 ? 104 : CtasPerSm == 2 ? 96 : 224;
   static_assert(ProducerRegisters + T::Warpgroups * ConsumerRegisters <= (T::Warpgroups + 1) * LaunchRegisters,
@@ -192,6 +193,8 @@ struct StorageShape {
 
   // Shared memory with which each SM takes one CTA only; see Launch::one_cta_per_sm.
   static constexpr int SharedBytesAlone = max_of(SharedBytes, kSharedBytesPerSm / 2);
+  static_assert(2 * (SharedBytesAlone + kReservedSharedBytes) > kSharedBytesPerSm, "two CTAs must not share an SM");
+  static_assert(SharedBytesAlone + kReservedSharedBytes <= kSharedBytesPerSm, "an SM must have room for one CTA");
 
   W4A16_HOST_DEVICE static constexpr int header_bytes(int rows) { return rows * kRowBytes * (T::Zeros ? 2 : 1); }
 };
