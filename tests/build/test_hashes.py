@@ -63,6 +63,7 @@ EDITS = {
     "library/epilogue.h": {"native", "link"},
     "library/driver.h": {"native", "link"},
     "library/capture.h": {"link"},
+    "library/hopper.h": {"native", "link"},
     "library/problem.h": {"link"},
     "library/registry.h": {"link"},
     "library/checks.h": {"link"},
