@@ -267,6 +267,7 @@ def test_bench_lets_rivals_compile_for_all_problems_first(monkeypatch: pytest.Mo
     monkeypatch.setattr(bench, "compile_ahead", compile_ahead)
     monkeypatch.setattr(bench, "compare", compare)
     monkeypatch.setattr(bench, "tensor_peak", lambda _library, _device: PEAK)
+    monkeypatch.setattr(FakeLibrary, "hopper_device", lambda _: replace(H100, index=2))
     bench.run_bench(
         FakeLibrary([]),
         [("qkv", problem) for problem in problems],
@@ -277,7 +278,7 @@ def test_bench_lets_rivals_compile_for_all_problems_first(monkeypatch: pytest.Mo
         tell=lambda _sentence: None,
         show_progress=lambda _title: nullcontext(no_progress),
     )
-    assert order == [(problems, MODE, RIVALS, 0), *problems]
+    assert order == [(problems, MODE, RIVALS, 2), *problems]
 
 
 def test_bench_takes_the_gpus_of_a_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -103,6 +103,9 @@ def test_there_are_no_more_processes_than_cores_or_kernels(
     ahead.compile_ahead(PROBLEMS, MODE, [HUMMING], 3, tell=pytest.fail, show_progress=show)
     assert begun == [processes]
     assert len(compilers.compiled) == len(PROBLEMS)
+    monkeypatch.setattr(ahead, "MOST_PROCESSES", 1)
+    ahead.compile_ahead(PROBLEMS, MODE, [HUMMING], 3, tell=pytest.fail, show_progress=show)
+    assert begun == [processes, 1], "nor than the GPU has memory for"
 
 
 def test_nothing_is_done_for_what_is_not_installed(compilers: Compilers, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +196,7 @@ def test_a_problem_is_ready_when_all_rivals_have_compiled_for_it(
         until=time.monotonic(),
     )
     assert found == ready
-    assert len(compilers.compiled) == compiled
+    assert compilers.compiled == [(rival.name, problem) for problem in PROBLEMS for rival in rivals][:compiled]
     assert steps == [1], "the end has come with the first one"
 
 

@@ -249,11 +249,12 @@ def test_rivals_compile_for_all_layers_before_they_are_prepared(monkeypatch: pyt
 
     monkeypatch.setattr(step_bench, "compile_ahead", compile_ahead)
     monkeypatch.setattr(step_bench, "gpu_machine", lambda _torch, _index: host_machine())
+    monkeypatch.setattr(HostLibrary, "hopper_device", lambda _: replace(H100, index=2))
     rival = Rival("other", "other-kernels", "float16", 0.01, prepare)
     found = measured(HostLibrary(), rivals=[rival], machine=None)
     assert found.timing("other") is not None
     problems = list(DECODING.problems().values())
-    assert order == [(problems, MODE, [rival], H100.index), *(problem.n for problem in problems)]
+    assert order == [(problems, MODE, [rival], 2), *(problem.n for problem in problems)]
 
 
 def test_a_rival_in_bf16_has_tensors_of_its_own() -> None:
