@@ -167,7 +167,8 @@ size_t workspace_bytes(const Problem& problem, int sm_count) {
 
 // Whether dependent launches may start as soon as this one runs. Otherwise they start when few weights are left to
 // fetch (StagesAtTrigger), where two CTAs share an SM and both grids fit at once. An early start shortens chains of 1
-// to 16 tokens by up to 8 % (28672x4096; H100, 2026-11).
+// to 16 tokens by up to 8 % (28672x4096; H100, 2026-11). Launches whose CTAs take SMs alone start their dependents as
+// if these fitted.
 template <class S>
 constexpr bool dependents_start_early(int ctas, int clusters_at_once) {
   return S::CtasPerSm == 1 || 2 * ctas > clusters_at_once * S::ClusterSize;
