@@ -92,24 +92,53 @@ def test_speed_ups_follow_from_the_recorded_times(page: Path, tokens: str) -> No
         assert shown[number] == pytest.approx(geometric_mean(values), abs=0.051 if number == 0 else 0.0051)
 
 
+def random_cells() -> list[dict[str, str]]:
+    """Return the recorded cells of random layers."""
+    return list(csv.DictReader((DOCS / "assets" / "h200-2026-11-30-random.csv").read_text().splitlines()))
+
+
+def ratios_between(cells: list[dict[str, str]], rival: str, first: str, last: str) -> list[float]:
+    """Return the rival's time over the call's in cells of some numbers of tokens, written as in tables."""
+    low, high = (int(number.replace(",", "")) for number in (first, last))
+    timed = [cell for cell in cells if cell[rival] and low <= int(cell["m"]) <= high]
+    return [float(cell[rival]) / float(cell["call_us"]) for cell in timed]
+
+
+def check_ratios(ratios: list[float], problems: str, mean: str, least: str, slower: str) -> None:
+    """Compare figures of a table with the ratios that they sum up."""
+    assert len(ratios) == int(problems)
+    assert float(mean) == pytest.approx(geometric_mean(ratios), abs=0.0051)
+    assert float(least) == pytest.approx(min(ratios), abs=0.0051)
+    assert int(slower) == sum(ratio < 1 for ratio in ratios)
+
+
+def test_figures_of_other_kernels_follow_from_the_recorded_times() -> None:
+    number, counts = r"([\d.]+)", r"(\d+) \| ([\d.]+) \| ([\d.]+) \| (\d+)"
+    performance = re.findall(
+        rf"^\| ([\d,]+) to ([\d,]+) \| {counts} \| {counts} \|$", (DOCS / "performance.md").read_text(), re.MULTILINE
+    )
+    readme = re.findall(
+        rf"^\| [\d,]+ to [\d,]+ \| {counts} \| {number} \| {number} \|$", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert len(performance) == len(readme) == 3
+    for (first, last, *figures_shown), shown in zip(performance, readme, strict=True):
+        check_ratios(ratios_between(random_cells(), "humming_us", first, last), *figures_shown[:4])
+        check_ratios(ratios_between(random_cells(), "quack_bf16_us", first, last), *figures_shown[4:])
+        assert list(shown[4:]) == [figures_shown[1], figures_shown[5]]
+
+
 @pytest.mark.parametrize(
     ("page", "rows"),
     [(ROOT / "README.md", 3), (DOCS / "performance.md", 4)],
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_figures_of_random_layers_follow_from_the_recorded_times(page: Path, rows: int) -> None:
-    cells = list(csv.DictReader((DOCS / "assets" / "h200-2026-11-30-random.csv").read_text().splitlines()))
-    shown = re.findall(
-        r"^\| ([\d,]+) to ([\d,]+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \| (\d+) \|", page.read_text(), re.MULTILINE
-    )
+    cells = [cell for cell in random_cells() if cell["shapes"] == "63"]
+    begin = r"^\| ([\d,]+) to ([\d,]+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \| (\d+)"
+    shown = re.findall(rf"{begin} \| (?:\d+|[\d.]+) \| [\d.]+ \|$", page.read_text(), re.MULTILINE)
     assert len(shown) == rows
     for first, last, problems, mean, least, slower in shown:
-        low, high = (int(number.replace(",", "")) for number in (first, last))
-        ratios = [float(cell["cublas_us"]) / float(cell["call_us"]) for cell in cells if low <= int(cell["m"]) <= high]
-        assert len(ratios) == int(problems)
-        assert float(mean) == pytest.approx(geometric_mean(ratios), abs=0.0051)
-        assert float(least) == pytest.approx(min(ratios), abs=0.0051)
-        assert int(slower) == sum(ratio < 1 for ratio in ratios)
+        check_ratios(ratios_between(cells, "cublas_us", first, last), problems, mean, least, slower)
 
 
 FOREIGN_MESSAGES = ("Killed", "unspecified launch failure")
