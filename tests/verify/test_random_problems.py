@@ -41,9 +41,9 @@ def run(library: FakeLibrary, count: int) -> dict[KernelConfig, NumericProof]:
 
 
 def test_as_many_problems_run_as_asked_for_and_all_kernels_get_their_turn() -> None:
-    proofs = run(FakeLibrary(SPACES), 420)
+    proofs = run(FakeLibrary(SPACES), 600)
     counts = [proof.passed.get(random_problems.KIND, 0) for proof in proofs.values()]
-    assert sum(counts) == 420
+    assert sum(counts) == 600
     assert not any(proof.failures for proof in proofs.values())
     assert min(count for config, count in zip(proofs, counts, strict=True) if "native" in config.name) >= 1
     assert all(0 < proof.worst_error_over_bound <= 1 for proof in proofs.values() if proof.passed)
