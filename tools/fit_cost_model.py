@@ -44,7 +44,8 @@ SAMPLE_BEFORE = DATA_FOLDER / "h200_sample_before.csv.xz"
 """Times of kernels before their code changed. They count where `SAMPLE` has fewer than `FEWEST_TIMES` of a kernel."""
 OTHER_CARDS = tuple(DATA_FOLDER / f"h200_{name}.csv.xz" for name in ("more_tiles", "candidates", "graph_sizes"))
 """Times by other H200s: of tiles of sixteen more numbers of tokens, and of the kernels that space `default` was chosen
-among. Each file has kernels that `SAMPLE` has too."""
+among, on random problems and on those with the token counts of CUDA graphs. Each file has kernels that `SAMPLE` has
+too."""
 H100_TIMES = DATA_FOLDER / "h100_times.csv.xz"
 """Older kernels and cuBLAS on an H100, for seconds at the power limit."""
 START = DATA_FOLDER / "start.json"

@@ -127,6 +127,25 @@ def test_figures_of_other_kernels_follow_from_the_recorded_times() -> None:
         assert list(shown[4:]) == [figures_shown[1], figures_shown[5]]
 
 
+def test_sentences_on_random_layers_follow_from_the_recorded_times() -> None:
+    cells = [cell for cell in random_cells() if cell["shapes"] == "63"]
+    few, more, many = (
+        geometric_mean(ratios_between(cells, "cublas_us", *band))
+        for band in (("1", "64"), ("65", "256"), ("257", "8,192"))
+    )
+    index = " ".join((DOCS / "index.md").read_text().split())
+    assert f"{few:.2f} times as fast as cuBLAS FP16 up to 64 tokens, {more:.2f} times up to 256 and {many:.2f}" in index
+    limits = " ".join((DOCS / "limits.md").read_text().split())
+    above = ratios_between(cells, "cublas_us", "257", "8,192")
+    assert f"{many:.2f} times as fast as cuBLAS FP16 on average ({len(above)} random problems" in limits
+    ratios = ratios_between(cells, "cublas_us", "65", "8,192")
+    names = {5: "five", 8: "eight"}
+    slower, clearly = (names[sum(ratio < most for ratio in ratios)] for most in (1, 1 / 1.05))
+    worst = f"{100 / min(ratios) - 100:.0f} % in the worst"
+    counts = f"slower in {slower} of {len(ratios)} random problems, by more than 5 % in {clearly}"
+    assert f"{counts}, and by {worst}" in limits
+
+
 @pytest.mark.parametrize(
     ("page", "rows"),
     [(ROOT / "README.md", 3), (DOCS / "performance.md", 4)],

@@ -133,14 +133,14 @@ inline std::string why_not_launch(int32_t launch) {
          std::to_string(W4A16_AUTO_LAUNCH);
 }
 
-// How a launch follows the kernel before it.
-struct Following {
-  int32_t launch;       // W4A16_ORDINARY_LAUNCH or W4A16_DEPENDENT_LAUNCH
+// What a w4a16_launch becomes on a stream.
+struct ResolvedLaunch {
+  int32_t kind;         // W4A16_ORDINARY_LAUNCH or W4A16_DEPENDENT_LAUNCH
   bool one_cta_per_sm;  // a dependent launch that finds no room beside the CTAs before it: see Launch
 };
 
-// Returns how a launch that asks for a w4a16_launch follows what is on its stream.
-inline Following following(int32_t launch, void* stream, int sm_count) {
+// Resolves a w4a16_launch by the kernel before it on the stream.
+inline ResolvedLaunch resolved_launch(int32_t launch, void* stream, int sm_count) {
   static const Capture capture;
   if (launch == W4A16_ORDINARY_LAUNCH) return {launch, false};
   const Previous previous = capture.previous(static_cast<cudaStream_t>(stream), sm_count);

@@ -293,7 +293,7 @@ w4a16_status call(const char* what, const Arguments* arguments, int64_t Argument
   sentence = why_not_device(device);
   if (!sentence.empty()) return report(W4A16_NO_HOPPER_GPU, sentence, message, message_bytes);
   Arguments resolved = *arguments;
-  resolved.dependent_launch = following(resolved.dependent_launch, resolved.stream, device.sm_count).launch;
+  resolved.dependent_launch = resolved_launch(resolved.dependent_launch, resolved.stream, device.sm_count).kind;
   return report_launch(what, launch(*(*found)->experts, resolved, device.sm_count), message, message_bytes);
 }
 

@@ -122,9 +122,9 @@ inline w4a16_status multiply(const Kernel& kernel, Launch launch, char* message,
   if (!sentence.empty()) return report(W4A16_INVALID_ARGUMENT, sentence, message, message_bytes);
   launch.device = device.index;
   launch.sm_count = device.sm_count;
-  const Following following_previous = following(arguments.dependent_launch, arguments.stream, device.sm_count);
-  launch.arguments.dependent_launch = following_previous.launch;
-  launch.one_cta_per_sm = following_previous.one_cta_per_sm;
+  const ResolvedLaunch resolved = resolved_launch(arguments.dependent_launch, arguments.stream, device.sm_count);
+  launch.arguments.dependent_launch = resolved.kind;
+  launch.one_cta_per_sm = resolved.one_cta_per_sm;
   const cudaError_t error = kernel.launch(launch);
   if (error == cudaSuccess) return report(W4A16_OK, {}, message, message_bytes);
   sentence = std::string("launch of ") + kernel.info.name + " failed: " + cudaGetErrorString(error);
