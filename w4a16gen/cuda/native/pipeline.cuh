@@ -4,6 +4,8 @@
 #include <cuda.h>
 #include <cuda_fp16.h>
 
+#include <cstddef>
+
 #include "native/activation.h"
 #include "native/choices.cuh"
 #include "native/tiles.h"
@@ -13,32 +15,38 @@ namespace w4a16::native {
 struct Parameters {
   CUtensorMap activations;
   CUtensorMap output;
+  // The first copies of a launch wait for these members, up to `tiling.by_channel_tiles`. They fill one line of 64
+  // bytes.
   const uint8_t* weights;
+  int block_bytes;
+  int channel_blocks;
+  int activation_bytes;  // of a stage, where out-of-bounds rows are not copied
+  bool is_dependent;
+  bool list_is_complete;     // grouped: before the previous kernel asked for this one
+  bool routes_are_unsorted;  // grouped: there is no list
+  bool rows_are_shared;      // of unsorted routes: every expert multiplies the same rows
+  Tiling tiling;
   const float* channel_factors;
   const half* bias;
   half* output_pointer;
   int m;
   int n;
-  int channel_blocks;
-  int block_bytes;
   float alpha;
-  Tiling tiling;
-  int activation_bytes;  // of a stage, where out-of-bounds rows are not copied
-  bool is_dependent;
   bool dependents_start_early;
-  bool list_is_complete;          // grouped: before the previous kernel asked for this one
   uint8_t* workspace;             // stream-K: the partial sums of every work unit
   uint64_t epoch;                 // stream-K: the value of a flag whose sums are complete, unique to this launch
   const TokenTiles* token_tiles;  // grouped
   int64_t expert_bytes;           // grouped: from one expert's packed weight to the next
   Ids ids;                        // grouped, of unsorted routes
-  bool routes_are_unsorted;       // grouped: there is no list
-  bool rows_are_shared;           // of unsorted routes: every expert multiplies the same rows
   // Of kernels with an epilogue. They come last, so that the others find theirs where they were.
   CUtensorMap residual;          // of the output's boxes
   const half* residual_pointer;  // of the output's shape, possibly the output itself; or null
   Activation activation;
 };
+
+static_assert(offsetof(Parameters, weights) % 64 == 0 &&
+                  offsetof(Parameters, tiling) + offsetof(Tiling, split_tiles) == offsetof(Parameters, weights) + 64,
+              "what the first copies need fills a line");
 
 // The bytes from the first expert's weights to those of a tile.
 template <class S>
@@ -176,13 +184,15 @@ struct WeightRows {
   const uint8_t* block[S::Blocks];
 
   __device__ WeightRows(const Parameters& p, const Tile& tile) {
-    const int64_t row = static_cast<int64_t>(p.tiling.k_blocks) * p.block_bytes;
+    // In units of kRowBytes, of which a row of blocks has fewer than 2^31: one multiplication of 32 bits is enough.
+    const unsigned block_units = static_cast<unsigned>(p.block_bytes) / kRowBytes;
+    const unsigned row_units = p.tiling.k_blocks * block_units;
+    const uint8_t* const first = p.weights + expert_offset<S>(p, tile);
 #pragma unroll
     for (int b = 0; b < S::Blocks; ++b) {
       // Past the last channel the last row is read again and its results are not stored: all stages have one size.
       const int from = min(tile.channel_block + b, p.channel_blocks - 1);
-      block[b] =
-          p.weights + expert_offset<S>(p, tile) + from * row + static_cast<int64_t>(tile.first_block) * p.block_bytes;
+      block[b] = first + multiply_add_wide(from, row_units, tile.first_block * block_units) * kRowBytes;
     }
   }
 };

@@ -29,31 +29,40 @@ __device__ inline int activation_stages_of_prologue(const Parameters& p) {
 
 // Initialises the barriers and fetches the first stages. The first bytes are a launch's longest wait, so the warps of
 // the producer warpgroup request them before anything else is ready, each for its own stages. CTAs that multicast do
-// not: they would drift apart, which takes up to 8 % longer.
+// not: they would drift apart, which takes up to 8 % longer. Loops are not unrolled: the first copies wait for their
+// instructions too.
 template <class S>
 __device__ inline void prologue(const Parameters& p, const Shared<S>& shared, const Work& work, int warp) {
   constexpr int kProducerWarps = kWarpgroup / kWarp;
+  // Behind the weights, activations that are not in L2 come last. Stages of 64 k have more copies, which would all wait
+  // for the tensor map.
+  constexpr bool kActivationsFirst = S::K == kBlockK && S::ActivationBytes > S::WeightBytes;
   if (warp < kProducerWarps && S::PrologueStages > 0) {
     // Only of grouped products the number of tiles is not known when the grid is.
     const bool has_work = !S::Grouped || work.first_tile < work.end_tile;
     const Tile tile = has_work ? tile_at<S>(p, shared, work, work.first_tile) : Tile{};
     const WeightRows<S> rows(p, tile);
     const int stages = min(S::PrologueStages, tile.blocks * S::StagesPerBlock);
+    const int with_activations = min(activation_stages_of_prologue<S>(p), stages);
     if (elected()) {
+#pragma unroll 1
       for (int stage = warp; stage < S::PrologueStages; stage += kProducerWarps) {
+        const auto fetch_first_activations = [&] {
+          if (stage >= with_activations) return;
+          expect_activations<S>(p, shared, stage);
+          copy_activations<S>(p, shared, tile, stage, stage, Multicast{0, 1, 0});
+        };
         barrier_init(shared.full(stage), 2);
-        async_proxy_fence();
+        barrier_init_fence();
+        if (kActivationsFirst) fetch_first_activations();
         if (stage < stages) fetch_weights<S>(p, shared, rows, stage, stage, true, 0);
-      }
-      const int with_activations = min(activation_stages_of_prologue<S>(p), stages);
-      for (int stage = warp; stage < with_activations; stage += kProducerWarps) {
-        expect_activations<S>(p, shared, stage);
-        copy_activations<S>(p, shared, tile, stage, stage, Multicast{0, 1, 0});
+        if (!kActivationsFirst) fetch_first_activations();
       }
     }
   } else {
     constexpr int kFirst = S::PrologueStages > 0 ? kProducerWarps : 0;
-    if (warp == S::Threads / kWarp - 1 && elected()) prefetch_tensor_map(&p.activations);
+    if (S::PrologueStages == 0 && warp == S::Threads / kWarp - 1 && elected()) prefetch_tensor_map(&p.activations);
+#pragma unroll 1
     for (int slot = warp - kFirst; slot < S::Stages; slot += S::Threads / kWarp - kFirst) {
       if (elected()) {
         if (slot >= S::PrologueStages) barrier_init(shared.full(slot), 2);

@@ -120,6 +120,13 @@ __device__ inline void wait_for_store_reads() {
 // Orders this thread's writes to shared memory before later accesses by the async proxy.
 __device__ inline void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// a * b + c. In C++ the compiler would combine products of constants, and multiply 64 bits by 64.
+__device__ inline uint64_t multiply_add_wide(uint32_t a, uint32_t b, uint64_t c) {
+  uint64_t result;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(result) : "r"(a), "r"(b), "l"(c));
+  return result;
+}
+
 __device__ inline void prefetch_tensor_map(const void* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

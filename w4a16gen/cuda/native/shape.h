@@ -203,7 +203,7 @@ struct StorageShape {
 template <class T, class Storage>
 struct PipelineShape {
   // Stages fetched in the prologue, which hide the memory's latency. With more, all arrive late, also the first:
-  // 4096x4096 with one token takes 9 % longer with 34 KiB. Grouped kernels with large tiles lack registers for it.
+  // 4096x4096 with one token takes 9 % longer with 34 KiB. Grouped kernels with larger tiles gain nothing.
   static constexpr int MaxPrologueWeights = 20 * 1024;
   static constexpr int PrologueStages =
       T::Multicasts || (T::Grouped && !T::FindsExperts)

@@ -30,20 +30,22 @@ struct Divisor {
   }
 };
 
-// How a problem is divided among CTAs.
+// How a problem is divided among CTAs. The first copies of a launch wait for the members up to `by_channel_tiles`,
+// which come together: a line of constants takes 150 cycles to arrive.
 struct Tiling {
   int k_blocks;
   int channel_tiles;  // of a whole cluster
   int token_tiles;
-  int last_token;    // no tile begins later: the last one may overlap the previous one
+  int last_token;         // no tile begins later: the last one may overlap the previous one
+  Divisor by_sweep;       // the tiles of kRasterTokens token tiles
+  Divisor by_last_sweep;  // the token tiles of the last sweep
+  Divisor by_channel_tiles;
   int split_tiles;   // stream-K: how many tiles, from the first on, are divided among all clusters
   int unit_blocks;   // stream-K: k blocks of a work unit
   int longer_units;  // stream-K: how many units, from the first on, have one more
   int clusters;      // that have work
   Divisor by_k_blocks;
-  Divisor by_channel_tiles;
-  Divisor by_sweep;                  // the tiles of kRasterTokens token tiles
-  Divisor by_tokens[kRasterTokens];  // by 1 and more token tiles
+  Divisor by_tokens[kRasterTokens];  // grouped: by 1 and more token tiles
 };
 
 // One output tile, and the range of k blocks that this CTA sums.
@@ -90,13 +92,18 @@ struct Place {
 };
 
 // A sweep covers all channels for a few token tiles, which share activations and weights in L2.
-W4A16_HOST_DEVICE inline Place place_in_sweeps(const Tiling& tiling, int token_tiles, int tile) {
+W4A16_HOST_DEVICE inline Place place_in_sweeps(const Tiling& tiling, int token_tiles, const Divisor& by_last_sweep,
+                                               int tile) {
   const int sweep = tiling.by_sweep.quotient(tile);
   const int within = tile - sweep * kRasterTokens * tiling.channel_tiles;
   const int tokens = min_of(token_tiles - sweep * kRasterTokens, kRasterTokens);
-  const int channel = tiling.by_tokens[tokens - 1].quotient(within);
+  const int of_full_sweep = static_cast<int>(static_cast<uint32_t>(within) / kRasterTokens);  // without a sign: a shift
+  const int channel = tokens == kRasterTokens ? of_full_sweep : by_last_sweep.quotient(within);
   return {channel, sweep * kRasterTokens + within - channel * tokens};
 }
+
+// How many token tiles the last sweep has.
+W4A16_HOST_DEVICE constexpr int tokens_of_last_sweep(int token_tiles) { return (token_tiles - 1) % kRasterTokens + 1; }
 
 // The first k block of a stream-K work unit, counted over all split tiles.
 W4A16_HOST_DEVICE inline int unit_begin(const Tiling& tiling, int unit) {
@@ -142,12 +149,13 @@ struct persistent {
 
   template <class S>
   W4A16_HOST_DEVICE static Tile tile_at(const Tiling& tiling, const Work& work, int index) {
-    return tile_among<S>(tiling, tiling.token_tiles, work, index);
+    return tile_among<S>(tiling, tiling.token_tiles, tiling.by_last_sweep, work, index);
   }
 
   // The same among a number of token tiles.
   template <class S>
-  W4A16_HOST_DEVICE static Tile tile_among(const Tiling& tiling, int token_tiles, const Work& work, int index) {
+  W4A16_HOST_DEVICE static Tile tile_among(const Tiling& tiling, int token_tiles, const Divisor& by_last_sweep,
+                                           const Work& work, int index) {
     int first = 0;
     int blocks = tiling.k_blocks;
     int channel_tile = index;
@@ -157,7 +165,7 @@ struct persistent {
       blocks = tiling.k_blocks * (work.rank + 1) / S::ClusterK - first;
     }
     if (token_tiles > 1) {
-      const Place place = place_in_sweeps(tiling, token_tiles, index);
+      const Place place = place_in_sweeps(tiling, token_tiles, by_last_sweep, index);
       channel_tile = place.channel;
       token_tile = place.token;
     }
@@ -216,7 +224,7 @@ struct streamk {
     int channel_tile = index;
     int token_tile = 0;
     if (tiling.token_tiles > 1) {
-      Place place = place_in_sweeps(tiling, tiling.token_tiles, index);
+      Place place = place_in_sweeps(tiling, tiling.token_tiles, tiling.by_last_sweep, index);
       if (tiling.split_tiles == tiling.channel_tiles * tiling.token_tiles) {
         // Token tiles in turn: clusters a part of the grid apart then read the same weights at about the same time.
         place.token = tiling.by_channel_tiles.quotient(index);
@@ -262,7 +270,8 @@ struct grouped {
     const TokenTile entry = (&list.first)[tiling.by_channel_tiles.quotient(index)];
     const int token_tiles = (entry.end_token - entry.first_token + S::Tokens - 1) / S::Tokens;
     const int within = index - entry.first_entry * tiling.channel_tiles;
-    Tile tile = persistent::tile_among<S>(tiling, token_tiles, work, within);
+    const Divisor& by_last_sweep = tiling.by_tokens[tokens_of_last_sweep(token_tiles) - 1];
+    Tile tile = persistent::tile_among<S>(tiling, token_tiles, by_last_sweep, work, within);
     tile.token += entry.first_token;
     tile.expert = entry.expert;
     tile.end_token = entry.end_token;
@@ -273,7 +282,8 @@ struct grouped {
   template <class S>
   W4A16_HOST_DEVICE static Tile tile_of(const Tiling& tiling, const Work& work, int index, int number, int expert,
                                         int tokens) {
-    Tile tile = persistent::tile_among<S>(tiling, 1, work, index - number * tiling.channel_tiles);
+    const int within = index - number * tiling.channel_tiles;
+    Tile tile = persistent::tile_among<S>(tiling, 1, tiling.by_tokens[0], work, within);
     tile.token = number * kUnsortedTokens;
     tile.expert = expert;
     tile.end_token = tile.token + tokens;
@@ -320,6 +330,7 @@ int make_tiling(Tiling* tiling, int64_t m, int channel_blocks, int k_blocks, int
   const int split_blocks = tiling->split_tiles * k_blocks;
   tiling->unit_blocks = split_blocks / clusters;
   tiling->longer_units = split_blocks % clusters;
+  tiling->by_last_sweep = Divisor::of(tokens_of_last_sweep(tiling->token_tiles));
   tiling->by_k_blocks = Divisor::of(k_blocks);
   tiling->by_channel_tiles = Divisor::of(tiling->channel_tiles);
   tiling->by_sweep = Divisor::of(tiling->channel_tiles * kRasterTokens);

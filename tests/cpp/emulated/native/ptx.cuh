@@ -235,6 +235,7 @@ void wait_for_store_reads() {
 
 inline void async_proxy_fence() {}
 inline void prefetch_tensor_map(const void*) {}
+inline uint64_t multiply_add_wide(uint32_t a, uint32_t b, uint64_t c) { return uint64_t{a} * b + c; }
 inline void prefetch_line(const void*) {}
 template <int Registers>
 void deallocate_registers() {}
