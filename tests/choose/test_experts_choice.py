@@ -21,7 +21,7 @@ from w4a16gen.choose.experts import (
     why_not_built,
 )
 from w4a16gen.errors import NotBuiltError, UnsupportedProblemError
-from w4a16gen.kernels.arrangement import native_arrangement
+from w4a16gen.kernels.arrangement import native_arrangement, tail_tokens
 from w4a16gen.kernels.config import Scheduler
 from w4a16gen.kernels.spaces import enumerate_space, with_epilogues
 
@@ -34,16 +34,18 @@ SAMPLES = 300
 
 
 def sampled_load(rng: np.random.Generator, routing: Routing, tile_tokens: int) -> np.ndarray[Any, Any]:
-    """Return the experts with rows and the token tiles of random routings, [samples, 2]."""
-    found = []
+    """Return the experts with rows, the token tiles and the tails of random routings, [samples, 3]."""
+    found, tail = [], tail_tokens(tile_tokens)
     for _ in range(SAMPLES):
         order = rng.random((routing.tokens, routing.global_experts)).argsort(axis=1)[:, : routing.slots]
         rows = np.bincount(order.reshape(-1), minlength=routing.global_experts)[: routing.experts]
-        found.append((np.count_nonzero(rows), (-(-rows // tile_tokens)).sum()))
+        last = rows % tile_tokens
+        tails = np.count_nonzero((last > 0) & (last <= tail)) if tail < tile_tokens else 0
+        found.append((np.count_nonzero(rows), (-(-rows // tile_tokens)).sum(), tails))
     return np.array(found)
 
 
-@pytest.mark.parametrize("tile_tokens", [8, 24, 64])
+@pytest.mark.parametrize("tile_tokens", [8, 24, 64, 80, 152])
 @pytest.mark.parametrize(
     "routing",
     [
@@ -53,6 +55,7 @@ def sampled_load(rng: np.random.Generator, routing: Routing, tile_tokens: int) -
         Routing(64, 2, 8, 8),
         Routing(48, 8, 24, 96),
         Routing(5, 1, 1, 4),
+        Routing(1000, 2, 8, 8),
     ],
     ids=str,
 )
@@ -63,13 +66,16 @@ def test_the_load_is_the_mean_of_random_routings(rng: np.random.Generator, routi
 
 
 def test_loads_at_the_ends() -> None:
-    assert expected_load(Routing(0, 8, 128, 128), 8) == (0, 0)
-    assert expected_load(Routing(9, 4, 4, 4), 8) == (4, 8), "every token goes to every expert"
+    assert expected_load(Routing(0, 8, 128, 128), 8) == (0, 0, 0)
+    assert expected_load(Routing(9, 4, 4, 4), 8) == (4, 8, 0), "every token goes to every expert"
+    ends = [expected_load(Routing(tokens, 4, 4, 4), 80).tails for tokens in (64, 65, 80, 144, 145)]
+    assert ends == [4, 0, 0, 4, 0], "a tail has 1 to 64 of 80 rows"
     one = expected_load(Routing(1, 8, 128, 128), 8)
-    assert one == pytest.approx((8, 8))
-    summed, approximated = (expected_load(Routing(tokens, 8, 128, 128), 64) for tokens in (1 << 12, (1 << 12) + 1))
-    assert approximated.token_tiles == pytest.approx(summed.token_tiles, rel=0.01)
-    assert summed.experts == pytest.approx(128)
+    assert one == pytest.approx((8, 8, 0))
+    for tokens in (1 << 12, 1 << 20):
+        load = expected_load(Routing(tokens, 8, 128, 128), 64)
+        assert load.experts == pytest.approx(128)
+        assert load.token_tiles == pytest.approx(tokens * 8 / 64 + 64, rel=0.01), "half a tile each is empty"
     assert Routing(64, 8, 16, 128).rows == 64
 
 
@@ -114,6 +120,16 @@ def test_estimates_follow_the_work() -> None:
         for card in (H100, H200)
     }
     assert best[H200.name] < best[H100.name], "an H200 reads faster"
+
+
+def test_tails_take_less() -> None:
+    (problem, _), _, _ = layer_of(MIXTRAL, 1)
+    config = next(config for config in PLAIN if config.cta.tokens == 144)
+    rows = (112, 113, 144, 144 + 112, 144 + 113, 288)
+    times = [microseconds(config, problem, Routing(tokens, 1, 1, 1), CARD) for tokens in rows]
+    assert times == sorted(times)
+    assert times[0] < 0.9 * times[1] == pytest.approx(0.9 * times[2])
+    assert times[3] < 0.95 * times[4] == pytest.approx(0.95 * times[5])
 
 
 def test_few_ctas_share_sms_where_a_kernel_lets_two_of_them() -> None:

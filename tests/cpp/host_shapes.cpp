@@ -7,8 +7,8 @@
 
 template <class S>
 void visit(const char* name) {
-  std::printf("%s %d %d %d %d %d %d %d\n", name, S::WarpgroupsM, S::WarpgroupsK, S::Accumulators, S::CtasPerSm,
-              S::Stages, S::SharedBytes, S::StoresThroughShared);
+  std::printf("%s %d %d %d %d %d %d %d %d\n", name, S::WarpgroupsM, S::WarpgroupsK, S::Accumulators, S::CtasPerSm,
+              S::Stages, S::SharedBytes, S::StoresThroughShared, S::TailTokens);
 }
 
 #include UNIT

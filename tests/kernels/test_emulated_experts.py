@@ -13,6 +13,7 @@ from emulated_experts import ENTRY_INTS, UNSORTED_TOKENS, EmulatedExperts, Ints,
 from emulation import EmulationError, Launch, aligned
 
 from w4a16gen import KernelConfig, QuantMode
+from w4a16gen.kernels.arrangement import MIN_TOKENS_WITH_TAIL, native_arrangement
 from w4a16gen.kernels.config import Epilogue
 from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.weights.quantized import QuantizedWeight
@@ -31,9 +32,11 @@ KERNELS = [
         "fgs_cta64x8x128_cluster1x1x1_warps8_grouped_gated",
         "fgs_cta64x16x128_cluster1x1x2_warps8_grouped_gated",
         "fgs_cta128x64x128_cluster2x1x1_warpgroups2_grouped_gated",
+        "fgs_cta128x88x128_cluster2x1x1_warpgroups2_grouped_gated",
     )
 ]
 UNSORTED_KERNELS = [config for config in KERNELS if config.cta.tokens == UNSORTED_TOKENS]
+WITH_TAILS = [config for config in KERNELS if config.cta.tokens >= MIN_TOKENS_WITH_TAIL]
 EXPERTS = 5
 NOBODY = (-1, EXPERTS, 1 << 30)
 """Ids that no expert has."""
@@ -268,6 +271,28 @@ def test_each_row_is_multiplied_by_its_expert(emulated: EmulatedExperts, config:
             of_expert = None if bias is None else bias[expert]
             assert error_over_bound(got[rows], expected, 1.5, of_expert, Extra(activation)) < 1
         assert np.isnan(got[routes.offsets[-1] :]).all()
+
+
+@pytest.mark.parametrize("config", WITH_TAILS, ids=lambda config: config.short_name)
+def test_tails_multiply_all_of_their_rows(emulated: EmulatedExperts, config: KernelConfig) -> None:
+    rng = np.random.default_rng(6)
+    activation = Activation.SWIGLU if config.epilogue is Epilogue.GATED else Activation.NONE
+    tile, tail = config.cta.tokens, native_arrangement(config).tail_tokens
+    assert tail < tile
+    counts = (tail, tail + 1, 1, tile + tail, tile + tail + 1)
+    weights = drawn_weights(rng, config.mode, 80, 256, 128)
+    ids = np.repeat(np.arange(EXPERTS), counts)[:, None].copy()
+    routes = emulated.route(ids, EXPERTS, tile)
+    a = rng.standard_normal((ids.size, 256)).astype(np.float16)
+    got = emulated.grouped_gemm(config, a, weights, routes.token_tiles, Launch(0, 3, 1.0, None, activation=activation))
+    for expert, weight in enumerate(weights):
+        rows = slice(routes.offsets[expert], routes.offsets[expert + 1])
+        assert error_over_bound(got[rows], Expectation(a[rows], weight), 1.0, None, Extra(activation)) < 1
+        alone = emulated.route(ids[rows], EXPERTS, tile)
+        again = emulated.grouped_gemm(
+            config, aligned(a[rows]), weights, alone.token_tiles, Launch(0, 4, 1.0, None, activation=activation)
+        )
+        assert np.array_equal(got[rows].view(np.uint16), again.view(np.uint16)), "the neighbours decide the bits"
 
 
 def test_a_layer_equals_its_experts_one_by_one(emulated: EmulatedExperts) -> None:

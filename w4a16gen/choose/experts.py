@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 from w4a16gen.choose.cards import Card
 from w4a16gen.choose.cost_model import default_cost_model
 from w4a16gen.errors import NotBuiltError, UnsupportedProblemError
-from w4a16gen.kernels.arrangement import MAX_UNSORTED_ROUTES, UNSORTED_TOKENS
+from w4a16gen.kernels.arrangement import MAX_UNSORTED_ROUTES, UNSORTED_TOKENS, tail_tokens
 from w4a16gen.kernels.config import Epilogue, KernelConfig, QuantMode, Scheduler
 from w4a16gen.kernels.problem import Problem, why_cannot_run
-
-_MAX_SUMMED_TOKENS = 1 << 12
-"""Tokens up to which the distribution of an expert's rows is summed. Beyond, a tile is half empty on average."""
 
 
 @dataclass(frozen=True)
@@ -59,36 +56,46 @@ class Load(NamedTuple):
     """Experts with at least one row, whose weights are read."""
     token_tiles: float
     """Token tiles of all experts."""
+    tails: float
+    """Those of them with so few tokens that kernels multiply fewer; see `tail_tokens`."""
 
 
 @lru_cache(maxsize=1 << 14)
 def expected_load(routing: Routing, tile_tokens: int) -> Load:
     """Return the load of a routing.
 
-    The rows of an expert have a binomial distribution. An expert of x rows has ceil(x / tile) tiles, which is the sum
-    over j from 0 on of P(rows > j * tile).
+    The rows of an expert have a binomial distribution. Counts of rows that are rarer than ten standard deviations are
+    left out. An expert of x rows has ceil(x / tile) tiles, and the last of them is a tail if it has at most
+    `tail_tokens(tile)` rows.
 
     Example:
         >>> load = expected_load(Routing(tokens=16, slots=8, experts=128, global_experts=128), 8)
         >>> round(load.experts, 1), round(load.token_tiles, 1)
         (82.4, 82.4)
     """
-    tokens, share = routing.tokens, routing.share
-    none = (1 - share) ** tokens
-    hit = 1 - none
-    if share == 1:
-        tiles = float(-(-tokens // tile_tokens))
-    elif tokens > _MAX_SUMMED_TOKENS:
-        tiles = tokens * share / tile_tokens + hit / 2
-    else:
-        tiles, below, odds = 0.0, 0.0, share / (1 - share)
-        logarithm = tokens * math.log1p(-share)  # of P(rows = count)
-        for count in range(tokens):
-            below += math.exp(logarithm)
-            if count % tile_tokens == 0:
-                tiles += max(0.0, 1 - below)
-            logarithm += math.log((tokens - count) / (count + 1) * odds)
-    return Load(routing.experts * hit, routing.experts * tiles)
+    tokens, share, tail = routing.tokens, routing.share, tail_tokens(tile_tokens)
+    tiles = tails = 0.0
+    for rows, chance in _chances_of_rows(tokens, share):
+        tiles += chance * -(-rows // tile_tokens)
+        if tail < tile_tokens and 1 <= rows % tile_tokens <= tail:
+            tails += chance
+    return Load(*(routing.experts * of_each for of_each in (1 - (1 - share) ** tokens, tiles, tails)))
+
+
+def _chances_of_rows(tokens: int, share: float) -> Iterator[tuple[int, float]]:
+    """Yield numbers of rows that an expert may have, and how likely each is."""
+    if share in (0, 1):
+        yield round(tokens * share), 1.0
+        return
+    mean, spread = tokens * share, 10 * math.sqrt(tokens * share * (1 - share)) + 10
+    first, last = max(0, math.floor(mean - spread)), min(tokens, math.ceil(mean + spread))
+    others = tokens - first
+    logarithm = math.lgamma(tokens + 1) - math.lgamma(first + 1) - math.lgamma(others + 1)
+    logarithm += first * math.log(share) + others * math.log1p(-share)
+    for rows in range(first, last + 1):
+        yield rows, math.exp(logarithm)
+        if rows < tokens:
+            logarithm += math.log((tokens - rows) / (rows + 1) * share / (1 - share))
 
 
 def microseconds(config: KernelConfig, problem: Problem, routing: Routing, card: Card) -> float:
@@ -107,12 +114,27 @@ def microseconds(config: KernelConfig, problem: Problem, routing: Routing, card:
     whole = replace(problem, m=max(1, round(routing.rows)))
     fewest = max(1, math.floor(load.token_tiles))
     more = min(1.0, max(0.0, load.token_tiles - fewest))  # the share of routings with one tile more
+    rates = model.rates_of(like)
+    if load.tails > 0:
+        saved = (1 - _share_of_tail(like)) * load.tails / load.token_tiles
+        rates = rates._replace(block_cycles=rates.block_cycles * (1 - saved))
     cycles = 0.0
     for tiles, share in ((fewest, 1 - more), (fewest + 1, more)):
         # Grids are not padded, so a kernel's first CTAs share the SMs that the previous kernel leaves first.
         work = model.work_on_tiles(like, whole, tiles, load.experts, card, fills_sms_first=False)
-        cycles += share * model.cycles(model.rates_of(like), work, card)
+        cycles += share * model.cycles(rates, work, card)
     return cycles / model.constants.cycles_per_microsecond
+
+
+@cache
+def _share_of_tail(like: KernelConfig) -> float:
+    """Return how long a kernel takes for a block of K in a tail, as a share of what it takes in a whole tile."""
+    model, tokens = default_cost_model(), like.cta.tokens
+    fewer = replace(like, cta=replace(like.cta, tokens=tail_tokens(tokens)))
+    share = fewer.cta.tokens / tokens
+    if fewer.shape_name in model.rates:
+        share = model.rates_of(fewer).block_cycles / model.rates_of(like).block_cycles
+    return min(1.0, share)
 
 
 def choose_pair(

@@ -13,6 +13,8 @@ from w4a16gen.kernels.config import KernelConfig, Schedule
 WARPGROUP_THREADS = 128
 WARPGROUP_CHANNELS = 64
 """Output channels that one WGMMA computes (the M of m64nNk16), and the channels of a packed block."""
+TOKENS_STEP = 8
+"""WGMMA multiplies a multiple of this number of tokens."""
 PACKED_BLOCK_K = 128
 """Values of K in a packed block. A stage holds a block or half of one."""
 NATIVE_WARPGROUPS = {Schedule.TWO_WARPGROUPS: 2, Schedule.FOUR_WARPGROUPS: 4, Schedule.EIGHT_WARPS: 2}
@@ -30,6 +32,10 @@ expert that is chosen then has that many rows."""
 EXPERT_NUMBER_BYTES = 2
 MAX_STAGES_BESIDE_EXPERTS = ((BARRIER_BYTES - MAX_UNSORTED_ROUTES * EXPERT_NUMBER_BYTES) // 8 - 3) // 2
 """Stages whose barriers, with those for sums and the residual, leave room for the numbers of experts behind them."""
+
+MIN_TOKENS_WITH_TAIL = 80
+"""CTA tokens from which a grouped kernel multiplies fewer tokens where a tile has fewer. Tensor cores take about as
+long for 64 as for fewer."""
 
 PAIRED_CTAS = 2
 """CTAs that share an SM if their registers allow it. One then fetches while the other finishes, also across dependent
@@ -83,6 +89,8 @@ class Arrangement:
     """Dynamic shared memory of a CTA."""
     stores_through_shared: bool
     """Whether the output of a whole tile has room in shared memory, from which the copy engine stores it."""
+    tail_tokens: int
+    """Tokens that a tile multiplies if it has at most as many: see `tail_tokens`. Otherwise all CTA tokens."""
 
     @property
     def min_stages(self) -> int:
@@ -125,7 +133,23 @@ def native_arrangement(config: KernelConfig) -> Arrangement:
         beside_ring += output_bytes
     stages = stages_beside(beside_ring)
     shared_bytes = beside_ring + stages * stage_bytes
-    return Arrangement(along_channels, along_k, accumulators, ctas_per_sm, stages, shared_bytes, through_shared)
+    tail = tail_tokens(cta.tokens) if config.is_grouped else cta.tokens
+    return Arrangement(along_channels, along_k, accumulators, ctas_per_sm, stages, shared_bytes, through_shared, tail)
+
+
+def tail_tokens(tile_tokens: int) -> int:
+    """Return how many tokens a grouped kernel multiplies in a tile that has at most as many.
+
+    Args:
+        tile_tokens: the kernel's CTA tokens.
+
+    Example:
+        >>> tail_tokens(144), tail_tokens(64)
+        (112, 64)
+    """
+    if tile_tokens < MIN_TOKENS_WITH_TAIL:
+        return tile_tokens
+    return -(-(tile_tokens * 3 // 4) // TOKENS_STEP) * TOKENS_STEP
 
 
 def _ctas_per_sm(config: KernelConfig, warpgroups: int, accumulators: int) -> int:

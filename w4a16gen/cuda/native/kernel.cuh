@@ -51,10 +51,15 @@ __device__ inline void consume(const Parameters& p, const Shared<S>& shared, con
     if constexpr (S::ByWarps) {
       consume_stages_by_warps<S, Rows>(shared, mine, me, at, sum);
     } else {
-      consume_stages<S, Rows>(shared, mine, me, at, sum, [&] {
+      const auto before_drain = [&] {
         if constexpr (kLoadsFactorsLate) factors.load(p, tile, me);
         if constexpr (S::HasEpilogue && S::StoresThroughShared) request_residual<S>(p, shared, tile, work.rank, me);
-      });
+      };
+      if (S::TailTokens < S::Tokens && tile.end_token - tile.token <= S::TailTokens) {
+        consume_stages<S, Rows, S::TailTokens>(shared, mine, me, at, sum, before_drain);
+      } else {
+        consume_stages<S, Rows, S::Tokens>(shared, mine, me, at, sum, before_drain);
+      }
     }
     wait_for_prerequisites();  // the previous kernel may read this output or write the bias
     // Without spare registers the thread's role is computed again, since values derived from it would occupy registers

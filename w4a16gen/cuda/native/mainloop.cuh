@@ -70,12 +70,18 @@ __device__ inline void release(const Shared<S>& shared, int slot, int lane) {
   }
 }
 
-// Accumulates this warpgroup's stages of one tile.
+// The sums of the first tokens of a fragment.
+template <int Tokens, int Count>
+__device__ inline auto first_sums(float (&sum)[Count]) -> float (&)[Tokens / 2] {
+  return reinterpret_cast<float (&)[Tokens / 2]>(sum);
+}
+
+// Accumulates this warpgroup's stages of one tile, for its first `Tokens` tokens.
 //
 // The work is divided into pieces of 64 channels x 64 k. While the WGMMAs of one piece run, the next piece is
 // dequantised into the other of two buffers. Pieces alternate between the fragments, so that a buffer holds only one
 // piece. Calls `before_drain` while the last WGMMAs run.
-template <class S, int Rows, class BeforeDrain>
+template <class S, int Rows, int Tokens, class BeforeDrain>
 __device__ inline void consume_stages(const Shared<S>& shared, int stages, const Consumer& me, Position<S::Stages>& at,
                                       Accumulators<S>& sum, const BeforeDrain& before_drain) {
   constexpr bool kHalfStages = S::K != kBlockK;
@@ -118,7 +124,7 @@ __device__ inline void consume_stages(const Shared<S>& shared, int stages, const
       }
       uint64_t activations = advance_descriptor<kAdd64>(first, slot * (S::ActivationBytes / 16));
       if (!kHalfStages) activations = advance_descriptor<kAdd64>(activations, half * (S::HalfActivationBytes / 16));
-      multiply<S::Tokens, kAdd64>(sum[f], buffer, activations);
+      multiply<Tokens, kAdd64>(first_sums<Tokens>(sum[f]), buffer, activations);
       const bool more = ends && stages > 0;
       const int next_half = kHalfStages ? 1 - half : 0;
       // A stage of one piece is released before the wait for the next: the ring may hold only two.

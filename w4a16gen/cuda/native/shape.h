@@ -90,6 +90,10 @@ struct TileShape {
   static constexpr int StagesPerBlock = kBlockK / K;
   static_assert(K == 64 || K == 128, "a stage holds half a packed block or a whole one");
 
+  // Tiles with at most so many tokens of their expert multiply no more than these. Tensor cores take about as long for
+  // 64 tokens as for fewer.
+  static constexpr int TailTokens = Grouped && Tokens >= 80 ? (Tokens * 3 / 4 + 7) / 8 * 8 : Tokens;
+
   // Consumer warpgroups divide the channels. Those beyond one per 64 channels split K.
   static constexpr int Blocks = Channels / kBlockChannels;
   static constexpr int WarpgroupsM = min_of(Blocks, Warpgroups);
