@@ -1,7 +1,7 @@
 // Divides problems among CTAs with the native kernels' own functions, on the CPU, and counts what the CTAs would sum.
 //
 // Compiled with -DUNIT="file", a compile unit of kernels.
-// host_tiles > a line about divisors, and one per kernel and problem, which ends in "ok" or in the fault
+// host_tiles > lines about divisors and waves, and one per kernel and problem, which end in "ok" or in the fault
 // host_tiles NAME CTAS CLUSTERS > the grid of a dependent launch with work for CTAS, where CLUSTERS run at once
 #include <cstdio>
 #include <cstdlib>
@@ -128,6 +128,37 @@ const char* fault_of_divisors() {
   return divides_as_the_cpu(INT32_MAX) ? "ok" : "a wrong quotient";
 }
 
+// The clusters of a grouped product take each tile once, and about as many last tiles of experts as each other,
+// whatever the number of token tiles of an expert.
+const char* fault_of_waves(int clusters) {
+  native::Tiling tiling{};
+  tiling.clusters = clusters;
+  tiling.by_clusters = native::Divisor::of(clusters);
+  tiling.rotation = native::rotation_of(clusters);
+  constexpr int kWaves = 24;
+  constexpr int kMostTokenTiles = 12;
+  std::vector<int> taken(static_cast<size_t>((kWaves + 1) * clusters));
+  for (int cluster = 0; cluster < clusters; ++cluster) {
+    int last_tiles[kMostTokenTiles + 1] = {};
+    int tile = cluster;
+    for (int wave = 0; wave <= kWaves; ++wave) {
+      if (tile / clusters != wave) return "a tile of another wave";
+      ++taken[static_cast<size_t>(tile)];
+      for (int tokens = 2; tokens <= kMostTokenTiles && wave < kWaves; ++tokens) {
+        if (tile % tokens == tokens - 1) ++last_tiles[tokens];
+      }
+      tile = native::scheduler::grouped::next_tile(tiling, {}, tile);
+    }
+    for (int tokens = 2; tokens <= kMostTokenTiles && clusters > kMostTokenTiles; ++tokens) {
+      if (std::abs(last_tiles[tokens] - kWaves / tokens) > 3) return "unequal work";
+    }
+  }
+  for (const int count : taken) {
+    if (count != 1) return "a tile left out";
+  }
+  return "ok";
+}
+
 template <class S>
 void check(const char* name) {
   std::printf("%s, too many parts: %s\n", name, refuses_too_many_parts<S>() ? "ok" : "not refused");
@@ -168,7 +199,12 @@ void visit(const char* name) {
 #include UNIT
 
 int main(int count, char** arguments) {
-  if (count == 1) std::printf("divisors: %s\n", fault_of_divisors());
+  if (count == 1) {
+    std::printf("divisors: %s\n", fault_of_divisors());
+    for (int clusters : {1, 2, 5, 13, 33, 57, 64, 66, 78, 114, 131, 132, 156, 264}) {
+      std::printf("waves of %d clusters: %s\n", clusters, fault_of_waves(clusters));
+    }
+  }
   for (const Entry& entry : entries()) {
     if (count == 1) entry.check(entry.name.c_str());
     if (count == 4 && entry.name == arguments[1]) {

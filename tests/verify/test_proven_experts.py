@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import experts as faked
+from fakes.devices import H100, numbered
 from fakes.experts import Activating, Combining, Grouped, Routing
 from fakes.library import FakeLibrary
 from fakes.memory import memory_at
@@ -52,11 +53,13 @@ def small_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expert_layers, "LAYER_TOKENS", (1, 9))
 
 
-def run(names: list[str] | None = None) -> dict[str, NumericProof]:
-    """Prove kernels on small products."""
-    library = FakeLibrary(map(KernelConfig.parse, NAMES if names is None else names))
+def run(names: list[str] | None = None, device: int = 0) -> dict[str, NumericProof]:
+    """Prove kernels on small products, on one of two GPUs."""
+    kernels = map(KernelConfig.parse, NAMES if names is None else names)
+    library = FakeLibrary(kernels, devices=numbered(H100, H100))
     proofs = {config: NumericProof(config.name) for config in library.grouped_configs()}
-    experts.prove_experts(library, proofs, shapes=((48, 64, 32),), experts=(1, 5))
+    experts.prove_experts(library, proofs, device=device, shapes=((48, 64, 32),), experts=(1, 5))
+    experts.prove_random_routings(library, proofs, 4, device=device)
     return {proof.name: proof for proof in proofs.values()}
 
 
@@ -65,11 +68,18 @@ def test_right_kernels_pass_every_kind_of_check() -> None:
     assert [proof.failures for proof in proofs.values()] == [[]] * 4
     assert all(0 < proof.worst_error_over_bound <= 1 for proof in proofs.values())
     layers = {name: proof.passed.pop(expert_layers.LAYER, 0) for name, proof in proofs.items()}
-    assert all(proof.passed == dict.fromkeys(KINDS, 4) for proof in proofs.values())
+    passed = [proof.passed for proof in proofs.values()]
+    assert {kind for one in passed for kind in one} == KINDS
+    assert [sum(one[kind] for one in passed) for kind in KINDS] == [4 * 4 + 4] * 2
     cases, few = 2 * len(GATED_ACTIVATIONS), len(expert_layers.FEW_TOKENS)
     plain, gated = NAMES
     counts = dict.fromkeys(OTHERS, 2 * cases) | {plain: cases + 2 * few, gated: cases + few}
     assert layers == counts, "chosen kernels of a gated layer count for the first one, pairs for both"
+
+
+def test_kernels_are_proven_on_the_gpu_that_is_asked_for() -> None:
+    proofs = run(device=1)
+    assert [proof.failures for proof in proofs.values()] == [[]] * 2
 
 
 def test_each_kernel_finds_the_experts_of_few_tokens_with_a_map_and_without() -> None:

@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from w4a16gen.kernels.config import QuantMode
-from w4a16gen.runtime.library import Library
-from w4a16gen.verify.guards import Window
+from w4a16gen.verify.guards import GuardedGpu, Window
 from w4a16gen.weights.experts import PackedExperts, pack_experts
 from w4a16gen.weights.quantized import QuantizedWeight
 from w4a16gen.weights.reference import random_weight
@@ -40,12 +39,12 @@ class ExpertWeights:
 
     @classmethod
     def draw(
-        cls, library: Library, rng: np.random.Generator, mode: QuantMode, shape: tuple[int, int, int], experts: int
+        cls, gpu: GuardedGpu, rng: np.random.Generator, mode: QuantMode, shape: tuple[int, int, int], experts: int
     ) -> ExpertWeights:
         """Draw the weights of some experts for a mode, and move them to the GPU.
 
         Args:
-            library: the loaded build.
+            gpu: the loaded build on a GPU.
             rng: the random numbers.
             mode: the quantisation mode.
             shape: channels, K and group size of an expert.
@@ -57,7 +56,7 @@ class ExpertWeights:
         return cls(
             weights,
             {
-                gated: library.to_device(pack_experts(weights, gate_up=True, gated=gated))
+                gated: gpu.library.to_device(pack_experts(weights, gate_up=True, gated=gated), gpu.device)
                 for gated in ((False, True) if n % 16 == 0 else (False,))
             },
         )

@@ -57,7 +57,7 @@ def prove_experts(
     layers = list(itertools.product(modes, LAYER_SIZES))
     for done, (mode, shape, count) in enumerate(todo, 1):
         rng = np.random.default_rng((seed, done))
-        weights = ExpertWeights.draw(library, rng, mode, shape, count)
+        weights = ExpertWeights.draw(gpu, rng, mode, shape, count)
         for config in sorted(config for config in proofs if config.mode is mode):
             prove_products(gpu, config, proofs[config], weights, rng)
         progress(done, len(todo) + len(layers), f"{mode} {PRODUCT} n={shape[0]} k={shape[1]} experts={count}")
@@ -89,7 +89,7 @@ def prove_random_routings(
     if not kernels:
         return
     modes = sorted({config.mode for config in kernels})
-    weights = {mode: ExpertWeights.draw(library, rng, mode, RANDOM_SHAPE, MOST_RANDOM_EXPERTS) for mode in modes}
+    weights = {mode: ExpertWeights.draw(gpu, rng, mode, RANDOM_SHAPE, MOST_RANDOM_EXPERTS) for mode in modes}
     for done in range(1, count + 1):
         config = kernels[int(rng.integers(len(kernels)))]
         experts = int(rng.integers(1, int(rng.choice(RANDOM_EXPERTS)) + 1))

@@ -45,8 +45,25 @@ struct Tiling {
   int longer_units;  // stream-K: how many units, from the first on, have one more
   int clusters;      // that have work
   Divisor by_k_blocks;
+  Divisor by_clusters;               // grouped
+  int rotation;                      // grouped: see rotation_of
   Divisor by_tokens[kRasterTokens];  // grouped: by 1 and more token tiles
 };
+
+// By how many places clusters move on from one wave of a grouped product's tiles to the next. An expert's last tile
+// takes less time than its others. With a prime number of places from tile to tile no cluster has the same tile of each
+// expert.
+constexpr int rotation_of(int clusters) {
+  const auto is_prime = [](int number) {
+    for (int divisor = 2; divisor * divisor <= number; ++divisor) {
+      if (number % divisor == 0) return false;
+    }
+    return true;
+  };
+  int places = clusters;
+  while (!is_prime(places)) ++places;
+  return (places - clusters) % clusters;
+}
 
 // One output tile, and the range of k blocks that this CTA sums.
 struct Tile {
@@ -262,7 +279,11 @@ struct grouped {
     return &list.first + tiling.by_channel_tiles.quotient(cta / S::ClusterSize);
   }
 
-  W4A16_HOST_DEVICE static int next_tile(const Tiling&, const Work& work, int tile) { return tile + work.tile_step; }
+  W4A16_HOST_DEVICE static int next_tile(const Tiling& tiling, const Work&, int tile) {
+    const int next_wave = (tiling.by_clusters.quotient(tile) + 1) * tiling.clusters;
+    const int place = tile + tiling.clusters - next_wave + tiling.rotation;
+    return next_wave + (place < tiling.clusters ? place : place - tiling.clusters);
+  }
 
   // An expert's tiles follow one another, in sweeps as in an ordinary product: its weights are read once.
   template <class S>
@@ -333,6 +354,8 @@ int make_tiling(Tiling* tiling, int64_t m, int channel_blocks, int k_blocks, int
   tiling->by_last_sweep = Divisor::of(tokens_of_last_sweep(tiling->token_tiles));
   tiling->by_k_blocks = Divisor::of(k_blocks);
   tiling->by_channel_tiles = Divisor::of(tiling->channel_tiles);
+  tiling->by_clusters = Divisor::of(clusters);
+  tiling->rotation = S::Grouped ? rotation_of(clusters) : 0;
   tiling->by_sweep = Divisor::of(tiling->channel_tiles * kRasterTokens);
   for (int tokens = 1; tokens <= kRasterTokens; ++tokens) tiling->by_tokens[tokens - 1] = Divisor::of(tokens);
   return clusters * S::ClusterSize;
