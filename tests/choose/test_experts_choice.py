@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -65,8 +66,33 @@ def test_the_load_is_the_mean_of_random_routings(rng: np.random.Generator, routi
     assert (np.abs(drawn.mean(axis=0) - expected_load(routing, tile_tokens)) <= slack).all()
 
 
+@pytest.mark.parametrize("tile_tokens", [8, 80])
+@pytest.mark.parametrize(
+    "routing",
+    [
+        Routing(40, 1, 1000, 1000),
+        Routing(1, 1, 1024, 1 << 30),
+        Routing(64, 2, 8, 8),
+        Routing(900, 1, 2, 2),
+        Routing(500, 99, 100, 100),
+    ],
+    ids=str,
+)
+def test_the_load_leaves_out_only_what_never_happens(routing: Routing, tile_tokens: int) -> None:
+    tokens, share, tail = routing.tokens, routing.share, tail_tokens(tile_tokens)
+    tiles = tails = 0.0
+    for rows in range(tokens + 1):
+        chance = math.comb(tokens, rows) * share**rows * (1 - share) ** (tokens - rows)
+        tiles += chance * math.ceil(rows / tile_tokens)
+        tails += chance * (tail < tile_tokens and 1 <= rows % tile_tokens <= tail)
+    load = expected_load(routing, tile_tokens)
+    assert load.token_tiles == pytest.approx(routing.experts * tiles, rel=1e-10)
+    assert load.tails == pytest.approx(routing.experts * tails, rel=1e-10)
+
+
 def test_loads_at_the_ends() -> None:
-    assert expected_load(Routing(0, 8, 128, 128), 8) == (0, 0, 0)
+    for routing in (Routing(0, 8, 128, 128), Routing(9, 0, 4, 4)):
+        assert expected_load(routing, 8) == (0, 0, 0)
     assert expected_load(Routing(9, 4, 4, 4), 8) == (4, 8, 0), "every token goes to every expert"
     ends = [expected_load(Routing(tokens, 4, 4, 4), 80).tails for tokens in (64, 65, 80, 144, 145)]
     assert ends == [4, 0, 0, 4, 0], "a tail has 1 to 64 of 80 rows"
@@ -127,9 +153,12 @@ def test_tails_take_less() -> None:
     config = next(config for config in PLAIN if config.cta.tokens == 144)
     rows = (112, 113, 144, 144 + 112, 144 + 113, 288)
     times = [microseconds(config, problem, Routing(tokens, 1, 1, 1), CARD) for tokens in rows]
+    nothing = microseconds(config, problem, Routing(0, 1, 1, 1), CARD)
+    assert 0 < nothing <= times[1], "no tokens have no tail"
     assert times == sorted(times)
     assert times[0] < 0.9 * times[1] == pytest.approx(0.9 * times[2])
     assert times[3] < 0.95 * times[4] == pytest.approx(0.95 * times[5])
+    assert times[4] - times[3] == pytest.approx(times[1] - times[0]), "whole tiles before a tail take their own time"
 
 
 def test_few_ctas_share_sms_where_a_kernel_lets_two_of_them() -> None:
