@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from emulated_experts import ENTRY_INTS, UNSORTED_TOKENS, EmulatedExperts, Ints, Unsorted, build_experts, entries
-from emulation import EmulationError, Launch, aligned
+from emulation import EmulationError, Launch, aligned, build_mutant
 
 from w4a16gen import KernelConfig, QuantMode
-from w4a16gen.kernels.arrangement import MIN_TOKENS_WITH_TAIL, native_arrangement
+from w4a16gen.kernels.arrangement import MIN_TOKENS_WITH_TAIL, TOKENS_STEP, native_arrangement
 from w4a16gen.kernels.config import Epilogue
 from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.weights.quantized import QuantizedWeight
@@ -293,6 +294,26 @@ def test_tails_multiply_all_of_their_rows(emulated: EmulatedExperts, config: Ker
             config, aligned(a[rows]), weights, alone.token_tiles, Launch(0, 4, 1.0, None, activation=activation)
         )
         assert np.array_equal(got[rows].view(np.uint16), again.view(np.uint16)), "the neighbours decide the bits"
+
+
+def test_tails_multiply_no_more_than_they_need(tmp_path: Path) -> None:
+    config = KernelConfig.parse("w4a16_sm90_native_fgs_cta128x80x128_cluster1x1x1_warpgroups2_grouped")
+    tile, tail = config.cta.tokens, native_arrangement(config).tail_tokens
+    # Where kernels leave out the last tokens of tails, the results of other tiles stay as they are.
+    statement = "consume_stages<S, Rows, S::TailTokens"
+    shorter = build_mutant([config], tmp_path, "kernel.cuh", statement, f"{statement} - {TOKENS_STEP}")
+    emulated = EmulatedExperts(shorter)
+    counts = (tail, tail + 1, tail, tile + tail + 1, tile + tail)
+    rng = np.random.default_rng(7)
+    weights = drawn_weights(rng, config.mode, 72, 128, 128)
+    ids = np.repeat(np.arange(EXPERTS), counts)[:, None].copy()
+    routes = emulated.route(ids, EXPERTS, tile)
+    a = rng.standard_normal((ids.size, 128)).astype(np.float16)
+    got = emulated.grouped_gemm(config, a, weights, routes.token_tiles, Launch())
+    left_out = [end for end, count in zip(np.cumsum(counts), counts, strict=True) if count % tile == tail]
+    wanted = [row for end in left_out for row in range(end - TOKENS_STEP, end)]
+    assert len(left_out) == 3
+    assert np.flatnonzero((got == 0).all(axis=1)).tolist() == wanted
 
 
 def test_a_layer_equals_its_experts_one_by_one(emulated: EmulatedExperts) -> None:
