@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -314,6 +315,27 @@ def test_tails_multiply_no_more_than_they_need(tmp_path: Path) -> None:
     wanted = [row for end in left_out for row in range(end - TOKENS_STEP, end)]
     assert len(left_out) == 3
     assert np.flatnonzero((got == 0).all(axis=1)).tolist() == wanted
+
+
+BLOCK_BYTES = [4096, 4096 + 2 * 4 * 128]
+"""Of a packed block without scales, and with scales and zeros of groups of 32."""
+
+
+@pytest.mark.parametrize("block_bytes", BLOCK_BYTES)
+@pytest.mark.parametrize(("channel_blocks", "k_blocks"), [(3, 5), (1 << 24, 5), (3, 1 << 23), (1 << 24, 1 << 23)])
+def test_rows_of_the_largest_weights_are_found(
+    emulated: EmulatedExperts, channel_blocks: int, k_blocks: int, block_bytes: int
+) -> None:
+    expert_bytes, start = channel_blocks * k_blocks * block_bytes + 128, 1 << 20
+    last = channel_blocks - 1
+    for channel_block, first_block, expert in ((0, 0, 0), (last - 1, k_blocks - 1, 1), (last, k_blocks // 2, 6)):
+        rows = np.zeros(2, np.uint64)
+        sizes = (block_bytes, k_blocks, channel_blocks, channel_block, first_block, expert)
+        emulated.library.emulation_weight_rows(
+            ctypes.c_uint64(start), ctypes.c_int64(expert_bytes), *sizes, ctypes.c_void_p(rows.ctypes.data)
+        )
+        blocks = [min(channel_block + block, last) * k_blocks + first_block for block in range(2)]
+        assert rows.tolist() == [start + expert * expert_bytes + block * block_bytes for block in blocks]
 
 
 def test_a_layer_equals_its_experts_one_by_one(emulated: EmulatedExperts) -> None:
