@@ -79,7 +79,8 @@ def expected_load(routing: Routing, tile_tokens: int) -> Load:
         tiles += chance * -(-rows // tile_tokens)
         if tail < tile_tokens and 1 <= rows % tile_tokens <= tail:
             tails += chance
-    return Load(*(routing.experts * of_each for of_each in (1 - (1 - share) ** tokens, tiles, tails)))
+    hit = 1 - (1 - share) ** tokens
+    return Load(routing.experts * hit, routing.experts * tiles, routing.experts * tails)
 
 
 def _chances_of_rows(tokens: int, share: float) -> Iterator[tuple[int, float]]:
@@ -133,7 +134,7 @@ def _share_of_tail(like: KernelConfig) -> float:
     fewer = replace(like, cta=replace(like.cta, tokens=tail_tokens(tokens)))
     share = fewer.cta.tokens / tokens
     if fewer.shape_name in model.rates:
-        share = model.rates_of(fewer).block_cycles / model.rates_of(like).block_cycles
+        share = max(share, model.rates_of(fewer).block_cycles / model.rates_of(like).block_cycles)
     return min(1.0, share)
 
 

@@ -90,7 +90,7 @@ class Arrangement:
     stores_through_shared: bool
     """Whether the output of a whole tile has room in shared memory, from which the copy engine stores it."""
     tail_tokens: int
-    """Tokens that a tile multiplies if it has at most as many: see `tail_tokens`. Otherwise all CTA tokens."""
+    """Tokens that a tile multiplies if it has no more: see `tail_tokens`. Otherwise all CTA tokens."""
 
     @property
     def min_stages(self) -> int:
@@ -138,7 +138,7 @@ def native_arrangement(config: KernelConfig) -> Arrangement:
 
 
 def tail_tokens(tile_tokens: int) -> int:
-    """Return how many tokens a grouped kernel multiplies in a tile that has at most as many.
+    """Return how many tokens a grouped kernel multiplies in a tile that has no more than these.
 
     Args:
         tile_tokens: the kernel's CTA tokens.

@@ -16,7 +16,7 @@ struct Parameters {
   CUtensorMap activations;
   CUtensorMap output;
   // The first copies of a launch wait for these members, up to `tiling.by_channel_tiles`. They fill one line of 64
-  // bytes.
+  // bytes. Only stream-K and grouped products need more.
   const uint8_t* weights;
   int block_bytes;
   int channel_blocks;
@@ -184,7 +184,7 @@ struct WeightRows {
   const uint8_t* block[S::Blocks];
 
   __device__ WeightRows(const Parameters& p, const Tile& tile) {
-    // In units of kRowBytes, of which a row of blocks has fewer than 2^31: one multiplication of 32 bits is enough.
+    // In units of kRowBytes, of which a row of blocks has at most 2^29: one multiplication of 32 bits is enough.
     const unsigned block_units = static_cast<unsigned>(p.block_bytes) / kRowBytes;
     const unsigned row_units = p.tiling.k_blocks * block_units;
     const uint8_t* const first = p.weights + expert_offset<S>(p, tile);
