@@ -108,12 +108,6 @@ def test_a_launch_that_is_named_is_taken_as_it_is(program: Path, asked: str, lau
         assert output_of(program, asked, facts) == [launched]
 
 
-def test_only_launches_that_may_be_dependent_look_up_the_driver(program: Path) -> None:
-    assert output_of(program, ORDINARY, "native", "counted") == ["ordinary", "0"]
-    for asked in (DEPENDENT, AUTO):
-        assert output_of(program, asked, "native", "counted") == ["dependent", str(len(QUESTIONS))]
-
-
 @pytest.mark.parametrize("asked", ["-1", "3"])
 def test_another_number_is_refused(program: Path, asked: str) -> None:
     assert output_of(program, asked) == [f"dependent_launch of {asked} must be a w4a16_launch, 0 to 2"]
