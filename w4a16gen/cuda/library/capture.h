@@ -141,8 +141,8 @@ struct ResolvedLaunch {
 
 // Resolves a w4a16_launch by the kernel before it on the stream.
 inline ResolvedLaunch resolved_launch(int32_t launch, void* stream, int sm_count) {
+  static const Capture capture;  // made by the first launch of any kind: later ones may be captured already
   if (launch == W4A16_ORDINARY_LAUNCH) return {launch, false};
-  static const Capture capture;
   const Previous previous = capture.previous(static_cast<cudaStream_t>(stream), sm_count);
   const bool gains = previous == Previous::kParticipant || previous == Previous::kPaired;
   if (launch == W4A16_AUTO_LAUNCH && !gains) return {W4A16_ORDINARY_LAUNCH, false};
