@@ -90,7 +90,7 @@ struct TileShape {
   static constexpr int StagesPerBlock = kBlockK / K;
   static_assert(K == 64 || K == 128, "a stage holds half a packed block or a whole one");
 
-  // Tiles with at most so many tokens of their expert multiply no more than these. Tensor cores take about as long for
+  // A tile that has no more tokens of its expert than these multiplies only these. Tensor cores take about as long for
   // 64 tokens as for fewer.
   static constexpr int TailTokens = Grouped && Tokens >= 80 ? (Tokens * 3 / 4 + 7) / 8 * 8 : Tokens;
 
