@@ -128,14 +128,17 @@ const char* fault_of_divisors() {
   return divides_as_the_cpu(INT32_MAX) ? "ok" : "a wrong quotient";
 }
 
+using Grouped = native::Shape<native::Cta<64, 64, 128>, native::Cluster<1, 1, 1>, native::schedule::warpgroups2,
+                              native::scheduler::grouped, native::epilogue::none, w4a16::mode::fgs,
+                              /*Stages=*/4, /*CtasPerSm=*/1, /*StoresThroughShared=*/false, /*TailTokens=*/64>;
+
 // The clusters of a grouped product take each tile once, and about as many last tiles of experts as each other,
 // whatever the number of token tiles of an expert.
 const char* fault_of_waves(int clusters) {
-  native::Tiling tiling{};
-  tiling.clusters = clusters;
-  tiling.by_clusters = native::Divisor::of(clusters);
-  tiling.rotation = native::rotation_of(clusters);
   constexpr int kWaves = 24;
+  native::Tiling tiling{};
+  if (native::make_tiling<Grouped>(&tiling, int64_t{Grouped::Tokens} * clusters * kWaves, 1, 1, clusters) != clusters)
+    return "wrong number of CTAs";
   constexpr int kMostTokenTiles = 12;
   std::vector<int> taken(static_cast<size_t>((kWaves + 1) * clusters));
   for (int cluster = 0; cluster < clusters; ++cluster) {

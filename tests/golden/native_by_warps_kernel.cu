@@ -6,6 +6,6 @@ struct w4a16_sm90_native_cs_cta64x8x128_cluster1x1x2_warps8_persistent
     : native::Shape<native::Cta<64, 8, 128>, native::Cluster<1, 1, 2>, native::schedule::warps8,
                     native::scheduler::persistent, native::epilogue::none, mode::cs,
                     /*Stages=*/18, /*CtasPerSm=*/2,
-                    /*StoresThroughShared=*/false> {};
+                    /*StoresThroughShared=*/false, /*TailTokens=*/8> {};
 W4A16_DEFINE_KERNEL(native, w4a16_sm90_native_cs_cta64x8x128_cluster1x1x2_warps8_persistent)
 }  // namespace w4a16

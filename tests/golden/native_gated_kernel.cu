@@ -6,6 +6,6 @@ struct w4a16_sm90_native_fgs_cta64x16x128_cluster1x1x2_warps8_persistent_gated
     : native::Shape<native::Cta<64, 16, 128>, native::Cluster<1, 1, 2>, native::schedule::warps8,
                     native::scheduler::persistent, native::epilogue::gated, mode::fgs,
                     /*Stages=*/12, /*CtasPerSm=*/2,
-                    /*StoresThroughShared=*/false> {};
+                    /*StoresThroughShared=*/false, /*TailTokens=*/16> {};
 W4A16_DEFINE_KERNEL(native, w4a16_sm90_native_fgs_cta64x16x128_cluster1x1x2_warps8_persistent_gated)
 }  // namespace w4a16

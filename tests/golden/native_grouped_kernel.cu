@@ -6,6 +6,6 @@ struct w4a16_sm90_native_fgsz_cta64x64x128_cluster1x1x1_warpgroups2_grouped_gate
     : native::Shape<native::Cta<64, 64, 128>, native::Cluster<1, 1, 1>, native::schedule::warpgroups2,
                     native::scheduler::grouped, native::epilogue::gated, mode::fgsz,
                     /*Stages=*/10, /*CtasPerSm=*/1,
-                    /*StoresThroughShared=*/false> {};
+                    /*StoresThroughShared=*/false, /*TailTokens=*/64> {};
 W4A16_DEFINE_KERNEL(native::grouped, w4a16_sm90_native_fgsz_cta64x64x128_cluster1x1x1_warpgroups2_grouped_gated)
 }  // namespace w4a16

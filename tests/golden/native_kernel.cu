@@ -6,6 +6,6 @@ struct w4a16_sm90_native_fgs_cta64x16x128_cluster1x1x2_warpgroups4_persistent
     : native::Shape<native::Cta<64, 16, 128>, native::Cluster<1, 1, 2>, native::schedule::warpgroups4,
                     native::scheduler::persistent, native::epilogue::none, mode::fgs,
                     /*Stages=*/20, /*CtasPerSm=*/1,
-                    /*StoresThroughShared=*/false> {};
+                    /*StoresThroughShared=*/false, /*TailTokens=*/16> {};
 W4A16_DEFINE_KERNEL(native, w4a16_sm90_native_fgs_cta64x16x128_cluster1x1x2_warpgroups4_persistent)
 }  // namespace w4a16

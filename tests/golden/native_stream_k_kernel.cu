@@ -6,6 +6,6 @@ struct w4a16_sm90_native_fgsz_cta256x64x128_cluster1x1x1_warpgroups2_streamk
     : native::Shape<native::Cta<256, 64, 128>, native::Cluster<1, 1, 1>, native::schedule::warpgroups2,
                     native::scheduler::streamk, native::epilogue::none, mode::fgsz,
                     /*Stages=*/5, /*CtasPerSm=*/1,
-                    /*StoresThroughShared=*/true> {};
+                    /*StoresThroughShared=*/true, /*TailTokens=*/64> {};
 W4A16_DEFINE_KERNEL(native, w4a16_sm90_native_fgsz_cta256x64x128_cluster1x1x1_warpgroups2_streamk)
 }  // namespace w4a16

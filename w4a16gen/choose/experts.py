@@ -57,15 +57,15 @@ class Load(NamedTuple):
     token_tiles: float
     """Token tiles of all experts."""
     tails: float
-    """Those of them with so few tokens that kernels multiply fewer; see `tail_tokens`."""
+    """Those of them with at most `tail_tokens(tile)` rows, which kernels multiply faster."""
 
 
 @lru_cache(maxsize=1 << 14)
 def expected_load(routing: Routing, tile_tokens: int) -> Load:
     """Return the load of a routing.
 
-    The rows of an expert have a binomial distribution. Counts of rows that are rarer than ten standard deviations are
-    left out. An expert of x rows has ceil(x / tile) tiles, and the last of them is a tail if it has at most
+    The rows of an expert have a binomial distribution. Numbers of rows that are more than ten standard deviations from
+    the mean are left out. An expert of x rows has ceil(x / tile) tiles. The last of them is a tail if it has at most
     `tail_tokens(tile)` rows.
 
     Example:

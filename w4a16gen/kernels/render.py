@@ -65,6 +65,7 @@ def render_kernel(config: KernelConfig) -> str:
             "stages": arrangement.stages,
             "ctas_per_sm": arrangement.ctas_per_sm,
             "stores_through_shared": str(arrangement.stores_through_shared).lower(),
+            "tail_tokens": arrangement.tail_tokens,
         }
     return render_text(f"kernels/{config.target}_kernel.cu.jinja", **values)
 

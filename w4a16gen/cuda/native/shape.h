@@ -1,7 +1,7 @@
 // The compile-time facts about a native kernel, by subject: its tile, its threads, its shared memory, its pipeline.
 //
-// w4a16gen/kernels/arrangement.py decides how many stages a kernel has and how many CTAs share an SM. This header lays
-// out shared memory for them and asserts that everything fits.
+// w4a16gen/kernels/arrangement.py decides how many stages a kernel has, how many CTAs share an SM, and which tiles are
+// tails. This header lays out shared memory for them and asserts that everything fits.
 #pragma once
 
 #include "library/experts.h"
@@ -89,10 +89,6 @@ struct TileShape {
   static constexpr int Halves = K / 64;
   static constexpr int StagesPerBlock = kBlockK / K;
   static_assert(K == 64 || K == 128, "a stage holds half a packed block or a whole one");
-
-  // A tile that has no more tokens of its expert than these multiplies only these. Tensor cores take about as long for
-  // 64 tokens as for fewer.
-  static constexpr int TailTokens = Grouped && Tokens >= 80 ? (Tokens * 3 / 4 + 7) / 8 * 8 : Tokens;
 
   // Consumer warpgroups divide the channels. Those beyond one per 64 channels split K.
   static constexpr int Blocks = Channels / kBlockChannels;
@@ -232,11 +228,15 @@ struct PipelineShape {
 
 // A whole kernel.
 template <class Cta, class Cluster, class Schedule, class Scheduler_, class Epilogue, int Mode, int Stages,
-          int CtasPerSm, bool StoresThroughShared, class Tile = TileShape<Cta, Cluster, Schedule, Scheduler_, Mode>,
-          class Thread = ThreadShape<Tile, CtasPerSm>,
+          int CtasPerSm, bool StoresThroughShared, int TailTokens_,
+          class Tile = TileShape<Cta, Cluster, Schedule, Scheduler_, Mode>, class Thread = ThreadShape<Tile, CtasPerSm>,
           class Storage = StorageShape<Tile, Thread, Stages, StoresThroughShared>>
 struct Shape : Tile, Thread, Storage, PipelineShape<Tile, Storage> {
   using Scheduler = Scheduler_;
+  // A tile that has no more tokens of its expert than these multiplies only these.
+  static constexpr int TailTokens = TailTokens_;
+  static_assert(TailTokens % 8 == 0 && (Tile::Grouped ? TailTokens <= Tile::Tokens : TailTokens == Tile::Tokens),
+                "WGMMA multiplies multiples of 8 tokens, and only tiles of grouped products are tails");
   static constexpr bool HasEpilogue = Epilogue::Exists;
   static constexpr bool Gates = Epilogue::Gates;
   static constexpr int ChannelsPerOutput = Gates ? 2 : 1;

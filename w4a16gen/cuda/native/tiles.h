@@ -92,7 +92,7 @@ struct alignas(16) TokenTiles {
 // The tiles of a CTA, from the first to the end, and its rank in its cluster. Under stream-K also its work unit.
 struct Work {
   int first_tile;
-  int tile_step;
+  int tile_step;  // of persistent kernels
   int end_tile;
   int rank;
   int unit;
@@ -269,8 +269,8 @@ struct grouped {
   static int split_tiles(int, int) { return 0; }
 
   template <class S>
-  W4A16_HOST_DEVICE static Work work_of(const Tiling& tiling, int cta, int ctas, int rank, int token_tiles) {
-    return {cta / S::ClusterSize, ctas / S::ClusterSize, tiling.channel_tiles * token_tiles, rank, 0};
+  W4A16_HOST_DEVICE static Work work_of(const Tiling& tiling, int cta, int, int rank, int token_tiles) {
+    return {cta / S::ClusterSize, 0, tiling.channel_tiles * token_tiles, rank, 0};
   }
 
   // The entry of a CTA's first tile, if it has one. It lies in the memory of the list in any case.
