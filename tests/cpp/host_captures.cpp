@@ -8,7 +8,6 @@
 // - ordinary, pack, cutlass: on another kernel
 // - copy: on a copy
 // - edge, other_edge: on a kernel with an incoming edge of programmatic launch, or of the start of a kernel
-// - attribute: on a kernel that was launched with the attribute of dependent launches
 // - part: on a part of a native kernel
 // - fail:NAME, absent:NAME: a function of the driver fails, or is not there
 #include <cstdio>
@@ -25,7 +24,6 @@ struct Node {
   CUgraphNodeType type = CU_GRAPH_NODE_TYPE_KERNEL;
   const char* symbol = "_Z8ordinaryPf";
   bool has_handle = false;
-  bool has_attribute = false;
   std::vector<CUgraphEdgeData> incoming = {};
   unsigned ctas = 132;
   unsigned threads = 384;
@@ -80,12 +78,6 @@ CUresult node_parameters(CUgraphNode node, CUDA_KERNEL_NODE_PARAMS* parameters) 
   return result_of("cuGraphKernelNodeGetParams");
 }
 
-CUresult node_attribute(CUgraphNode node, CUkernelNodeAttrID id, CUkernelNodeAttrValue* value) {
-  if (id != CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION) return CUDA_ERROR_INVALID_VALUE;
-  value->programmaticStreamSerializationAllowed = at(node).has_attribute ? 1 : 0;
-  return result_of("cuGraphKernelNodeGetAttribute");
-}
-
 CUresult node_dependencies(CUgraphNode node, CUgraphNode*, CUgraphEdgeData* data, size_t* count) {
   *count = std::min(*count, at(node).incoming.size());
   std::copy_n(at(node).incoming.begin(), *count, data);
@@ -117,7 +109,6 @@ void* found_function(const std::string& name) {
   if (name == "cuStreamGetCaptureInfo") return reinterpret_cast<void*>(&capture_info);
   if (name == "cuGraphNodeGetType") return reinterpret_cast<void*>(&node_type);
   if (name == "cuGraphKernelNodeGetParams") return reinterpret_cast<void*>(&node_parameters);
-  if (name == "cuGraphKernelNodeGetAttribute") return reinterpret_cast<void*>(&node_attribute);
   if (name == "cuGraphNodeGetDependencies") return reinterpret_cast<void*>(&node_dependencies);
   if (name == "cuFuncGetName") return reinterpret_cast<void*>(&function_name);
   if (name == "cuKernelGetName") return reinterpret_cast<void*>(&kernel_name);
@@ -149,9 +140,8 @@ void take(const std::string& fact) {
   if (fact == "pack") add({CU_GRAPH_NODE_TYPE_KERNEL, "_ZN5w4a166native11pack_kernelILi1EEEvNS0_4PackE"});
   if (fact == "cutlass") add({CU_GRAPH_NODE_TYPE_KERNEL, "_ZN7cutlass13device_kernelIN5w4a16E"});
   if (fact == "copy") add({CU_GRAPH_NODE_TYPE_MEMCPY});
-  if (fact == "edge") add({CU_GRAPH_NODE_TYPE_KERNEL, "_Z6tritonPf", false, false, {kFull, kProgrammatic}});
-  if (fact == "other_edge") add({CU_GRAPH_NODE_TYPE_KERNEL, "_Z6tritonPf", false, false, {kStarted}});
-  if (fact == "attribute") add({CU_GRAPH_NODE_TYPE_KERNEL, "_Z6tritonPf", true, true});
+  if (fact == "edge") add({CU_GRAPH_NODE_TYPE_KERNEL, "_Z6tritonPf", false, {kFull, kProgrammatic}});
+  if (fact == "other_edge") add({CU_GRAPH_NODE_TYPE_KERNEL, "_Z6tritonPf", false, {kStarted}});
   if (fact == "part") add({CU_GRAPH_NODE_TYPE_KERNEL, kNative}, kProgrammatic);
   if (fact.substr(0, colon) == "fail") failing.insert(fact.substr(colon + 1));
   if (fact.substr(0, colon) == "absent") absent.insert(fact.substr(colon + 1));

@@ -681,11 +681,6 @@ static CUresult node_parameters(CUgraphNode, CUDA_KERNEL_NODE_PARAMS* parameters
   return CUDA_SUCCESS;
 }
 
-static CUresult node_attribute(CUgraphNode, CUkernelNodeAttrID, CUkernelNodeAttrValue* value) {
-  *value = {};
-  return CUDA_SUCCESS;
-}
-
 static CUresult node_dependencies(CUgraphNode, CUgraphNode*, CUgraphEdgeData*, size_t* count) {
   *count = 0;
   return CUDA_SUCCESS;
@@ -705,7 +700,6 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, 
       {"cuStreamGetCaptureInfo", reinterpret_cast<void*>(&capture_info)},
       {"cuGraphNodeGetType", reinterpret_cast<void*>(&node_type)},
       {"cuGraphKernelNodeGetParams", reinterpret_cast<void*>(&node_parameters)},
-      {"cuGraphKernelNodeGetAttribute", reinterpret_cast<void*>(&node_attribute)},
       {"cuGraphNodeGetDependencies", reinterpret_cast<void*>(&node_dependencies)},
       {"cuFuncGetName", reinterpret_cast<void*>(&function_name)},
       {"cuKernelGetName", reinterpret_cast<void*>(&unknown)},

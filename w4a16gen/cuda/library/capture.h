@@ -42,17 +42,16 @@ class Capture {
     if (parameters_(node, &parameters) == CUDA_SUCCESS && is_native(parameters)) {
       return is_paired(parameters, sm_count) ? Previous::kPaired : Previous::kParticipant;
     }
-    const bool takes_part = has_attribute(node) || has_programmatic_edge(node);
-    return takes_part ? Previous::kParticipant : Previous::kOrdinary;
+    return has_programmatic_edge(node) ? Previous::kParticipant : Previous::kOrdinary;
   }
 
  private:
   static constexpr unsigned kVersion = 12030;  // the first with data of edges
 
   bool has_functions() const {
-    return capture_info_ != nullptr && type_ != nullptr && parameters_ != nullptr && attribute_ != nullptr &&
-           dependencies_ != nullptr && function_name_ != nullptr && kernel_name_ != nullptr &&
-           function_attribute_ != nullptr && function_of_kernel_ != nullptr;
+    return capture_info_ != nullptr && type_ != nullptr && parameters_ != nullptr && dependencies_ != nullptr &&
+           function_name_ != nullptr && kernel_name_ != nullptr && function_attribute_ != nullptr &&
+           function_of_kernel_ != nullptr;
   }
 
   bool find_only_dependency(cudaStream_t stream, CUgraphNode* node) const {
@@ -92,13 +91,7 @@ class Capture {
            2 * (shared_bytes + kReservedSharedBytes) <= kSharedBytesPerSm;
   }
 
-  bool has_attribute(CUgraphNode node) const {
-    CUkernelNodeAttrValue value{};
-    const CUresult result = attribute_(node, CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, &value);
-    return result == CUDA_SUCCESS && value.programmaticStreamSerializationAllowed != 0;
-  }
-
-  // A capture may turn the attribute into the type of an edge.
+  // A capture turns a launch's attribute into the type of an edge. A node has no such attribute.
   bool has_programmatic_edge(CUgraphNode node) const {
     std::array<CUgraphNode, 8> nodes{};  // a dependent launch has one dependency, or a few by events
     std::array<CUgraphEdgeData, 8> edges{};
@@ -118,7 +111,6 @@ class Capture {
   decltype(&cuStreamGetCaptureInfo_v3) capture_info_ = find<decltype(capture_info_)>("cuStreamGetCaptureInfo");
   decltype(&cuGraphNodeGetType) type_ = find<decltype(type_)>("cuGraphNodeGetType");
   decltype(&cuGraphKernelNodeGetParams) parameters_ = find<decltype(parameters_)>("cuGraphKernelNodeGetParams");
-  decltype(&cuGraphKernelNodeGetAttribute) attribute_ = find<decltype(attribute_)>("cuGraphKernelNodeGetAttribute");
   decltype(&cuGraphNodeGetDependencies_v2) dependencies_ = find<decltype(dependencies_)>("cuGraphNodeGetDependencies");
   decltype(&cuFuncGetName) function_name_ = find<decltype(function_name_)>("cuFuncGetName");
   decltype(&cuKernelGetName) kernel_name_ = find<decltype(kernel_name_)>("cuKernelGetName");
