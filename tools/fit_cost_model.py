@@ -42,7 +42,9 @@ SAMPLE = DATA_FOLDER / "h200_sample.csv.xz"
 """All kernels that may be fastest somewhere, and cuBLAS, on random problems; the rates are fitted to it."""
 SAMPLE_BEFORE = DATA_FOLDER / "h200_sample_before.csv.xz"
 """Times of kernels before their code changed. They count where `SAMPLE` has fewer than `FEWEST_TIMES` of a kernel."""
-OTHER_CARDS = tuple(DATA_FOLDER / f"h200_{name}.csv.xz" for name in ("more_tiles", "candidates", "graph_sizes"))
+OTHER_CARDS = tuple(
+    DATA_FOLDER / f"h200_{name}.csv.xz" for name in ("more_tiles", "candidates", "graph_sizes", "wider_set")
+)
 """Times by other H200s: of tiles of sixteen more numbers of tokens, and of the kernels that space `default` was chosen
 among, on random problems and on those with the token counts of CUDA graphs. Each file has kernels that `SAMPLE` has
 too."""

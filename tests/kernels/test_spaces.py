@@ -120,7 +120,7 @@ def test_default_has_every_mode_with_the_same_tiles_of_8_to_200_tokens() -> None
     assert set(by_mode) == set(QuantMode)
     for mode in QuantMode:
         tokens = {config.cta.tokens for config in select("default", Filter(modes=[mode]))}
-        assert set(range(8, 145, 8)) | {160, 168, 176, 200} == tokens
+        assert set(range(8, 201, 8)) == tokens
     shapes = [{c.shape_name for c in select("default", Filter(modes=[mode]))} for mode in QuantMode]
     assert shapes[0] == shapes[1] == shapes[2]
 
@@ -170,16 +170,16 @@ CTA, CLUSTER = CtaShape.parse, ClusterShape.parse
 @pytest.mark.parametrize(
     ("wanted", "space", "count"),
     [
-        (Filter(), "default", 189),
-        (Filter(modes=[QuantMode.PER_COLUMN_SCALE_ONLY]), "default", 63),
+        (Filter(), "default", 234),
+        (Filter(modes=[QuantMode.PER_COLUMN_SCALE_ONLY]), "default", 78),
         (Filter([CTA("128x256x64")], [CLUSTER("2x1x1")]), "trtllm-native", 3),
         (Filter(targets=[Target.CUTLASS]), "trtllm", 63),
         (Filter([CTA("64x8x128")], [CLUSTER("1x2x1")]), "native", 18),
         (Filter([CTA("64x8x128"), CTA("128x128x64")]), "default", 27),
         (Filter([CTA("256x64x64")], [CLUSTER("4x1x1")]), "all", 9),
-        (Filter(epilogues=[Epilogue.NONE]), "default", 189),
-        (Filter(epilogues=[Epilogue.GATED]), "default", 189),
-        (Filter(epilogues=[Epilogue.GATED, Epilogue.NONE, Epilogue.GATED]), "default", 378),
+        (Filter(epilogues=[Epilogue.NONE]), "default", 234),
+        (Filter(epilogues=[Epilogue.GATED]), "default", 234),
+        (Filter(epilogues=[Epilogue.GATED, Epilogue.NONE, Epilogue.GATED]), "default", 468),
         (Filter([CTA("128x256x64")], [CLUSTER("2x1x1")], epilogues=list(Epilogue)), "trtllm-native", 9),
     ],
     ids=str,

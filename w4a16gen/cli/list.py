@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from w4a16gen.kernels.config import ClusterShape, CtaShape, Epilogue, KernelConfig, QuantMode, Target
     from w4a16gen.kernels.spaces import Filter, Reason
 
-NAMED_KERNELS = 64
+NAMED_KERNELS = 80
 """The most kernels that a terminal shows one by one; more are shown by shape."""
-NAMED_SHAPES = 64
+NAMED_SHAPES = 80
 """The most shapes that a terminal shows one by one; more are shown by CTA shape."""
 
 

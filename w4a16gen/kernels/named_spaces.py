@@ -68,6 +68,8 @@ _DEFAULT_SHAPES = frozenset(
         "cta64x24x128_cluster1x1x4_warpgroups4_persistent",
         "cta64x32x128_cluster1x1x1_warpgroups4_persistent",
         "cta64x32x128_cluster1x1x2_warpgroups2_persistent",
+        "cta64x32x128_cluster1x1x4_warpgroups2_persistent",
+        "cta64x40x128_cluster1x1x1_warpgroups2_persistent",
         "cta64x40x128_cluster1x1x2_warpgroups2_persistent",
         "cta64x48x128_cluster1x1x1_warpgroups2_persistent",
         "cta64x48x128_cluster1x1x2_warpgroups2_persistent",
@@ -91,37 +93,50 @@ _DEFAULT_SHAPES = frozenset(
         "cta128x48x128_cluster1x1x1_warpgroups4_persistent",
         "cta128x64x128_cluster1x1x1_warpgroups2_persistent",
         "cta128x64x128_cluster1x1x1_warpgroups2_streamk",
+        "cta128x72x128_cluster1x1x1_warpgroups2_persistent",
+        "cta128x80x128_cluster2x1x1_warpgroups2_streamk",
         "cta128x88x128_cluster1x1x1_warpgroups2_persistent",
+        "cta128x96x128_cluster1x1x1_warpgroups2_persistent",
         "cta128x96x128_cluster2x1x1_warpgroups2_streamk",
         "cta128x104x128_cluster1x1x1_warpgroups2_persistent",
+        "cta128x104x128_cluster2x1x1_warpgroups2_streamk",
         "cta128x112x128_cluster1x1x1_warpgroups2_persistent",
+        "cta128x112x128_cluster2x1x1_warpgroups2_streamk",
         "cta128x120x128_cluster1x1x1_warpgroups2_persistent",
         "cta128x120x128_cluster2x1x1_warpgroups2_streamk",
         "cta128x128x64_cluster1x1x1_warpgroups2_persistent",
         "cta128x128x64_cluster1x1x2_warpgroups2_persistent",
         "cta128x128x64_cluster2x1x1_warpgroups2_streamk",
         "cta128x136x64_cluster1x1x1_warpgroups2_persistent",
+        "cta128x136x64_cluster2x1x1_warpgroups2_streamk",
         "cta128x144x64_cluster1x1x1_warpgroups2_persistent",
         "cta128x144x64_cluster2x1x1_warpgroups2_streamk",
+        "cta128x152x64_cluster1x1x1_warpgroups2_persistent",
         "cta128x160x64_cluster1x1x1_warpgroups2_persistent",
         "cta128x160x64_cluster2x1x1_warpgroups2_streamk",
         "cta128x168x64_cluster2x1x1_warpgroups2_persistent",
         "cta128x176x64_cluster2x1x1_warpgroups2_persistent",
+        "cta128x184x64_cluster1x1x1_warpgroups2_persistent",
+        "cta128x192x64_cluster1x1x1_warpgroups2_persistent",
+        "cta128x192x64_cluster1x1x1_warpgroups2_streamk",
         "cta128x200x64_cluster1x1x1_warpgroups2_persistent",
         "cta256x8x128_cluster1x1x1_warpgroups4_persistent",
         "cta256x24x128_cluster1x1x1_warpgroups4_streamk",
+        "cta256x40x128_cluster1x1x1_warpgroups2_streamk",
         "cta256x56x128_cluster1x1x1_warpgroups2_streamk",
         "cta256x64x128_cluster1x1x1_warpgroups2_persistent",
         "cta256x64x128_cluster1x1x1_warpgroups2_streamk",
         "cta256x72x128_cluster1x1x1_warpgroups2_persistent",
+        "cta256x112x64_cluster1x1x1_warpgroups2_persistent",
+        "cta256x120x64_cluster2x1x1_warpgroups2_persistent",
         "cta256x128x64_cluster1x1x1_warpgroups2_persistent",
         "cta256x128x64_cluster2x1x1_warpgroups2_persistent",
     }
 )
 """The kernels of space `default`, by `KernelConfig.shape_name`: a set that loses little to the kernels that H200s timed
-on 374 random problems, and on 321 with the token counts of CUDA graphs (2026-11). Estimates for 1,920 problems of an
-H100 and an H200 count too. Kernels of up to 16 tokens were kept from the set before: chains of dependent launches need
-them. So was the largest tile, for problems that power limits. Three more keep the speed of layers of the first set."""
+on some 1,400 problems, a third of them with the token counts of CUDA graphs (2026-11). Estimates for 1,400 problems of
+an H100 and an H200 count too. Kernels of up to 16 tokens are there for chains of dependent launches, the largest tile
+for problems that power limits, and three more for layers of the first set."""
 
 
 def _not_in_default(config: KernelConfig) -> str | None:
