@@ -68,6 +68,7 @@ EDITS = {
     "library/registry.h": {"link"},
     "library/checks.h": {"link"},
     "library/gemm.h": {"link"},
+    "library/epoch.h": {"link"},
     "library/experts.h": {"native", "link"},
     "library/library.cpp": {"link"},
     "library/experts.cpp": {"link"},

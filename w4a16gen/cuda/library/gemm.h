@@ -6,6 +6,7 @@
 #include "library/capture.h"
 #include "library/checks.h"
 #include "library/epilogue.h"
+#include "library/epoch.h"
 #include "library/experts.h"
 
 namespace w4a16 {
@@ -125,6 +126,7 @@ inline w4a16_status multiply(const Kernel& kernel, Launch launch, char* message,
   const ResolvedLaunch resolved = resolved_launch(arguments.dependent_launch, arguments.stream, device.sm_count);
   launch.arguments.dependent_launch = resolved.kind;
   launch.one_cta_per_sm = resolved.one_cta_per_sm;
+  launch.epoch = next_epoch();
   const cudaError_t error = kernel.launch(launch);
   if (error == cudaSuccess) return report(W4A16_OK, {}, message, message_bytes);
   sentence = std::string("launch of ") + kernel.info.name + " failed: " + cudaGetErrorString(error);

@@ -33,6 +33,7 @@ struct Launch {
   // Whether each SM takes one CTA of a dependent launch at most, if all CTAs fit so. Those of a launch that finds no
   // room beside the CTAs before it go to the first SMs that become free, two to each if they can, and others stay idle.
   bool one_cta_per_sm = false;
+  uint64_t epoch = 0;  // no other launch has the same
 };
 
 // Functions that measure the GPU instead of a kernel: see w4a16_probe_read and w4a16_probe_multiply.

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <atomic>
-#include <random>
 
 #include "library/driver.h"
 #include "library/kernel.h"
@@ -145,15 +144,6 @@ inline cudaError_t launch_function(const Function& function, int device, const c
   return cudaLaunchKernelExC(&configuration, function.address, arguments);
 }
 
-// Returns a number that no other launch has. Uninitialised memory equals it with probability 2^-63.
-inline uint64_t next_epoch() {
-  static std::atomic<uint64_t> next = [] {
-    std::random_device random;
-    return uint64_t{random()} << 32 | random() | 1;
-  }();
-  return next.fetch_add(2, std::memory_order_relaxed);
-}
-
 // Stream-K needs room for the partial sums of every CTA. How many clusters run at once is known only once the kernel is
 // loaded; it is never more than this.
 template <class S>
@@ -254,7 +244,7 @@ cudaError_t launch(const Launch& launch) {
   parameters.dependents_start_early = dependents_start_early<S>(ctas, clusters_at_once);
   if constexpr (S::StreamK) {
     parameters.workspace = static_cast<uint8_t*>(given.workspace);
-    parameters.epoch = next_epoch();
+    parameters.epoch = launch.epoch;
   }
 
   cudaLaunchAttribute attributes[2] = {};
