@@ -18,7 +18,7 @@ from processes import heed_interrupts
 
 from w4a16gen.build.link import STEPS
 from w4a16gen.build.pipeline import build, compiled
-from w4a16gen.build.units import COMPILE_COSTS, CompileCost, plan_jobs, plan_units, split_evenly
+from w4a16gen.build.units import COMPILE_COSTS, CompileCost, functions_of, plan_jobs, plan_units, split_evenly
 from w4a16gen.cli import main
 from w4a16gen.errors import BuildLockedError
 from w4a16gen.kernels.config import Target
@@ -199,7 +199,7 @@ def test_the_manifest_says_what_each_kernel_cost(fake_build: Build) -> None:
     for kernel in manifest.kernels:
         assert kernel.compile_cpu_seconds >= 0
         assert kernel.compile_peak_bytes > 1e6
-        assert 1 <= kernel.unit_kernels <= CUTLASS_COST.max_kernels
+        assert 1 <= kernel.unit_kernels <= CUTLASS_COST.max_functions
     assert Manifest.from_json(json.loads(json.dumps(manifest.as_json()))) == manifest
 
 
@@ -233,6 +233,17 @@ def test_units_cover_everything_once() -> None:
     parts = split_evenly(configs, 8)
     assert [config for part in parts for config in part] == configs
     assert {len(part) for part in parts} == {7, 8}
+
+
+@pytest.mark.parametrize(("cores", "units"), [(1, 10), (2, 10), (4, 12), (8, 16), (64, 64), (512, 189)])
+def test_native_units_take_about_the_same_time(cores: int, units: int) -> None:
+    configs = enumerate_space("default")
+    planned = plan_units(configs, cores, memory=float("inf"))
+    assert [config for unit in planned for config in unit] == configs
+    sizes = [sum(map(functions_of, unit)) for unit in planned]
+    assert len(sizes) <= units
+    most = max(map(functions_of, configs))
+    assert max(sizes) < sum(sizes) / units + most
 
 
 def test_a_unit_is_of_one_family() -> None:

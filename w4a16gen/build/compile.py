@@ -11,7 +11,7 @@ from typing import Any
 from w4a16gen.build.causes import is_killed
 from w4a16gen.build.nvcc import Compiled, compile_unit
 from w4a16gen.build.objects import Failure, keep, sources_of
-from w4a16gen.build.units import COMPILE_COSTS, CompiledUnit, plan_units
+from w4a16gen.build.units import COMPILE_COSTS, CompiledUnit, functions_of, plan_units
 from w4a16gen.executors.executor import Executor
 from w4a16gen.executors.place import Place, WorkerLostError
 from w4a16gen.executors.waiting import wait_for_any
@@ -57,7 +57,7 @@ def compile_kernels(
     """The units in work, and whether each runs alone."""
 
     def start(part: tuple[KernelConfig, ...]) -> None:
-        memory = COMPILE_COSTS[part[0].target].peak_bytes(len(part))
+        memory = COMPILE_COSTS[part[0].target].peak_bytes(sum(map(functions_of, part)))
         future = executor.submit(compile_unit, sources_of(part), memory=memory, on_item=_elsewhere_if_spoiled())
         running[future] = part, executor.slots == 1
 

@@ -1,14 +1,14 @@
 """Cached objects: which kernels are compiled together, and which compiled objects can be used again.
 
-Kernels share a compile unit because they share most of the compile time: with nvcc 13.0 a unit of one CUTLASS kernel
-takes 31 to 46 CPU-seconds and 4 GB, a unit of six CTA shapes 100 CPU-seconds and 8.5 GB, and a unit of eight kernels of
-two CTA shapes 63 CPU-seconds and 5.1 GB (2 cores, 2026-11).
+Kernels share a compile unit because they share compile time. With nvcc 13.0 a unit of one CUTLASS kernel takes 31 to 46
+CPU-seconds and 4 GB, a unit of six CTA shapes 100 CPU-seconds and 8.5 GB, and a unit of eight kernels of two CTA shapes
+63 CPU-seconds and 5.1 GB (2 cores, 2026-11). A unit of native kernels takes 2 CPU-seconds for headers, and half of one
+for each function of its kernels.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from w4a16gen.build.install import pip_install
 from w4a16gen.build.toolchain import Toolchain, compiler_identity, require
 from w4a16gen.build.versions import cutlass_version
 from w4a16gen.files import file_digest, has_digest, read_sealed, seal
-from w4a16gen.kernels.config import KernelConfig, Target
+from w4a16gen.kernels.config import KernelConfig, QuantMode, Target
 from w4a16gen.kernels.render import render_kernel
 
 OBJECT_SCHEMA = "w4a16gen.object/1"
@@ -35,30 +35,38 @@ FLAGS = (
 
 @dataclass(frozen=True)
 class CompileCost:
-    """Peak memory of compiling kernels of one family, for planning; and how many of them a unit may have."""
+    """Peak memory of compiling functions of one family, for planning; and how many of them a unit may have."""
 
     unit_bytes: float
-    """Peak memory of a unit of one kernel."""
-    kernel_bytes: float
-    """Peak memory that each further kernel of the unit adds."""
-    max_kernels: int = 8
+    """Peak memory of a unit of one function."""
+    function_bytes: float
+    """Peak memory that each further function of the unit adds."""
+    max_functions: int
 
-    def peak_bytes(self, kernels: int) -> float:
+    def peak_bytes(self, functions: int) -> float:
         """Return the peak memory of a unit."""
-        return self.unit_bytes + self.kernel_bytes * (kernels - 1)
+        return self.unit_bytes + self.function_bytes * (functions - 1)
 
     def fitting(self, memory: float) -> int:
-        """Return how many kernels a unit may have in this memory; 0 if not even one fits."""
+        """Return how many functions a unit may have in this memory; 0 if not even one fits."""
         if memory < self.unit_bytes:
             return 0
-        return int(min(self.max_kernels, (memory - self.unit_bytes) // self.kernel_bytes + 1))
+        return int(min(self.max_functions, (memory - self.unit_bytes) // self.function_bytes + 1))
 
 
 COMPILE_COSTS = {
-    Target.NATIVE: CompileCost(unit_bytes=0.35e9, kernel_bytes=0.02e9),
-    Target.CUTLASS: CompileCost(unit_bytes=4.0e9, kernel_bytes=0.9e9),
+    Target.NATIVE: CompileCost(unit_bytes=0.35e9, function_bytes=0.005e9, max_functions=48),
+    Target.CUTLASS: CompileCost(unit_bytes=4.0e9, function_bytes=0.9e9, max_functions=8),
 }
-"""Measured with nvcc 13.0 and, for native, 13.5 (2 cores, 2026-11)."""
+"""Measured with nvcc 13.0 and, for native, 13.5 (2 cores, 2026-11). Larger native units would save little more."""
+
+
+def functions_of(config: KernelConfig) -> int:
+    """Return how many functions a kernel has on the device; compiling takes about the same time for each.
+
+    Native kernels with several scales per channel have a function for each number of scale rows that a block may have.
+    """
+    return 3 if config.target is Target.NATIVE and config.mode is not QuantMode.PER_COLUMN_SCALE_ONLY else 1
 
 
 @dataclass(frozen=True)
@@ -111,11 +119,11 @@ def _headers_digest(headers: Headers, toolchain: Toolchain) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def plan_jobs(kernels: int, cores: int, memory: float, cost: CompileCost) -> tuple[int, int]:
-    """Split kernels of one family into compile units.
+def plan_jobs(functions: int, cores: int, memory: float, cost: CompileCost) -> tuple[int, int]:
+    """Split the functions of one family into compile units.
 
     Args:
-        kernels: how many are to be compiled.
+        functions: how many are to be compiled.
         cores: how many processes may run at once.
         memory: bytes that may be used.
         cost: of the family.
@@ -123,22 +131,28 @@ def plan_jobs(kernels: int, cores: int, memory: float, cost: CompileCost) -> tup
     Returns:
         The number of units, as equal as possible, and how many of them to compile at once.
     """
-    if kernels == 0:
+    if functions == 0:
         return 0, 0
-    for jobs in range(min(cores, kernels), 0, -1):
-        size = min(cost.max_kernels, -(-kernels // jobs))
+    for jobs in range(min(cores, functions), 0, -1):
+        size = min(cost.max_functions, -(-functions // jobs))
         fitting = cost.fitting(memory / jobs)
         if fitting >= 1 or jobs == 1:
             size = max(1, min(size, fitting))
-            rounds = -(-kernels // (size * jobs))
-            return min(kernels, rounds * jobs), jobs
+            rounds = -(-functions // (size * jobs))
+            return min(functions, rounds * jobs), jobs
     raise AssertionError  # jobs == 1 always returns
 
 
 def split_evenly(configs: Sequence[KernelConfig], parts: int) -> list[tuple[KernelConfig, ...]]:
-    """Cut a list into contiguous parts whose sizes differ by at most one."""
-    bounds = [len(configs) * part // parts for part in range(parts + 1)]
-    return [tuple(configs[start:stop]) for start, stop in itertools.pairwise(bounds)]
+    """Cut a list into at most so many contiguous parts, whose numbers of functions differ as little as possible."""
+    total = sum(map(functions_of, configs))
+    split: dict[int, list[KernelConfig]] = {}
+    before = 0
+    for config in configs:
+        functions = functions_of(config)
+        split.setdefault((2 * before + functions) * parts // (2 * total), []).append(config)
+        before += functions
+    return [tuple(part) for part in split.values()]
 
 
 def plan_units(configs: Iterable[KernelConfig], cores: int, memory: float) -> list[tuple[KernelConfig, ...]]:
@@ -146,8 +160,8 @@ def plan_units(configs: Iterable[KernelConfig], cores: int, memory: float) -> li
     units = []
     for target in sorted(COMPILE_COSTS, key=lambda target: -COMPILE_COSTS[target].unit_bytes):
         members = [config for config in configs if config.target is target]
-        count, _ = plan_jobs(len(members), cores, memory, COMPILE_COSTS[target])
-        units += split_evenly(members, count) if count else []
+        count, _ = plan_jobs(sum(map(functions_of, members)), cores, memory, COMPILE_COSTS[target])
+        units += split_evenly(members, count)
     return units
 
 
