@@ -144,7 +144,7 @@ def plan_jobs(functions: int, cores: int, memory: float, cost: CompileCost) -> t
 
 
 def split_evenly(configs: Sequence[KernelConfig], parts: int) -> list[tuple[KernelConfig, ...]]:
-    """Cut a list into at most so many contiguous parts, whose numbers of functions differ as little as possible."""
+    """Cut a list into contiguous parts with about as many functions each; none of them is empty."""
     total = sum(map(functions_of, configs))
     split: dict[int, list[KernelConfig]] = {}
     before = 0
