@@ -59,11 +59,11 @@ def _blocks(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
     symbol, body = "", list[str]()
     for line in lines:
         header = _FUNCTION.match(line)
-        if header is not None:
+        if header is not None or line.startswith("Fatbin"):  # a compile unit begins, with lines of its own
             if symbol:
                 yield symbol, "\n".join(body)
-            symbol, body = header[1], []
-        elif symbol and (text := line.strip()) and not text.startswith(("Fatbin", "=====", "arch =", "code version")):
+            symbol, body = header[1] if header else "", []
+        elif symbol and (text := line.strip()):
             body.append(re.sub(r"\s+", " ", text))
     if symbol:
         yield symbol, "\n".join(body)

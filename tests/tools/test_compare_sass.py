@@ -13,7 +13,9 @@ SASS = """
 Fatbin elf code:
 ================
 arch = sm_90a
+host = linux
 
+	code for sm_90a
 		Function : _ZN5w4a166native6kernelINS_63{name}ELi{rows}EEEvNS0_{type}E
 	.headerflags	@"EF_CUDA_SM90"
         /*0000*/                   LDC R1, c[0x0][{address}] ;   /* 0x00000a00ff017b82 */
@@ -27,9 +29,12 @@ def tool() -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "tools" / "compare_sass.py"))
 
 
+def sass(rows: int = 1, address: str = "0x28", name: str = "10Parameters") -> str:
+    return SASS.format(name=NAME, rows=rows, type=name, address=address)
+
+
 def functions(tool: dict[str, Any], rows: int = 1, address: str = "0x28", name: str = "10Parameters") -> Any:
-    text = SASS.format(name=NAME, rows=rows, type=name, address=address)
-    return tool["functions_of"](text.splitlines())
+    return tool["functions_of"](sass(rows, address, name).splitlines())
 
 
 def test_a_renamed_parameter_type_is_no_difference(tool: dict[str, Any]) -> None:
@@ -41,6 +46,11 @@ def test_another_constant_address_is_a_difference(tool: dict[str, Any]) -> None:
     (difference,) = tool["differences"](functions(tool), functions(tool, address="0x30"))
     assert f"{NAME}<1>: 3 and 3 lines, line 1" in difference
     assert "c[0x0][0x30]" in difference
+
+
+def test_another_division_into_units_is_no_difference(tool: dict[str, Any]) -> None:
+    twice, once = (tool["functions_of"]((sass() * units).splitlines()) for units in (2, 1))
+    assert tool["differences"](twice, once) == []
 
 
 def test_a_missing_and_a_new_function_are_differences(tool: dict[str, Any]) -> None:
