@@ -235,7 +235,7 @@ def test_units_cover_everything_once() -> None:
     assert {len(part) for part in parts} == {7, 8}
 
 
-@pytest.mark.parametrize(("cores", "units"), [(1, 10), (2, 10), (4, 12), (8, 16), (64, 64), (512, 189)])
+@pytest.mark.parametrize(("cores", "units"), [(1, 12), (2, 12), (4, 12), (8, 16), (64, 64), (512, 237)])
 def test_native_units_take_about_the_same_time(cores: int, units: int) -> None:
     configs = enumerate_space("default")
     planned = plan_units(configs, cores, memory=float("inf"))

@@ -207,7 +207,7 @@ class CostModel:
         weights: float,
         card: Card = H100,
         *,
-        fills_sms_first: bool = True,
+        paired_share: float | None = None,
     ) -> Work:
         """Return what a native kernel does in a number of token tiles.
 
@@ -217,7 +217,8 @@ class CostModel:
             token_tiles: tiles of `cta.tokens` x `cluster.tokens` tokens.
             weights: how many weights of these sizes are read.
             card: the GPU.
-            fills_sms_first: whether no SM gets a second tile while another one has none.
+            paired_share: the share of tiles that come in pairs where two CTAs share an SM, also where there are fewer
+                tiles than SMs; None takes the model's, of grids that give each SM a tile before any gets two.
         """
         cta, cluster = config.cta, config.cluster
         size = cluster.channels * cluster.tokens * cluster.k
@@ -235,9 +236,10 @@ class CostModel:
             read_apart = self._read_apart(config, problem, tiles, _split_tiles(tiles, at_once * ctas_per_sm))
         else:
             own_tiles = float(max(1, -(-tiles // at_once)))
-            if ctas_per_sm > 1 and (own_tiles > 1 or not fills_sms_first):
+            if ctas_per_sm > 1 and (own_tiles > 1 or paired_share is not None):
+                share = self.constants.paired_share if paired_share is None else paired_share
                 in_pairs = 2 * -(-tiles // (2 * at_once))
-                own_tiles += self.constants.paired_share * (in_pairs - own_tiles)
+                own_tiles += share * (in_pairs - own_tiles)
             blocks = own_tiles * -(-k_blocks // cluster.k)
         return Work(
             tiles=own_tiles,

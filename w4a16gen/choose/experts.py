@@ -15,6 +15,10 @@ from w4a16gen.kernels.arrangement import MAX_UNSORTED_ROUTES, UNSORTED_TOKENS, t
 from w4a16gen.kernels.config import Epilogue, KernelConfig, QuantMode, Scheduler
 from w4a16gen.kernels.problem import Problem, why_cannot_run
 
+PAIRED_SHARE = 0.75
+"""The share of tiles that come in pairs where two CTAs share an SM. It is larger than of dense products: grids are not
+padded, so a kernel's first CTAs share the SMs that the previous kernel leaves first."""
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -121,8 +125,7 @@ def microseconds(config: KernelConfig, problem: Problem, routing: Routing, card:
         rates = rates._replace(block_cycles=rates.block_cycles * (1 - saved))
     cycles = 0.0
     for tiles, share in ((fewest, 1 - more), (fewest + 1, more)):
-        # Grids are not padded, so a kernel's first CTAs share the SMs that the previous kernel leaves first.
-        work = model.work_on_tiles(like, whole, tiles, load.experts, card, fills_sms_first=False)
+        work = model.work_on_tiles(like, whole, tiles, load.experts, card, paired_share=PAIRED_SHARE)
         cycles += share * model.cycles(rates, work, card)
     return cycles / model.constants.cycles_per_microsecond
 

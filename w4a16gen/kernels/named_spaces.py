@@ -85,6 +85,7 @@ _DEFAULT_SHAPES = frozenset(
         "cta64x96x128_cluster1x1x2_warpgroups2_persistent",
         "cta64x112x128_cluster1x1x1_warpgroups2_persistent",
         "cta64x128x64_cluster1x1x2_warpgroups2_persistent",
+        "cta64x160x64_cluster1x1x1_warpgroups2_persistent",
         "cta128x8x128_cluster1x1x1_warpgroups4_persistent",
         "cta128x8x128_cluster1x1x2_warpgroups4_persistent",
         "cta128x16x128_cluster1x1x1_warpgroups4_persistent",
