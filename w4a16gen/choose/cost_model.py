@@ -67,7 +67,9 @@ class Constants:
     clusters_of_4: int
     """Clusters of four CTAs that an H100's 132 SMs hold at once, one CTA per SM."""
     paired_share: float
-    """The share of tiles that come in pairs where two CTAs share an SM: 0 none, 1 all."""
+    """The share of tiles that come in pairs where two CTAs without a cluster share an SM: 0 none, 1 all."""
+    paired_share_of_clusters: float
+    """The same of CTAs in clusters, whose last tiles spread over more SMs."""
     tensor_cycles: float
     """Fewest cycles for 64 channels x 128 values of K, per token of the tile: the tensor cores' peak."""
     packed_bytes_per_cycle: float
@@ -207,7 +209,7 @@ class CostModel:
         weights: float,
         card: Card = H100,
         *,
-        paired_share: float | None = None,
+        fills_sms_first: bool = True,
     ) -> Work:
         """Return what a native kernel does in a number of token tiles.
 
@@ -217,16 +219,15 @@ class CostModel:
             token_tiles: tiles of `cta.tokens` x `cluster.tokens` tokens.
             weights: how many weights of these sizes are read.
             card: the GPU.
-            paired_share: the share of tiles that come in pairs where two CTAs share an SM, also where there are fewer
-                tiles than SMs; None takes the model's, of grids that give each SM a tile before any gets two.
+            fills_sms_first: whether no SM gets a second tile while another one has none.
         """
-        cta, cluster = config.cta, config.cluster
+        cta, cluster, shared = config.cta, config.cluster, self.constants
         size = cluster.channels * cluster.tokens * cluster.k
         tiles = -(-problem.n // (cta.channels * cluster.channels)) * token_tiles
         k_blocks = -(-problem.k // PACKED_BLOCK_K)
         at_once = max(1, card.sm_count // size)
         if size == CLUSTER_SIZE_THAT_FITS_BADLY:
-            at_once = max(1, int(self.constants.clusters_of_4) * card.sm_count // H100.sm_count)
+            at_once = max(1, int(shared.clusters_of_4) * card.sm_count // H100.sm_count)
         ctas_per_sm = native_arrangement(config).ctas_per_sm
         sharing = read_apart = 0.0
         if config.scheduler is Scheduler.STREAM_K:
@@ -236,8 +237,8 @@ class CostModel:
             read_apart = self._read_apart(config, problem, tiles, _split_tiles(tiles, at_once * ctas_per_sm))
         else:
             own_tiles = float(max(1, -(-tiles // at_once)))
-            if ctas_per_sm > 1 and (own_tiles > 1 or paired_share is not None):
-                share = self.constants.paired_share if paired_share is None else paired_share
+            if ctas_per_sm > 1 and (own_tiles > 1 or not fills_sms_first):
+                share = shared.paired_share if size == 1 else shared.paired_share_of_clusters
                 in_pairs = 2 * -(-tiles // (2 * at_once))
                 own_tiles += share * (in_pairs - own_tiles)
             blocks = own_tiles * -(-k_blocks // cluster.k)

@@ -15,9 +15,8 @@ from w4a16gen.kernels.arrangement import MAX_UNSORTED_ROUTES, UNSORTED_TOKENS, t
 from w4a16gen.kernels.config import Epilogue, KernelConfig, QuantMode, Scheduler
 from w4a16gen.kernels.problem import Problem, why_cannot_run
 
-PAIRED_SHARE = 0.75
-"""The share of tiles that come in pairs where two CTAs share an SM. It is larger than of dense products: grids are not
-padded, so a kernel's first CTAs share the SMs that the previous kernel leaves first."""
+SAME_TIME = 1.01
+"""Estimates that differ by less do not tell pairs of kernels apart. The smaller tile multiplies less padding."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,8 @@ def microseconds(config: KernelConfig, problem: Problem, routing: Routing, card:
         rates = rates._replace(block_cycles=rates.block_cycles * (1 - saved))
     cycles = 0.0
     for tiles, share in ((fewest, 1 - more), (fewest + 1, more)):
-        work = model.work_on_tiles(like, whole, tiles, load.experts, card, paired_share=PAIRED_SHARE)
+        # Grids are not padded, so a kernel's first CTAs share the SMs that the previous kernel leaves first.
+        work = model.work_on_tiles(like, whole, tiles, load.experts, card, fills_sms_first=False)
         cycles += share * model.cycles(rates, work, card)
     return cycles / model.constants.cycles_per_microsecond
 
@@ -151,7 +151,8 @@ def choose_pair(
 ) -> tuple[KernelConfig, KernelConfig]:
     """Return the kernels of a layer of experts. They have equal CTA tokens, because one list of tiles serves both.
 
-    Few tokens get tiles of 8 tokens if both products can have them: these need no launch that sorts routes.
+    Few tokens get tiles of 8 tokens if both products can have them: these need no launch that sorts routes. Of pairs
+    that are estimated to take the same time, within 1 %, the one with the smallest tile is chosen.
 
     Args:
         configs: the grouped kernels that are built.
@@ -185,7 +186,8 @@ def choose_pair(
             f"the grouped kernels of mode {mode} with and without epilogue {gate_up[1]} have no tile in common: run "
             f"`w4a16gen build --space default --space experts --epilogue none --epilogue {gate_up[1]}`"
         )
-    return min(pairs)[1]
+    fastest = min(pairs)[0]
+    return next(kernels for microseconds, kernels in pairs if microseconds <= SAME_TIME * fastest)
 
 
 def choose_kernel(

@@ -115,8 +115,9 @@ struct Problem {
 // The constants that all kernels share, under the names of choose/cost_model.py.
 // clang-format off
 #define W4A16_CHOICE_CONSTANTS(X) \
-  X(cycles_per_microsecond) X(clusters_of_4) X(paired_share) X(tensor_cycles) X(packed_bytes_per_cycle) \
-  X(l2_bytes) X(overlap_loss) X(long_flops) X(sustained_factor) X(token_step) X(smallest_tile_tokens)
+  X(cycles_per_microsecond) X(clusters_of_4) X(paired_share) X(paired_share_of_clusters) \
+  X(tensor_cycles) X(packed_bytes_per_cycle) X(l2_bytes) X(overlap_loss) X(long_flops) X(sustained_factor) \
+  X(token_step) X(smallest_tile_tokens)
 // clang-format on
 struct Constants {
 #define W4A16_MEMBER(name) double name;
@@ -183,7 +184,8 @@ inline double estimate(const Constants& c, const Card& h100, const Kernel& kerne
   } else {
     own_tiles = std::max(1.0, divide_up(tiles, at_once));
     if (kernel.ctas_per_sm > 1 && own_tiles > 1) {
-      own_tiles += c.paired_share * (2 * divide_up(tiles, 2 * at_once) - own_tiles);
+      const double share = size == 1 ? c.paired_share : c.paired_share_of_clusters;
+      own_tiles += share * (2 * divide_up(tiles, 2 * at_once) - own_tiles);
     }
     blocks = own_tiles * divide_up(k_blocks, cluster[2]);
   }
