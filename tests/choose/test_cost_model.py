@@ -105,6 +105,21 @@ def test_waves_of_tiles_are_counted_by_the_sms_of_the_card() -> None:
     assert MODEL.work(config, problem, H100.resized(1)).tiles == 66
 
 
+@pytest.mark.parametrize(("cluster", "share"), [("1x1x1", 0.25), ("1x1x2", 0.5), ("1x1x4", 0.5)])
+def test_ctas_that_share_an_sm_take_turns_as_often_as_their_kind_does(cluster: str, share: float) -> None:
+    model = CostModel(replace(MODEL.constants, paired_share=0.25, paired_share_of_clusters=0.5), MODEL.rates)
+    config, at_once = kernel(f"cta64x16x128_cluster{cluster}_warps8_persistent"), {"1": 132, "2": 66, "4": 30}[cluster[-1]]
+
+    def tiles(count: int, *, fills_sms_first: bool = True) -> float:
+        problem = Problem(16, 64 * count, 4096, 128)
+        return model.work_on_tiles(config, problem, 1, 1, fills_sms_first=fills_sms_first).tiles
+
+    assert tiles(at_once) == 1, "an SM for each"
+    assert tiles(at_once, fills_sms_first=False) == 1 + share
+    assert [tiles(waves * at_once) for waves in (2, 3, 4)] == [2, 3 + share, 4], "pairs divide an even number of waves"
+    assert tiles(2 * at_once + 1) == 3 + share
+
+
 def test_stream_k_divides_the_last_waves_only() -> None:
     config = kernel("cta128x128x128_cluster2x1x1_warpgroups2_streamk")
     tile, clusters = 256, 66

@@ -11,9 +11,11 @@ import pytest
 from fakes.devices import H100, H200
 
 from w4a16gen import Epilogue, KernelConfig, Problem, QuantMode
+from w4a16gen.choose import experts as choosing
 from w4a16gen.choose.cards import card_of
 from w4a16gen.choose.cost_model import default_cost_model
 from w4a16gen.choose.experts import (
+    SAME_TIME,
     Routing,
     choose_kernel,
     choose_pair,
@@ -192,6 +194,27 @@ def test_a_pair_is_the_fastest_with_equal_tiles(model: tuple[int, int, int, int]
         if one.epilogue is Epilogue.GATED and one.cta.tokens == other.cta.tokens
     ]
     assert time(first, gate_up[0]) + time(second, down) == min(others)
+
+
+@pytest.mark.parametrize(
+    ("estimates", "chosen"),
+    [
+        ({8: 1.02, 64: 1.009, 80: 1.0}, 64),
+        ({8: 1.009, 64: 1.0, 80: 1.009}, 8),
+        ({8: 1.011, 64: 1.0, 80: 0.995}, 64),
+        ({8: 1.0, 64: 1.0, 80: 1.0}, 8),
+        ({8: 2.0, 64: 1.02, 80: 1.0}, 80),
+    ],
+    ids=str,
+)
+def test_of_pairs_that_take_the_same_time_the_smallest_tile_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, estimates: dict[int, float], chosen: int
+) -> None:
+    assert SAME_TIME == 1.01, "the estimates are beside it"
+    gate_up, down, routing = layer_of(MIXTRAL, 256)
+    monkeypatch.setattr(choosing, "microseconds", lambda config, *_: estimates.get(config.cta.tokens, 3.0))
+    first, second = choose_pair(reversed(KERNELS), FGS, gate_up, down, routing, CARD)
+    assert (first.cta.tokens, second.cta.tokens) == (chosen, chosen)
 
 
 def test_more_rows_get_larger_tiles() -> None:
