@@ -862,6 +862,12 @@ SIZES: list[tuple[str, dict[str, Any], str]] = [
     ("tokens below 0", {"tokens": -1}, "tokens of -1 must be 0 or more"),
     ("tokens of a fraction", {"tokens": 1.5}, "tokens of type float must be an integer"),
     ("no slots", {"slots": 0}, "slots of 0 must be 1 or more"),
+    ("tokens of 62 bits", {"tokens": 1 << 62}, r"tokens \* slots of 13835058055282163712 must be at most"),
+    (
+        "too many routes",
+        {"tokens": 1, "slots": (1 << 30) + 1},
+        r"slots of 1073741825 must be at most 1073741824: split",
+    ),
     ("no experts anywhere", {"global_experts": 0}, "global_experts of 0 must be 1 or more"),
     ("experts of text", {"global_experts": "9"}, "global_experts of type str must be an integer"),
     ("no experts", {"w13": None}, "w13 of type NoneType must be PackedExperts"),

@@ -13,7 +13,7 @@ from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.config import Epilogue, KernelConfig
 from w4a16gen.kernels.epilogue import Activation
 from w4a16gen.kernels.integers import integer
-from w4a16gen.kernels.problem import Problem
+from w4a16gen.kernels.problem import MAX_DIMENSION, Problem
 from w4a16gen.runtime.arrays import check, check_activations_shape, view
 from w4a16gen.runtime.bindings import Bindings, numbers_of
 from w4a16gen.runtime.calls import GemmOptions
@@ -208,9 +208,14 @@ class ExpertLauncher:
             pair: the kernels of both products, of equal CTA tokens; None chooses them.
 
         Raises:
+            InvalidValueError: if there are more routes than kernels count.
             NotBuiltError: if the build has not the kernels.
             UnsupportedProblemError: if none can run a product.
         """
+        if sizes.routes > MAX_DIMENSION:
+            raise InvalidValueError(
+                f"tokens * slots of {sizes.routes} must be at most {MAX_DIMENSION}: split the tokens"
+            )
         return self._planned(sizes, self._card_of(device), invariant, pair)
 
     def _plan(self, sizes: MoeSizes, card: Card, invariant: bool, pair: Pair | None) -> MoePlan:
