@@ -108,7 +108,10 @@ def test_waves_of_tiles_are_counted_by_the_sms_of_the_card() -> None:
 @pytest.mark.parametrize(("cluster", "share"), [("1x1x1", 0.25), ("1x1x2", 0.5), ("1x1x4", 0.5)])
 def test_ctas_that_share_an_sm_take_turns_as_often_as_their_kind_does(cluster: str, share: float) -> None:
     model = CostModel(replace(MODEL.constants, paired_share=0.25, paired_share_of_clusters=0.5), MODEL.rates)
-    config, at_once = kernel(f"cta64x16x128_cluster{cluster}_warps8_persistent"), {"1": 132, "2": 66, "4": 30}[cluster[-1]]
+    config, at_once = (
+        kernel(f"cta64x16x128_cluster{cluster}_warps8_persistent"),
+        {"1": 132, "2": 66, "4": 30}[cluster[-1]],
+    )
 
     def tiles(count: int, *, fills_sms_first: bool = True) -> float:
         problem = Problem(16, 64 * count, 4096, 128)

@@ -18,7 +18,7 @@ from w4a16gen import KernelConfig, QuantMode
 from w4a16gen.kernels.arrangement import MIN_TOKENS_WITH_TAIL, TOKENS_STEP, native_arrangement
 from w4a16gen.kernels.config import Epilogue
 from w4a16gen.kernels.epilogue import Activation
-from w4a16gen.weights.quantized import QuantizedWeight
+from w4a16gen.weights.quantized import Half, QuantizedWeight
 from w4a16gen.weights.reference import Expectation, Extra, error_over_bound, random_weight
 
 KERNELS = [
@@ -146,6 +146,16 @@ def test_many_routes_are_sorted_in_parts(emulated: EmulatedExperts, routes: int)
     if is_full:
         counts = found.token_tiles[(len(found.tiles) + 1) * ENTRY_INTS :][: 3 * EXPERTS].reshape(3, EXPERTS)
         assert counts.sum(axis=0).tolist() == [513] * EXPERTS, "the counts of parts begin behind the last entry"
+
+
+@pytest.mark.parametrize("experts", [384, 512, 896, 1024])
+def test_many_routes_of_many_experts_are_sorted_in_parts(emulated: EmulatedExperts, experts: int) -> None:
+    rng = np.random.default_rng(experts)
+    ids = rng.integers(-1, experts + 1, (190, 16))
+    found, wanted = emulated.route(ids, experts, 8, seed=1), routed(ids, experts)
+    assert found.routes_of_rows.tolist() == [route for one in wanted for route in one]
+    assert np.array_equal(found.offsets, np.cumsum([0, *map(len, wanted)]))
+    assert found.tiles == tiles_of(list(pairwise(found.offsets.tolist())), 8)
 
 
 @pytest.mark.parametrize("tokens", [70, 2100], ids=["one part", "parts, and a kernel that gathers"])
@@ -360,6 +370,48 @@ def test_a_layer_equals_its_experts_one_by_one(emulated: EmulatedExperts) -> Non
     assert (got[5] == 0).all()
     again = emulated.moe(config, hidden, w13, w2, ids, weights, seed=7)
     assert np.array_equal(got.view(np.uint16), again.view(np.uint16))
+
+
+def summed_products(
+    emulated: EmulatedExperts, weights: list[QuantizedWeight], hidden: Half, ids: Any, factors: Any, *, is_sorted: bool
+) -> Half:
+    """Return the sums of one product of each route, whose routes are sorted or not."""
+    config = UNSORTED_KERNELS[0]
+    if not is_sorted:
+        unsorted = Unsorted(ids, rows_are_shared=True)
+        rows = emulated.grouped_gemm(config, hidden, weights, unsorted, Launch(1))
+        return emulated.combine(rows, unsorted, ids.shape, factors, EXPERTS)
+    gathered = aligned(np.full((ids.size, hidden.shape[1]), np.nan, np.float16))
+    routes = emulated.route(ids, EXPERTS, config.cta.tokens, hidden=aligned(hidden), gathered=gathered)
+    rows = emulated.grouped_gemm(config, gathered, weights, routes.token_tiles, Launch(1))
+    return emulated.combine(rows, routes.rows_of_routes, ids.shape, factors)
+
+
+@pytest.mark.parametrize("is_sorted", [False, True], ids=["unsorted", "sorted"])
+@pytest.mark.parametrize(("tokens", "slots"), [(8, 8), (8, 1), (3, 2), (6, 10), (4, 16)])
+def test_a_token_decides_its_own_bits_only(emulated: EmulatedExperts, tokens: int, slots: int, is_sorted: bool) -> None:
+    rng = np.random.default_rng(slots)
+    weights = drawn_weights(rng, UNSORTED_KERNELS[0].mode, 80, 192, 64)
+    hidden = rng.standard_normal((tokens, 192)).astype(np.float16)
+    factors = rng.random((tokens, slots)).astype(np.float32)
+    ids = rng.integers(0, EXPERTS, (tokens, slots))
+    ids[0, -1] = ids[0, 0]  # an expert may be chosen twice
+    ids[1] = -1
+    wanted = summed_products(emulated, weights, hidden, ids, factors, is_sorted=is_sorted)
+    assert np.isfinite(wanted).all()
+    order = rng.permutation(tokens)
+    others = (array[order].copy() for array in (hidden, ids, factors))
+    moved = summed_products(emulated, weights, *others, is_sorted=is_sorted)
+    assert np.array_equal(moved.view(np.uint16), wanted[order].view(np.uint16))
+    hidden[1], factors[1] = np.nan, np.nan
+    again = summed_products(emulated, weights, hidden, ids, factors, is_sorted=is_sorted)
+    assert np.array_equal(again.view(np.uint16), wanted.view(np.uint16))
+    ids[1] = ids[0]
+    hidden[1] = np.inf
+    spoiled = summed_products(emulated, weights, hidden, ids, factors, is_sorted=is_sorted)
+    assert np.isnan(spoiled[1]).all()
+    spoiled[1] = wanted[1]
+    assert np.array_equal(spoiled.view(np.uint16), wanted.view(np.uint16))
 
 
 def numbers_of(routes: list[list[int]]) -> list[int]:

@@ -18,11 +18,13 @@
 #include "native/pipeline.cuh"
 
 // The shared memory that kernels declare. Kernels of products use its address only, which stands for offset 0 of the
-// CTA's own. Others use the memory itself. It is exchanged when another CTA runs, up to a size that products exceed.
+// CTA's own. Others use the memory itself. It is exchanged when another CTA runs, but for sizes that products have:
+// among the kernels with more, only those that sort routes use it, and have as many threads as a CTA may have.
 namespace w4a16::native {
 alignas(1024) uint8_t memory[227 * 1024];
 }
 constexpr size_t kMostExchangedBytes = 64 * 1024;
+constexpr unsigned kThreadsThatSort = 1024;
 constexpr size_t kMostSharedBytes = 48 * 1024;  // dynamic ones of a kernel that asks for no more
 constexpr int kSmsPerGpc = 6;                   // a cluster is within one GPC
 
@@ -583,7 +585,8 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* configuration, const v
     cta->first_of_cluster = i / all.cluster * all.cluster;
     cta->running = all.threads;
     cta->shared.assign(configuration->dynamicSmemBytes, 0xff);
-    if (all.grid > 1 && configuration->dynamicSmemBytes <= kMostExchangedBytes) cta->declared = cta->shared;
+    const bool uses_memory = cta->shared.size() <= kMostExchangedBytes || all.threads == kThreadsThatSort;
+    if (all.grid > 1 && uses_memory) cta->declared = cta->shared;
     for (unsigned t = 0; t < all.threads; ++t) emulation::start(*cta, t);
     all.ctas.push_back(std::move(cta));
   }
