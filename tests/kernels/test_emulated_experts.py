@@ -400,7 +400,7 @@ def test_a_token_decides_its_own_bits_only(emulated: EmulatedExperts, tokens: in
     wanted = summed_products(emulated, weights, hidden, ids, factors, is_sorted=is_sorted)
     assert np.isfinite(wanted).all()
     order = rng.permutation(tokens)
-    others = (array[order].copy() for array in (hidden, ids, factors))
+    others = hidden[order], ids[order], factors[order]
     moved = summed_products(emulated, weights, *others, is_sorted=is_sorted)
     assert np.array_equal(moved.view(np.uint16), wanted[order].view(np.uint16))
     hidden[1], factors[1] = np.nan, np.nan
