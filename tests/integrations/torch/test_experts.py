@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -472,6 +473,46 @@ def test_experts_can_be_compiled_whole_and_exported(rng: np.random.Generator) ->
         operands = (hidden, ids, torch.nan_to_num(factors), layer.gate_up.packed, layer.down.packed, *facts)
         torch.library.opcheck(torch.ops.w4a16gen.moe.default, operands)
         assert torch.equal(torch.ops.w4a16gen.moe(*operands), experts(hidden, ids, operands[2]))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"ids": lambda ids: ids[:3]}, r"topk_ids of shape \[3, \d\] must be \[\d+, slots\], both alike"),
+        ({"ids": lambda ids: ids[:, 0].contiguous()}, r"topk_ids of shape \[\d+\] must be"),
+        ({"factors": lambda factors: factors[:, :1].contiguous()}, r"topk_weights of shape \[\d+, 1\] must be"),
+        ({"w13": lambda packed: packed[:2]}, r"w13 of 2 experts of .* must be of \d experts of .*, for w2"),
+        ({"w2": lambda packed: packed[:2]}, r"w13 of \d experts of .* must be of 2 experts of .*, for w2"),
+        ({"mode": lambda _: "fast"}, "'fast' is not one of cs, fgs, fgsz"),
+        ({"layout": lambda _: "rows"}, "layout 'rows' must be one of kmajor"),
+        ({"activation": lambda _: "relu"}, "activation 'relu' must be one of silu, gelu, gelu_tanh"),
+    ],
+    ids=str,
+)
+def test_a_wrong_call_of_the_operator_is_refused(
+    rng: np.random.Generator, change: dict[str, Callable[[Any], Any]], text: str
+) -> None:
+    layer = experts_of(weights_of(rng))
+    hidden, ids, factors = tensors(*routing(rng))
+    names = (
+        "hidden",
+        "ids",
+        "factors",
+        "w13",
+        "w2",
+        "size",
+        "inner",
+        "group",
+        "group2",
+        "mode",
+        "layout",
+        "activation",
+    )
+    facts = (HIDDEN, INTERMEDIATE, 32, 32, layer.down.mode, layer.gate_up.layout, "silu")
+    right = dict(zip(names, (hidden, ids, factors, layer.gate_up.packed, layer.down.packed, *facts), strict=True))
+    operands = [change.get(name, lambda same: same)(value) for name, value in right.items()]
+    with pytest.raises(InvalidValueError, match=text):
+        torch.ops.w4a16gen.moe(*operands)
 
 
 def test_gradients_reach_the_weights_of_routes_and_no_activations(rng: np.random.Generator) -> None:

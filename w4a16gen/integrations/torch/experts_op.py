@@ -16,9 +16,9 @@ from w4a16gen.errors import InvalidValueError
 from w4a16gen.integrations.torch import ops
 from w4a16gen.integrations.torch.apart import FUNCTIONS, gates_first
 from w4a16gen.integrations.torch.nibbles import Tensor
-from w4a16gen.kernels.config import QuantMode
+from w4a16gen.kernels.config import QuantMode, shown
 from w4a16gen.runtime.default import library_in_use
-from w4a16gen.runtime.expert_calls import GATED_ACTIVATIONS
+from w4a16gen.runtime.expert_calls import check_pair, gate_function
 from w4a16gen.weights.experts import GATE_FIRST, PackedExperts
 from w4a16gen.weights.packed import LAYOUT_TARGETS, TARGET_LAYOUTS
 
@@ -80,7 +80,13 @@ class _Facts(NamedTuple):
     activation: str
 
     def packed(self, w13: Any, w2: Any) -> tuple[PackedExperts, PackedExperts]:
-        """Return the projections of all experts: gate and up, and down."""
+        """Return the projections of all experts: gate and up, and down.
+
+        Raises:
+            InvalidValueError: if there is no such layout or mode, or a tensor has another shape.
+        """
+        if self.layout not in LAYOUT_TARGETS:
+            raise InvalidValueError(f"layout {shown(self.layout)} must be one of {', '.join(LAYOUT_TARGETS)}")
         hidden, inner, mode = self.hidden_size, self.intermediate_size, QuantMode.parse(self.mode)
         plain = TARGET_LAYOUTS[LAYOUT_TARGETS[self.layout]]
         return (
@@ -123,7 +129,11 @@ def _one_by_one(hidden: Any, topk_ids: Any, topk_weights: Any, w13: Any, w2: Any
     """Compute one expert after the other."""
     facts = _Facts(*given)
     _check(hidden, topk_ids, topk_weights, facts.hidden_size)
-    packed, function = facts.packed(w13, w2), FUNCTIONS[GATED_ACTIVATIONS[facts.activation].function]
+    for name, tensor in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
+        if tensor.dim() != 2 or len(tensor) != len(hidden) or tensor.shape != topk_ids.shape:  # noqa: PLR2004
+            raise InvalidValueError(f"{name} of shape {list(tensor.shape)} must be [{len(hidden)}, slots], both alike")
+    packed, function = facts.packed(w13, w2), FUNCTIONS[gate_function(facts.activation).function]
+    check_pair(*packed)
 
     def product(x: Any, weights: PackedExperts, expert: int) -> Any:
         weight = replace(weights.expert(expert), layout=packed[1].layout)
