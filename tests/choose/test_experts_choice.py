@@ -16,6 +16,7 @@ from w4a16gen.choose.cards import card_of
 from w4a16gen.choose.cost_model import default_cost_model
 from w4a16gen.choose.experts import (
     SAME_TIME,
+    Load,
     Routing,
     choose_kernel,
     choose_pair,
@@ -148,6 +149,19 @@ def test_estimates_follow_the_work() -> None:
         for card in (H100, H200)
     }
     assert best[H200.name] < best[H100.name], "an H200 reads faster"
+
+
+def test_a_part_of_a_tile_is_a_share_of_routings_with_one_tile_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    (problem, _), _, routing = layer_of(MIXTRAL, 256)
+    config = next(config for config in PLAIN if config.cta.tokens == 144)
+
+    def time(token_tiles: float) -> float:
+        monkeypatch.setattr(choosing, "expected_load", lambda *_: Load(8.0, token_tiles, 0.0))
+        return microseconds(config, problem, routing, CARD)
+
+    assert time(20) < time(21) - 1
+    assert time(20.25) == pytest.approx(0.75 * time(20) + 0.25 * time(21))
+    assert time(0.25) == time(1), "a launch computes a tile at least"
 
 
 def test_tails_take_less() -> None:

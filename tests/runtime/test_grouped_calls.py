@@ -32,6 +32,7 @@ from w4a16gen.choose.cards import card_of
 from w4a16gen.errors import CudaError, UnsupportedProblemError, W4A16Error
 from w4a16gen.kernels.arrangement import MAX_UNSORTED_ROUTES, UNSORTED_TOKENS
 from w4a16gen.kernels.epilogue import Activation
+from w4a16gen.kernels.problem import MAX_DIMENSION
 from w4a16gen.kernels.spaces import enumerate_space, with_epilogues
 from w4a16gen.runtime import expert_arrays
 from w4a16gen.runtime.expert_calls import GATED_ACTIVATIONS, MAX_EXPERTS
@@ -884,6 +885,11 @@ def test_wrong_sizes_have_no_workspace(layer: Layer, change: dict[str, Any], tex
     arguments: dict[str, Any] = {"tokens": TOKENS, "slots": SLOTS, "w13": layer.w13, "w2": layer.w2}
     refused(layer.library.moe_workspace_bytes, arguments | change, text)
     assert layer.library.moe_workspace_bytes(**arguments) == layer.plan().nbytes
+
+
+def test_as_many_routes_have_a_workspace_as_kernels_count(layer: Layer) -> None:
+    nbytes = layer.library.moe_workspace_bytes(1, MAX_DIMENSION, layer.w13, layer.w2)
+    assert nbytes > MAX_DIMENSION * (HIDDEN + INNER) * 2
 
 
 def test_arrays_of_one_call_are_on_one_gpu() -> None:
