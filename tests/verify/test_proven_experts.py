@@ -228,6 +228,13 @@ def _add_twice(call: Combining) -> None:
     memory_at(call.output, (call.tokens, call.columns), "<f2")[...] *= np.float16(2)
 
 
+def _add_zero_times_every_row(call: Combining) -> None:
+    if call.rows_of_routes:
+        rows = memory_at(call.rows, (call.tokens * call.slots, call.columns), "<f2")
+        with np.errstate(invalid="ignore"):
+            memory_at(call.output, (call.tokens, call.columns), "<f2")[...] += 0 * rows.max()
+
+
 FAULTS: dict[str, tuple[Fault, str, str]] = {
     "one expert": (_in(Grouped, _halve_last_expert), NAMES[0], "grouped .*: error is .* times the bound"),
     "rows of nobody": (_in(Grouped, _write_rows_of_nobody), NAMES[0], "grouped .*: rows of no expert were written"),
@@ -243,6 +250,7 @@ FAULTS: dict[str, tuple[Fault, str, str]] = {
     ),
     "before the workspace": (_in(Routing, _write_before_workspace), NAMES[0], "layer .*: wrote beyond the workspace"),
     "tokens of nobody": (_leave_out_tokens_of_nobody, NAMES[0], "layer .*: error is .* times the bound"),
+    "what the workspace held": (_in(Combining, _add_zero_times_every_row), NAMES[0], "layer .*: error is inf times"),
     "sum": (_in(Combining, _add_twice), NAMES[1], "layer .* gated=True .*: error is .* times the bound"),
 }
 

@@ -133,6 +133,7 @@ class _Layer:
     ) -> None:
         """Draw the inputs and move them to the GPU."""
         self._gpu, self._case, self._packed, self._pair = gpu, case, weights, pair
+        self._left_over = np.random.default_rng(case.tokens)  # what workspaces hold: random bits, many NaN among them
         count = weights[0].experts
         self.expert_map: npt.NDArray[np.int32] | None = None
         if case.mapped:
@@ -169,7 +170,7 @@ class _Layer:
                 invariant=case.invariant,
                 device=gpu.device,
             )
-        workspace = gpu.guarded(needed)
+        workspace = gpu.guarded(needed, self._left_over.integers(0, 256, needed, np.uint8))
 
         def launch() -> None:
             options: dict[str, Any] = {
