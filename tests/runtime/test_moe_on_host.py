@@ -98,6 +98,17 @@ def test_torch_tensors_come_back_as_tensors(layer: Layer) -> None:
     assert np.array_equal(got.numpy(), layer.exact())
 
 
+@pytest.mark.parametrize("name", ["hidden", "topk_weights"])
+def test_tensors_that_record_gradients_are_refused(layer: Layer, name: str) -> None:
+    torch = pytest.importorskip("torch")
+    given = torch.from_numpy(layer.arguments()[name]).requires_grad_()
+    with pytest.raises(InvalidValueError, match=f"{name} requires gradients, which these kernels do not compute"):
+        w4a16gen.moe(**layer.arguments(**{name: given}))
+    with torch.no_grad():
+        got = w4a16gen.moe(**layer.arguments(**{name: given}))
+    assert np.array_equal(np.asarray(got), layer.exact())
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"w13": None}, "w13 of type NoneType must be PackedExperts: see pack_experts"),
     ({"w2": [1]}, "w2 of type list must be PackedExperts"),

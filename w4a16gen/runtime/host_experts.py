@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.runtime.arrays import check_activations_shape, why_not_contiguous, why_overlaps
+from w4a16gen.runtime.arrays import check_activations_shape, refuse_gradients, why_not_contiguous, why_overlaps
 from w4a16gen.runtime.expert_calls import MoeOptions, check_packed, check_pair
 from w4a16gen.runtime.host import operand
 from w4a16gen.weights.experts import PackedExperts
@@ -55,9 +55,11 @@ def _array(name: str, value: Any) -> npt.NDArray[Any]:
     """Return a numpy array, or a torch tensor in host memory as one.
 
     Raises:
-        InvalidValueError: if it is neither.
+        InvalidValueError: if it is neither, or a gradient is to be recorded for it.
     """
-    if not is_tensor(value) and not isinstance(value, np.ndarray):
+    if is_tensor(value):
+        refuse_gradients(name, value)
+    elif not isinstance(value, np.ndarray):
         raise InvalidValueError(f"{name} of type {type(value).__name__} must be a numpy array or a torch tensor")
     return host_array(name, value, must_be="a dtype of numpy")
 
