@@ -487,7 +487,7 @@ def test_experts_can_be_compiled_whole_and_exported(rng: np.random.Generator) ->
         ({"layout": lambda _: "rows"}, "layout 'rows' must be one of kmajor"),
         ({"activation": lambda _: "relu"}, "activation 'relu' must be one of silu, gelu, gelu_tanh"),
     ],
-    ids=str,
+    ids=["tokens of ids", "ids of one dimension", "slots of weights", "w13", "w2", "mode", "layout", "activation"],
 )
 def test_a_wrong_call_of_the_operator_is_refused(
     rng: np.random.Generator, change: dict[str, Callable[[Any], Any]], text: str
