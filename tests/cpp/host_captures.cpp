@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "library/library.cpp"
+#include "one_hopper.h"
 
 namespace {
 
@@ -178,16 +179,6 @@ extern const int kKernelCount = 1;
 }  // namespace w4a16
 
 extern "C" {
-
-cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-const char* cudaGetErrorString(cudaError_t) { return "an error"; }
-
-cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
-  *properties = {};
-  properties->major = 9;
-  properties->multiProcessorCount = 132;
-  return cudaSuccess;
-}
 
 cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned version, unsigned long long,
                                              cudaDriverEntryPointQueryResult*) {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "library/gemm.h"
+#include "one_hopper.h"
 
 namespace {
 
@@ -47,16 +48,6 @@ void launch_all(const w4a16::Kernel& kernel) {
 }  // namespace
 
 extern "C" {
-
-cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-const char* cudaGetErrorString(cudaError_t) { return "an error"; }
-
-cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
-  *properties = {};
-  properties->major = 9;
-  properties->multiProcessorCount = 132;
-  return cudaSuccess;
-}
 
 cudaError_t cudaGetDriverEntryPointByVersion(const char*, void**, unsigned, unsigned long long,
                                              cudaDriverEntryPointQueryResult*) {
