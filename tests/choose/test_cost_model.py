@@ -135,28 +135,30 @@ def test_stream_k_divides_the_last_waves_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "m", "n", "tiles", "split"),
+    ("shape", "m", "n", "tiles", "split", "head_blocks"),
     [
-        ("cta128x144x128_cluster1x1x1_warpgroups2_streamk", 3195, 1408, 23 * 11, 132 + 121),
-        ("cta128x144x128_cluster2x1x1_warpgroups2_streamk", 3195, 1408, 23 * 6, 66 + 6),
-        ("cta128x128x128_cluster1x2x1_warpgroups2_streamk", 2700, 1408, 11 * 11, 66 + 55),
-        ("cta64x8x128_cluster1x1x1_warps8_streamk", 1024, 192, 128 * 3, 264 + 120),  # two CTAs share an SM
-        ("cta128x144x128_cluster1x1x1_warpgroups2_streamk", 3195, 384, 23 * 3, 23 * 3),
+        ("cta128x144x128_cluster1x1x1_warpgroups2_streamk", 2880, 896, 20 * 7, 132 + 8, 0),  # too many for a head
+        ("cta128x144x128_cluster2x1x1_warpgroups2_streamk", 3195, 1408, 23 * 6, 6, 24),
+        ("cta128x144x128_cluster1x1x1_warpgroups2_streamk", 3195, 1408, 23 * 11, 121, 233),
+        ("cta128x128x128_cluster1x2x1_warpgroups2_streamk", 2700, 1408, 11 * 11, 55, 212),
+        ("cta64x8x128_cluster1x1x1_warps8_streamk", 1024, 192, 128 * 3, 120, 116),  # two CTAs share an SM
+        ("cta128x144x128_cluster1x1x1_warpgroups2_streamk", 3195, 384, 23 * 3, 69, 133),
     ],
 )
-def test_stream_k_reads_again_what_l2_does_not_keep(shape: str, m: int, n: int, tiles: int, split: int) -> None:
+def test_stream_k_reads_again_what_l2_does_not_keep(
+    shape: str, m: int, n: int, tiles: int, split: int, head_blocks: int
+) -> None:
     config, whole = kernel(shape), 32384
-    problem = Problem(m, n, whole, 128)
-    activations, weight, l2_bytes = 2 * m * whole, n * whole / 2, MODEL.constants.l2_bytes
+    k = whole - 128 * head_blocks
+    activations, weight, l2_bytes = 2 * m * k, n * k / 2, MODEL.constants.l2_bytes
     tokens, channels = config.cta.tokens * config.cluster.tokens, config.cta.channels * config.cluster.channels
-    again = tiles * 2 * tokens * whole - activations, tiles * channels * whole / 2 - weight
-    missed = (1 - l2_bytes / activations) * again[0] + (1 - l2_bytes / (activations + weight)) * again[1]
-    expected = missed * split / tiles
-    work = MODEL.work(config, problem)
-    assert work.read_apart_bytes == pytest.approx(expected)
-    assert MODEL.cycles(MODEL.rates_of(config), work) > MODEL.cycles(
-        MODEL.rates_of(config), work._replace(read_apart_bytes=0.0)
-    )
+    again = tiles * 2 * tokens * k - activations, tiles * channels * k / 2 - weight
+    missed = max(0, 1 - l2_bytes / activations), max(0, 1 - l2_bytes / (activations + weight))
+    work = MODEL.work(config, Problem(m, n, whole, 128))
+    assert work.read_apart_bytes == pytest.approx((missed[0] * again[0] + missed[1] * again[1]) * split / tiles)
+    assert (work.read_apart_bytes == 0) == (activations + weight < l2_bytes)
+    without = MODEL.cycles(MODEL.rates_of(config), work._replace(read_apart_bytes=0.0))
+    assert (MODEL.cycles(MODEL.rates_of(config), work) > without) == (work.read_apart_bytes > 0)
 
 
 def test_nothing_is_read_again_where_l2_keeps_it_or_tiles_are_whole() -> None:

@@ -8,20 +8,24 @@
 #include <map>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "native/launch.cuh"
 
 namespace native = w4a16::native;
 
-// Every k block of every tile is summed once. Under stream-K a CTA gives away partial sums of its first tile only, work
-// units are in order, all CTAs sum equally many k blocks but for one, and where there are more tiles than clusters, two
-// of these at most share a tile. A dependent launch may have redundant CTAs, each of which computes one tile again.
+// Every k block of every tile is summed once. Under stream-K the CTA with a tile's first k block adds all partial sums
+// that others give away, each in a place of its own. Only CTAs that started before may give sums to a CTA. All CTAs sum
+// equally many k blocks but for one, and no tails take longer than a head. Sums are given away first, but where there
+// are heads. Where there are more tiles than clusters, at most two of these share a tile that has no head. A dependent
+// launch may have redundant CTAs, each of which computes one tile again.
 template <class S>
 const char* fault_of(int64_t m, int channel_blocks, int k_blocks, int clusters_at_once, bool is_dependent,
-                     bool may_overlap) {
+                     bool may_overlap, int64_t l2_bytes) {
   native::Tiling tiling{};
-  const int ctas = native::make_tiling<S>(&tiling, m, channel_blocks, k_blocks, clusters_at_once, may_overlap);
+  const int ctas =
+      native::make_tiling<S>(&tiling, m, channel_blocks, k_blocks, clusters_at_once, may_overlap, l2_bytes);
   if (ctas < 1 || ctas > clusters_at_once * S::ClusterSize || ctas % S::ClusterSize != 0) return "wrong number of CTAs";
   const int grid = is_dependent ? native::padded_grid<S>(ctas, clusters_at_once) : ctas;
   if (grid < ctas || grid % S::ClusterSize != 0) return "wrong number of CTAs in the grid";
@@ -31,8 +35,10 @@ const char* fault_of(int64_t m, int channel_blocks, int k_blocks, int clusters_a
   const auto key = [](int64_t channel_block, int64_t token, int block) {
     return (channel_block << 40) + (token << 20) + block;
   };
-  std::map<int, int> worked_on;  // tiles, by CTAs that have work of their own
-  std::map<int, int> sharers;    // split tiles, by CTAs that sum a part
+  std::map<int, int> worked_on;              // tiles, by CTAs that have work of their own
+  std::map<int, int> sharers;                // split tiles, by CTAs that sum a part
+  std::map<int, int> places;                 // of partial sums, by how many they get
+  std::map<std::pair<int, int>, int> given;  // partial sums of clusters, by tile and place: by which cluster
   int most = 0;
   int fewest = INT32_MAX;
   for (int cta = 0; cta < grid; ++cta) {
@@ -45,6 +51,7 @@ const char* fault_of(int64_t m, int channel_blocks, int k_blocks, int clusters_a
       continue;
     }
     int blocks = 0;
+    bool stores = false;
     for (int index = work.first_tile; index < work.end_tile; index = native::next_tile<S>(tiling, work, index)) {
       ++worked_on[index];
       const native::Tile tile = native::tile_at<S>(tiling, work, index);
@@ -57,21 +64,50 @@ const char* fault_of(int64_t m, int channel_blocks, int k_blocks, int clusters_a
       if (!S::StreamK) continue;
       if (index >= tiling.split_tiles) {
         if (tile.blocks != k_blocks) return "splits a whole tile";
+        stores = true;
         continue;
       }
-      if (++sharers[index] > 2 * S::ClusterSize && tiling.channel_tiles * tiling.token_tiles > ctas / S::ClusterSize)
+      const bool has_head = tiling.heads > 0;
+      if (++sharers[index] > 2 * S::ClusterSize && !has_head &&
+          tiling.channel_tiles * tiling.token_tiles > ctas / S::ClusterSize)
         return "three clusters share a tile";
-      if (tile.first_block > 0 && index != work.first_tile) return "gives away sums of a later tile";
-      const int begin = native::unit_begin(tiling, work.unit);
-      if (index == work.first_tile && begin != index * k_blocks + tile.first_block)
-        return "a work unit begins elsewhere";
-      if ((work.unit + 1) * S::ClusterSize < ctas && native::unit_begin(tiling, work.unit + 1) <= begin)
-        return "work units out of order";
+      if (work.unit < tiling.heads && tile.blocks != tiling.head_blocks) return "a head of another length";
+      if (tile.first_block > 0) {
+        if (stores && !has_head) return "gives away sums after it stored a tile";
+        if (index != work.first_tile && !has_head) return "gives away sums of a later tile";
+        const int slot = native::slot_of(tiling, work.unit, index);
+        if (slot < 0 || slot >= ctas / S::ClusterSize) return "sums without a place";
+        if (cta % S::ClusterSize == 0) {
+          if (++places[slot] > 1) return "two sums in one place";
+          given[{index, slot}] = cta / S::ClusterSize;
+        }
+      }
+      stores = stores || tile.first_block == 0;
     }
+    if (S::StreamK && work.unit >= tiling.heads && tiling.heads > 0 &&
+        native::unit_begin(tiling, work.unit + 1) - native::unit_begin(tiling, work.unit) > tiling.head_blocks)
+      return "tails take longer than a head";
     most = blocks > most ? blocks : most;
     fewest = blocks < fewest ? blocks : fewest;
   }
-  if (S::StreamK && most > fewest + 1) return "CTAs work differently long";
+  if (S::StreamK && tiling.heads == 0 && most > fewest + 1) return "CTAs work differently long";
+  // What each cluster with a first k block adds, as the kernel does.
+  for (int cluster = 0; S::StreamK && cluster < ctas / S::ClusterSize; ++cluster) {
+    const native::Work work = native::work_of<S>(tiling, cluster * S::ClusterSize, grid, 0);
+    for (int index = work.first_tile; index < work.end_tile; index = native::next_tile<S>(tiling, work, index)) {
+      const native::Tile tile = native::tile_at<S>(tiling, work, index);
+      if (index >= tiling.split_tiles || tile.first_block > 0) continue;
+      const int begin = index * tiling.tail_blocks;
+      int unit = tiling.heads > 0 ? native::unit_of(tiling, begin) : work.unit + 1;
+      for (; native::unit_begin(tiling, unit) < begin + tiling.tail_blocks; ++unit) {
+        const auto found = given.find({index, native::slot_of(tiling, unit, index)});
+        if (found == given.end()) return "waits for sums that nobody gives away";
+        if (found->second >= cluster) return "waits for a cluster that starts later";
+        given.erase(found);
+      }
+    }
+  }
+  if (!given.empty()) return "sums that nobody adds";
   // Tiles start where the previous tile ends. The last one may start earlier, so that it ends where the tokens end. A
   // cluster that multicasts weights may have one token tile too many: it computes the last tile again, or, also where
   // tiles may not overlap, lies beyond the tokens.
@@ -94,6 +130,47 @@ const char* fault_of(int64_t m, int channel_blocks, int k_blocks, int clusters_a
   }
   for (const auto& [tile, count] : sums) {
     if ((tile >> 40) < channel_blocks && (tile >> 20 & 0xfffff) < m) return "a tile too many";
+  }
+  return "ok";
+}
+
+constexpr int64_t kLargeL2 = INT64_MAX;
+
+// What a smaller L2 changes: stream-K forms other units. Counts the problems where it does.
+template <class S>
+const char* fault_with_heads(int* problems) {
+  for (int64_t m : {65, 300, 1200, 2500}) {
+    for (int channel_blocks : {1, 3, 5, 64, 130}) {
+      for (int k_blocks : {1, 2, 7, 16, 37}) {
+        for (int clusters_at_once : {2, 5, 61, 66, 132}) {
+          native::Tiling tiling{};
+          native::make_tiling<S>(&tiling, m, channel_blocks, k_blocks, clusters_at_once, true, 0);
+          if (tiling.heads == 0) continue;
+          ++*problems;
+          const char* const fault = fault_of<S>(m, channel_blocks, k_blocks, clusters_at_once, false, true, 0);
+          if (std::string(fault) != "ok") return fault;
+        }
+      }
+    }
+  }
+  return "ok";
+}
+
+// The room for partial sums that the library asks for suffices if fewer clusters run at once than it expects.
+template <class S>
+const char* fault_of_fewer_clusters(int64_t l2_bytes) {
+  for (int64_t m : {65, 1200}) {
+    for (int channel_blocks : {1, 5, 64}) {
+      for (int k_blocks : {1, 3, 16}) {
+        int most = 0;
+        for (int clusters = 1; clusters <= 140; ++clusters) {
+          native::Tiling tiling{};
+          const int ctas = native::make_tiling<S>(&tiling, m, channel_blocks, k_blocks, clusters, true, l2_bytes);
+          if (ctas < most) return "more clusters need less room";
+          most = ctas;
+        }
+      }
+    }
   }
   return "ok";
 }
@@ -165,16 +242,23 @@ const char* fault_of_waves(int clusters) {
 template <class S>
 void check(const char* name) {
   std::printf("%s, too many parts: %s\n", name, refuses_too_many_parts<S>() ? "ok" : "not refused");
+  int problems = 0;
+  const char* const fault = fault_with_heads<S>(&problems);
+  std::printf("%s, %s: %s\n", name, problems >= 50 ? "heads" : "no heads", fault);
+  for (int64_t l2_bytes : {int64_t{0}, kLargeL2}) {
+    std::printf("%s, fewer clusters: %s\n", name, fault_of_fewer_clusters<S>(l2_bytes));
+  }
   for (int64_t m : {1, 64, 65, 1200}) {
     for (int channel_blocks : {1, 3, 64, 130}) {
       for (int k_blocks : {1, 2, 7, 16}) {
         for (int clusters_at_once : {1, 5, 132 * S::CtasPerSm / S::ClusterSize}) {
           for (bool is_dependent : {false, true}) {
             for (bool may_overlap : {true, false}) {
-              std::printf("%s m %d, %d channel blocks, %d k blocks, %d clusters%s%s: %s\n", name, static_cast<int>(m),
-                          channel_blocks, k_blocks, clusters_at_once, is_dependent ? ", dependent" : "",
-                          may_overlap ? "" : ", in place",
-                          fault_of<S>(m, channel_blocks, k_blocks, clusters_at_once, is_dependent, may_overlap));
+              std::printf(
+                  "%s m %d, %d channel blocks, %d k blocks, %d clusters%s%s: %s\n", name, static_cast<int>(m),
+                  channel_blocks, k_blocks, clusters_at_once, is_dependent ? ", dependent" : "",
+                  may_overlap ? "" : ", in place",
+                  fault_of<S>(m, channel_blocks, k_blocks, clusters_at_once, is_dependent, may_overlap, kLargeL2));
             }
           }
         }

@@ -69,8 +69,10 @@ def tilings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.compile
 def test_the_ctas_of_every_kind_of_kernel_sum_everything_once(tilings: Path) -> None:
     lines = output_of(tilings)
-    assert len(lines) == 1 + 14 + len(TILINGS) * (1 + 192 * 2 * 2)
+    assert len(lines) == 1 + 14 + len(TILINGS) * (1 + 3 + 192 * 2 * 2)
     assert [line for line in lines if not line.endswith(": ok")] == []
+    with_heads = {line.partition(",")[0] for line in lines if ", heads" in line}
+    assert with_heads == {f"w4a16_sm90_native_{name}" for name in TILINGS if name.endswith("streamk")}
 
 
 @pytest.mark.compile

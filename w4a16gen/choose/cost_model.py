@@ -233,8 +233,10 @@ class CostModel:
         if config.scheduler is Scheduler.STREAM_K:
             own_tiles = max(1.0, tiles / at_once)
             blocks = tiles * k_blocks / at_once
-            sharing = _clusters_per_split_tile(tiles, at_once * ctas_per_sm, k_blocks)
-            read_apart = self._read_apart(config, problem, tiles, _split_tiles(tiles, at_once * ctas_per_sm))
+            fits_l2 = token_tiles == 1 or _operand_bytes(problem) <= shared.l2_bytes
+            split = _split(tiles, at_once * ctas_per_sm, k_blocks, fits_l2=fits_l2)
+            sharing = split.clusters_per_tile
+            read_apart = self._read_apart(config, problem, tiles, split)
         else:
             own_tiles = float(max(1, -(-tiles // at_once)))
             if ctas_per_sm > 1 and (own_tiles > 1 or not fills_sms_first):
@@ -252,22 +254,25 @@ class CostModel:
             is_long=self.is_long(problem),
         )
 
-    def _read_apart(self, config: KernelConfig, problem: Problem, tiles: int, split_tiles: int) -> float:
+    def _read_apart(self, config: KernelConfig, problem: Problem, tiles: int, split: _Split) -> float:
         """Return the bytes that split tiles read from memory although other tiles read them too.
 
-        Whole tiles of a wave read the same operands at the same time. Clusters that begin at different places of K
-        find in L2 only what it keeps.
+        Whole tiles of a wave read the same operands at the same time, and heads of tiles too. Clusters that begin at
+        different places of K find in L2 only what it keeps.
         """
-        if split_tiles == 0:
+        if split.tiles == 0:
             return 0.0
         cta, cluster, l2_bytes = config.cta, config.cluster, self.constants.l2_bytes
-        activations, weight = 2 * problem.m * problem.k, problem.n * problem.k / 2
+        k = problem.k * split.share
+        activations, weight = 2 * problem.m * k, problem.n * k / 2
+        if activations == 0:
+            return 0.0
         read_by_tiles = (
-            2 * cta.tokens * cluster.tokens * problem.k - activations / tiles,
-            cta.channels * cluster.channels * problem.k / 2 - weight / tiles,
+            2 * cta.tokens * cluster.tokens * k - activations / tiles,
+            cta.channels * cluster.channels * k / 2 - weight / tiles,
         )
         missed = (max(0.0, 1 - l2_bytes / activations), max(0.0, 1 - l2_bytes / (activations + weight)))
-        return split_tiles * sum(share * nbytes for share, nbytes in zip(missed, read_by_tiles, strict=True))
+        return split.tiles * sum(share * nbytes for share, nbytes in zip(missed, read_by_tiles, strict=True))
 
     def cycles(self, rates: Rates, work: Work, card: Card = H100) -> float:
         """Return the SM cycles of some work: tile after tile, beside reading the weights."""
@@ -296,19 +301,45 @@ class CostModel:
         return shared.dense_launch_microseconds + max(reading, working) + shared.dense_overlap_loss * hidden
 
 
-def _split_tiles(tiles: int, clusters: int) -> int:
-    """Return how many tiles stream-K divides; see `scheduler::streamk` in native/tiles.h."""
-    if tiles < clusters:
-        return tiles
+class _Split(NamedTuple):
+    """How stream-K divides tiles along K; see `scheduler::streamk` in native/tiles.h."""
+
+    tiles: int
+    """How many tiles it divides."""
+    clusters_per_tile: float
+    """Clusters that share one of them."""
+    share: float
+    """The share of K where clusters are at different places: all of it, or a tile's part after its head."""
+
+
+def _split(tiles: int, clusters: int, k_blocks: int, *, fits_l2: bool) -> _Split:
+    """Return how stream-K divides tiles among clusters.
+
+    Args:
+        tiles: how many there are.
+        clusters: how many run at once.
+        k_blocks: blocks of 128 values of K.
+        fits_l2: whether L2 keeps what several tiles read.
+    """
     rest = tiles % clusters
-    return clusters + rest if rest else 0
+    if rest == 0:
+        return _Split(0, 0.0, 0.0)
+    if not fits_l2 and rest * max(_CLUSTERS_PER_HEAD, k_blocks // _BLOCKS_PER_CLUSTER) >= clusters:
+        head_blocks = min(k_blocks, -(-rest * (k_blocks + 1) // clusters))
+        return _Split(rest, clusters / rest, 1 - head_blocks / k_blocks)
+    if tiles < clusters:
+        return _Split(tiles, min(clusters / tiles, float(k_blocks)), 1.0)
+    return _Split(clusters + rest, 2.0, 1.0)
 
 
-def _clusters_per_split_tile(tiles: int, clusters: int, k_blocks: int) -> float:
-    """Return how many clusters share a tile that stream-K divides; see `scheduler::streamk` in native/tiles.h."""
-    if tiles <= clusters:
-        return min(clusters / max(tiles, 1), float(k_blocks))
-    return 2.0 if tiles % clusters else 0.0
+_CLUSTERS_PER_HEAD = 3
+_BLOCKS_PER_CLUSTER = 16
+"""`most_clusters_per_head` of native/tiles.h: the first, or the blocks of K over the second if these are more."""
+
+
+def _operand_bytes(problem: Problem) -> float:
+    """Return the bytes of activations and packed values of the weight."""
+    return problem.k * (2 * problem.m + problem.n / 2)
 
 
 def in_preference(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from w4a16gen.errors import W4A16Error
-from w4a16gen.kernels.config import Epilogue, KernelConfig, QuantMode
+from w4a16gen.kernels.config import Epilogue, KernelConfig, QuantMode, Scheduler
 from w4a16gen.kernels.problem import Problem, why_cannot_run
 from w4a16gen.progress import Progress, no_progress
 from w4a16gen.runtime.arrays import DeviceArray
@@ -58,6 +58,12 @@ class Case:
     """The values of m; 0 means one more than the kernel's CTA tokens."""
     options: tuple[tuple[float, bool], ...]
     """(alpha, with bias) pairs, in turn over the values of m."""
+    of_stream_k: bool = False
+    """Whether only stream-K kernels run it."""
+
+    def suits(self, config: KernelConfig) -> bool:
+        """Return whether a kernel runs the case."""
+        return not self.of_stream_k or config.scheduler is Scheduler.STREAM_K
 
     def __str__(self) -> str:
         weight = self.weight
@@ -81,12 +87,13 @@ def cases(mode: QuantMode, rng: np.random.Generator) -> Iterator[Case]:
         *,
         octaves: float = 1,
         size: float = 0.01,
+        of_stream_k: bool = False,
     ) -> Case:
         group = group if mode.is_grouped else k
         chosen = tuple(tokens)
         rows = max([*chosen, 257])
         weight = random_weight(rng, n, k, group, mode, octaves=octaves, size=size)
-        return Case(kind, weight, rows, chosen, options)
+        return Case(kind, weight, rows, chosen, options, of_stream_k)
 
     for group in (32, 64, 128, 256) if mode.is_grouped else (256,):
         yield case("one_hot", 264, 256, group, (256,), _PLAIN)
@@ -102,6 +109,8 @@ def cases(mode: QuantMode, rng: np.random.Generator) -> Iterator[Case]:
         yield case("scales", 264, 512, 128, (3, 40), ((alpha, False),), octaves=3, size=size)
     yield case("large", 4096, 4096, 128, (1, 300))
     yield case("long_k", 256, 16384, 128, (16, 48))
+    # More operands than L2 keeps, so that stream-K forms other units, and most tiles leave SMs idle without it.
+    yield case("beyond_l2", 256, 5120, 128, (4990, 5000), of_stream_k=True)
 
 
 _SAMPLE_KINDS = ("smallest", "ragged_k", "scales")
@@ -151,9 +160,10 @@ def prove(
         for mode in modes
         for case in cases(mode, np.random.default_rng(seed))
         if not sampled or case.kind in _SAMPLE_KINDS
+        if any(config.mode is mode and case.suits(config) for config in plain)
     ]
     for done, (mode, case) in enumerate(todo, 1):
-        of_mode = [(config, proof) for config, proof in plain.items() if config.mode is mode]
+        of_mode = [(config, proof) for config, proof in plain.items() if config.mode is mode and case.suits(config)]
         _prove_case(gpu, case, of_mode, np.random.default_rng((seed, done)))
         progress(done, len(todo), f"{mode} {case}")
     return list(proofs.values())

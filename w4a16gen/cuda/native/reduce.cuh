@@ -117,13 +117,12 @@ __device__ inline bool reduce_cluster(const Shared<S>& shared, int rank, const C
 }
 
 template <class S>
-__device__ inline uint8_t* fixup_slot(const Parameters& p, int unit, int rank) {
-  return p.workspace + static_cast<int64_t>(unit * S::ClusterSize + rank) * S::FixupBytes;
+__device__ inline uint8_t* fixup_slot(const Parameters& p, int unit, int index, int rank) {
+  return p.workspace + static_cast<int64_t>(slot_of(p.tiling, unit, index) * S::ClusterSize + rank) * S::FixupBytes;
 }
 
 // The stream-K fix-up: reduces across the work units that share a tile. The unit with the tile's first k block stores
-// it. Every other unit, for which this is the first tile, writes its partial sums to the workspace. Returns whether
-// this CTA stores the tile.
+// it. Every other unit writes its partial sums to the workspace. Returns whether this CTA stores the tile.
 //
 // Every warp has a flag. It holds the launch's epoch once the warp's sums are complete, and is cleared when they have
 // been read, since a graph repeats a launch with the same epoch. The workspace may therefore hold anything before a
@@ -140,18 +139,29 @@ __device__ inline bool fix_up(const Parameters& p, const Tile& tile, int index, 
     uint8_t* const of_warp = partials + S::FlagBytes + warp_m * kWarp * kPieceBytes;
     return reinterpret_cast<float4*>(of_warp + piece * kStride) + me.lane;
   };
+  const auto flag_of = [&](uint8_t* partials) {
+    return reinterpret_cast<uint64_t*>(partials) + me.warpgroup_k * S::WarpgroupsM * 4 + warp_m;
+  };
   if (tile.first_block > 0) {
-    uint8_t* const partials = fixup_slot<S>(p, work.unit, work.rank);
+    uint8_t* const partials = fixup_slot<S>(p, work.unit, index, work.rank);
     for_pieces<S>(0, S::Tokens / 8, [&](int f, int group, int piece) {
       if (owns_piece<S>(me, piece)) *place(partials, piece) = piece_of(sum[f], group);
     });
-    named_barrier_arrive(kFixupBarrier, S::Consumers + kWarp);
+    if (p.tiling.heads > 0) {
+      // A unit may give away sums of several tails, for which the spare warp may be too late.
+      __syncwarp();
+      if (me.lane == 0) publish(flag_of(partials), p.epoch);
+    } else {
+      named_barrier_arrive(kFixupBarrier, S::Consumers + kWarp);
+    }
     return false;
   }
-  const int end = (index + 1) * p.tiling.k_blocks;
-  for (int unit = work.unit + 1; unit_begin(p.tiling, unit) < end; ++unit) {
-    uint8_t* const partials = fixup_slot<S>(p, unit, work.rank);
-    uint64_t* const flag = reinterpret_cast<uint64_t*>(partials) + me.warpgroup_k * S::WarpgroupsM * 4 + warp_m;
+  const int begin = index * p.tiling.tail_blocks;
+  const int end = begin + p.tiling.tail_blocks;
+  const int first = p.tiling.heads > 0 ? unit_of(p.tiling, begin) : work.unit + 1;
+  for (int unit = first; unit_begin(p.tiling, unit) < end; ++unit) {
+    uint8_t* const partials = fixup_slot<S>(p, unit, index, work.rank);
+    uint64_t* const flag = flag_of(partials);
     if (me.lane == 0) wait_until_published(flag, p.epoch);
     __syncwarp();
     for_pieces<S, kTogether>(0, S::Tokens / 8, [&](int f, int group, int piece) {
@@ -163,15 +173,15 @@ __device__ inline bool fix_up(const Parameters& p, const Tile& tile, int index, 
   return true;
 }
 
-// The work of a spare producer warp: it waits until the stores of partial sums are visible and then sets the flags, so
-// that the consumers need not stall.
+// The work of a spare producer warp, where units give away sums of one tile at most: it waits until the stores of
+// partial sums are visible and then sets the flags, so that the consumers need not stall.
 template <class S>
 __device__ inline void publish_fixup(const Parameters& p, const Work& work) {
   static_assert(kWarpgroupBarrier + S::Warpgroups <= kFixupBarrier, "named barriers must not overlap");
-  if (tile_at<S>(p.tiling, work, work.first_tile).first_block == 0) return;
+  if (p.tiling.heads > 0 || tile_at<S>(p.tiling, work, work.first_tile).first_block == 0) return;
   named_barrier(kFixupBarrier, S::Consumers + kWarp);
   const int lane = threadIdx.x % kWarp;
-  auto* const flags = reinterpret_cast<uint64_t*>(fixup_slot<S>(p, work.unit, work.rank));
+  auto* const flags = reinterpret_cast<uint64_t*>(fixup_slot<S>(p, work.unit, work.first_tile, work.rank));
   if (lane < S::Consumers / kWarp) publish(flags + lane, p.epoch);
 }
 

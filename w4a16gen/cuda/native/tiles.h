@@ -6,6 +6,7 @@
 
 namespace w4a16::native {
 
+constexpr int64_t kL2Bytes = 50'000'000;
 constexpr int kRasterTokens = 8;  // token tiles that are swept together over all channels, to share L2
 
 // Divides numbers below 2^31 by a positive one that the host knows. A multiplication and a shift take a few cycles; a
@@ -40,11 +41,16 @@ struct Tiling {
   Divisor by_sweep;       // the tiles of kRasterTokens token tiles
   Divisor by_last_sweep;  // the token tiles of the last sweep
   Divisor by_channel_tiles;
-  int split_tiles;   // stream-K: how many tiles, from the first on, are divided among all clusters
-  int unit_blocks;   // stream-K: k blocks of a work unit
-  int longer_units;  // stream-K: how many units, from the first on, have one more
+  int split_tiles;   // stream-K: how many tiles, from the first on, are divided among clusters
+  int heads;         // stream-K: how many of them have a cluster that sums their heads. All of them, or none
+  int head_blocks;   // stream-K: k blocks of a head. The tail of a tile has the others
+  int tail_blocks;   // stream-K
+  int unit_blocks;   // stream-K: k blocks of a work unit of tails
+  int longer_units;  // stream-K: how many of them, from the first on, have one more
   int clusters;      // that have work
-  Divisor by_k_blocks;
+  Divisor by_tail_blocks;
+  Divisor by_unit;                   // stream-K: by unit_blocks
+  Divisor by_longer_unit;            // stream-K: by one more
   Divisor by_clusters;               // grouped
   int rotation;                      // grouped: see rotation_of
   Divisor by_tokens[kRasterTokens];  // grouped: by 1 and more token tiles
@@ -122,9 +128,23 @@ W4A16_HOST_DEVICE inline Place place_in_sweeps(const Tiling& tiling, int token_t
 // How many token tiles the last sweep has.
 W4A16_HOST_DEVICE constexpr int tokens_of_last_sweep(int token_tiles) { return (token_tiles - 1) % kRasterTokens + 1; }
 
-// The first k block of a stream-K work unit, counted over all split tiles.
+// The first k block of a stream-K work unit of tails, counted over the tails of all split tiles.
 W4A16_HOST_DEVICE inline int unit_begin(const Tiling& tiling, int unit) {
-  return unit * tiling.unit_blocks + min_of(unit, tiling.longer_units);
+  const int of_tails = unit - tiling.heads;
+  return of_tails * tiling.unit_blocks + min_of(of_tails, tiling.longer_units);
+}
+
+// The stream-K work unit of tails that has a k block.
+W4A16_HOST_DEVICE inline int unit_of(const Tiling& tiling, int block) {
+  const int after = block - tiling.longer_units * (tiling.unit_blocks + 1);
+  if (after < 0) return tiling.heads + tiling.by_longer_unit.quotient(block);
+  return tiling.heads + tiling.longer_units + tiling.by_unit.quotient(after);
+}
+
+// The unit's partial sums of a split tile have this place among all. A unit of tails may give away sums of several
+// tiles if these have heads, and otherwise of one.
+W4A16_HOST_DEVICE inline int slot_of(const Tiling& tiling, int unit, int index) {
+  return tiling.heads > 0 ? unit - tiling.heads + index : unit;
 }
 
 // The grid of a dependent launch. Where two CTAs share an SM and two grids fit at once, the grid is padded with
@@ -152,7 +172,7 @@ struct persistent {
 
   static int64_t parts(int64_t tiles, int) { return tiles; }
 
-  static int split_tiles(int, int) { return 0; }
+  static void split(Tiling* tiling, int, int clusters, bool) { tiling->clusters = clusters; }
 
   template <class S>
   W4A16_HOST_DEVICE static Work work_of(const Tiling& tiling, int cta, int ctas, int rank) {
@@ -196,37 +216,76 @@ struct persistent {
   }
 };
 
-// Whole waves of whole tiles, but for the last: its tiles, and those of one whole wave, are divided among all clusters,
-// so that none is idle. Each cluster gets an equal number of their k blocks, a work unit, which may begin and end
-// within a tile. Two clusters at most then share a tile. Where there are fewer tiles than clusters, all of them are
-// divided.
+// Whole waves of whole tiles. The rest, fewer tiles than clusters, is divided along K so that no cluster is idle. What
+// a cluster divides with others is its work unit. The cluster with a tile's first k block adds the sums of later units,
+// and stores the tile.
+//
+// Usually the rest and the tiles of one whole wave are divided equally. Two clusters at most share a tile, unless there
+// are fewer tiles than clusters. Units come before whole tiles: a cluster that waits for sums of others then waits for
+// what they did first.
+//
+// The units begin at different places of K. If L2 cannot keep the operands, each unit then reads them from memory. So
+// other units are formed: each tile of the rest has a cluster that sums its head, the first k blocks. All heads have
+// the same length. The other clusters sum equal numbers of k blocks of tails, one tail after the other. Whole tiles
+// come first: all clusters are at the same place of K, and later those with heads. If a short tile of the rest had very
+// many clusters, adding their sums would take longer than this saves.
 struct streamk {
   static constexpr bool kSplitsTiles = true;
   static constexpr bool kGroups = false;
+  static constexpr int kBlocksOfSums = 1;  // k blocks that take as long as handing over the sums of a tail
+
+  static constexpr int most_clusters_per_head(int k_blocks) { return max_of(3, k_blocks / 16); }
 
   static int64_t parts(int64_t tiles, int k_blocks) { return tiles * k_blocks; }
 
-  static int split_tiles(int tiles, int clusters) {
-    if (tiles <= clusters) return tiles;
+  // Divides tiles among some clusters. Fewer have work if the heads leave fewer k blocks than there are other clusters.
+  static void split(Tiling* tiling, int tiles, int clusters, bool fits_l2) {
     const int rest = tiles % clusters;
-    return rest == 0 ? 0 : clusters + rest;
+    const int k_blocks = tiling->k_blocks;
+    if (fits_l2 || int64_t{rest} * most_clusters_per_head(k_blocks) < clusters) {
+      tiling->split_tiles = rest == 0 || tiles < clusters ? rest : clusters + rest;
+    } else {
+      tiling->split_tiles = tiling->heads = rest;
+      const int64_t share = (int64_t{rest} * (k_blocks + kBlocksOfSums) + clusters - 1) / clusters;
+      tiling->head_blocks = static_cast<int>(min_of(share, int64_t{k_blocks}));
+    }
+    tiling->tail_blocks = k_blocks - tiling->head_blocks;
+    const int tails = tiling->split_tiles * tiling->tail_blocks;
+    if (tiles < clusters) clusters = min_of(clusters, tiling->heads + tails);
+    tiling->clusters = clusters;
+    const int units = clusters - tiling->heads;
+    if (units > 0) {
+      tiling->unit_blocks = tails / units;
+      tiling->longer_units = tails % units;
+    }
   }
 
-  // Work units come first: a cluster that waits for sums of others then waits for what they did first.
+  // The first tile that a cluster divides with others. Without one, no tile.
+  W4A16_HOST_DEVICE static int first_split(const Tiling& tiling, int unit, int end_tile) {
+    if (unit < tiling.heads) return unit;
+    const int begin = unit_begin(tiling, unit);
+    return begin < unit_begin(tiling, unit + 1) ? tiling.by_tail_blocks.quotient(begin) : end_tile;
+  }
+
   template <class S>
   W4A16_HOST_DEVICE static Work work_of(const Tiling& tiling, int cta, int, int rank) {
     const int cluster = cta / S::ClusterSize;
     // A cluster waits for sums of the units after its own. They belong to clusters that started before it.
     const int unit = tiling.clusters - 1 - cluster;
-    const int first = tiling.split_tiles == 0 ? cluster : tiling.by_k_blocks.quotient(unit_begin(tiling, unit));
-    return {first, 1, tiling.channel_tiles * tiling.token_tiles, rank, unit};
+    const int tiles = tiling.channel_tiles * tiling.token_tiles;
+    const int whole = tiling.split_tiles + cluster;
+    const bool begins_whole = tiling.split_tiles == 0 || (tiling.heads > 0 && whole < tiles);
+    return {begins_whole ? whole : first_split(tiling, unit, tiles), 1, tiles, rank, unit};
   }
 
   W4A16_HOST_DEVICE static int next_tile(const Tiling& tiling, const Work& work, int tile) {
-    if (tile >= tiling.split_tiles) return tile + tiling.clusters;
+    if (tile >= tiling.split_tiles) {
+      const int next = tile + tiling.clusters;
+      return tiling.heads > 0 && next >= work.end_tile ? first_split(tiling, work.unit, work.end_tile) : next;
+    }
     const int next = tile + 1;
-    if (next * tiling.k_blocks < unit_begin(tiling, work.unit + 1)) return next;
-    return tiling.split_tiles + tiling.clusters - 1 - work.unit;
+    if (work.unit >= tiling.heads && next * tiling.tail_blocks < unit_begin(tiling, work.unit + 1)) return next;
+    return tiling.heads > 0 ? work.end_tile : tiling.split_tiles + tiling.clusters - 1 - work.unit;
   }
 
   template <class S>
@@ -234,15 +293,19 @@ struct streamk {
     int first = 0;
     int end = tiling.k_blocks;
     if (index < tiling.split_tiles) {
-      const int before = index * tiling.k_blocks;
-      first = max_of(unit_begin(tiling, work.unit) - before, 0);
-      end = min_of(unit_begin(tiling, work.unit + 1) - before, end);
+      if (work.unit < tiling.heads) {
+        end = tiling.head_blocks;
+      } else {
+        const int before = index * tiling.tail_blocks - tiling.head_blocks;
+        first = max_of(unit_begin(tiling, work.unit) - before, tiling.head_blocks);
+        end = min_of(unit_begin(tiling, work.unit + 1) - before, end);
+      }
     }
     int channel_tile = index;
     int token_tile = 0;
     if (tiling.token_tiles > 1) {
       Place place = place_in_sweeps(tiling, tiling.token_tiles, tiling.by_last_sweep, index);
-      if (tiling.split_tiles == tiling.channel_tiles * tiling.token_tiles) {
+      if (tiling.heads == 0 && tiling.split_tiles == tiling.channel_tiles * tiling.token_tiles) {
         // Token tiles in turn: clusters a part of the grid apart then read the same weights at about the same time.
         place.token = tiling.by_channel_tiles.quotient(index);
         place.channel = index - place.token * tiling.channel_tiles;
@@ -266,7 +329,7 @@ struct grouped {
 
   static int64_t parts(int64_t tiles, int) { return tiles; }
 
-  static int split_tiles(int, int) { return 0; }
+  static void split(Tiling* tiling, int, int clusters, bool) { tiling->clusters = clusters; }
 
   template <class S>
   W4A16_HOST_DEVICE static Work work_of(const Tiling& tiling, int cta, int, int rank, int token_tiles) {
@@ -335,7 +398,7 @@ W4A16_HOST_DEVICE inline Tile tile_at(const Tiling& tiling, const Work& work, in
 // Tiles may neither overlap nor be computed twice where a CTA reads what it overwrites: another would read the result.
 template <class S>
 int make_tiling(Tiling* tiling, int64_t m, int channel_blocks, int k_blocks, int clusters_at_once,
-                bool may_overlap = true) {
+                bool may_overlap = true, int64_t l2_bytes = kL2Bytes) {
   const auto tiles_of = [](int64_t size, int64_t tile) { return static_cast<int>((size + tile - 1) / tile); };
   tiling->k_blocks = k_blocks;
   tiling->channel_tiles = tiles_of(channel_blocks, S::Blocks * S::ClusterChannels);
@@ -346,19 +409,19 @@ int make_tiling(Tiling* tiling, int64_t m, int channel_blocks, int k_blocks, int
   const int last_token = may_overlap ? (tiling->token_tiles - 1) * S::Tokens : INT32_MAX;  // no tile twice
   tiling->last_token = overlaps ? static_cast<int>(m - S::Tokens) : last_token;
   const int clusters = parts < clusters_at_once ? static_cast<int>(parts) : clusters_at_once;
-  tiling->split_tiles = S::Scheduler::split_tiles(tiling->channel_tiles * tiling->token_tiles, clusters);
-  tiling->clusters = clusters;
-  const int split_blocks = tiling->split_tiles * k_blocks;
-  tiling->unit_blocks = split_blocks / clusters;
-  tiling->longer_units = split_blocks % clusters;
+  const int64_t operand_bytes = k_blocks * int64_t{kBlockK} * (2 * m + channel_blocks * int64_t{kBlockChannels} / 2);
+  const bool fits_l2 = tiling->token_tiles == 1 || operand_bytes <= l2_bytes;  // one token tile reads weights once
+  S::Scheduler::split(tiling, tiling->channel_tiles * tiling->token_tiles, clusters, fits_l2);
   tiling->by_last_sweep = Divisor::of(tokens_of_last_sweep(tiling->token_tiles));
-  tiling->by_k_blocks = Divisor::of(k_blocks);
+  tiling->by_tail_blocks = Divisor::of(max_of(tiling->tail_blocks, 1));
+  tiling->by_unit = Divisor::of(max_of(tiling->unit_blocks, 1));
+  tiling->by_longer_unit = Divisor::of(tiling->unit_blocks + 1);
   tiling->by_channel_tiles = Divisor::of(tiling->channel_tiles);
-  tiling->by_clusters = Divisor::of(clusters);
-  tiling->rotation = S::Grouped ? rotation_of(clusters) : 0;
+  tiling->by_clusters = Divisor::of(tiling->clusters);
+  tiling->rotation = S::Grouped ? rotation_of(tiling->clusters) : 0;
   tiling->by_sweep = Divisor::of(tiling->channel_tiles * kRasterTokens);
   for (int tokens = 1; tokens <= kRasterTokens; ++tokens) tiling->by_tokens[tokens - 1] = Divisor::of(tokens);
-  return clusters * S::ClusterSize;
+  return tiling->clusters * S::ClusterSize;
 }
 
 }  // namespace w4a16::native

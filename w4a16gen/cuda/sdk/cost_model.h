@@ -136,31 +136,38 @@ struct Constants {
 // Exact for quotients of whole numbers below 2^53.
 inline double divide_up(double value, double by) { return std::ceil(value / by); }
 
-// How many tiles stream-K divides; see scheduler::streamk in native/tiles.h.
-inline double count_split_tiles(double tiles, double clusters) {
-  if (tiles < clusters) return tiles;
-  const double rest = std::fmod(tiles, clusters);
-  return rest != 0 ? clusters + rest : 0;
-}
+// How stream-K divides tiles along K; see scheduler::streamk in native/tiles.h.
+struct Split {
+  double tiles = 0;              // how many it divides
+  double clusters_per_tile = 0;  // that share one of them
+  double share = 0;              // of K, where clusters are at different places: all, or a tile's part after its head
+};
 
-// How many clusters share a tile that stream-K divides.
-inline double clusters_per_split_tile(double tiles, double clusters, double k_blocks) {
-  if (tiles <= clusters) return std::min(clusters / std::max(tiles, 1.0), k_blocks);
-  return std::fmod(tiles, clusters) != 0 ? 2 : 0;
+inline Split split_of(double tiles, double clusters, double k_blocks, bool fits_l2) {
+  const double rest = std::fmod(tiles, clusters);
+  if (rest == 0) return {};
+  const double most_clusters_per_head = std::max(3.0, std::floor(k_blocks / 16));
+  if (!fits_l2 && rest * most_clusters_per_head >= clusters) {
+    const double head_blocks = std::min(k_blocks, divide_up(rest * (k_blocks + 1), clusters));
+    return {rest, clusters / rest, 1 - head_blocks / k_blocks};
+  }
+  if (tiles < clusters) return {tiles, std::min(clusters / tiles, k_blocks), 1};
+  return {clusters + rest, 2, 1};
 }
 
 // The bytes that split tiles of stream-K read from memory although other tiles read them too.
 inline double read_apart(const Constants& c, const Kernel& kernel, const Problem& problem, double tiles,
-                         double split_tiles) {
-  if (split_tiles == 0) return 0;
+                         const Split& split) {
+  if (split.tiles == 0) return 0;
   const double m = static_cast<double>(problem.m), n = static_cast<double>(problem.n),
-               k = static_cast<double>(problem.k);
+               k = static_cast<double>(problem.k) * split.share;
   const double activations = 2 * m * k, weight = n * k / 2;
+  if (activations == 0) return 0;
   const double activations_of_tile = 2.0 * kernel.cta[1] * kernel.cluster[1] * k - activations / tiles;
   const double weight_of_tile = kernel.cta[0] * kernel.cluster[0] * k / 2 - weight / tiles;
   const double missed_activations = std::max(0.0, 1 - c.l2_bytes / activations);
   const double missed_weight = std::max(0.0, 1 - c.l2_bytes / (activations + weight));
-  return split_tiles * (missed_activations * activations_of_tile + missed_weight * weight_of_tile);
+  return split.tiles * (missed_activations * activations_of_tile + missed_weight * weight_of_tile);
 }
 
 // The estimated microseconds of a native kernel: CostModel.microseconds of choose/cost_model.py, line by line.
@@ -179,8 +186,10 @@ inline double estimate(const Constants& c, const Card& h100, const Kernel& kerne
     own_tiles = std::max(1.0, tiles / at_once);
     blocks = tiles * k_blocks / at_once;
     const double clusters = at_once * kernel.ctas_per_sm;
-    sharing = clusters_per_split_tile(tiles, clusters, k_blocks);
-    apart = read_apart(c, kernel, problem, tiles, count_split_tiles(tiles, clusters));
+    const bool fits_l2 = m <= cta[1] * cluster[1] || k * (2 * m + n / 2) <= c.l2_bytes;
+    const Split split = split_of(tiles, clusters, k_blocks, fits_l2);
+    sharing = split.clusters_per_tile;
+    apart = read_apart(c, kernel, problem, tiles, split);
   } else {
     own_tiles = std::max(1.0, divide_up(tiles, at_once));
     if (kernel.ctas_per_sm > 1 && own_tiles > 1) {
