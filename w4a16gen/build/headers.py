@@ -31,9 +31,14 @@ def headers_of(source: str, beside: Path = CUDA_FOLDER) -> Headers:
         source: its text.
         beside: the folder that it lies in.
     """
+    return _headers_named(tuple(_INCLUDE.findall(source)), beside)
+
+
+@cache  # the kernels of a family all include the same
+def _headers_named(included: tuple[str, ...], beside: Path) -> Headers:
     own: set[Path] = set()
     needs_cutlass = False
-    waiting: list[tuple[Path, Sequence[str]]] = [(beside, _INCLUDE.findall(source))]
+    waiting: list[tuple[Path, Sequence[str]]] = [(beside, included)]
     while waiting:
         here, names = waiting.pop()
         for name in names:
