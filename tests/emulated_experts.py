@@ -82,7 +82,7 @@ def entries(token_tiles: Ints) -> list[list[int]]:
     return found
 
 
-def build_experts(configs: Sequence[KernelConfig], folder: Path, optimisation: str = "-O2") -> EmulatedExperts:
+def build_experts(configs: Sequence[KernelConfig], folder: Path, optimisation: str = "-O1") -> EmulatedExperts:
     """Compile grouped kernels for the CPU."""
     return EmulatedExperts(build_for_emulation(configs, folder, optimisation=optimisation))
 

@@ -63,7 +63,7 @@ MUTANTS = {
 }
 """Faults: a shape that shows it; a header, a statement of it, and what takes its place."""
 
-pytestmark = [pytest.mark.compile, pytest.mark.xdist_group("emulated epilogues")]
+pytestmark = [pytest.mark.compile, pytest.mark.xdist_group("emulated")]
 
 
 @pytest.fixture(scope="module")

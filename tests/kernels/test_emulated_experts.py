@@ -43,7 +43,7 @@ EXPERTS = 5
 NOBODY = (-1, EXPERTS, 1 << 30)
 """Ids that no expert has."""
 
-pytestmark = [pytest.mark.compile, pytest.mark.xdist_group("emulated experts")]
+pytestmark = [pytest.mark.compile, pytest.mark.xdist_group("emulated")]
 
 
 @pytest.fixture(scope="module")

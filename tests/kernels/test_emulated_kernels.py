@@ -61,7 +61,7 @@ MUTANTS = {
 }
 """Faults of synchronisation: a header, a statement of it, and what takes its place."""
 
-pytestmark = [pytest.mark.compile, pytest.mark.xdist_group("emulated kernels")]
+pytestmark = [pytest.mark.compile, pytest.mark.xdist_group("emulated")]
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ PAIRED, CLUSTERS_OF_2, CLUSTERS_OF_4, STREAM_K, UNPAIRED = (
     )
 )
 
-pytestmark = [pytest.mark.compile, pytest.mark.xdist_group("emulated launches")]
+pytestmark = [pytest.mark.compile, pytest.mark.xdist_group("emulated")]
 
 
 @pytest.fixture(scope="module")

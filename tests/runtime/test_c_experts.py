@@ -36,6 +36,8 @@ TILES = 5 * 16
 """Bytes of the list of 8 rows and 3 experts, with tiles of 8 tokens: a head, a full tile, and a last one of each."""
 OK, INVALID, UNSUPPORTED = 0, 1, 2
 
+pytestmark = pytest.mark.xdist_group("emulated")
+
 BASES: dict[str, ctypes.Structure] = {
     "w4a16_route": CRouteArguments(
         ids=STEP,
