@@ -19,6 +19,8 @@ QUESTIONS = (
     "cuKernelGetFunction",
 )
 
+pytestmark = pytest.mark.xdist_group("captures")  # one worker compiles the program
+
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
