@@ -150,10 +150,10 @@ def real_build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     return build(one_per_mode(), generated=folder / GENERATED, folder=folder / BUILD, jobs=1).build
 
 
-def build_again(start: Build, configs: Iterable[KernelConfig], folder: Path) -> BuildReport:
+def build_again(start: Build, configs: Iterable[KernelConfig], folder: Path, *, jobs: int | None = None) -> BuildReport:
     """Build other kernels in a copy of a build, which has the compiled module already."""
     shutil.copytree(start.folder, folder / BUILD, symlinks=True)
-    return build(configs, generated=folder / GENERATED, folder=folder / BUILD)
+    return build(configs, generated=folder / GENERATED, folder=folder / BUILD, jobs=jobs)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import resource
 import shutil
 import subprocess
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -135,24 +136,11 @@ def kernels_at_the_edge() -> list[KernelConfig]:
     return sorted([*configs, *in_clusters])
 
 
-def check_that_none_spills(start: Build, configs: list[KernelConfig], folder: Path) -> None:
-    built = build_again(start, configs, folder)
-    assert built.failures == []
-    proof = static.prove(Library(built.build), folder / "generated")
-    assert proof.violations == []
-    assert len(proof.kernels) == len(configs)
-    assert {kernel["stack_bytes"] for kernel in proof.kernels} == {0}
+def kernels_with_epilogues() -> list[KernelConfig]:
+    """Return those with zeros, which need most registers: at the edge, and of each schedule the default with most sums.
 
-
-def test_kernels_at_the_edge_of_their_registers_do_not_spill(real_build: Build, tmp_path: Path) -> None:
-    """Those that are not proven above."""
-    others = sorted(set(kernels_at_the_edge()).difference(native_kernels()))
-    assert len(others) == 29
-    check_that_none_spills(real_build, others, tmp_path)
-
-
-def test_kernels_with_epilogues_do_not_spill(real_build: Build, tmp_path: Path) -> None:
-    """Those with zeros, which need most registers: at the edge, and of each schedule the default one with most sums."""
+    Each with both epilogues.
+    """
     fullest: dict[Schedule, KernelConfig] = {}
     for config in sorted(enumerate_space("default"), key=lambda config: native_arrangement(config).accumulators):
         fullest[config.schedule] = config
@@ -161,7 +149,37 @@ def test_kernels_with_epilogues_do_not_spill(real_build: Build, tmp_path: Path) 
     }
     legal = [config for config in configs if why_forbidden(config) is None]
     assert len(legal) > len(fullest)
-    check_that_none_spills(real_build, with_epilogues(legal, [Epilogue.ELEMENTWISE, Epilogue.GATED]), tmp_path)
+    return with_epilogues(legal, [Epilogue.ELEMENTWISE, Epilogue.GATED])
+
+
+@pytest.fixture(scope="module")
+def proof_of_the_fullest(real_build: Build, tmp_path_factory: pytest.TempPathFactory) -> static.StaticProof:
+    """Prove one build, which links once, of the kernels that spill first and are not proven above."""
+    configs = {*kernels_at_the_edge(), *kernels_with_epilogues()}.difference(native_kernels())
+    folder = tmp_path_factory.mktemp("fullest")
+    built = build_again(real_build, configs, folder)
+    assert built.failures == []
+    proof = static.prove(Library(built.build), folder / "generated")
+    assert proof.violations == []
+    assert len(proof.kernels) == len(configs)
+    return proof
+
+
+def stack_bytes(proof: static.StaticProof, configs: Sequence[KernelConfig]) -> list[int]:
+    """Return the stack of each kernel of a proof."""
+    found = {kernel["name"]: kernel["stack_bytes"] for kernel in proof.kernels}
+    return [found[config.name] for config in configs]
+
+
+def test_kernels_at_the_edge_of_their_registers_do_not_spill(proof_of_the_fullest: static.StaticProof) -> None:
+    """Those that are not proven above."""
+    others = sorted(set(kernels_at_the_edge()).difference(native_kernels()))
+    assert len(others) == 29
+    assert set(stack_bytes(proof_of_the_fullest, others)) == {0}
+
+
+def test_kernels_with_epilogues_do_not_spill(proof_of_the_fullest: static.StaticProof) -> None:
+    assert set(stack_bytes(proof_of_the_fullest, kernels_with_epilogues())) == {0}
 
 
 EXPERT_FUNCTIONS = (
@@ -171,15 +189,22 @@ EXPERT_FUNCTIONS = (
 """Kernels beside the products of a layer of experts."""
 
 
-def test_grouped_kernels_of_several_units_link_and_others_have_none_of_their_functions(tmp_path: Path) -> None:
-    """Each build compiles what the one before has not: one kernel, in a unit of its own."""
-    names = ("warps8_persistent", "warps8_grouped", "warps8_grouped_gated")
-    configs = [KernelConfig.parse(f"w4a16_sm90_native_fgs_cta64x8x128_cluster1x1x1_{name}") for name in names]
-    for count in range(1, len(configs) + 1):
-        built = build(configs[:count], generated=tmp_path / "generated", folder=tmp_path / "build")
-        assert (built.compiled, built.failures) == (1, [])
-        if count == 1:
-            assert all(b"combine_rows" not in path.read_bytes() for path in built.build.folder.rglob("*.o"))
+@pytest.fixture(scope="module")
+def by_warps(real_build: Build, tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """Return a build of one kernel, which is not grouped, and whose warps multiply each by itself."""
+    return build_again(real_build, [KernelConfig.parse(BY_WARPS)], tmp_path_factory.mktemp("by warps")).build
+
+
+def test_grouped_kernels_of_several_units_link_and_others_have_none_of_their_functions(
+    by_warps: Build, tmp_path: Path
+) -> None:
+    """Two are added to a build of another kernel: each is compiled in a unit of its own, as there are two compilers."""
+    names = ("grouped", "grouped_gated")
+    added = [KernelConfig.parse(f"w4a16_sm90_native_fgs_cta64x8x128_cluster1x1x1_warps8_{name}") for name in names]
+    assert all(b"combine_rows" not in path.read_bytes() for path in by_warps.folder.rglob("*.o"))
+    built = build_again(by_warps, [*by_warps.configs, *added], tmp_path, jobs=2)
+    assert (built.compiled, built.failures) == (2, [])
+    assert [kernel.unit_kernels for kernel in built.build.manifest.kernels] == [1, 1, 1]
     library = Library(built.build)
     assert static.prove(library, tmp_path / "generated").violations == []
     code = read_code(library.build.library)
@@ -321,15 +346,13 @@ def test_kernels_are_found_in_the_machine_code_by_their_names(real_library: Libr
     assert {KernelConfig.parse(name) for name in code} == set(real_library.configs())
 
 
-def test_a_native_kernel_takes_part_in_dependent_launches_and_captures_know_it(tmp_path: Path) -> None:
-    config = KernelConfig.parse(BY_WARPS)
-    built = build([config], generated=tmp_path / "generated", folder=tmp_path / "build").build
-    code = read_code(built.library)[BY_WARPS]
+def test_a_native_kernel_takes_part_in_dependent_launches_and_captures_know_it(by_warps: Build) -> None:
+    code = read_code(by_warps.library)[BY_WARPS]
     assert code.instructions["PREEXIT"] > 0, "it lets dependent launches start"
     assert code.instructions["ACQBULK"] > 0, "it waits for the kernel that it depends on"
     begin = re.search(r'kBegin\[\] = "(\w+)"', (CUDA_FOLDER / "library" / "capture.h").read_text())
     assert begin is not None
-    assert f"{begin[1]}NS_{len(BY_WARPS)}{BY_WARPS}E".encode() in built.library.read_bytes()
+    assert f"{begin[1]}NS_{len(BY_WARPS)}{BY_WARPS}E".encode() in by_warps.library.read_bytes()
 
 
 def test_a_second_build_compiles_and_links_nothing(real_build: Build) -> None:
