@@ -131,6 +131,8 @@ class CostModel:
     constants: Constants
     rates: Mapping[str, Rates]
     """By `KernelConfig.shape_name`: all modes and epilogues of a kernel share them."""
+    stream_k_has_heads: bool = True
+    """Whether stream-K divides tiles as native/tiles.h does today where L2 cannot keep the operands."""
 
     @classmethod
     def read(cls, path: Path) -> CostModel:
@@ -233,8 +235,9 @@ class CostModel:
         if config.scheduler is Scheduler.STREAM_K:
             own_tiles = max(1.0, tiles / at_once)
             blocks = tiles * k_blocks / at_once
-            fits_l2 = token_tiles == 1 or _operand_bytes(problem) <= shared.l2_bytes
-            split = _split(tiles, at_once * ctas_per_sm, k_blocks, fits_l2=fits_l2)
+            exceeds_l2 = token_tiles > 1 and _operand_bytes(problem) > shared.l2_bytes
+            may_have_heads = exceeds_l2 and self.stream_k_has_heads
+            split = _split(tiles, at_once * ctas_per_sm, k_blocks, may_have_heads=may_have_heads)
             sharing = split.clusters_per_tile
             read_apart = self._read_apart(config, problem, tiles, split)
         else:
@@ -312,19 +315,19 @@ class _Split(NamedTuple):
     """The share of K where clusters are at different places: all of it, or a tile's part after its head."""
 
 
-def _split(tiles: int, clusters: int, k_blocks: int, *, fits_l2: bool) -> _Split:
+def _split(tiles: int, clusters: int, k_blocks: int, *, may_have_heads: bool) -> _Split:
     """Return how stream-K divides tiles among clusters.
 
     Args:
         tiles: how many there are.
         clusters: how many run at once.
         k_blocks: blocks of 128 values of K.
-        fits_l2: whether L2 keeps what several tiles read.
+        may_have_heads: whether L2 cannot keep what several tiles read.
     """
     rest = tiles % clusters
     if rest == 0:
         return _Split(0, 0.0, 0.0)
-    if not fits_l2 and rest * max(_CLUSTERS_PER_HEAD, k_blocks // _BLOCKS_PER_CLUSTER) >= clusters:
+    if may_have_heads and rest * max(_CLUSTERS_PER_HEAD, k_blocks // _BLOCKS_PER_CLUSTER) >= clusters:
         head_blocks = min(k_blocks, -(-rest * (k_blocks + 1) // clusters))
         return _Split(rest, clusters / rest, 1 - head_blocks / k_blocks)
     if tiles < clusters:
