@@ -109,7 +109,7 @@ def as_on_the_same_card(other: Sample, sample: Sample, constants: Constants) -> 
     The medians of the errors differ by the factor between the cards. Where no such kernel was timed, times stay, as do
     those of cuBLAS.
     """
-    model = model_of_before(constants)
+    model = model_without_heads(constants)
     shared = {
         kernel: fit_rates(kernel, times, model, sample.card)
         for kernel, times in sample.kernels.items()
@@ -155,8 +155,8 @@ def with_other_cards(first: Sample, constants: Constants) -> Sample:
     return sample
 
 
-def model_of_before(constants: Constants, rates: Mapping[str, Rates] | None = None) -> CostModel:
-    """Return the model of the kernels that were timed: their stream-K divided tiles without heads."""
+def model_without_heads(constants: Constants, rates: Mapping[str, Rates] | None = None) -> CostModel:
+    """Return the model of the recorded kernels, whose stream-K gives tiles no heads."""
     return CostModel(constants, rates or {}, stream_k_has_heads=False)
 
 
@@ -200,14 +200,14 @@ def fit_rates(kernel: KernelConfig, times: Times, model: CostModel, card: Card) 
 
 def fit_all(sample: Sample, kernels: Sequence[KernelConfig], constants: Constants) -> CostModel:
     """Return a model with the rates of all kernels of a space, by their times or those of their neighbours."""
-    plain = model_of_before(constants)
+    plain = model_without_heads(constants)
     fitted = {
         kernel: fit_rates(kernel, sample.kernels[kernel], plain, sample.card)
         for kernel in kernels
         if kernel in sample.kernels
     }
     rates = {kernel.shape_name: fitted.get(kernel) or rates_between(kernel, fitted, constants) for kernel in kernels}
-    return model_of_before(constants, dict(sorted(rates.items())))
+    return model_without_heads(constants, dict(sorted(rates.items())))
 
 
 def rates_between(kernel: KernelConfig, fitted: Mapping[KernelConfig, Rates], constants: Constants) -> Rates:
@@ -324,7 +324,7 @@ def losses_of_left_out_layers(sample: Sample, constants: Constants) -> dict[str,
     layers = sorted({(problem.n, problem.k) for times in sample.kernels.values() for problem in times})
     np.random.default_rng(0).shuffle(layers)
     estimated: dict[Problem, dict[KernelConfig, float]] = {}
-    plain = model_of_before(constants)
+    plain = model_without_heads(constants)
     for fold in range(FOLDS):
         left_out = set(map(tuple, layers[fold::FOLDS]))
         for kernel, times in sample.kernels.items():

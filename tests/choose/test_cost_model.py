@@ -161,12 +161,12 @@ def test_stream_k_reads_again_what_l2_does_not_keep(
     assert (MODEL.cycles(MODEL.rates_of(config), work) > without) == (work.read_apart_bytes > 0)
 
 
-def test_times_of_before_were_of_stream_k_without_heads() -> None:
+def test_without_heads_more_operands_are_read_apart() -> None:
     config, problem = kernel("cta128x144x128_cluster1x1x1_warpgroups2_streamk"), Problem(3195, 1408, 32384, 128)
-    before = CostModel(MODEL.constants, MODEL.rates, stream_k_has_heads=False).work(config, problem)
-    today = MODEL.work(config, problem)
-    assert before.clusters_per_split_tile == 2 > today.clusters_per_split_tile
-    assert before.read_apart_bytes > today.read_apart_bytes
+    without = CostModel(MODEL.constants, MODEL.rates, stream_k_has_heads=False).work(config, problem)
+    with_heads = MODEL.work(config, problem)
+    assert without.clusters_per_split_tile == 2 > with_heads.clusters_per_split_tile
+    assert without.read_apart_bytes > with_heads.read_apart_bytes
 
 
 def test_nothing_is_read_again_where_l2_keeps_it_or_tiles_are_whole() -> None:

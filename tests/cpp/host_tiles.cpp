@@ -2,6 +2,8 @@
 //
 // Compiled with -DUNIT="file", a compile unit of kernels.
 // host_tiles > lines about divisors and waves, and one per kernel and problem, which end in "ok" or in the fault
+// host_tiles NAME > how stream-K divides some problems: "TILES CLUSTERS K_BLOCKS HEADS SPLIT_TILES HEAD_BLOCKS", where
+// HEADS tells whether there may be heads
 // host_tiles NAME CTAS CLUSTERS > the grid of a dependent launch with work for CTAS, where CLUSTERS run at once
 #include <cstdio>
 #include <cstdlib>
@@ -267,8 +269,26 @@ void check(const char* name) {
   }
 }
 
+template <class S>
+void print_splits() {
+  for (int64_t l2_bytes : {int64_t{0}, kLargeL2}) {
+    for (int64_t token_tiles = 2; token_tiles <= 60; token_tiles += 3) {
+      for (int k_blocks : {1, 7, 40, 80, 253}) {
+        for (int clusters : {13, 66, 132}) {
+          native::Tiling tiling{};
+          native::make_tiling<S>(&tiling, token_tiles * S::Tokens, 3 * S::Blocks * S::ClusterChannels, k_blocks,
+                                 clusters, true, l2_bytes);
+          std::printf("%d %d %d %d %d %d\n", tiling.channel_tiles * tiling.token_tiles, clusters, k_blocks,
+                      l2_bytes == 0 ? 1 : 0, tiling.split_tiles, tiling.head_blocks);
+        }
+      }
+    }
+  }
+}
+
 struct Entry {
   std::string name;
+  void (*print_splits)();
   void (*check)(const char* name);
   int (*padded_grid)(int ctas, int clusters_at_once);
 };
@@ -280,7 +300,7 @@ std::vector<Entry>& entries() {
 
 template <class S>
 void visit(const char* name) {
-  entries().push_back({name, &check<S>, &native::padded_grid<S>});
+  entries().push_back({name, &print_splits<S>, &check<S>, &native::padded_grid<S>});
 }
 
 #include UNIT
@@ -294,6 +314,7 @@ int main(int count, char** arguments) {
   }
   for (const Entry& entry : entries()) {
     if (count == 1) entry.check(entry.name.c_str());
+    if (count == 2 && entry.name == arguments[1]) entry.print_splits();
     if (count == 4 && entry.name == arguments[1]) {
       std::printf("%d\n", entry.padded_grid(std::atoi(arguments[2]), std::atoi(arguments[3])));
     }

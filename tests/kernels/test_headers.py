@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from host_programs import compile_for_host, output_of
 from w4a16gen import KernelConfig, QuantMode
 from w4a16gen.build import toolchain
 from w4a16gen.build.headers import CUDA_FOLDER
+from w4a16gen.choose.cost_model import split_of
 from w4a16gen.kernels import arrangement
 from w4a16gen.kernels.arrangement import native_arrangement
 from w4a16gen.kernels.epilogue import GATED_MULTIPLE
@@ -92,6 +94,22 @@ def test_grids_of_dependent_launches_are_padded_to_one_cta_per_sm(
     tilings: Path, name: str, ctas: int, clusters: int, grid: int
 ) -> None:
     assert output_of(tilings, f"w4a16_sm90_native_{name}", str(ctas), str(clusters)) == [str(grid)]
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(
+    "name", ["fgsz_cta256x128x64_cluster1x1x1_warpgroups2_streamk", "fgs_cta64x8x128_cluster1x1x1_warpgroups2_streamk"]
+)
+def test_estimates_divide_tiles_as_kernels_do(tilings: Path, name: str) -> None:
+    lines = [tuple(map(int, line.split())) for line in output_of(tilings, f"w4a16_sm90_native_{name}")]
+    heads = Counter[bool]()
+    for tiles, clusters, k_blocks, may_have_heads, split_tiles, head_blocks in lines:
+        split = split_of(tiles, min(clusters, tiles * k_blocks), k_blocks, may_have_heads=bool(may_have_heads))
+        assert split.tiles == split_tiles, (tiles, clusters, k_blocks)
+        if split_tiles:
+            assert split.share == pytest.approx(1 - head_blocks / k_blocks)
+        heads[head_blocks > 0] += 1
+    assert min(heads[True], heads[False]) > 100
 
 
 @pytest.fixture(scope="module")

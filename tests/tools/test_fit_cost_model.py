@@ -121,7 +121,7 @@ def test_the_committed_rates_are_the_best_for_the_committed_times() -> None:
     current = fit_cost_model.with_other_cards(first, START)
     older = fit_cost_model.sample_of(recorded.read([fit_cost_model.SAMPLE_BEFORE]))
     sample = fit_cost_model.with_older(current, older)
-    plain = fit_cost_model.model_of_before(replace(committed.constants, sustained_factor=1.0))
+    plain = fit_cost_model.model_without_heads(replace(committed.constants, sustained_factor=1.0))
     for kernel in sorted(sample.kernels)[::60]:
         fitted = fit_cost_model.fit_rates(kernel, sample.kernels[kernel], plain, sample.card)
         assert tuple(committed.rates_of(kernel)) == pytest.approx(tuple(fitted), rel=0.02), (
@@ -148,7 +148,9 @@ def test_choices_for_layers_without_a_part_in_the_rates_are_near_the_fastest() -
 
 def test_the_committed_errors_are_those_of_the_committed_rates() -> None:
     committed = default_cost_model()
-    unsustained = fit_cost_model.model_of_before(replace(committed.constants, sustained_factor=1.0), committed.rates)
+    unsustained = fit_cost_model.model_without_heads(
+        replace(committed.constants, sustained_factor=1.0), committed.rates
+    )
     sample = fit_cost_model.sample_of(recorded.read([fit_cost_model.SAMPLE]))
     residuals = json.loads(MODEL_PATH.read_text())["residuals"]
     assert residuals["errors"] == fit_cost_model.errors_by_band(unsustained, sample)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from w4a16gen.verify.numeric import NumericProof, judge_error
+from w4a16gen.choose.cost_model import default_cost_model
+from w4a16gen.kernels.config import QuantMode, Scheduler
+from w4a16gen.kernels.problem import Problem
+from w4a16gen.kernels.spaces import enumerate_space
+from w4a16gen.verify.numeric import NumericProof, cases, judge_error
 
+MODE = QuantMode.FINEGRAINED_SCALE_ONLY
 ONES = np.ones(3, np.float16)
 
 
@@ -28,3 +35,19 @@ def test_each_result_has_the_bits_of_the_first(changed: int) -> None:
     proof = NumericProof("kernel")
     judge_error(proof, "kind", "a product", 0.5, results)
     assert proof.failures == ["a product: the bits differ when it runs again"]
+
+
+def test_stream_k_kernels_run_a_product_in_which_most_have_heads() -> None:
+    kernels = [config for config in enumerate_space("default") if config.mode is MODE]
+    (case,) = (case for case in cases(MODE, np.random.default_rng(0)) if case.kind == "beyond_l2")
+    suited = [config for config in kernels if case.suits(config)]
+    assert suited == [config for config in kernels if config.scheduler is Scheduler.STREAM_K]
+    with_heads = without = 0
+    for tokens in case.tokens:
+        problem = Problem(tokens, case.weight.n, case.weight.k, case.weight.group_size)
+        for config in suited:
+            models = (replace(default_cost_model(), stream_k_has_heads=has_heads) for has_heads in (True, False))
+            first, second = (model.work(config, problem) for model in models)
+            with_heads += first != second
+            without += first == second
+    assert with_heads > 8 * without

@@ -132,7 +132,7 @@ class CostModel:
     rates: Mapping[str, Rates]
     """By `KernelConfig.shape_name`: all modes and epilogues of a kernel share them."""
     stream_k_has_heads: bool = True
-    """Whether stream-K divides tiles as native/tiles.h does today where L2 cannot keep the operands."""
+    """Whether stream-K gives tiles heads where L2 cannot keep the operands; see `split_of`."""
 
     @classmethod
     def read(cls, path: Path) -> CostModel:
@@ -235,9 +235,10 @@ class CostModel:
         if config.scheduler is Scheduler.STREAM_K:
             own_tiles = max(1.0, tiles / at_once)
             blocks = tiles * k_blocks / at_once
-            exceeds_l2 = token_tiles > 1 and _operand_bytes(problem) > shared.l2_bytes
+            operand_bytes = problem.k * (2 * problem.m + problem.n / 2)
+            exceeds_l2 = token_tiles > 1 and operand_bytes > shared.l2_bytes
             may_have_heads = exceeds_l2 and self.stream_k_has_heads
-            split = _split(tiles, at_once * ctas_per_sm, k_blocks, may_have_heads=may_have_heads)
+            split = split_of(tiles, at_once * ctas_per_sm, k_blocks, may_have_heads=may_have_heads)
             sharing = split.clusters_per_tile
             read_apart = self._read_apart(config, problem, tiles, split)
         else:
@@ -257,7 +258,7 @@ class CostModel:
             is_long=self.is_long(problem),
         )
 
-    def _read_apart(self, config: KernelConfig, problem: Problem, tiles: int, split: _Split) -> float:
+    def _read_apart(self, config: KernelConfig, problem: Problem, tiles: int, split: Split) -> float:
         """Return the bytes that split tiles read from memory although other tiles read them too.
 
         Whole tiles of a wave read the same operands at the same time, and heads of tiles too. Clusters that begin at
@@ -304,8 +305,8 @@ class CostModel:
         return shared.dense_launch_microseconds + max(reading, working) + shared.dense_overlap_loss * hidden
 
 
-class _Split(NamedTuple):
-    """How stream-K divides tiles along K; see `scheduler::streamk` in native/tiles.h."""
+class Split(NamedTuple):
+    """How stream-K divides tiles along K."""
 
     tiles: int
     """How many tiles it divides."""
@@ -315,34 +316,30 @@ class _Split(NamedTuple):
     """The share of K where clusters are at different places: all of it, or a tile's part after its head."""
 
 
-def _split(tiles: int, clusters: int, k_blocks: int, *, may_have_heads: bool) -> _Split:
-    """Return how stream-K divides tiles among clusters.
+_FEWEST_CLUSTERS_PER_HEAD = 3
+_BLOCKS_PER_CLUSTER_OF_HEAD = 16
+_BLOCKS_OF_SUMS = 1
+
+
+def split_of(tiles: int, clusters: int, k_blocks: int, *, may_have_heads: bool) -> Split:
+    """Return how stream-K divides tiles among clusters, as `scheduler::streamk` of native/tiles.h does.
 
     Args:
         tiles: how many there are.
         clusters: how many run at once.
         k_blocks: blocks of 128 values of K.
-        may_have_heads: whether L2 cannot keep what several tiles read.
+        may_have_heads: whether several token tiles read operands that L2 cannot keep.
     """
     rest = tiles % clusters
     if rest == 0:
-        return _Split(0, 0.0, 0.0)
-    if may_have_heads and rest * max(_CLUSTERS_PER_HEAD, k_blocks // _BLOCKS_PER_CLUSTER) >= clusters:
-        head_blocks = min(k_blocks, -(-rest * (k_blocks + 1) // clusters))
-        return _Split(rest, clusters / rest, 1 - head_blocks / k_blocks)
+        return Split(0, 0.0, 0.0)
+    most_clusters_per_head = max(_FEWEST_CLUSTERS_PER_HEAD, k_blocks // _BLOCKS_PER_CLUSTER_OF_HEAD)
+    if may_have_heads and rest * most_clusters_per_head >= clusters:
+        head_blocks = min(k_blocks, -(-rest * (k_blocks + _BLOCKS_OF_SUMS) // clusters))
+        return Split(rest, clusters / rest, 1 - head_blocks / k_blocks)
     if tiles < clusters:
-        return _Split(tiles, min(clusters / tiles, float(k_blocks)), 1.0)
-    return _Split(clusters + rest, 2.0, 1.0)
-
-
-_CLUSTERS_PER_HEAD = 3
-_BLOCKS_PER_CLUSTER = 16
-"""`most_clusters_per_head` of native/tiles.h: the first, or the blocks of K over the second if these are more."""
-
-
-def _operand_bytes(problem: Problem) -> float:
-    """Return the bytes of activations and packed values of the weight."""
-    return problem.k * (2 * problem.m + problem.n / 2)
+        return Split(tiles, min(clusters / tiles, float(k_blocks)), 1.0)
+    return Split(clusters + rest, 2.0, 1.0)
 
 
 def in_preference(

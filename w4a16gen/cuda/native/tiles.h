@@ -43,8 +43,8 @@ struct Tiling {
   Divisor by_channel_tiles;
   int split_tiles;   // stream-K: how many tiles, from the first on, are divided among clusters
   int heads;         // stream-K: how many of them have a cluster that sums their heads. All of them, or none
-  int head_blocks;   // stream-K: k blocks of a head. The tail of a tile has the others
-  int tail_blocks;   // stream-K
+  int head_blocks;   // stream-K: k blocks of a head, 0 without heads
+  int tail_blocks;   // stream-K: the other k blocks of a tile
   int unit_blocks;   // stream-K: k blocks of a work unit of tails
   int longer_units;  // stream-K: how many of them, from the first on, have one more
   int clusters;      // that have work

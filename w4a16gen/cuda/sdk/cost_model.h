@@ -146,9 +146,11 @@ struct Split {
 inline Split split_of(double tiles, double clusters, double k_blocks, bool fits_l2) {
   const double rest = std::fmod(tiles, clusters);
   if (rest == 0) return {};
-  const double most_clusters_per_head = std::max(3.0, std::floor(k_blocks / 16));
+  constexpr double kFewestClustersPerHead = 3, kBlocksPerClusterOfHead = 16, kBlocksOfSums = 1;
+  const double most_clusters_per_head =
+      std::max(kFewestClustersPerHead, std::floor(k_blocks / kBlocksPerClusterOfHead));
   if (!fits_l2 && rest * most_clusters_per_head >= clusters) {
-    const double head_blocks = std::min(k_blocks, divide_up(rest * (k_blocks + 1), clusters));
+    const double head_blocks = std::min(k_blocks, divide_up(rest * (k_blocks + kBlocksOfSums), clusters));
     return {rest, clusters / rest, 1 - head_blocks / k_blocks};
   }
   if (tiles < clusters) return {tiles, std::min(clusters / tiles, k_blocks), 1};
