@@ -32,6 +32,8 @@ WITHOUT_BUILD = [
     ("emit --space everything", 2, "is not one of 'default', 'trtllm-native', 'trtllm'"),
     ("emit --output a_file", 2, "is a file"),
     ("emit --output /proc/read_only", 1, "/proc/read_only"),
+    ("emit --output /dev/null", 2, "/dev/null is no folder: name another folder"),
+    ("report /dev/null", 2, "/dev/null is no folder: name another folder"),
     ("emti", 2, "No such command 'emti'"),
     ("build --jobs 0", 2, "'0' must be a whole number from 1"),
     ("build --build-dir /proc/read_only", 1, "/proc/read_only"),
@@ -67,6 +69,52 @@ def test_a_wrong_command_fails_clearly_and_leaves_nothing(
     assert text in " ".join(result.output.split())
     assert "Traceback" not in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["a_file"]
+
+
+EMPTY = [
+    ("emit --output", "a folder"),
+    ("build --build-dir", "a folder"),
+    ("build --generated-dir", "a folder"),
+    ("clean --build-dir", "a folder"),
+    ("export --prefix", "a folder"),
+    ("export --wheel", "a folder"),
+    ("verify --report", "a file"),
+    ("audit", "a folder"),
+    ("inspect", "a folder or a file"),
+    ("convert model", "a folder or a file"),
+    ("tune --file", "a file"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "what"), EMPTY, ids=[row[0] for row in EMPTY])
+def test_an_empty_path_is_not_the_current_folder(cli: CliRunner, tmp_path: Path, arguments: str, what: str) -> None:
+    result = cli.invoke(main, [*arguments.split(), ""])
+    assert result.exit_code == 2, result.output
+    assert f"an empty text must name {what}. See" in " ".join(result.output.split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("target", ["nothing", "link"])
+def test_a_link_to_nothing_is_no_folder(cli: CliRunner, tmp_path: Path, target: str) -> None:
+    (tmp_path / "link").symlink_to(target)
+    result = cli.invoke(main, ["emit", "--output", "link"])
+    assert result.exit_code == 2, result.output
+    assert "link is a link to nothing: name another folder" in " ".join(result.output.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ("tune --file endless", "endless is no list of problems, it has more than 16 MiB: write one MxNxK"),
+        ("build --ray auto --ray-env endless", "endless is not JSON (it has more than 16 MiB): it must be an object"),
+    ],
+)
+def test_an_endless_file_is_refused(cli: CliRunner, tmp_path: Path, arguments: str, text: str) -> None:
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    result = cli.invoke(main, arguments.split())
+    assert result.exit_code == 2, result.output
+    assert text in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(("arguments", "code", "text"), WITH_BUILD, ids=[row[0] for row in WITH_BUILD])

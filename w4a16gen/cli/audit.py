@@ -10,6 +10,7 @@ import click
 from w4a16gen.cli.help import FILES, ExampleCommand, option
 from w4a16gen.cli.options import json_option, wide_option
 from w4a16gen.cli.output import note, print_result
+from w4a16gen.cli.paths import NamedPath
 from w4a16gen.cli.tables import Column, print_table
 from w4a16gen.errors import EXIT_FAILED
 
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
         ("w4a16gen audit generated --extract w4a16", "write the W4A16 instantiations only into ./w4a16"),
     ),
 )
-@click.argument("folder", type=click.Path(path_type=Path, file_okay=False, exists=True))
+@click.argument("folder", type=NamedPath(file_okay=False, exists=True))
 @option(
     "--extract",
     "output",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=NamedPath(file_okay=False),
     section=FILES,
     help="Write the FP16 x uint4 instantiations into this folder, also those in mixed files.",
 )

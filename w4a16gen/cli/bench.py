@@ -25,6 +25,7 @@ from w4a16gen.cli.options import (
     wide_option,
 )
 from w4a16gen.cli.output import note, print_result
+from w4a16gen.cli.paths import NamedPath
 from w4a16gen.cli.problems import named_problems, problems_options
 from w4a16gen.cli.random_bench import RandomChoice, random_bench, random_options
 from w4a16gen.cli.report import write_pages
@@ -118,7 +119,7 @@ _FRONT = 4
 @option(
     "--report",
     "report_folder",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=NamedPath(file_okay=False),
     section=OUTPUT,
     help="Write JSON lines, CSV, plots and an HTML page into this folder.",
 )

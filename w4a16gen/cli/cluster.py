@@ -13,6 +13,7 @@ import click
 
 from w4a16gen.cli.help import METHOD, option
 from w4a16gen.cli.output import note
+from w4a16gen.cli.paths import NamedPath, read_text
 from w4a16gen.cli.services import services
 from w4a16gen.errors import InvalidValueError
 
@@ -40,7 +41,7 @@ def cluster_options(command: _Command) -> _Command:
     """Add --ray and --ray-env; the command gets ray and ray_env."""
     command = option(
         "--ray-env",
-        type=click.Path(path_type=Path, dir_okay=False, exists=True),
+        type=NamedPath(dir_okay=False, exists=True),
         section=METHOD,
         help="JSON file with Ray's runtime_env, which prepares the workers, for example with our wheel.",
     )(command)
@@ -78,7 +79,7 @@ def _warn(sentence: str) -> None:
 
 def _environment(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise InvalidValueError(f"{path} is not JSON ({error}): it must be an object, Ray's runtime_env") from None
     if not isinstance(value, dict):

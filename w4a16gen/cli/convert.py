@@ -11,6 +11,7 @@ import click
 from w4a16gen.cli.help import ExampleCommand
 from w4a16gen.cli.options import json_option
 from w4a16gen.cli.output import note, print_result
+from w4a16gen.cli.paths import NamedPath
 from w4a16gen.cli.progress import termination_interrupts
 from w4a16gen.cli.services import services
 
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
         ("w4a16gen convert model.gguf model-packed", "a GGUF file"),
     ),
 )
-@click.argument("checkpoint", metavar="CHECKPOINT", type=click.Path(path_type=Path))
-@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@click.argument("checkpoint", metavar="CHECKPOINT", type=NamedPath())
+@click.argument("out", metavar="OUT", type=NamedPath())
 @json_option
 def command(checkpoint: Path, out: Path, as_json: bool) -> None:
     """Write the 4-bit layers of CHECKPOINT, packed for the native kernels, into the new folder OUT.

@@ -22,6 +22,7 @@ from w4a16gen.cli.options import (
     space_option,
 )
 from w4a16gen.cli.output import note, print_result
+from w4a16gen.cli.paths import NamedPath
 from w4a16gen.errors import InvalidValueError
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def parse_emitted_target(text: str) -> Target | str:
 @space_option
 @option(
     "--output",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=NamedPath(file_okay=False),
     default=Path("generated"),
     show_default=True,
     section=FILES,
@@ -96,7 +97,7 @@ def parse_emitted_target(text: str) -> Target | str:
 @option(
     "--trtllm-source",
     "source",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    type=NamedPath(file_okay=False, exists=True),
     section=METHOD,
     help="With --target trtllm: source tree that the files are for. The default fits every release of TensorRT-LLM.",
 )

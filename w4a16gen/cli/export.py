@@ -10,6 +10,7 @@ from w4a16gen import __version__
 from w4a16gen.cli.help import FILES, ExampleCommand, option
 from w4a16gen.cli.options import build_option, json_option
 from w4a16gen.cli.output import note, print_result
+from w4a16gen.cli.paths import NamedPath
 
 
 @click.command(
@@ -22,13 +23,13 @@ from w4a16gen.cli.output import note, print_result
 )
 @option(
     "--prefix",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=NamedPath(file_okay=False),
     section=FILES,
     help="Write lib/, include/, a CMake package and a pkg-config file into this folder.",
 )
 @option(
     "--wheel",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=NamedPath(file_okay=False),
     is_flag=False,
     flag_value=Path("dist"),
     section=FILES,

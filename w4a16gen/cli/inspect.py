@@ -13,6 +13,7 @@ from w4a16gen.cli.explain import choice_space_option, kernels_to_choose_among
 from w4a16gen.cli.help import METHOD, ExampleCommand
 from w4a16gen.cli.options import build_option, count_option, json_option, wide_option
 from w4a16gen.cli.output import note, print_result, wrapped
+from w4a16gen.cli.paths import NamedPath
 from w4a16gen.cli.services import services
 from w4a16gen.cli.tables import Column, print_table
 
@@ -30,7 +31,7 @@ MOST_GPUS = 1024
         ("w4a16gen inspect model.gguf --tp 4", "and how they divide among four GPUs"),
     ),
 )
-@click.argument("checkpoint", metavar="CHECKPOINT", type=click.Path(path_type=Path))
+@click.argument("checkpoint", metavar="CHECKPOINT", type=NamedPath())
 @count_option(
     "--tp", "gpus", section=METHOD, most=MOST_GPUS, default=1, help="GPUs to divide each layer among.  [default: 1]"
 )

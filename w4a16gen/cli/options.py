@@ -11,6 +11,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from w4a16gen.cli.help import FILES, METHOD, OUTPUT, WHICH_KERNELS, option
+from w4a16gen.cli.paths import NamedPath
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.config import NAME_PATTERN, ClusterShape, CtaShape, Epilogue, KernelConfig, QuantMode, Target
 from w4a16gen.kernels.named_spaces import SPACES
@@ -199,7 +200,7 @@ wide_option = option("--wide", is_flag=True, section=OUTPUT, help="Print all col
 generated_option = option(
     "--generated-dir",
     "generated",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=NamedPath(file_okay=False),
     default=Path("generated"),
     show_default=True,
     section=FILES,
@@ -208,14 +209,14 @@ generated_option = option(
 sources_option = option(
     "--generated-dir",
     "generated",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=NamedPath(file_okay=False),
     section=FILES,
     help="Folder of the kernel sources.  [default: the one that the build names]",
 )
 build_option = option(
     "--build-dir",
     "folder",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=NamedPath(file_okay=False),
     section=FILES,
     help="Folder of the build.  [default: $W4A16GEN_BUILD_DIR, else ./build]",
 )

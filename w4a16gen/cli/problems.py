@@ -11,6 +11,7 @@ import click
 
 from w4a16gen.cli.help import WHICH_PROBLEMS, option
 from w4a16gen.cli.options import Parsed, count_option, mode_option, shortened
+from w4a16gen.cli.paths import NamedPath, read_text
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.config import QuantMode
 from w4a16gen.kernels.problem import MAX_DIMENSION, Problem
@@ -44,11 +45,13 @@ def read_problems(path: Path) -> list[Problem]:
         InvalidValueError: if a line is no problem; the text names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except OSError as error:
         raise InvalidValueError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise InvalidValueError(f"{path} is not a text file: write one MxNxK[,GROUP] per line") from None
+    except ValueError as error:
+        raise InvalidValueError(f"{path} is no list of problems, {error}: write one MxNxK[,GROUP] per line") from None
     problems = []
     for number, line in enumerate(lines, 1):
         text = line.partition("#")[0].strip()
@@ -100,7 +103,7 @@ def problems_options(command: _Command) -> _Command:
             "--file",
             "files",
             multiple=True,
-            type=click.Path(path_type=Path, dir_okay=False, exists=True),
+            type=NamedPath(dir_okay=False, exists=True),
             section=WHICH_PROBLEMS,
             help="File with one MxNxK[,GROUP] per line; # begins a comment. Repeatable.",
         ),
@@ -130,7 +133,7 @@ checkpoint_option = option(
     "--checkpoint",
     "checkpoints",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=NamedPath(),
     section=WHICH_PROBLEMS,
     help="The layers of a 4-bit checkpoint, a folder or a .gguf file, in their own modes. Repeatable.",
 )

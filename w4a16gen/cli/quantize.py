@@ -10,6 +10,7 @@ import click
 from w4a16gen.cli.convert import report
 from w4a16gen.cli.help import METHOD, ExampleCommand, option
 from w4a16gen.cli.options import count_option, json_option
+from w4a16gen.cli.paths import NamedPath
 from w4a16gen.cli.progress import termination_interrupts
 from w4a16gen.cli.services import services
 
@@ -25,8 +26,8 @@ _FORMATS = ("compressed-tensors", "w4a16gen")
         ("w4a16gen quantize model out --group-size 64 --skip '*.layers.0.*'", "the first layer stays dense"),
     ),
 )
-@click.argument("model", metavar="MODEL", type=click.Path(path_type=Path))
-@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@click.argument("model", metavar="MODEL", type=NamedPath())
+@click.argument("out", metavar="OUT", type=NamedPath())
 @count_option(
     "--group-size",
     section=METHOD,

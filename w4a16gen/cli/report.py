@@ -11,6 +11,7 @@ import click
 from w4a16gen.cli.help import ExampleCommand
 from w4a16gen.cli.options import json_option
 from w4a16gen.cli.output import note, print_result
+from w4a16gen.cli.paths import NamedPath
 
 if TYPE_CHECKING:
     from w4a16gen.measure.record import Row, Run
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     cls=ExampleCommand,
     examples=(("w4a16gen report out", "after `w4a16gen bench --report out`"),),
 )
-@click.argument("folder", type=click.Path(path_type=Path, file_okay=False, exists=True))
+@click.argument("folder", type=NamedPath(file_okay=False, exists=True))
 @json_option
 def command(folder: Path, as_json: bool) -> None:
     """Regenerate CSV, plots and HTML from FOLDER/bench.jsonl, which `bench --report FOLDER` wrote."""

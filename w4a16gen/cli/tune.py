@@ -22,6 +22,7 @@ from w4a16gen.cli.options import (
     parse_minutes,
 )
 from w4a16gen.cli.output import note, print_result
+from w4a16gen.cli.paths import NamedPath
 from w4a16gen.cli.problems import checkpoint_option, checkpoint_problems, named_problems, problems_options
 from w4a16gen.cli.tuning import How, build_and_tune, table_of, tune_build
 from w4a16gen.kernels.config import Epilogue
@@ -58,7 +59,7 @@ SECONDS_PER_MINUTE = 60
 )
 @option(
     "--table",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=NamedPath(dir_okay=False),
     section=FILES,
     help="File for the times.  [default: tuning.json in the build's folder, where gemm looks]",
 )

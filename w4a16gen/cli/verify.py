@@ -24,6 +24,7 @@ from w4a16gen.cli.options import (
     wide_option,
 )
 from w4a16gen.cli.output import note, print_result, result
+from w4a16gen.cli.paths import NamedPath
 from w4a16gen.cli.services import services
 from w4a16gen.cli.tables import Column, print_table
 from w4a16gen.errors import BuildError, InvalidValueError, NoHopperGpuError
@@ -46,7 +47,7 @@ gpu_option = option(
 )
 report_option = option(
     "--report",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=NamedPath(dir_okay=False),
     section=OUTPUT,
     help="Also write the report to this file, as .json and as .md.",
 )
