@@ -216,6 +216,15 @@ def test_a_killed_conversion_continues(tmp_path: Path) -> None:
     assert len(w4a16gen.open_packed(out)) == 5
 
 
+def test_a_checkpoint_is_the_same_by_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = layers_of(tmp_path), tmp_path / "out"
+    convert(source, out)
+    (tmp_path / "link").symlink_to(source.parent, target_is_directory=True)
+    monkeypatch.chdir(out)
+    for path in (Path("..") / source.relative_to(tmp_path), tmp_path / "link" / source.name):
+        assert convert(path, out).was_complete
+
+
 def test_a_second_conversion_writes_nothing(tmp_path: Path) -> None:
     source, out = layers_of(tmp_path), tmp_path / "out"
     assert not convert(source, out).was_complete

@@ -48,8 +48,11 @@ def _raw(tensors: Tensors, name: str) -> list[npt.NDArray[np.uint8]]:
 
 
 def source_digest(tensors: Tensors, *settings: object) -> str:
-    """Return a digest of the files' names, sizes and times, and of what else decides a result."""
-    files = sorted({tensors[name].file.path.absolute() for name in tensors})
+    """Return a digest of the files' names, sizes and times, and of what else decides a result.
+
+    A folder has one digest, however its path is written: relative, with `..`, or through a link.
+    """
+    files = sorted({path.parent.resolve() / path.name for path in (tensors[name].file.path for name in tensors)})
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(json.dumps([stats, settings], default=str).encode()).hexdigest()
 
