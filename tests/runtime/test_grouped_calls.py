@@ -633,7 +633,11 @@ def test_limits_are_the_librarys() -> None:
 
 IDS = GpuArray((TOKENS, SLOTS), "<i8")
 ROUTE: list[tuple[str, dict[str, Any], str]] = [
-    ("ids on the host", {"topk_ids": np.zeros((2, 2), np.int64)}, "topk_ids of type ndarray must be on a GPU"),
+    (
+        "ids on the host",
+        {"topk_ids": np.zeros((2, 2), np.int64)},
+        "topk_ids of type ndarray must be on a GPU like the other arrays: move it with w4a16gen.to_device. gemm, moe",
+    ),
     (
         "ids of 16 bits",
         {"topk_ids": GpuArray((TOKENS, SLOTS), "<i2")},

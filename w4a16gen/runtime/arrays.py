@@ -183,7 +183,7 @@ def view(name: str, array: Any, module: Any) -> ArrayView:
     if is_tensor(array) or not is_on_gpu(array):
         raise InvalidValueError(
             f"{name} of type {type(array).__name__} must be on a GPU like the other arrays: move it with "
-            "w4a16gen.to_device, or keep all on the host to run the numpy reference"
+            "w4a16gen.to_device. gemm, moe and pack also take arrays that are all on the host"
         )
     interface = getattr(array, "__cuda_array_interface__", None)
     try:
