@@ -138,3 +138,13 @@ def test_what_is_no_axis_mode_or_group_size_is_refused(rng: np.random.Generator)
     wrong = "fgs"
     with pytest.raises(InvalidValueError, match="mode of type str must be a QuantMode"):
         regroup(weight, 64, wrong)
+
+
+PACKED = w4a16gen.pack_weight(w4a16gen.quantize(np.eye(64, 256), group_size=128))
+
+
+@pytest.mark.parametrize("weight", [None, "weight", PACKED])
+def test_only_a_quantized_weight_is_divided(weight: Any) -> None:
+    for call in (lambda: divide(weight, Axis.CHANNELS, 2, 0), lambda: regroup(weight, 64)):
+        with pytest.raises(InvalidValueError, match=f"of type {type(weight).__name__} must be a QuantizedWeight"):
+            call()

@@ -255,3 +255,9 @@ def test_an_incomplete_checkpoint_is_refused_before_anything_is_yielded(rng: np.
     weight = random_weight(rng, 64, 96, 32, QuantMode.FINEGRAINED_SCALE_ONLY)
     with pytest.raises(InvalidValueError, match=r"experts of 'b\.experts': 1 of 1 lack a 4-bit gate projection"):
         moe_layers({name: Plain(weight) for name in names})
+
+
+@pytest.mark.parametrize("checkpoint", ["model-moe", Path("model-moe"), None, ["model.layers.0.mlp.experts.0.w1"]])
+def test_experts_are_sought_in_an_open_checkpoint_only(checkpoint: Any) -> None:
+    with pytest.raises(InvalidValueError, match=f"of type {type(checkpoint).__name__} must be what w4a16gen"):
+        moe_layers(checkpoint)

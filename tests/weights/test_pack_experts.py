@@ -157,6 +157,7 @@ def test_wrong_arguments_are_refused(rng: np.random.Generator) -> None:
         ((good[0],), {}, "weights of type QuantizedWeight must be a sequence"),
         ((good, good[:1]), {}, "2 gate and 1 up projections"),
         ((good, good), {"gate_up": True}, "joined already: pass them without up"),
+        ((good,), {"gate_up": np.ones(2)}, "gate_up of type ndarray must be True or False"),
         ((good, good), {"order": "interleaved"}, "order of 'interleaved' must be one of gate_first"),
         (([good[0], "w"],), {}, "weight of expert 1 of type str must be a QuantizedWeight"),
         ((experts(rng, 1, n=7),), {"gate_up": True}, "n of 7 must be even"),

@@ -170,3 +170,20 @@ def test_no_random_bytes_end_in_another_error(mode: QuantMode, rng: np.random.Ge
             except InvalidValueError:
                 continue
             assert target is Target.CUTLASS or not mode.is_grouped, "the native layout's factors are powers of two"
+
+
+@pytest.mark.parametrize(
+    ("index", "text"),
+    [
+        (np.array([0, N]), "index holds 0 to 64; it must hold 0 to 63"),
+        (np.array([-1]), "index holds -1 to -1; it must hold 0 to 63"),
+        (np.array([1.5]), r"index of dtype float64, shape \[1\] must be a slice, or a numpy array of integers"),
+        (np.zeros((1, 1), np.intp), r"index of dtype int64, shape \[1, 1\] must be"),
+        (np.zeros(0, np.intp), r"index of dtype int64, shape \[0\] must be"),
+        (3, "index of type int must be"),
+        (slice(0, 0), r"q of shape \[0, 256\]"),
+    ],
+)
+def test_channels_outside_the_weight_are_refused(index: Any, text: str) -> None:
+    with pytest.raises(InvalidValueError, match=text):
+        random_weight(np.random.default_rng(0), N, K, GROUP, QuantMode.FINEGRAINED_SCALE_ONLY).channels(index)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 from math import gcd
+from typing import Any
 
 import numpy as np
 
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.kernels.config import QuantMode
+from w4a16gen.kernels.config import QuantMode, shown
 from w4a16gen.kernels.integers import integer
 from w4a16gen.kernels.problem import DIMENSION_MULTIPLE, NATIVE_GROUP_MULTIPLE
 from w4a16gen.weights.quantized import QuantizedWeight
@@ -113,6 +114,19 @@ def share(whole: Share, axis: Axis, gpus: int, *, act_order: bool = False) -> Sh
     return Share(whole.n, part, group)
 
 
+def _check_weight(weight: Any) -> None:
+    """Raise unless a weight can still be divided: packed bytes cannot.
+
+    Raises:
+        InvalidValueError: naming its type, and what makes a weight of it.
+    """
+    if not isinstance(weight, QuantizedWeight):
+        raise InvalidValueError(
+            f"weight of type {type(weight).__name__} must be a QuantizedWeight: see w4a16gen.quantize, quantized() of "
+            "a checkpoint's layer, and unpack() of a packed weight"
+        )
+
+
 def divide(weight: QuantizedWeight, axis: Axis, gpus: int, rank: int) -> QuantizedWeight:
     """Return the part of a weight on one of several GPUs. No value changes.
 
@@ -126,7 +140,8 @@ def divide(weight: QuantizedWeight, axis: Axis, gpus: int, rank: int) -> Quantiz
         rank: number of the GPU, from 0.
 
     Raises:
-        InvalidValueError: if the axis is no Axis, the rank is not one of the GPUs, or the weight has no such part.
+        InvalidValueError: if a value is of another type, the rank is not one of the GPUs, or the weight has no such
+            part.
 
     Example:
         >>> import numpy as np
@@ -136,8 +151,9 @@ def divide(weight: QuantizedWeight, axis: Axis, gpus: int, rank: int) -> Quantiz
         >>> part.k, part.group_size, part.scales.shape
         (192, 64, (3, 8))
     """
+    _check_weight(weight)
     if not isinstance(axis, Axis):
-        raise InvalidValueError(f"axis of {axis!r} must be an Axis, such as axis_of(name)")
+        raise InvalidValueError(f"axis of {shown(axis)} must be an Axis, such as axis_of(name)")
     gpus, rank = integer("gpus", gpus), integer("rank", rank)
     if gpus < 1 or not 0 <= rank < gpus:
         raise InvalidValueError(f"rank of {rank} must be 0 to {gpus - 1}, one of {gpus} GPUs")
@@ -168,8 +184,9 @@ def regroup(weight: QuantizedWeight, group_size: int, mode: QuantMode | None = N
         mode: a mode with scales and zeros where the weight has them; None keeps the weight's.
 
     Raises:
-        InvalidValueError: if the group size or the mode would lose anything.
+        InvalidValueError: if a value is of another type, or the group size or the mode would lose anything.
     """
+    _check_weight(weight)
     target = weight.mode if mode is None else mode
     group_size = integer("group_size", group_size)
     if not isinstance(target, QuantMode):

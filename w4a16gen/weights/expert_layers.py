@@ -160,7 +160,8 @@ def moe_layers(checkpoint: Mapping[str, Any]) -> Iterator[MoeLayer]:
         checkpoint: what `open_checkpoint` or `open_packed` returned.
 
     Raises:
-        InvalidValueError: if a projection of an expert is missing or doubled; the message names it.
+        InvalidValueError: if it is no checkpoint, or a projection of an expert is missing or doubled; the message names
+            it.
 
     Example:
         >>> import w4a16gen
@@ -168,6 +169,11 @@ def moe_layers(checkpoint: Mapping[str, Any]) -> Iterator[MoeLayer]:
         >>> for layer in moe_layers(checkpoint):  # doctest: +SKIP
         ...     gate_up, down = pack_experts(layer.gate, layer.up, gated=True), pack_experts(layer.down)
     """
+    if not isinstance(checkpoint, Mapping):  # a text would be read as names of one character each
+        raise InvalidValueError(
+            f"checkpoint of type {type(checkpoint).__name__} must be what w4a16gen.open_checkpoint or open_packed "
+            "returned"
+        )
     found = find_experts(checkpoint)
     for names in found.values():
         if reason := names.why_incomplete():

@@ -184,7 +184,7 @@ def pack_experts(
         128
     """
     layout = layout_for(Target.parse(target), gated=checked_flag("gated", gated))
-    joined = gate_up or up is not None
+    joined = checked_flag("gate_up", gate_up) or up is not None
     if gated and not joined:
         raise InvalidValueError("gated experts are gate and up projections: pass both, or gate_up=True")
     _check_sequence("weights", weights)

@@ -107,9 +107,30 @@ class QuantizedWeight:
         return dequantize(self.q, self.scales, self.zeros, group_size=self.group_size)
 
     def channels(self, index: npt.NDArray[np.intp] | slice) -> QuantizedWeight:
-        """Return the weight of some output channels."""
+        """Return the weight of some output channels.
+
+        Args:
+            index: their numbers, from 0, in any order; or a slice.
+
+        Raises:
+            InvalidValueError: if there is no channel, or one outside the weight.
+        """
+        if not isinstance(index, slice):
+            _check_channels(index, self.n)
         zeros = None if self.zeros is None else self.zeros[..., index]
         return replace(self, q=self.q[index], scales=self.scales[..., index], zeros=zeros)
+
+
+def _check_channels(index: Any, n: int) -> None:
+    """Raise unless an index names channels of a weight one by one."""
+    if not isinstance(index, np.ndarray) or index.ndim != 1 or index.dtype.kind not in "iu" or index.size == 0:
+        what = f"type {type(index).__name__}"
+        if isinstance(index, np.ndarray):
+            what = f"dtype {index.dtype}, shape {list(index.shape)}"
+        raise InvalidValueError(f"index of {what} must be a slice, or a numpy array of integers with one axis")
+    low, high = int(index.min()), int(index.max())
+    if low < 0 or high >= n:
+        raise InvalidValueError(f"index holds {low} to {high}; it must hold 0 to {n - 1}, the weight's output channels")
 
 
 def _check_values(q: Any) -> None:
