@@ -17,6 +17,7 @@ from json_shapes import SCHEMAS, check
 
 import w4a16gen
 from w4a16gen.cli.output import SCHEMA_VERSIONS
+from w4a16gen.runtime.artifact import Build
 
 SIZES = {
     "self_attn.q_proj": (256, 256),
@@ -127,7 +128,16 @@ def test_a_layer_without_a_kernel_says_why(cli: Runner, tmp_path: Path) -> None:
     path = CASES["compressed-tensors-part-of-a-word"](tmp_path, np.random.default_rng(1)).path
     done = cli.invoke(args=["inspect", str(path)])
     assert "k of 36 must be a positive multiple of 8" in done.stdout
-    assert "No kernel runs these layers" in done.stderr
+    assert "No kernel runs these layers; keep them dense" in done.stderr
+    assert "No kernel here" not in done.stderr
+
+
+def test_a_layer_that_only_the_build_cannot_run_is_not_given_up(cli: Runner, fake_build: Build, tmp_path: Path) -> None:
+    """A build of CUTLASS kernels alone has none that reads native weights."""
+    model(tmp_path / "model")
+    done = cli.invoke(args=["inspect", "model", "--build-dir", str(fake_build.folder)])
+    assert "No kernel here runs these layers, but those of `w4a16gen build` do: model.layers.*" in done.stderr
+    assert "keep them dense" not in done.stderr
 
 
 @pytest.mark.parametrize("arguments", ["inspect model", "inspect model --tp 4", "inspect model --tp 3"])

@@ -13,7 +13,8 @@ from w4a16gen.choose.chooser import Chooser
 from w4a16gen.errors import InvalidValueError, UnsupportedProblemError
 from w4a16gen.kernels.config import KernelConfig, QuantMode, Target
 from w4a16gen.kernels.device import Device
-from w4a16gen.kernels.problem import Problem
+from w4a16gen.kernels.problem import Problem, why_cannot_run
+from w4a16gen.kernels.spaces import enumerate_space
 from w4a16gen.progress import Progress
 from w4a16gen.weights.division import Axis, Share, axis_of, share
 from w4a16gen.weights.expert_names import find_experts
@@ -287,7 +288,16 @@ def _settings(checkpoint: Checkpoint, found: Inspection) -> list[str]:
         )
     if any(kind.act_order for kind in found.kinds):
         texts.append("Engines: act-order needs a gather of the activations before each layer")
-    without = [kind.pattern for kind in found.kinds if any(isinstance(kernel, str) for kernel in kind.kernels.values())]
-    if without:
-        texts.append(f"No kernel runs these layers; keep them dense: {', '.join(without)}")
+    without = [kind for kind in found.kinds if any(isinstance(kernel, str) for kernel in kind.kernels.values())]
+    if never := [kind.pattern for kind in without if not _default_kernels_run(kind)]:
+        texts.append(f"No kernel runs these layers; keep them dense: {', '.join(never)}")
+    if here := [kind.pattern for kind in without if _default_kernels_run(kind)]:
+        texts.append(f"No kernel here runs these layers, but those of `w4a16gen build` do: {', '.join(here)}")
     return texts
+
+
+def _default_kernels_run(kind: LayerKind) -> bool:
+    """Return whether kernels of the default set run a layer, whatever is built."""
+    run = kind.whole if isinstance(kind.share, str) else kind.share
+    config = next(config for config in enumerate_space("default") if config.mode is kind.mode)
+    return why_cannot_run(config, Problem(1, run.n, run.k, run.group_size)) is None
