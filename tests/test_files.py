@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from w4a16gen.files import sole_writer, write_if_changed, written_whole
+from w4a16gen.files import read_regular, sole_writer, write_if_changed, written_whole
 
 
 def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
@@ -19,6 +19,18 @@ def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
             write_if_changed(path, "text")
     assert pipe.is_fifo()
     assert list(tmp_path.iterdir()) == [pipe]
+
+
+def test_neither_a_pipe_nor_a_device_is_read(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (pipe, Path("/dev/zero")):
+        with pytest.raises(OSError, match="Not a regular file"):
+            read_regular(path)
+    with pytest.raises(IsADirectoryError):
+        read_regular(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        read_regular(tmp_path / "nothing")
 
 
 def test_a_reader_of_the_old_file_goes_on_reading_it(tmp_path: Path) -> None:

@@ -70,6 +70,17 @@ def written_whole(path: Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
         raise
 
 
+def read_regular(path: Path) -> str:
+    """Return the text of a regular file. A pipe would be waited for, and a device may have no end.
+
+    Raises:
+        OSError: if the file cannot be read, or is anything else.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    return path.read_text()
+
+
 def write_json(path: Path, value: Any, *, mode: int = 0o666) -> bool:
     """Write a value as JSON, indented and with a final newline; see `write_if_changed`."""
     return write_if_changed(path, json.dumps(value, indent=2) + "\n", mode=mode)

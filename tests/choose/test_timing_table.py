@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -160,6 +161,12 @@ def test_a_table_that_cannot_be_read_is_ignored_with_one_warning(tmp_path: Path)
         assert table_for(tmp_path / TABLE, H100) is None
     assert len(warned) == 1
     assert table_for(tmp_path / "nothing", H100) is None
+
+
+def test_a_table_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / TABLE)
+    with pytest.warns(RuntimeWarning, match=r"cannot be read \(Not a regular file\)"):
+        assert table_for(tmp_path / TABLE, H100) is None
 
 
 def test_16_writers_at_once_keep_all_times(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import filelock
 
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.files import write_if_changed
+from w4a16gen.files import read_regular, write_if_changed
 from w4a16gen.kernels.config import KernelConfig, QuantMode
 from w4a16gen.kernels.device import Device
 from w4a16gen.kernels.problem import Problem
@@ -72,7 +72,7 @@ class TuningTable:
             InvalidValueError: if it is not a table with this schema; the text names what is wrong.
         """
         try:
-            value = json.loads(path.read_text())
+            value = json.loads(read_regular(path))
             if value["schema"] != SCHEMA:
                 raise InvalidValueError(f"schema {value['schema']!r} must be {SCHEMA!r}")
             times: dict[tuple[QuantMode, Problem], dict[KernelConfig, Measured]] = {}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.files import write_if_changed
+from w4a16gen.files import read_regular, write_if_changed
 from w4a16gen.kernels.config import KernelConfig
 from w4a16gen.kernels.device import Device
 from w4a16gen.measure.probes import TensorPeak
@@ -195,7 +195,7 @@ def read_record(folder: Path) -> tuple[Run, list[Row]]:
     """
     path = folder / RECORD
     try:
-        head, *lines = map(json.loads, path.read_text().splitlines())
+        head, *lines = map(json.loads, read_regular(path).splitlines())
         if head.pop("schema") != SCHEMA:
             raise InvalidValueError(f"its schema is not {SCHEMA!r}")
         rows = [Row(**{field.name: line[field.name] for field in fields(Row)}) for line in lines]
