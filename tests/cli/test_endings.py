@@ -151,6 +151,7 @@ def test_every_error_class_has_its_exit_code(cli: Runner, error: type[W4A16Error
     [
         (KeyboardInterrupt(), 130, "interrupted: finished work is kept; run the command again to continue"),
         (OSError(28, "No space left on device", "build/x"), 1, "build/x: No space left on device"),
+        (FileExistsError(17, "File exists", "build"), 1, "build is no folder: name another folder"),
         (PermissionError(13, "Permission denied", "build"), 1, "build: Permission denied"),
         (RecursionError("too deep"), 1, "RecursionError: too deep (internal error; please report it"),
         (MemoryError(), 1, "MemoryError"),
@@ -162,6 +163,14 @@ def test_other_errors_end_in_a_sentence_too(cli: Runner, error: BaseException, c
     assert done.exit_code == code
     assert text in " ".join(done.stderr.split())
     assert json.loads(done.stdout)["error"]["exit_code"] == code
+
+
+def test_a_current_folder_that_was_removed_is_named(tmp_path: Path) -> None:
+    script = f"mkdir gone && cd gone && rmdir ../gone && exec {sys.executable} -m w4a16gen emit --cta 64x16x128"
+    command_line = ["/bin/sh", "-c", script]
+    done = subprocess.run(command_line, cwd=tmp_path, env=environment(), capture_output=True, check=False)  # noqa: S603
+    assert done.returncode == 1
+    assert done.stderr.decode().splitlines()[-1] == "error: the current folder was removed: change to another one"
 
 
 def test_a_traceback_can_be_asked_for(cli: Runner, monkeypatch: pytest.MonkeyPatch) -> None:

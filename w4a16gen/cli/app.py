@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import click
@@ -188,11 +189,23 @@ def _describe(error: BaseException) -> _Ending:
         return _Ending("Interrupted", done, EXIT_INTERRUPTED)
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _BUILD_PACKAGES:
         return _describe(missing_extra(str(error.name), "build"))
+    if isinstance(error, FileNotFoundError) and not _has_current_folder():
+        return _Ending(kind, "the current folder was removed: change to another one", EXIT_FAILED)
+    if isinstance(error, FileExistsError) and error.filename is not None:  # where a folder was to be made
+        return _Ending(kind, f"{error.filename} is no folder: name another folder", EXIT_FAILED)
     if isinstance(error, OSError) and error.strerror:
         name = f"{error.filename}: " if error.filename is not None else ""
         return _Ending(kind, f"{name}{error.strerror}", EXIT_FAILED)
     hint = f"internal error; please report it. Set {TRACEBACK_VARIABLE}=1 to see where it happened"
     return _Ending(kind, f"{kind}: {error} ({hint})", EXIT_FAILED)
+
+
+def _has_current_folder() -> bool:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 @click.group(
