@@ -145,6 +145,8 @@ PACKED = w4a16gen.pack_weight(w4a16gen.quantize(np.eye(64, 256), group_size=128)
 
 @pytest.mark.parametrize("weight", [None, "weight", PACKED])
 def test_only_a_quantized_weight_is_divided(weight: Any) -> None:
-    for call in (lambda: divide(weight, Axis.CHANNELS, 2, 0), lambda: regroup(weight, 64)):
-        with pytest.raises(InvalidValueError, match=f"of type {type(weight).__name__} must be a QuantizedWeight"):
-            call()
+    text = f"weight of type {type(weight).__name__} must be a QuantizedWeight"
+    with pytest.raises(InvalidValueError, match=text):
+        divide(weight, Axis.CHANNELS, 2, 0)
+    with pytest.raises(InvalidValueError, match=text):
+        regroup(weight, 64)
