@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
 from fakes.workshop import CONFIGS, Workshop
 
 from w4a16gen.build.emit import emit
+from w4a16gen.build.pipeline import build
 from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.render import source_name
 from w4a16gen.runtime.artifact import load_build
@@ -51,6 +53,28 @@ def test_pipes_folders_and_links_in_place_of_sources_are_put_aside(tmp_path: Pat
     assert all(path.is_file() and not path.is_symlink() for path in paths)
     assert {path.name for path in tmp_path.glob("*.1")} == {f"{path.name}.1" for path in (*paths[:2], paths[3])}
     assert Path(os.devnull).is_char_device()
+
+
+OF_A_PAGE = '{"name": "a web page", "start_url": "/"}'
+
+
+def test_the_manifest_of_another_program_is_not_overwritten(tmp_path: Path, workshop: Workshop) -> None:
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(OF_A_PAGE)
+    workshop.folder.mkdir(exist_ok=True)
+    (workshop.folder / "manifest.json").write_text(OF_A_PAGE)
+    for call in (
+        partial(emit, CONFIGS[:1], tmp_path),
+        partial(build, CONFIGS[:1], generated=tmp_path, folder=workshop.root / "new"),
+        workshop.build,
+    ):
+        with pytest.raises(
+            InvalidValueError, match=r"manifest\.json belongs to another program"
+        ):
+            call()
+    assert manifest.read_text() == (workshop.folder / "manifest.json").read_text() == OF_A_PAGE
+    assert [path.name for path in workshop.folder.iterdir()] == ["manifest.json"]
+    assert not names(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"schema": "w4a16gen.sources/1", "kernels": [{"name": "../x"}]}'])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,23 @@ from w4a16gen.runtime.artifact import MANIFEST, read_manifest
 
 SOURCES_SCHEMA = "w4a16gen.sources/1"
 """Schema of the manifest of a folder of sources: its kind, and the version of its fields."""
+
+
+def refuse_foreign_manifest(folder: Path) -> None:
+    """Raise if a folder has a manifest.json of another program, such as a web page's, which would be overwritten.
+
+    A file that is no JSON object may be a damaged one of this package, and is written again.
+
+    Raises:
+        InvalidValueError: naming the file.
+    """
+    path = folder / MANIFEST
+    try:
+        value = json.loads(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return
+    if isinstance(value, dict) and value and "sha256" not in value and "w4a16gen." not in str(value.get("schema")):
+        raise InvalidValueError(f"{path} belongs to another program: choose another folder")
 
 
 @dataclass(frozen=True)
@@ -40,11 +58,12 @@ def emit(configs: Iterable[KernelConfig], folder: Path, *, remove_stale: bool = 
         remove_stale: remove sources of earlier calls that this call does not ask for.
 
     Raises:
-        InvalidValueError: if the folder contains a build.
+        InvalidValueError: if the folder contains a build, or another program's manifest.json.
         OSError: if the folder cannot be made or written.
     """
     wanted = sorted(set(configs))
     manifest = folder / MANIFEST
+    refuse_foreign_manifest(folder)
     if _is_build(folder):
         raise InvalidValueError(f"{folder} contains a build, whose manifest must stay: choose another --output")
     paths = tuple(folder / source_name(config) for config in wanted)

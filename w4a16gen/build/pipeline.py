@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from w4a16gen.build.compile import Compilation, compile_kernels, describe_failures
-from w4a16gen.build.emit import emit
+from w4a16gen.build.emit import emit, refuse_foreign_manifest
 from w4a16gen.build.headers import headers_of
 from w4a16gen.build.link import STEPS, Link, LinkedPair, link
 from w4a16gen.build.lock import locked
@@ -61,7 +61,8 @@ def build(
         workers: provides the compilers; by default they run on this machine. Linking always does.
 
     Raises:
-        InvalidValueError: if there are no kernels, or both folders are the same.
+        InvalidValueError: if there are no kernels, both folders are the same, or one has another program's
+            manifest.json.
         MissingToolError: if a tool is missing.
         BuildLockedError: if another process is building in the folder.
         BuildError: if no kernel compiled, or linking failed.
@@ -73,6 +74,8 @@ def build(
         raise InvalidValueError("no kernels were named: a build needs at least one")
     if generated.resolve() == folder.resolve():
         raise InvalidValueError(f"{folder} cannot be the folder of the sources and of the build: choose two folders")
+    for place in (folder, generated):
+        refuse_foreign_manifest(place)
     toolchain = find_toolchain()
     hashes = kernel_hashes(asked, toolchain)
     make_folders(folder)
