@@ -68,9 +68,7 @@ def test_the_manifest_of_another_program_is_not_overwritten(tmp_path: Path, work
         partial(build, CONFIGS[:1], generated=tmp_path, folder=workshop.root / "new"),
         workshop.build,
     ):
-        with pytest.raises(
-            InvalidValueError, match=r"manifest\.json belongs to another program"
-        ):
+        with pytest.raises(InvalidValueError, match=r"manifest\.json belongs to another program"):
             call()
     assert manifest.read_text() == (workshop.folder / "manifest.json").read_text() == OF_A_PAGE
     assert [path.name for path in workshop.folder.iterdir()] == ["manifest.json"]

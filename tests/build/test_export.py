@@ -27,6 +27,7 @@ from w4a16gen.kernels.config import CtaShape
 from w4a16gen.kernels.spaces import Filter, select
 from w4a16gen.measure.probes import probe_multiply
 from w4a16gen.runtime.artifact import Build, load_build
+from w4a16gen.runtime.folders import CACHE_VARIABLE
 
 EXAMPLE = EXAMPLES / "cpp"
 
@@ -113,7 +114,7 @@ def test_a_wheel_is_found_where_there_is_no_build_and_needs_no_compiler(native_b
     done = subprocess.run(  # noqa: S603
         [sys.executable, "-c", program],
         cwd=tmp_path,
-        env={**environment, "PATH": "/nowhere", "PYTHONPATH": str(site)},
+        env={**environment, "PATH": "/nowhere", "PYTHONPATH": str(site), CACHE_VARIABLE: str(tmp_path / "none")},
         capture_output=True,
         text=True,
         check=True,
