@@ -52,6 +52,7 @@ const char* fault_of(int64_t m, int channel_blocks, int k_blocks, int clusters_a
         return "a redundant CTA with several tiles";
       continue;
     }
+    if (work.first_tile >= work.end_tile) return "a CTA without a tile";
     int blocks = 0;
     bool stores = false;
     for (int index = work.first_tile; index < work.end_tile; index = native::next_tile<S>(tiling, work, index)) {
@@ -177,14 +178,19 @@ const char* fault_of_fewer_clusters(int64_t l2_bytes) {
   return "ok";
 }
 
-// A problem of as many parts as an int counts is divided; one of more is refused.
+// A problem of about as many parts as an int counts is divided. Refused are problems of more parts, also of more than
+// 64 bits count, of tiles whose numbers overflow when all CTAs step past the last one, and those for which no cluster
+// runs.
 template <class S>
-bool refuses_too_many_parts() {
+bool refuses_what_it_cannot_divide() {
   native::Tiling tiling{};
-  const int64_t m = int64_t{S::Tokens} * S::ClusterTokens << 15;
+  const int64_t m = int64_t{S::Tokens} * S::ClusterTokens;
   const int blocks = S::Blocks * S::ClusterChannels;
-  return native::make_tiling<S>(&tiling, m, blocks * 65535, 1, 1) > 0 &&
-         native::make_tiling<S>(&tiling, m, blocks * 65536, 1, 1) == 0;
+  return native::make_tiling<S>(&tiling, m << 15, blocks * 65535, 1, 1) > 0 &&
+         native::make_tiling<S>(&tiling, m << 15, blocks * 65536, 1, 1) == 0 &&
+         native::make_tiling<S>(&tiling, m << 10, blocks * ((1 << 21) - 1), 1, 1024) == 0 &&
+         native::make_tiling<S>(&tiling, int64_t{1} << 30, 1 << 24, 1 << 23, 132) == 0 &&
+         native::make_tiling<S>(&tiling, m, blocks, 1, 0) == 0;
 }
 
 // Multiples of a divisor and their neighbours, up to the largest number.
@@ -243,7 +249,7 @@ const char* fault_of_waves(int clusters) {
 
 template <class S>
 void check(const char* name) {
-  std::printf("%s, too many parts: %s\n", name, refuses_too_many_parts<S>() ? "ok" : "not refused");
+  std::printf("%s, too many parts: %s\n", name, refuses_what_it_cannot_divide<S>() ? "ok" : "not refused");
   int problems = 0;
   const char* const fault = fault_with_heads<S>(&problems);
   std::printf("%s, %s: %s\n", name, problems >= 50 ? "heads" : "no heads", fault);

@@ -7,7 +7,8 @@
 namespace w4a16::native {
 
 constexpr int64_t kL2Bytes = 50'000'000;
-constexpr int kRasterTokens = 8;  // token tiles that are swept together over all channels, to share L2
+constexpr int kRasterTokens = 8;              // token tiles that are swept together over all channels, to share L2
+constexpr int kMostTiles = INT32_MAX - 4096;  // CTAs step past the last tile, by fewer than this
 
 // Divides numbers below 2^31 by a positive one that the host knows. A multiplication and a shift take a few cycles; a
 // division takes about 150, before the first copy of a launch (Granlund and Montgomery, "Division by invariant integers
@@ -394,8 +395,9 @@ W4A16_HOST_DEVICE inline Tile tile_at(const Tiling& tiling, const Work& work, in
   return S::Scheduler::template tile_at<S>(tiling, work, index);
 }
 
-// Divides a problem among the CTAs that run at once. Returns how many CTAs have work, or 0 if the problem is too large.
-// Tiles may neither overlap nor be computed twice where a CTA reads what it overwrites: another would read the result.
+// Divides a problem among the CTAs that run at once. Returns how many CTAs have work, or 0 if the problem is too large
+// or no cluster runs. Tiles may neither overlap nor be computed twice where a CTA reads what it overwrites: another
+// would read the result.
 template <class S>
 int make_tiling(Tiling* tiling, int64_t m, int channel_blocks, int k_blocks, int clusters_at_once,
                 bool may_overlap = true, int64_t l2_bytes = kL2Bytes) {
@@ -403,7 +405,9 @@ int make_tiling(Tiling* tiling, int64_t m, int channel_blocks, int k_blocks, int
   tiling->k_blocks = k_blocks;
   tiling->channel_tiles = tiles_of(channel_blocks, S::Blocks * S::ClusterChannels);
   tiling->token_tiles = tiles_of(m, int64_t{S::Tokens} * S::ClusterTokens);
-  const int64_t parts = S::Scheduler::parts(int64_t{tiling->channel_tiles} * tiling->token_tiles, k_blocks);
+  const int64_t tiles = int64_t{tiling->channel_tiles} * tiling->token_tiles;
+  if (tiles > kMostTiles || clusters_at_once < 1) return 0;
+  const int64_t parts = S::Scheduler::parts(tiles, k_blocks);
   if (parts > INT32_MAX) return 0;
   const bool overlaps = may_overlap && m > S::Tokens && (S::SkipsOutOfBoundsRows || parts <= clusters_at_once);
   const int last_token = may_overlap ? (tiling->token_tiles - 1) * S::Tokens : INT32_MAX;  // no tile twice
@@ -411,7 +415,7 @@ int make_tiling(Tiling* tiling, int64_t m, int channel_blocks, int k_blocks, int
   const int clusters = parts < clusters_at_once ? static_cast<int>(parts) : clusters_at_once;
   const int64_t operand_bytes = k_blocks * int64_t{kBlockK} * (2 * m + channel_blocks * int64_t{kBlockChannels} / 2);
   const bool fits_l2 = tiling->token_tiles == 1 || operand_bytes <= l2_bytes;  // one token tile reads weights once
-  S::Scheduler::split(tiling, tiling->channel_tiles * tiling->token_tiles, clusters, fits_l2);
+  S::Scheduler::split(tiling, static_cast<int>(tiles), clusters, fits_l2);
   tiling->by_last_sweep = Divisor::of(tokens_of_last_sweep(tiling->token_tiles));
   tiling->by_tail_blocks = Divisor::of(max_of(tiling->tail_blocks, 1));
   tiling->by_unit = Divisor::of(max_of(tiling->unit_blocks, 1));
