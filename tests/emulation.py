@@ -29,7 +29,9 @@ from w4a16gen.weights.reference import random_weight
 EMULATED = CPP / "emulated"
 ALIGNMENT = 128
 CANARY = 256
-"""Bytes behind an output that nobody may write."""
+"""Bytes behind an output or a workspace that nobody may write."""
+FLAG_BYTES = 128
+"""The flags of a stream-K work unit, ahead of its sums."""
 MESSAGE_BYTES = 2000
 Half = npt.NDArray[np.float16]
 _OBJECTS = tempfile.TemporaryDirectory(prefix="emulated-")
@@ -169,7 +171,7 @@ class Emulation:
         The workspace begins with random bytes, or with zeros for odd seeds. Copies may read the given arrays only.
 
         Raises:
-            EmulationError: if the launch failed, or wrote behind the output.
+            EmulationError: if the launch failed, wrote behind the output or the workspace, or left a flag set.
         """
         (m, k), n = a.shape, weight.n
         rng = np.random.default_rng(launch.seed)
@@ -186,7 +188,9 @@ class Emulation:
         kernel = self.library.w4a16_find_kernel(config.name.encode())
         needed = ctypes.c_size_t()
         self._call("w4a16_workspace_bytes", kernel, problem, launch.sm_count, ctypes.byref(needed))
-        workspace = aligned(rng.integers(0, 1 if launch.seed % 2 else 256, needed.value, np.uint8))
+        before = rng.integers(0, 1 if launch.seed % 2 else 256, needed.value, np.uint8)
+        memory = aligned(np.append(before, np.full(CANARY, 0xFF, np.uint8)))
+        workspace = memory[: needed.value]
         self.library.emulation_set(launch.seed, launch.sm_count)
         if launch.is_captured:
             self.library.emulation_capture()
@@ -216,6 +220,9 @@ class Emulation:
         self._call("w4a16_gemm", kernel, problem, ctypes.byref(arguments))
         if not (output[-CANARY:] == 0xFF).all():
             raise EmulationError("the kernel wrote behind its output")
+        if not (memory[needed.value :] == 0xFF).all():
+            raise EmulationError("the kernel wrote behind its workspace")
+        check_flags(flags_of(workspace, config), flags_of(before, config))
         return output[:-CANARY].view(np.float16).reshape(m, columns)
 
     def launched(self) -> tuple[int, int]:
@@ -227,6 +234,23 @@ class Emulation:
         call = getattr(self.library, name)
         if call(kernel, ctypes.byref(problem), *arguments, message, MESSAGE_BYTES):
             raise EmulationError(message.value.decode())
+
+
+def flags_of(workspace: npt.NDArray[np.uint8], config: KernelConfig) -> npt.NDArray[np.uint64]:
+    """Return the flags of all work units of a kernel."""
+    sums = 4 * config.cta.channels * config.cta.tokens
+    flags: npt.NDArray[np.uint64] = workspace.reshape(-1, FLAG_BYTES + sums)[:, :FLAG_BYTES].copy().view(np.uint64)
+    return flags
+
+
+def check_flags(flags: npt.NDArray[np.uint64], before: npt.NDArray[np.uint64]) -> None:
+    """Check that a launch cleared all flags that it set.
+
+    Raises:
+        EmulationError: if it left one set. A graph would repeat the launch with the same epoch.
+    """
+    if not ((flags == 0) | (flags == before)).all():
+        raise EmulationError("the kernel left the flag of a work unit set")
 
 
 def aligned(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
