@@ -4,6 +4,8 @@
 // host_tiles > lines about divisors and waves, and one per kernel and problem, which end in "ok" or in the fault
 // host_tiles NAME > how stream-K divides some problems: "TILES CLUSTERS K_BLOCKS HEADS SPLIT_TILES HEAD_BLOCKS", where
 // HEADS tells whether there may be heads
+// host_tiles NAME problems < lines of "M CHANNEL_BLOCKS K_BLOCKS CLUSTERS" > how stream-K divides these on a GPU:
+// "SPLIT_TILES HEAD_BLOCKS"
 // host_tiles NAME CTAS CLUSTERS > the grid of a dependent launch with work for CTAS, where CLUSTERS run at once
 #include <cstdio>
 #include <cstdlib>
@@ -280,7 +282,7 @@ void print_splits() {
   for (int64_t l2_bytes : {int64_t{0}, kLargeL2}) {
     for (int64_t token_tiles = 2; token_tiles <= 60; token_tiles += 3) {
       for (int k_blocks : {1, 7, 40, 80, 253}) {
-        for (int clusters : {13, 66, 132}) {
+        for (int clusters : {13, 45, 66, 132}) {
           native::Tiling tiling{};
           native::make_tiling<S>(&tiling, token_tiles * S::Tokens, 3 * S::Blocks * S::ClusterChannels, k_blocks,
                                  clusters, true, l2_bytes);
@@ -292,9 +294,21 @@ void print_splits() {
   }
 }
 
+template <class S>
+void print_splits_of_problems() {
+  long long m;
+  int channel_blocks, k_blocks, clusters;
+  while (std::scanf("%lld %d %d %d", &m, &channel_blocks, &k_blocks, &clusters) == 4) {
+    native::Tiling tiling{};
+    native::make_tiling<S>(&tiling, m, channel_blocks, k_blocks, clusters);
+    std::printf("%d %d\n", tiling.split_tiles, tiling.head_blocks);
+  }
+}
+
 struct Entry {
   std::string name;
   void (*print_splits)();
+  void (*print_splits_of_problems)();
   void (*check)(const char* name);
   int (*padded_grid)(int ctas, int clusters_at_once);
 };
@@ -306,7 +320,7 @@ std::vector<Entry>& entries() {
 
 template <class S>
 void visit(const char* name) {
-  entries().push_back({name, &print_splits<S>, &check<S>, &native::padded_grid<S>});
+  entries().push_back({name, &print_splits<S>, &print_splits_of_problems<S>, &check<S>, &native::padded_grid<S>});
 }
 
 #include UNIT
@@ -321,6 +335,7 @@ int main(int count, char** arguments) {
   for (const Entry& entry : entries()) {
     if (count == 1) entry.check(entry.name.c_str());
     if (count == 2 && entry.name == arguments[1]) entry.print_splits();
+    if (count == 3 && entry.name == arguments[1]) entry.print_splits_of_problems();
     if (count == 4 && entry.name == arguments[1]) {
       std::printf("%d\n", entry.padded_grid(std::atoi(arguments[2]), std::atoi(arguments[3])));
     }

@@ -14,11 +14,12 @@ from host_programs import compile_for_host, output_of
 from w4a16gen import KernelConfig, QuantMode
 from w4a16gen.build import toolchain
 from w4a16gen.build.headers import CUDA_FOLDER
-from w4a16gen.choose.cost_model import split_of
+from w4a16gen.choose import cost_model
+from w4a16gen.choose.cost_model import Split, default_cost_model, split_of
 from w4a16gen.kernels import arrangement
 from w4a16gen.kernels.arrangement import native_arrangement
 from w4a16gen.kernels.epilogue import GATED_MULTIPLE
-from w4a16gen.kernels.problem import DIMENSION_MULTIPLE, MAX_DIMENSION, NATIVE_GROUP_MULTIPLE
+from w4a16gen.kernels.problem import DIMENSION_MULTIPLE, MAX_DIMENSION, NATIVE_GROUP_MULTIPLE, Problem
 from w4a16gen.kernels.spaces import enumerate_space
 from w4a16gen.weights.layouts.fragments import interleaved
 from w4a16gen.weights.layouts.geometry import ALIGNMENT, WeightGeometry
@@ -104,12 +105,48 @@ def test_estimates_divide_tiles_as_kernels_do(tilings: Path, name: str) -> None:
     lines = [tuple(map(int, line.split())) for line in output_of(tilings, f"w4a16_sm90_native_{name}")]
     heads = Counter[bool]()
     for tiles, clusters, k_blocks, may_have_heads, split_tiles, head_blocks in lines:
-        split = split_of(tiles, min(clusters, tiles * k_blocks), k_blocks, may_have_heads=bool(may_have_heads))
+        split = split_of(tiles, clusters, k_blocks, may_have_heads=bool(may_have_heads))
         assert split.tiles == split_tiles, (tiles, clusters, k_blocks)
         if split_tiles:
             assert split.share == pytest.approx(1 - head_blocks / k_blocks)
         heads[head_blocks > 0] += 1
     assert min(heads[True], heads[False]) > 100
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fgs_cta64x8x128_cluster1x1x1_warpgroups2_streamk",
+        "fgs_cta128x192x64_cluster1x1x1_warpgroups2_streamk",
+        "fgs_cta64x64x128_cluster1x2x1_warpgroups2_streamk",
+    ],
+)
+def test_estimates_divide_tiles_of_problems_around_the_size_of_l2_as_kernels_do(
+    tilings: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    config, model = KernelConfig.parse(f"w4a16_sm90_native_{name}"), default_cost_model()
+    splits: list[Split] = []
+
+    def recorded(tiles: int, clusters: int, k_blocks: int, *, may_have_heads: bool) -> Split:
+        splits.append(split_of(tiles, clusters, k_blocks, may_have_heads=may_have_heads))
+        return splits[-1]
+
+    monkeypatch.setattr(cost_model, "split_of", recorded)
+    clusters = 132 * native_arrangement(config).ctas_per_sm // config.cluster.tokens
+    given, expected = [], []
+    for tokens, n in itertools.product((1, 40, 64, 65, 128, 129, 192, 193, 1000, 5000), (8, 200, 1024, 1032)):
+        channel_blocks = -(-n // 64)
+        most = int(model.constants.l2_bytes / (128 * (2 * tokens + 64 * channel_blocks / 2)))
+        for k in (64, 128 * most - 64, 128 * most, 128 * most + 64):
+            model.work(config, Problem(tokens, n, k, 64))
+            k_blocks = -(-k // 128)
+            given.append(f"{tokens} {channel_blocks} {k_blocks} {clusters}")
+            split = splits[-1]
+            expected.append((split.tiles, round((1 - split.share) * k_blocks) if split.tiles else 0))
+    lines = output_of(tilings, f"w4a16_sm90_native_{name}", "problems", given="\n".join(given))
+    assert [tuple(map(int, line.split())) for line in lines] == expected
+    assert 5 < sum(head_blocks > 0 for _, head_blocks in expected) <= len(expected) / 4, "those above the limit"
 
 
 @pytest.fixture(scope="module")

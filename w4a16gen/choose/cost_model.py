@@ -235,7 +235,8 @@ class CostModel:
         if config.scheduler is Scheduler.STREAM_K:
             own_tiles = max(1.0, tiles / at_once)
             blocks = tiles * k_blocks / at_once
-            operand_bytes = problem.k * (2 * problem.m + problem.n / 2)
+            channels = PACKED_BLOCK_CHANNELS * -(-problem.n // PACKED_BLOCK_CHANNELS)
+            operand_bytes = PACKED_BLOCK_K * k_blocks * (2 * problem.m + channels / 2)
             exceeds_l2 = token_tiles > 1 and operand_bytes > shared.l2_bytes
             may_have_heads = exceeds_l2 and self.stream_k_has_heads
             split = split_of(tiles, at_once * ctas_per_sm, k_blocks, may_have_heads=may_have_heads)
@@ -330,6 +331,7 @@ def split_of(tiles: int, clusters: int, k_blocks: int, *, may_have_heads: bool) 
         k_blocks: blocks of 128 values of K.
         may_have_heads: whether several token tiles read operands that L2 cannot keep.
     """
+    clusters = max(1, min(clusters, tiles * k_blocks))  # those that have work
     rest = tiles % clusters
     if rest == 0:
         return Split(0, 0.0, 0.0)
@@ -338,7 +340,7 @@ def split_of(tiles: int, clusters: int, k_blocks: int, *, may_have_heads: bool) 
         head_blocks = min(k_blocks, -(-rest * (k_blocks + _BLOCKS_OF_SUMS) // clusters))
         return Split(rest, clusters / rest, 1 - head_blocks / k_blocks)
     if tiles < clusters:
-        return Split(tiles, min(clusters / tiles, float(k_blocks)), 1.0)
+        return Split(tiles, clusters / tiles, 1.0)
     return Split(clusters + rest, 2.0, 1.0)
 
 

@@ -144,6 +144,7 @@ struct Split {
 };
 
 inline Split split_of(double tiles, double clusters, double k_blocks, bool fits_l2) {
+  clusters = std::max(1.0, std::min(clusters, tiles * k_blocks));  // those that have work
   const double rest = std::fmod(tiles, clusters);
   if (rest == 0) return {};
   constexpr double kFewestClustersPerHead = 3, kBlocksPerClusterOfHead = 16, kBlocksOfSums = 1;
@@ -153,7 +154,7 @@ inline Split split_of(double tiles, double clusters, double k_blocks, bool fits_
     const double head_blocks = std::min(k_blocks, divide_up(rest * (k_blocks + kBlocksOfSums), clusters));
     return {rest, clusters / rest, 1 - head_blocks / k_blocks};
   }
-  if (tiles < clusters) return {tiles, std::min(clusters / tiles, k_blocks), 1};
+  if (tiles < clusters) return {tiles, clusters / tiles, 1};
   return {clusters + rest, 2, 1};
 }
 
@@ -188,7 +189,8 @@ inline double estimate(const Constants& c, const Card& h100, const Kernel& kerne
     own_tiles = std::max(1.0, tiles / at_once);
     blocks = tiles * k_blocks / at_once;
     const double clusters = at_once * kernel.ctas_per_sm;
-    const bool fits_l2 = m <= cta[1] * cluster[1] || k * (2 * m + n / 2) <= c.l2_bytes;
+    const double operand_bytes = 128 * k_blocks * (2 * m + 64 * divide_up(n, 64) / 2);
+    const bool fits_l2 = m <= cta[1] * cluster[1] || operand_bytes <= c.l2_bytes;
     const Split split = split_of(tiles, clusters, k_blocks, fits_l2);
     sharing = split.clusters_per_tile;
     apart = read_apart(c, kernel, problem, tiles, split);
