@@ -128,6 +128,8 @@ class Launch:
     """Whether the output holds the residual."""
     is_captured: bool = False
     """Whether it is captured, behind a kernel of another library."""
+    slow_cta: int | None = None
+    """A CTA that is slow, so that others wait for it."""
 
 
 class Operands(NamedTuple):
@@ -194,6 +196,8 @@ class Emulation:
         self.library.emulation_set(launch.seed, launch.sm_count)
         if launch.is_captured:
             self.library.emulation_capture()
+        if launch.slow_cta is not None:
+            self.library.emulation_slow_down(launch.slow_cta)
         for buffer in (activations, packed, bias, residual):
             if buffer is not None:
                 self.library.emulation_add_buffer(buffer.ctypes.data, buffer.nbytes)

@@ -44,8 +44,10 @@ STREAM_K = [
     for name in (
         "cs_cta128x112x128_cluster2x1x1_warpgroups2_streamk",
         "fgs_cta128x40x128_cluster1x1x1_warpgroups2_streamk",
+        "fgs_cta64x16x128_cluster1x1x1_warpgroups2_streamk",
     )
 ]
+"""Operands that are multicast; neither those nor a second warpgroup along K; such a warpgroup."""
 NO_L2 = ("tiles.h", "kL2Bytes = 50'000'000;", "kL2Bytes = 0;")
 MUTANTS = {
     "a slot is filled before it is free": (
@@ -107,6 +109,15 @@ def test_stream_k_divides_operands_that_l2_cannot_keep(without_l2: Emulation, co
     rows = 3 * config.cta.tokens - 1
     for seed, channels in enumerate((104, 200)):
         assert largest_error(without_l2, config, (rows, channels, 1152, 128), seed) < 1
+
+
+@pytest.mark.parametrize("config", STREAM_K, ids=lambda config: config.short_name)
+def test_heads_wait_for_late_tails(without_l2: Emulation, config: KernelConfig) -> None:
+    a, weight, _ = draw_operands(np.random.default_rng(0), config, (3 * config.cta.tokens - 1, 104, 1152, 128))
+    expected = Expectation(a, weight)
+    for seed in range(2):
+        late = Launch(seed, slow_cta=0)  # the first CTA sums tails
+        assert error_over_bound(without_l2.gemm(config, a, weight, late), expected, 1.0, None) < 1
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)

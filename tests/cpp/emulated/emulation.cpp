@@ -141,6 +141,7 @@ struct Settings {
   std::vector<Range> buffers;
   std::vector<Written> previous;  // by the previous kernel
   bool is_captured = false;       // behind a kernel of another library
+  int64_t slow_cta = -1;          // from the beginning to the end of the next launch
   cudaLaunchConfig_t launched{};
   int questions = 0;  // about occupancy
   std::string error;
@@ -336,7 +337,8 @@ void run_all() {
     if (step % 256 == 0) end_a_group();
     Thread* const thread = take(ready);
     const unsigned warp = thread->cta->index * 64 + thread->index / kWarp;
-    if ((warp * 2654435761u ^ slow) % 4 == 0 && ready.size() > kWarp && !chance(16)) {
+    const bool is_slow = (warp * 2654435761u ^ slow) % 4 == 0 || thread->cta->index == settings().slow_cta;
+    if (is_slow && ready.size() > kWarp && !chance(16)) {
       ready.push_back(thread);
       continue;
     }
@@ -540,6 +542,7 @@ EMULATION_API void emulation_set(unsigned seed, int sm_count) {
   settings().buffers.clear();
   settings().previous.clear();
   settings().is_captured = false;
+  settings().slow_cta = -1;
 }
 
 EMULATION_API void emulation_add_buffer(const void* begin, uint64_t bytes) {
@@ -553,6 +556,9 @@ EMULATION_API void emulation_add_previous(void* to, const void* from, uint64_t b
 
 // The next launch is captured, and follows a kernel of another library only.
 EMULATION_API void emulation_capture(void) { settings().is_captured = true; }
+
+// A CTA is slow in the next launch: all that wait for it have long done so when it goes on.
+EMULATION_API void emulation_slow_down(unsigned cta) { settings().slow_cta = cta; }
 
 EMULATION_API unsigned emulation_grid(void) { return settings().launched.gridDim.x; }
 
