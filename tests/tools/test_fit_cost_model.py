@@ -99,6 +99,22 @@ def test_every_kernel_of_a_space_gets_rates_by_its_times_or_by_those_of_others()
     assert model.rates_of(like(120)) == fit_cost_model.rates_between(like(120), {KERNEL: fitted}, START)
 
 
+def test_rates_are_fitted_to_stream_k_without_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = []
+
+    def fitted(_kernel: KernelConfig, _times: object, model: CostModel, _card: object) -> Rates:
+        models.append(model)
+        return TRUTH
+
+    monkeypatch.setattr(fit_cost_model, "fit_rates", fitted)
+    sample = fit_cost_model.sample_of(recordings_of(STREAM_K, TRUTH))
+    models.append(fit_cost_model.fit_all(sample, [STREAM_K], START))
+    assert fit_cost_model.as_on_the_same_card(sample, sample, START).kernels == sample.kernels
+    fit_cost_model.losses_of_left_out_layers(sample, START)
+    assert len(models) > 4
+    assert not any(model.stream_k_has_heads for model in models)
+
+
 def test_several_times_count_as_their_geometric_mean_whatever_their_order() -> None:
     row = recordings_of(KERNEL, TRUTH)[0]
     pair = [row, recorded.Recorded(**{**vars(row), "microseconds": 4 * row.microseconds})]
