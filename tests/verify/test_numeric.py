@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 
 from w4a16gen.choose.cost_model import default_cost_model
-from w4a16gen.kernels.config import QuantMode, Scheduler
+from w4a16gen.kernels.config import KernelConfig, QuantMode, Scheduler
 from w4a16gen.kernels.problem import Problem
 from w4a16gen.kernels.spaces import enumerate_space
-from w4a16gen.verify.numeric import NumericProof, cases, judge_error
+from w4a16gen.runtime.library import Library
+from w4a16gen.verify import numeric
+from w4a16gen.verify.numeric import Case, NumericProof, cases, judge_error
 
 MODE = QuantMode.FINEGRAINED_SCALE_ONLY
 ONES = np.ones(3, np.float16)
@@ -35,6 +39,26 @@ def test_each_result_has_the_bits_of_the_first(changed: int) -> None:
     proof = NumericProof("kernel")
     judge_error(proof, "kind", "a product", 0.5, results)
     assert proof.failures == ["a product: the bits differ when it runs again"]
+
+
+@pytest.mark.parametrize("with_stream_k", [True, False])
+def test_only_stream_k_kernels_run_the_product_beyond_l2(monkeypatch: pytest.MonkeyPatch, with_stream_k: bool) -> None:
+    persistent, stream_k = (
+        KernelConfig.parse(f"w4a16_sm90_native_cs_cta64x16x128_cluster1x1x1_warpgroups2_{scheduler}")
+        for scheduler in ("persistent", "streamk")
+    )
+    kernels = [persistent, stream_k] if with_stream_k else [persistent]
+    ran: dict[str, list[KernelConfig]] = {}
+
+    def prove_case(_gpu: object, case: Case, proofs: list[tuple[KernelConfig, NumericProof]], _rng: object) -> None:
+        ran[case.kind] = [config for config, _ in proofs]
+
+    monkeypatch.setattr(numeric, "GuardedGpu", lambda *_: None)
+    monkeypatch.setattr(numeric, "_prove_case", prove_case)
+    numeric.prove(cast("Library", SimpleNamespace(configs=lambda: kernels)))
+    assert ran.pop("beyond_l2", []) == kernels[1:]
+    assert all(configs == kernels for configs in ran.values())
+    assert {"one_hot", "long_k"} < ran.keys()
 
 
 def test_stream_k_kernels_run_a_product_in_which_most_have_heads() -> None:
