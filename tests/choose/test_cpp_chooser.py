@@ -131,8 +131,13 @@ def test_cpp_and_python_agree_on_random_problems(program: Path, tmp_path: Path) 
 def test_cpp_and_python_agree_on_what_stream_k_reads_apart(program: Path, tmp_path: Path, shape: str) -> None:
     config = KernelConfig.parse(f"w4a16_sm90_native_fgs_{shape}")
     k = 32384  # L2 keeps the activations of none
-    sizes = [(3195, 1408), (2700, 1408), (1024, 192), (1056, 128), (144 * 12, 128 * 11), (3195, 384), (200, 4608)]
-    problems = [*(Problem(m, n, k, 128) for m, n in sizes), Problem(200, 192, 128, 128)]  # the last has one k block
+    sizes = [(3195, 1408), (2700, 1408), (1024, 192), (1056, 128), (144 * 12, 128 * 11), (3195, 384)]
+    problems = [
+        *(Problem(m, n, k, 128) for m, n in sizes),
+        Problem(200, 192, 128, 128),  # one k block
+        Problem(200, 4608, 8 * k, 128),  # one token tile of some
+        Problem(1021, 192, 23360, 64),  # more than L2 keeps with the padding of K only
+    ]
     questions = [(FGS, problem, H100) for problem in problems]
     assert_same(program, tmp_path, questions, tmp_path / TABLE, build_of([config]).content_hashes)
 
