@@ -14,7 +14,7 @@ import pytest
 import w4a16gen
 
 PACKAGE = Path(w4a16gen.__file__).parent
-EVERYBODYS = {"errors", "files", "progress"}
+EVERYBODYS = {"errors", "files", "progress", "wording"}
 ALLOWED = {
     "kernels": set(),
     "weights": {"kernels"},

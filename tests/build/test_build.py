@@ -111,7 +111,7 @@ def test_a_failing_kernel_is_named_and_does_not_stop_the_others(
     )
     assert result.exit_code == 1, result.output
     output = " ".join(result.output.split())
-    assert "1 kernels failed to compile" in output
+    assert "1 kernel failed to compile" in output
     assert f"w4a16_sm90_cutlass_{failing}_cluster1x1x1_pingpong_persistent" in output
     assert "error: this kernel cannot be compiled" in output
     built = load_build(tmp_path / "build")

@@ -148,7 +148,7 @@ def test_build(own: Runner) -> None:
     failed = own.run("build --json")
     assert failed.exit_code == 1
     assert checked("build", failed)["failures"] == [{"kernel": KERNELS[0].name, "summary": "no", "log": "a.log"}]
-    assert "1 kernels failed to compile" in failed.stderr
+    assert "1 kernel failed to compile" in failed.stderr
 
 
 def test_verify(own: Runner, tmp_path: Path) -> None:

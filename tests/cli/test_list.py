@@ -161,7 +161,7 @@ def test_emit_removes_stale_sources_when_asked(cli: Runner, tmp_path: Path) -> N
     count = len(enumerate_space("default"))
     cli.run("emit --output out")
     kept = cli.run(f"emit --output out {SHAPE}")
-    assert f"{count} files of earlier calls stay in out; --remove-stale removes them" in kept.stderr
+    assert f"out keeps {count} files of earlier calls; --remove-stale removes them" in kept.stderr
     cli.run("emit --output out")
     done = cli.run(f"emit --output out --remove-stale --json {SHAPE}")
     assert len(json.loads(done.stdout)["removed"]) >= count

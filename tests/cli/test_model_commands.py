@@ -119,7 +119,7 @@ def test_experts_that_share_a_tensor_share_its_bytes(cli: Runner, tmp_path: Path
 def test_inspect_names_the_build_that_experts_need(cli: Runner, tmp_path: Path) -> None:
     FOLDERS["mixture"]()
     (note,) = of("inspect", cli.run("inspect model-moe --json").stdout)["notes"]
-    assert note.startswith("Grouped kernels compute the experts of 1 layers instead: `w4a16gen build --space default ")
+    assert note.startswith("Grouped kernels compute the experts of 1 layer instead: `w4a16gen build --space default ")
     model(tmp_path / "model")
     assert of("inspect", cli.run("inspect model --json").stdout)["notes"] == []
 

@@ -117,7 +117,7 @@ def test_audit_on_the_command_line(cli: Runner, tmp_path: Path) -> None:
     assert done.exit_code == 1
     assert (
         "40 of 63 FP16 x uint4 kernels found; 23 missing, 0 duplicates, 1 unknown, 1 conditional; unrelated: "
-        "56 FP16 x uint8; 1 problems"
+        "56 FP16 x uint8; 1 problem"
     ) in " ".join(done.stderr.split())
     assert done.stdout.count("missing: w4a16_sm90_cutlass_") == 23
     for label in (

@@ -16,6 +16,7 @@ from w4a16gen.executors.executor import Executor
 from w4a16gen.executors.place import Place, WorkerLostError
 from w4a16gen.executors.waiting import wait_for_any
 from w4a16gen.kernels.config import KernelConfig
+from w4a16gen.wording import counted
 
 
 @dataclass
@@ -114,7 +115,7 @@ def describe_failures(failures: Sequence[Failure]) -> str:
     by_reason: dict[str, list[Failure]] = {}
     for failure in failures:
         by_reason.setdefault(failure.summary.replace(failure.name, "KERNEL"), []).append(failure)
-    lines = [f"{len(failures)} kernels failed to compile:"]
+    lines = [f"{counted(len(failures), 'kernel')} failed to compile:"]
     for alike in by_reason.values():
         first = alike[0]
         lines += [f"  {first.name}: {first.summary}", f"    log: {first.log}"]

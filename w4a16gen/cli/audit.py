@@ -13,6 +13,7 @@ from w4a16gen.cli.output import note, print_result
 from w4a16gen.cli.paths import NamedPath
 from w4a16gen.cli.tables import Column, print_table
 from w4a16gen.errors import EXIT_FAILED
+from w4a16gen.wording import counted
 
 if TYPE_CHECKING:
     from w4a16gen.integrations.tensorrt_llm.audit import Audit
@@ -63,10 +64,10 @@ def command(folder: Path, output: Path | None, remove_stale: bool, wide: bool, a
     note(
         f"{len(found.kernels)} of 63 FP16 x uint4 kernels found; {len(found.missing)} missing, "
         f"{len(found.duplicates)} duplicates, {len(found.unknown)} unknown, {len(found.conditional)} conditional; "
-        f"unrelated: {foreign}; {len(found.problems)} problems"
+        f"unrelated: {foreign}; {counted(len(found.problems), 'problem')}"
     )
     if output is not None:
-        note(f"Wrote {len(extracted)} files into {output}")
+        note(f"Wrote {counted(len(extracted), 'file')} into {output}")
     return 0 if found.ok else EXIT_FAILED
 
 
@@ -88,7 +89,9 @@ def _show(found: Audit, *, wide: bool) -> None:
         )
         for file in found.files
     )
-    print_table(f"{found.total} instantiations in {len(found.files)} files", columns, rows, wide=wide)
+    print_table(
+        f"{counted(found.total, 'instantiation')} in {counted(len(found.files), 'file')}", columns, rows, wide=wide
+    )
     for label, lines in (
         ("missing", [config.name for config in found.missing]),
         ("duplicate", [config.name for config in found.duplicates]),

@@ -15,6 +15,7 @@ from w4a16gen.cli.output import note, print_result
 from w4a16gen.cli.progress import termination_interrupts
 from w4a16gen.cli.services import services
 from w4a16gen.errors import BuildError
+from w4a16gen.wording import counted
 
 if TYPE_CHECKING:
     from w4a16gen.build.pipeline import BuildReport
@@ -36,11 +37,11 @@ def build_kernels(
 
     selection = select_kernels(wanted, spaces)
     count = len(selection.configs)
-    note(f"{count} kernels of space {' + '.join(selection.spaces)}")
+    note(f"{counted(count, 'kernel')} of space {' + '.join(selection.spaces)}")
     with (
         connected(cluster) as compilers,
         termination_interrupts(),
-        services().show_progress(f"Building {count} kernels", lines=True) as progress,
+        services().show_progress(f"Building {counted(count, 'kernel')}", lines=True) as progress,
     ):
         report: BuildReport = services().build(
             selection.configs,
@@ -53,7 +54,7 @@ def build_kernels(
     if cluster.address is not None:
         tell_nodes(report.nodes)
     current = len(report.build.configs) - report.compiled
-    note(f"{report.compiled} kernels compiled, {current} up to date: {report.build.library}")
+    note(f"{counted(report.compiled, 'kernel')} compiled, {current} up to date: {report.build.library}")
     for failure in report.failures:
         note(f"{failure.name}: {failure.summary}; log: {failure.log}", label="FAILED")
     return report
@@ -79,7 +80,7 @@ def failed_status(report: BuildReport) -> int:
     """Return the exit status of a build; print a sentence if kernels failed."""
     if not report.failures:
         return 0
-    note(f"{len(report.failures)} kernels failed to compile; the library has the others", label="error:")
+    note(f"{counted(len(report.failures), 'kernel')} failed to compile; the library has the others", label="error:")
     return BuildError.exit_code
 
 

@@ -16,6 +16,7 @@ from w4a16gen.cli.output import note
 from w4a16gen.cli.paths import NamedPath, read_text
 from w4a16gen.cli.services import services
 from w4a16gen.errors import InvalidValueError
+from w4a16gen.wording import counted
 
 if TYPE_CHECKING:
     from w4a16gen.executors.cluster import Cluster
@@ -100,4 +101,4 @@ def tell_nodes(nodes: Sequence[NodeSummary]) -> None:
     """Say what each machine did."""
     for node in nodes:
         lost = f", {node.lost} lost" if node.lost else ""
-        note(f"{node.node}: {node.tasks} tasks in {node.seconds:.0f} s of work{lost}")
+        note(f"{node.node}: {counted(node.tasks, 'task')} in {node.seconds:.0f} s of work{lost}")

@@ -14,6 +14,7 @@ from w4a16gen.cli.output import note, print_result
 from w4a16gen.cli.paths import NamedPath
 from w4a16gen.cli.progress import termination_interrupts
 from w4a16gen.cli.services import services
+from w4a16gen.wording import counted
 
 if TYPE_CHECKING:
     from w4a16gen.weights.writers.convert import Written
@@ -52,8 +53,9 @@ def report(command_name: str, written: Written, *, as_json: bool) -> None:
         click.echo(written.folder)
     if written.was_complete:
         note(f"{written.folder} was complete already: nothing was written.")
-    files = "1 file" if written.shards == 1 else f"{written.shards} files"
-    note(f"{written.layers} layers of 4 bits, {written.dense} dense tensors, {written.bytes / 1e9:.2f} GB in {files}")
+    files = counted(written.shards, "file")
+    layers = counted(written.layers, "layer")
+    note(f"{layers} of 4 bits, {written.dense} dense tensors, {written.bytes / 1e9:.2f} GB in {files}")
     for reason, names in by_reason(written.skipped).items():
         note(f"Dense, because {reason}: {names}")
 

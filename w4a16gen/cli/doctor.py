@@ -19,6 +19,7 @@ from w4a16gen.cli.options import build_option, json_option
 from w4a16gen.cli.output import note, print_result, uses_color, wrapped
 from w4a16gen.cli.services import services
 from w4a16gen.errors import EXIT_MISSING, W4A16Error
+from w4a16gen.wording import counted
 
 if TYPE_CHECKING:
     from w4a16gen.build.diagnose import Finding as Check
@@ -171,7 +172,7 @@ def _find_build(folder: Path | None) -> Finding:
     except (W4A16Error, OSError, ValueError) as error:
         level = Level.MISSING if there else Level.NOTE
         return Finding("build", level, str(error), "w4a16gen build")
-    return Finding("build", Level.OK, f"{len(build.configs)} kernels in {path.absolute()}")
+    return Finding("build", Level.OK, f"{counted(len(build.configs), 'kernel')} in {path.absolute()}")
 
 
 def _lines(finding: Finding) -> Iterator[str]:

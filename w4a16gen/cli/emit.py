@@ -24,6 +24,7 @@ from w4a16gen.cli.options import (
 from w4a16gen.cli.output import note, print_result
 from w4a16gen.cli.paths import NamedPath
 from w4a16gen.errors import InvalidValueError
+from w4a16gen.wording import counted
 
 if TYPE_CHECKING:
     from w4a16gen.kernels.config import ClusterShape, CtaShape, Epilogue, KernelConfig, QuantMode, Target
@@ -153,7 +154,7 @@ def command(
             source=source,
             namespace=namespace,
         )
-        where += f" in {len(emitted.files)} files"
+        where += f" in {counted(len(emitted.files), 'file')}"
     else:
         emitted = _emit(selection.configs, output, remove_stale)
     if as_json:
@@ -163,10 +164,10 @@ def command(
             click.echo(f"{path}\t{len(kernels)}" if for_trtllm else str(path))
     new = sum(path in emitted.written for path in emitted.files)
     unchanged = len(emitted.files) - new
-    counts = f"{new} files written, {unchanged} unchanged, {len(emitted.removed)} stale removed"
-    note(f"{len(selection.configs)} kernels of {where}: {counts}")
+    counts = f"{counted(new, 'file')} written, {unchanged} unchanged, {len(emitted.removed)} stale removed"
+    note(f"{counted(len(selection.configs), 'kernel')} of {where}: {counts}")
     if emitted.stale:
-        note(f"{emitted.stale} files of earlier calls stay in {output}; --remove-stale removes them")
+        note(f"{output} keeps {counted(emitted.stale, 'file')} of earlier calls; --remove-stale removes them")
 
 
 def _refuse(options: Mapping[str, object]) -> None:

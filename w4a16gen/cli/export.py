@@ -11,6 +11,7 @@ from w4a16gen.cli.help import FILES, ExampleCommand, option
 from w4a16gen.cli.options import build_option, json_option
 from w4a16gen.cli.output import note, print_result
 from w4a16gen.cli.paths import NamedPath
+from w4a16gen.wording import counted
 
 
 @click.command(
@@ -54,4 +55,4 @@ def command(prefix: Path | None, wheel: Path | None, folder: Path | None, as_jso
     else:
         for path in written:
             click.echo(path)
-    note(f"{len(build.configs)} kernels exported")
+    note(f"{counted(len(build.configs), 'kernel')} exported")

@@ -16,6 +16,7 @@ from w4a16gen.cli.output import note, print_result, wrapped
 from w4a16gen.cli.paths import NamedPath
 from w4a16gen.cli.services import services
 from w4a16gen.cli.tables import Column, print_table
+from w4a16gen.wording import counted
 
 if TYPE_CHECKING:
     from w4a16gen.inspection.checkpoint import Inspection
@@ -62,8 +63,9 @@ def command(checkpoint: Path, gpus: int, spaces: Sequence[str], wide: bool, fold
 def _print(found: Inspection, *, wide: bool) -> None:
     """Print the tables and sentences of an inspection."""
     totals = found.totals
+    layers = counted(totals["layers"], "layer")
     summary = (
-        f"{found.path}: {found.method}, {totals['layers']} layers of 4 bits, {totals['layer_bytes'] / 1e9:.2f} GB; "
+        f"{found.path}: {found.method}, {layers} of 4 bits, {totals['layer_bytes'] / 1e9:.2f} GB; "
         f"packed {totals['packed_bytes'] / 1e9:.2f} GB, dense {totals['dense_bytes'] / 1e9:.2f} GB"
     )
     click.echo("\n".join(wrapped(summary, sys.stdout)))

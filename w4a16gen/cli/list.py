@@ -18,6 +18,7 @@ from w4a16gen.cli.output import is_terminal, note, print_result, wrapped
 from w4a16gen.cli.services import services
 from w4a16gen.cli.tables import Column, print_table
 from w4a16gen.errors import InvalidValueError
+from w4a16gen.wording import counted
 
 if TYPE_CHECKING:
     from w4a16gen.kernels.config import ClusterShape, CtaShape, Epilogue, KernelConfig, QuantMode, Target
@@ -103,7 +104,7 @@ def command(
             click.echo(config.name)
     counts = Counter(str(config.mode) for config in configs)
     shown = ", ".join(f"{count} {mode}" for mode, count in counts.items())
-    note(f"{len(configs)} kernels ({shown}) in {where}")
+    note(f"{counted(len(configs), 'kernel')} ({shown}) in {where}")
 
 
 def _of_build(wanted: Filter, folder: Path | None) -> list[KernelConfig]:
@@ -140,7 +141,7 @@ def by_shape(configs: Iterable[KernelConfig]) -> list[list[KernelConfig]]:
 
 def _show(configs: Sequence[KernelConfig], *, wide: bool) -> None:
     """Print kernels for a person: names, or shapes, or how many there are of each CTA shape."""
-    title = f"{len(configs)} kernels"
+    title = counted(len(configs), "kernel")
     shapes = by_shape(configs)
     if wide:
         headings = ("name", "target", "mode", "CTA", "cluster", "schedule", "scheduler", "epilogue")

@@ -27,6 +27,7 @@ from w4a16gen.cli.problems import checkpoint_option, checkpoint_problems, named_
 from w4a16gen.cli.tuning import How, build_and_tune, table_of, tune_build
 from w4a16gen.kernels.config import Epilogue
 from w4a16gen.kernels.named_spaces import GEMM_SPACES
+from w4a16gen.wording import counted
 
 if TYPE_CHECKING:
     from w4a16gen.kernels.config import QuantMode
@@ -180,12 +181,12 @@ def _say(found: SpaceTuned, folder: Path) -> None:
     if found.losses:
         mean, worst = summary["mean_loss"], summary["worst_loss"]
         note(
-            f"{folder} has {len(found.kernels)} kernels for {len(found.losses)} problems. Calls take {mean:.3f} times "
-            f"as long as the fastest kernel measured, at worst {worst:.3f}"
+            f"{folder} has {counted(len(found.kernels), 'kernel')} for {counted(len(found.losses), 'problem')}. "
+            f"Calls take {mean:.3f} times as long as the fastest kernel measured, at worst {worst:.3f}"
         )
     if found.not_built or found.not_measured:
         note(
-            f"{found.not_built} of {found.promising} promising kernels are not built, and {found.not_measured} "
-            "problems are not measured: the same command goes on",
+            f"{found.not_built} of {found.promising} promising kernels are not built, and "
+            f"{counted(found.not_measured, 'problem')} not measured: the same command goes on",
             label="warning:",
         )

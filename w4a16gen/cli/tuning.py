@@ -20,6 +20,7 @@ from w4a16gen.cli.progress import termination_interrupts
 from w4a16gen.cli.services import services
 from w4a16gen.errors import NotBuiltError
 from w4a16gen.kernels.config import Epilogue
+from w4a16gen.wording import counted
 
 if TYPE_CHECKING:
     from w4a16gen.choose.timing_table import TuningTable
@@ -97,7 +98,7 @@ def tune_build(
         nodes = add_summaries(node for cards in kinds for node in cards.executor.summaries)
     left_out = len(kinds) * sum(map(len, by_mode.values())) - len(outcomes)
     if left_out:
-        note(f"{left_out} problems are not measured: the same command goes on", label="warning:")
+        note(f"{counted(left_out, 'problem')} not measured: the same command goes on", label="warning:")
     return Tables(library.build.folder, kinds[0].device, tables, outcomes, nodes)
 
 
@@ -162,7 +163,7 @@ def _workshop(
             return None
 
     def build(configs: Sequence[KernelConfig]) -> Library:
-        title = f"Building {len(configs)} kernels"
+        title = f"Building {counted(len(configs), 'kernel')}"
         with termination_interrupts(), services().show_progress(title, lines=True) as progress:
             report = services().build(
                 configs,
@@ -172,7 +173,7 @@ def _workshop(
                 progress=progress,
                 **compile_options(cluster, configs),
             )
-        note(f"{report.compiled} kernels compiled, {len(report.build.configs) - report.compiled} up to date")
+        note(f"{counted(report.compiled, 'kernel')} compiled, {len(report.build.configs) - report.compiled} up to date")
         for failure in report.failures:
             note(f"{failure.name}: {failure.summary}; log: {failure.log}", label="FAILED")
         return services().load(folder)

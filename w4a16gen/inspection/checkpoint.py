@@ -24,6 +24,7 @@ from w4a16gen.weights.importers.layer import CheckpointLayer
 from w4a16gen.weights.importers.rounding import Exactness
 from w4a16gen.weights.layouts.geometry import WeightGeometry
 from w4a16gen.weights.packed import LAYOUTS, TARGET_LAYOUTS, check_layout_group_size
+from w4a16gen.wording import counted
 
 TOKENS = (1, 16, 256)
 """Numbers of tokens that kernels are named for."""
@@ -167,10 +168,10 @@ def inspect_checkpoint(
     found.kinds = list(kinds.values())
     found.dense = _dense(checkpoint)
     found.unsupported = _by_pattern(checkpoint.unsupported)
-    found.notes = [f"{text} ({count} layers)" for text, count in notes.items()]
+    found.notes = [f"{text} ({counted(count, 'layer')})" for text, count in notes.items()]
     if experts := find_experts(checkpoint):
         found.notes.append(
-            f"Grouped kernels compute the experts of {len(experts)} layers instead: {_GROUPED} builds them"
+            f"Grouped kernels compute the experts of {counted(len(experts), 'layer')} instead: {_GROUPED} builds them"
         )
     found.totals = {
         "layers": len(found.layers),

@@ -22,6 +22,7 @@ from w4a16gen.measure.results import Comparison, errors_beyond_bounds, smallest_
 from w4a16gen.measure.rivals import RIVALS, Rival
 from w4a16gen.progress import Progress
 from w4a16gen.runtime.library import Library
+from w4a16gen.wording import counted
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ def find_peak(gpu: Gpu) -> Iterator[TensorPeak | None]:
 def sentences(name: str, row: Row, found: Comparison) -> list[str]:
     """Return the sentences that a reader of one problem's results should see."""
     layer = f" ({name})" if name else ""
-    left_out = f"; {found.left_out} kernels with tiles far from m not timed" if found.left_out else ""
+    left_out = f"; {counted(found.left_out, 'kernel')} with tiles far from m not timed" if found.left_out else ""
     best = KernelConfig.parse(found.best.contender)
     lines = [f"{found.problem}{layer}: {found.best.median:.2f} us, {best.short_name}{left_out}"]
     kinds = [(target, epilogue) for target in Target for epilogue in Epilogue]

@@ -15,6 +15,7 @@ from w4a16gen.errors import InvalidValueError
 from w4a16gen.kernels.problem import Problem
 from w4a16gen.measure.models import Model
 from w4a16gen.measure.rival_products import Product
+from w4a16gen.wording import counted
 
 EPSILON = 1e-5
 """Of RMS norms."""
@@ -90,7 +91,7 @@ class Step:
         shared = f" on one of {self.gpus} GPUs" if self.gpus > 1 else ""
         what = f"{self.sequences} sequences" if self.sequences > 1 else "1 sequence"
         kind = f"context {self.context}" if self.new_tokens == 1 else f"prefill of {self.new_tokens} tokens"
-        return f"{self.name}{shared}, {self.depth} layers, {what}, {kind}"
+        return f"{self.name}{shared}, {counted(self.depth, 'layer')}, {what}, {kind}"
 
 
 class Parts:

@@ -16,6 +16,7 @@ from w4a16gen.measure.plots import draw_plots
 from w4a16gen.measure.record import DERIVED, Row, Run
 from w4a16gen.measure.stage import COLD_BYTES
 from w4a16gen.measure.timing import BLOCK_SECONDS, LAUNCHES, PAUSE_SECONDS, SETTLING_SECONDS
+from w4a16gen.wording import counted
 
 _LEVEL = 1.05
 """A speed-up below this is called level with FP16."""
@@ -64,7 +65,7 @@ def headline(run: Run, rows: Sequence[Row]) -> str:
     """Say in one sentence how much faster than FP16 the kernels are, by tokens."""
     known = [(row.m, row.speedup_over_fp16) for row in rows if row.speedup_over_fp16]
     if not known:
-        return f"{len(rows)} problems on {run.gpu}; cuBLAS FP16 was not timed beside them."
+        return f"{counted(len(rows), 'problem')} on {run.gpu}; cuBLAS FP16 was not timed beside them."
     by_tokens = {m: [ratio for tokens, ratio in known if tokens == m] for m in sorted({m for m, _ in known})}
     first = next(iter(by_tokens))
     level = next((m for m, ratios in by_tokens.items() if geometric_mean(ratios) < _LEVEL), None)

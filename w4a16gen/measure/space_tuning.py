@@ -25,6 +25,7 @@ from w4a16gen.measure.results import smallest_cover
 from w4a16gen.measure.tune import Job, Tuned
 from w4a16gen.progress import Progress
 from w4a16gen.runtime.library import Library
+from w4a16gen.wording import counted
 
 Key = tuple[QuantMode, Problem]
 SLACK = 0.01
@@ -122,7 +123,7 @@ def tune_space(request: SpaceRequest, gpu: Device, job_of: Any, workshop: Worksh
     wanted = _estimate(request, gpu, workshop)
     _refuse_what_no_kernel_runs(request, wanted)
     workshop.tell(
-        f"{estimated} kernels of space {request.space} estimated for {len(wanted)} problems, "
+        f"{counted(estimated, 'kernel')} of space {request.space} estimated for {counted(len(wanted), 'problem')}, "
         f"{len(to_build(wanted))} are promising"
     )
     with alone(request.folder, "--build-dir"):
@@ -172,7 +173,7 @@ def _estimate(request: SpaceRequest, gpu: Device, workshop: Workshop) -> dict[Ke
     for mode, named in request.problems.items():
         configs = _native(request.space, mode)
         chooser = Chooser(dict.fromkeys(configs, ""), request.folder / TABLE)
-        title = f"Estimating {len(configs)} kernels"
+        title = f"Estimating {counted(len(configs), 'kernel')}"
         with workshop.show_progress(title, len(named)) as progress:
             for done, (_, problem) in enumerate(named, 1):
                 wanted[mode, problem] = promising(chooser.estimates(problem, mode, gpu), problem)

@@ -32,6 +32,7 @@ from w4a16gen.runtime.typing import DependentLaunch
 from w4a16gen.weights.experts import PackedExperts
 from w4a16gen.weights.packed import LAYOUT_TARGETS, PackedWeight
 from w4a16gen.weights.quantized import QuantizedWeight
+from w4a16gen.wording import counted
 
 _MAX_SM_COUNT = 1 << 16
 
@@ -161,7 +162,7 @@ class Library:
             return self._indices[kernel]
         except KeyError:
             raise NotBuiltError(
-                f"{kernel.name} is not in {self.build.folder}: it holds {len(self._indices)} kernels, see "
+                f"{kernel.name} is not in {self.build.folder}: it holds {counted(len(self._indices), 'kernel')}, see "
                 "`w4a16gen list --built`"
             ) from None
 

@@ -12,6 +12,7 @@ from w4a16gen.kernels.config import KernelConfig
 from w4a16gen.progress import Progress, no_progress
 from w4a16gen.runtime.library import Library
 from w4a16gen.verify import epilogues, experts, launch_chains, numeric, random_problems, static
+from w4a16gen.wording import counted
 
 NOT_RUN = "not run"
 CHAIN_K = 512
@@ -56,8 +57,10 @@ class Report:
             checks = sum(sum(kernel["passed"].values()) for kernel in numerics["kernels"])
             failures = sum(len(kernel["failures"]) for kernel in numerics["kernels"])
             ran = sum(bool(kernel["passed"] or kernel["failures"]) for kernel in numerics["kernels"])
-            proven = f"Numerics of {ran} of them on {numerics['gpu']}: {checks} checks passed, {failures} failed."
-        return f"Static proofs {held} for {count} kernels. {proven}"
+            proven = (
+                f"Numerics of {ran} of them on {numerics['gpu']}: {counted(checks, 'check')} passed, {failures} failed."
+            )
+        return f"Static proofs {held} for {counted(count, 'kernel')}. {proven}"
 
     def rows(self) -> Iterator[tuple[str, ...]]:
         """Return one row per kernel, under `HEADINGS`."""

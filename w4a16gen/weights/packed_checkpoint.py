@@ -24,6 +24,7 @@ from w4a16gen.weights.importers.tensors import TensorInfo, Tensors
 from w4a16gen.weights.packed import LAYOUTS, PackedWeight
 from w4a16gen.weights.quantized import Half
 from w4a16gen.weights.storage import as_path
+from w4a16gen.wording import counted
 
 FORMAT = "w4a16gen.packed_checkpoint/1"
 """Name and version of the folder's form; the version changes with the names and meanings of tensors and metadata."""
@@ -102,7 +103,7 @@ class PackedCheckpoint(Mapping[str, PackedLayer]):
         return len(self._geometries)
 
     def __repr__(self) -> str:
-        return f"PackedCheckpoint({str(self.path)!r}, layout={self.layout!r}, {len(self)} layers)"
+        return f"PackedCheckpoint({str(self.path)!r}, layout={self.layout!r}, {counted(len(self), 'layer')})"
 
     @property
     def tensors(self) -> Tensors:

@@ -18,6 +18,7 @@ from w4a16gen.weights.importers.mapped import map_file, shown_name
 from w4a16gen.weights.importers.stored import UnsupportedLayerError
 from w4a16gen.weights.importers.tensors import Tensors
 from w4a16gen.weights.storage import as_path
+from w4a16gen.wording import counted
 
 _GGUF, _SAFETENSORS = ".gguf", ".safetensors"
 
@@ -83,7 +84,7 @@ class Checkpoint(Mapping[str, CheckpointLayer]):
         return len(self._layers)
 
     def __repr__(self) -> str:
-        return f"Checkpoint({str(self.path)!r}, method={self.method!r}, {len(self._layers)} layers)"
+        return f"Checkpoint({str(self.path)!r}, method={self.method!r}, {counted(len(self._layers), 'layer')})"
 
     @property
     def tensors(self) -> Tensors:
