@@ -16,8 +16,8 @@ With torch and a Hopper GPU:
     packed = w4a16gen.to_device(packed)
     result = w4a16gen.gemm(torch.ones(4, 256, dtype=torch.float16, device="cuda"), packed)
 
-Weights of 4-bit checkpoints go through `pack(q, scales, zero_points=...)`. Every error is a W4A16Error; a file
-that cannot be read or written raises OSError.
+Weights of 4-bit checkpoints go through `pack(q, scales, zero_points=...)`. Errors are subclasses of W4A16Error.
+Only a file that cannot be read or written raises OSError.
 """
 
 from __future__ import annotations

@@ -55,14 +55,14 @@ def test_pipes_folders_and_links_in_place_of_sources_are_put_aside(tmp_path: Pat
     assert Path(os.devnull).is_char_device()
 
 
-OF_A_PAGE = '{"name": "a web page", "start_url": "/"}'
+WEB_APP_MANIFEST = '{"name": "a web page", "start_url": "/"}'
 
 
 def test_the_manifest_of_another_program_is_not_overwritten(tmp_path: Path, workshop: Workshop) -> None:
     manifest = tmp_path / "manifest.json"
-    manifest.write_text(OF_A_PAGE)
+    manifest.write_text(WEB_APP_MANIFEST)
     workshop.folder.mkdir(exist_ok=True)
-    (workshop.folder / "manifest.json").write_text(OF_A_PAGE)
+    (workshop.folder / "manifest.json").write_text(WEB_APP_MANIFEST)
     for call in (
         partial(emit, CONFIGS[:1], tmp_path),
         partial(build, CONFIGS[:1], generated=tmp_path, folder=workshop.root / "new"),
@@ -70,7 +70,7 @@ def test_the_manifest_of_another_program_is_not_overwritten(tmp_path: Path, work
     ):
         with pytest.raises(InvalidValueError, match=r"manifest\.json belongs to another program"):
             call()
-    assert manifest.read_text() == (workshop.folder / "manifest.json").read_text() == OF_A_PAGE
+    assert manifest.read_text() == (workshop.folder / "manifest.json").read_text() == WEB_APP_MANIFEST
     assert [path.name for path in workshop.folder.iterdir()] == ["manifest.json"]
     assert not names(tmp_path)
 

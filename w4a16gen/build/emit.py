@@ -19,7 +19,7 @@ SOURCES_SCHEMA = "w4a16gen.sources/1"
 
 
 def refuse_foreign_manifest(folder: Path) -> None:
-    """Raise if a folder has a manifest.json of another program, such as a web page's, which would be overwritten.
+    """Raise if a folder has the manifest.json of another program, such as a web app's: it would be overwritten.
 
     A file that is no JSON object may be a damaged one of this package, and is written again.
 

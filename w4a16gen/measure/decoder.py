@@ -89,9 +89,8 @@ class Step:
     def __str__(self) -> str:
         """Return the step in words."""
         shared = f" on one of {self.gpus} GPUs" if self.gpus > 1 else ""
-        what = f"{self.sequences} sequences" if self.sequences > 1 else "1 sequence"
         kind = f"context {self.context}" if self.new_tokens == 1 else f"prefill of {self.new_tokens} tokens"
-        return f"{self.name}{shared}, {counted(self.depth, 'layer')}, {what}, {kind}"
+        return f"{self.name}{shared}, {counted(self.depth, 'layer')}, {counted(self.sequences, 'sequence')}, {kind}"
 
 
 class Parts:

@@ -173,6 +173,9 @@ inline double read_apart(const Constants& c, const Kernel& kernel, const Problem
   return split.tiles * (missed_activations * activations_of_tile + missed_weight * weight_of_tile);
 }
 
+// The size of a block of packed weights: values of K, and channels.
+constexpr int kPackedBlockK = 128, kPackedBlockChannels = 64;
+
 // The estimated microseconds of a native kernel: CostModel.microseconds of choose/cost_model.py, line by line.
 inline double estimate(const Constants& c, const Card& h100, const Kernel& kernel, const Problem& problem,
                        const Card& card) {
@@ -181,7 +184,7 @@ inline double estimate(const Constants& c, const Card& h100, const Kernel& kerne
   const double m = static_cast<double>(problem.m), n = static_cast<double>(problem.n),
                k = static_cast<double>(problem.k), groups = static_cast<double>(problem.k / problem.group_size);
   const double tiles = divide_up(n, cta[0] * cluster[0]) * divide_up(m, cta[1] * cluster[1]);
-  const double k_blocks = divide_up(k, 128);
+  const double k_blocks = divide_up(k, kPackedBlockK);
   double at_once = std::max(1, card.sm_count / size);
   if (size == 4) at_once = std::max(1, static_cast<int>(c.clusters_of_4) * card.sm_count / h100.sm_count);
   double own_tiles, blocks, sharing = 0, apart = 0;
@@ -189,7 +192,8 @@ inline double estimate(const Constants& c, const Card& h100, const Kernel& kerne
     own_tiles = std::max(1.0, tiles / at_once);
     blocks = tiles * k_blocks / at_once;
     const double clusters = at_once * kernel.ctas_per_sm;
-    const double operand_bytes = 128 * k_blocks * (2 * m + 64 * divide_up(n, 64) / 2);
+    const double channels = kPackedBlockChannels * divide_up(n, kPackedBlockChannels);
+    const double operand_bytes = kPackedBlockK * k_blocks * (2 * m + channels / 2);
     const bool fits_l2 = m <= cta[1] * cluster[1] || operand_bytes <= c.l2_bytes;
     const Split split = split_of(tiles, clusters, k_blocks, fits_l2);
     sharing = split.clusters_per_tile;
@@ -202,7 +206,7 @@ inline double estimate(const Constants& c, const Card& h100, const Kernel& kerne
     }
     blocks = own_tiles * divide_up(k_blocks, cluster[2]);
   }
-  const double area = static_cast<double>(cta[1]) * (cta[0] / 64);
+  const double area = static_cast<double>(cta[1]) * (cta[0] / kPackedBlockChannels);
   const double tensor = card.tensor_rate / h100.tensor_rate;
   const double block = std::max(kernel.block_cycles, tensor < 1 ? c.tensor_cycles / tensor * area : 0.0);
   double working = own_tiles * kernel.tile_cycles + blocks * block;
