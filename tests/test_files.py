@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from w4a16gen.files import read_regular, sole_writer, write_if_changed, written_whole
+from w4a16gen.files import read_regular, sole_writer, write_all_if_changed, write_if_changed, written_whole
 
 
 def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
@@ -64,6 +64,19 @@ def test_a_write_that_fails_leaves_no_other_file(tmp_path: Path, monkeypatch: py
         write_if_changed(path, "text")
     assert [found.name for found in tmp_path.iterdir()] == ["file"]
     assert path.read_text() == "old"
+
+
+def test_of_several_files_all_are_written_or_none(tmp_path: Path) -> None:
+    first, last = tmp_path / "first", tmp_path / "folder" / "last"
+    assert write_all_if_changed({first: "old", last: "text"}, modes={last: 0o600}) == [first, last]
+    assert last.stat().st_mode & 0o777 == 0o600
+    assert write_all_if_changed({first: "old", last: b"new"}) == [last]
+    (tmp_path / "file").write_text("")
+    for bad in (tmp_path / "file" / "inside", tmp_path / "folder"):
+        with pytest.raises(OSError, match=str(bad.parent)):
+            write_all_if_changed({first: "new", bad: "text"})
+        assert first.read_text() == "old"
+        assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "first", "folder", "last"]
 
 
 def test_a_full_disk_names_the_file(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 _TEMPORARY = re.compile(r"\..+\.(\d+)-[0-9a-f]{8}\.tmp")
@@ -36,14 +37,39 @@ def write_if_changed(path: Path, content: str | bytes, *, mode: int = 0o666) -> 
         OSError: if the folder cannot be made or written, or the path is a device or anything else that a rename would
             replace by a file.
     """
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "Not a regular file", str(path))
-    data = content.encode() if isinstance(content, str) else content
-    if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
-        return False
-    with written_whole(path, mode=mode) as file:
-        file.write(data)
-    return True
+    return bool(write_all_if_changed({path: content}, modes={path: mode}))
+
+
+def write_all_if_changed(
+    contents: Mapping[Path, str | bytes], *, modes: Mapping[Path, int] = MappingProxyType({})
+) -> list[Path]:
+    """Write several files, each as `write_if_changed` does. If one cannot be written, none gets its name.
+
+    Args:
+        contents: by path, the whole content.
+        modes: by path, permission bits of a new file, before the process's umask; 0o666 for others.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        OSError: as `write_if_changed`.
+    """
+    encoded = {path: text.encode() if isinstance(text, str) else text for path, text in contents.items()}
+    for path in encoded:
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    changed = {path: data for path, data in encoded.items() if not _has_content(path, data)}
+    with ExitStack() as files:
+        for path, data in changed.items():
+            file = files.enter_context(written_whole(path, mode=modes.get(path, 0o666)))
+            file.write(data)
+            file.flush()  # a full disk is noticed before the first file gets its name
+    return list(changed)
+
+
+def _has_content(path: Path, data: bytes) -> bool:
+    return path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from fakes.workshop import CONFIGS, Workshop
+from fakes.workshop import CONFIGS, WEB_APP_MANIFEST, Workshop
 
 from w4a16gen.build.emit import emit
 from w4a16gen.build.pipeline import build
@@ -53,9 +53,6 @@ def test_pipes_folders_and_links_in_place_of_sources_are_put_aside(tmp_path: Pat
     assert all(path.is_file() and not path.is_symlink() for path in paths)
     assert {path.name for path in tmp_path.glob("*.1")} == {f"{path.name}.1" for path in (*paths[:2], paths[3])}
     assert Path(os.devnull).is_char_device()
-
-
-WEB_APP_MANIFEST = '{"name": "a web page", "start_url": "/"}'
 
 
 def test_the_manifest_of_another_program_is_not_overwritten(tmp_path: Path, workshop: Workshop) -> None:

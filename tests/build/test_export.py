@@ -154,6 +154,13 @@ def test_exporting_from_the_command_line(cli: CliRunner, fake_build: Build) -> N
     assert unbuilt.exit_code == 3
 
 
+def test_a_prefix_that_cannot_be_written_gets_no_file(fake_build: Build, tmp_path: Path) -> None:
+    (tmp_path / "share").write_text("of another program")
+    with pytest.raises(OSError, match="share"):
+        export_prefix(fake_build, tmp_path, "0.1.0")
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["share"]
+
+
 def test_a_wheel_carries_licences_and_true_hashes(fake_build: Build, tmp_path: Path) -> None:
     wheel = export_wheel(fake_build, tmp_path, "0.1.0")
     with zipfile.ZipFile(wheel) as archive:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fakes.workshop import CONFIGS, Workshop
+from fakes.workshop import CONFIGS, WEB_APP_MANIFEST, Workshop
 
 from w4a16gen.build import causes, scratch
 from w4a16gen.build.clean import clean
@@ -159,6 +159,18 @@ def test_clean_removes_what_build_wrote_and_nothing_else(workshop: Workshop) -> 
     workshop.build(CONFIGS[:2])
     assert workshop.folder in clean(workshop.folder)
     assert not workshop.folder.exists()
+
+
+def test_clean_removes_a_damaged_manifest_but_not_another_programs(workshop: Workshop) -> None:
+    manifest = workshop.folder / "manifest.json"
+    workshop.build(CONFIGS[:1])
+    manifest.write_text(manifest.read_text()[:-9])
+    assert manifest in clean(workshop.folder)
+    assert not workshop.folder.exists()
+    workshop.build(CONFIGS[:1])
+    manifest.write_text(WEB_APP_MANIFEST)
+    assert clean(workshop.folder)
+    assert [path.name for path in workshop.folder.iterdir()] == ["manifest.json"]
 
 
 def test_clean_touches_no_folder_in_which_nothing_was_built(tmp_path: Path) -> None:

@@ -124,6 +124,16 @@ def test_a_variable_that_names_no_program_is_told(
         assert finding("CUDA runtime headers").fix == "unset W4A16GEN_NVCC", "they lie beside nvcc"
 
 
+def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("W4A16GEN_NVCC", "W4A16GEN_CMAKE", "W4A16GEN_CUTLASS"):
+        monkeypatch.delenv(variable, raising=False)
+    found = find_nvcc(), find_cmake(), find_cutlass()
+    for variable in ("W4A16GEN_NVCC", "W4A16GEN_CMAKE", "W4A16GEN_CUTLASS"):
+        monkeypatch.setenv(variable, "")
+    assert (find_nvcc(), find_cmake(), find_cutlass()) == found
+    assert install.replace_nvcc() == install.install_cuda(), "there is nothing to unset"
+
+
 def test_an_old_nvcc_that_a_variable_names_is_unset_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = tmp_path / "nvcc"
     old.write_text('#!/bin/sh\necho "Cuda compilation tools, release 12.4, V12.4.131"\n')

@@ -16,6 +16,7 @@ from w4a16gen.runtime.artifact import load_build
 from w4a16gen.runtime.library import Library
 
 CONFIGS = enumerate_space("trtllm")[:4]
+WEB_APP_MANIFEST = '{"name": "a web page", "start_url": "/"}'
 
 
 @dataclass(frozen=True)

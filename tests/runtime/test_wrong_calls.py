@@ -28,6 +28,7 @@ from w4a16gen.weights.packed import PackedWeight
 
 FGS = "w4a16_sm90_cutlass_fgs_cta128x64x64_cluster1x1x1_cooperative_streamk"
 CS = "w4a16_sm90_cutlass_cs_cta64x16x64_cluster1x1x1_pingpong_persistent"
+FORBIDDEN = FGS.replace("cta128x64", "cta64x64")  # cooperative CTAs need 128 channels
 
 W = np.zeros((16, 64), np.uint8)
 S = np.ones((1, 16), np.float16)
@@ -72,6 +73,7 @@ HOST_CALLS: list[tuple[str, dict[str, Any], str]] = [
     ("bias of another n", {"bias": np.zeros(8, np.float16)}, r"bias of shape \[8\] must be \[16\]"),
     ("output of another m", {"out": np.zeros((5, 16), np.float16)}, r"output of shape \[5, 16\] must be \[4, 16\]"),
     ("a kernel of another mode", {"config": CS}, "of mode fgs, but .* is of mode cs"),
+    ("a kernel that no build holds", {"config": FORBIDDEN}, "cta64x.*: CTA channels of 64: the cooperative schedule"),
     ("not a kernel", {"config": "fast"}, "'fast' is not a kernel name"),
     ("data cut short", {"w": dataclasses.replace(PACKED, data=PACKED.data[:-1])}, "bytes must be"),
 ]

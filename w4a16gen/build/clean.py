@@ -6,11 +6,11 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
+from w4a16gen.build.emit import is_foreign_manifest
 from w4a16gen.build.lock import LOCK, locked
 from w4a16gen.build.scratch import LOGS, OBJECTS, library_folders, remove_leftovers
-from w4a16gen.errors import NotBuiltError
 from w4a16gen.files import remove
-from w4a16gen.runtime.artifact import MANIFEST, read_manifest
+from w4a16gen.runtime.artifact import MANIFEST
 
 _OWN_FILES = re.compile(r"[0-9a-f]{32}\.(?:o|so|json)|(?:w4a16_sm90_\w+|unit_[0-9a-f]{32}|link)\.log")
 """Names of the files that a build writes into the folders of objects and logs."""
@@ -36,9 +36,9 @@ def clean(build: Path) -> list[Path]:
     removed: list[Path] = []
     with locked(build):
         remove_leftovers(build)
-        with suppress(NotBuiltError):
-            read_manifest(build)
-            removed.append(build / MANIFEST)
+        manifest = build / MANIFEST
+        if manifest.is_file() and not is_foreign_manifest(manifest):
+            removed.append(manifest)
         removed += library_folders(build)
         for folder in (build / OBJECTS, build / LOGS):
             removed += sorted(path for path in folder.glob("*") if _OWN_FILES.fullmatch(path.name))

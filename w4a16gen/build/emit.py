@@ -19,20 +19,31 @@ SOURCES_SCHEMA = "w4a16gen.sources/1"
 
 
 def refuse_foreign_manifest(folder: Path) -> None:
-    """Raise if a folder has the manifest.json of another program, such as a web app's: it would be overwritten.
-
-    A file that is no JSON object may be a damaged one of this package, and is written again.
+    """Raise if a folder has the manifest.json of another program: it would be overwritten.
 
     Raises:
         InvalidValueError: naming the file.
     """
     path = folder / MANIFEST
+    if is_foreign_manifest(path):
+        raise InvalidValueError(f"{path} belongs to another program: choose another folder")
+
+
+def is_foreign_manifest(path: Path) -> bool:
+    """Return whether a manifest.json is another program's, such as a web app's.
+
+    A file that is no JSON object may be a damaged one of this package.
+    """
     try:
         value = json.loads(path.read_bytes()) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
-        return
-    if isinstance(value, dict) and value and "sha256" not in value and "w4a16gen." not in str(value.get("schema")):
-        raise InvalidValueError(f"{path} belongs to another program: choose another folder")
+        return False
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and "sha256" not in value
+        and "w4a16gen." not in str(value.get("schema"))
+    )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from w4a16gen.build.headers import CUDA_FOLDER
 from w4a16gen.choose.choice_file import CHOICE_FILE, choice_text
 from w4a16gen.choose.timing_table import TABLE
-from w4a16gen.files import write_if_changed
+from w4a16gen.files import write_all_if_changed, write_if_changed
 from w4a16gen.kernels.render import render_text
 from w4a16gen.runtime.artifact import LIBRARY, MANIFEST, WHEEL_PACKAGE, Build
 
@@ -53,6 +53,8 @@ def _manifest_text(build: Build) -> str:
 def export_prefix(build: Build, prefix: Path, version: str) -> list[Path]:
     """Lay out lib/, include/, a CMake package, a pkg-config file and licences; none of it needs Python or CUTLASS.
 
+    If a file cannot be written, none is.
+
     Args:
         build: the build.
         prefix: the folder, which is made.
@@ -80,10 +82,13 @@ def export_prefix(build: Build, prefix: Path, version: str) -> list[Path]:
     }
     for file, (_, text) in licenses(build, with_module=False).items():
         texts[f"share/licenses/w4a16/{file}"] = text
-    for path, text in texts.items():
-        write_if_changed(prefix / path, text)
-    write_if_changed(prefix / "lib" / LIBRARY, build.library.read_bytes(), mode=0o777)
-    return [prefix / path for path in ("lib/" + LIBRARY, *texts)]
+    library = prefix / "lib" / LIBRARY
+    contents: dict[Path, str | bytes] = {
+        library: build.library.read_bytes(),
+        **{prefix / path: text for path, text in texts.items()},
+    }
+    write_all_if_changed(contents, modes={library: 0o777})
+    return list(contents)
 
 
 def export_wheel(build: Build, folder: Path, version: str) -> Path:

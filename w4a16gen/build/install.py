@@ -96,7 +96,7 @@ def install_cuda() -> str:
 
 def replace_nvcc() -> str:
     """Return the command that gets another nvcc than the present one, which is too old or none at all."""
-    return f"{UNSET_NVCC}; {install_cuda()}" if "W4A16GEN_NVCC" in os.environ else install_cuda()
+    return f"{UNSET_NVCC}; {install_cuda()}" if os.environ.get("W4A16GEN_NVCC") else install_cuda()
 
 
 def _pip(requirements: list[str]) -> str:

@@ -76,13 +76,13 @@ def find_packaged(name: str, folder_attribute: str) -> Path | None:
 
 
 def _overridden(variable: str) -> Path | None:
-    """Return the program that a variable names.
+    """Return the program that a variable names; None if it is unset or empty.
 
     Raises:
         MissingToolError: if it is not an executable file.
     """
     override = os.environ.get(variable)
-    if override is None:
+    if not override:
         return None
     path = Path(override)
     if not path.is_file() or not os.access(path, os.X_OK):
@@ -136,7 +136,7 @@ def find_cutlass() -> Path | None:
     W4A16GEN_CUTLASS, the `include` folder of a CUTLASS source tree, overrides the search.
     """
     override = os.environ.get("W4A16GEN_CUTLASS")
-    if override is not None:
+    if override:
         folder = Path(override).absolute()
     else:
         spec = importlib.util.find_spec("cutlass_library")

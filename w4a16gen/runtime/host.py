@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from w4a16gen.errors import InvalidValueError, UnsupportedProblemError
+from w4a16gen.kernels.config import KernelConfig
+from w4a16gen.kernels.legality import why_forbidden
 from w4a16gen.kernels.problem import Problem, why_cannot_run, why_never_runs
 from w4a16gen.runtime.arrays import (
     READ_ONLY,
@@ -54,6 +56,7 @@ def gemm_on_host(a: Any, w: PackedWeight, options: GemmOptions) -> Any:
             raise InvalidValueError(why_overlaps(name))
     problem = Problem(shape[0], w.n, w.k, w.group_size)
     if kernel is not None:
+        _check_can_be_built(kernel)
         check_kernel(kernel, w, epilogue)
     reason = why_never_runs(problem) if kernel is None else why_cannot_run(kernel, problem)
     if reason is not None:
@@ -67,6 +70,12 @@ def gemm_on_host(a: Any, w: PackedWeight, options: GemmOptions) -> Any:
         return _like(result, a)
     out[...] = result
     return options.out
+
+
+def _check_can_be_built(kernel: KernelConfig) -> None:
+    forbidden = why_forbidden(kernel)
+    if forbidden is not None:
+        raise InvalidValueError(f"{kernel.name}: {forbidden}")
 
 
 def operand(name: str, array: Any, *, written: bool = False) -> npt.NDArray[Any]:
