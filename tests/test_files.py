@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,17 @@ def test_of_several_files_all_are_written_or_none(tmp_path: Path) -> None:
             write_all_if_changed({first: "new", bad: "text"})
         assert first.read_text() == "old"
         assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "first", "folder", "last"]
+
+
+def test_of_several_files_none_is_written_if_the_disk_is_too_small(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_all_if_changed({tmp_path / "large": "text" * 8, tmp_path / "small": "text"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_names_the_file(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def write_if_changed(path: Path, content: str | bytes, *, mode: int = 0o666) -> 
 def write_all_if_changed(
     contents: Mapping[Path, str | bytes], *, modes: Mapping[Path, int] = MappingProxyType({})
 ) -> list[Path]:
-    """Write several files, each as `write_if_changed` does. If one cannot be written, none gets its name.
+    """Write several files, each as `write_if_changed` does. If one cannot be made or filled, none gets its name.
 
     Args:
         contents: by path, the whole content.
@@ -69,6 +69,7 @@ def write_all_if_changed(
 
 
 def _has_content(path: Path, data: bytes) -> bool:
+    """Return whether a path is a regular file with this content."""
     return path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data
 
 

@@ -150,6 +150,7 @@ def test_exporting_from_the_command_line(cli: CliRunner, fake_build: Build) -> N
         "share/licenses/w4a16/NVIDIA-CUDA-EULA.txt",
         "share/licenses/w4a16/CUTLASS.txt",
     }
+    assert [path.name for path in written[:-1] if os.access(path, os.X_OK)] == ["libw4a16_kernels.so"]
     unbuilt = cli.invoke(main, ["export", "--prefix", "prefix"])
     assert unbuilt.exit_code == 3
 

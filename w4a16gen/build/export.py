@@ -53,7 +53,7 @@ def _manifest_text(build: Build) -> str:
 def export_prefix(build: Build, prefix: Path, version: str) -> list[Path]:
     """Lay out lib/, include/, a CMake package, a pkg-config file and licences; none of it needs Python or CUTLASS.
 
-    If a file cannot be written, none is.
+    If a file cannot be made or filled, none is written.
 
     Args:
         build: the build.

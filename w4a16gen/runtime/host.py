@@ -73,6 +73,11 @@ def gemm_on_host(a: Any, w: PackedWeight, options: GemmOptions) -> Any:
 
 
 def _check_can_be_built(kernel: KernelConfig) -> None:
+    """Raise unless a build can hold a kernel.
+
+    Raises:
+        InvalidValueError: naming the kernel and the rule.
+    """
     forbidden = why_forbidden(kernel)
     if forbidden is not None:
         raise InvalidValueError(f"{kernel.name}: {forbidden}")
