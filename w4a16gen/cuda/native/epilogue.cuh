@@ -33,6 +33,13 @@ __device__ inline void store_from_registers(const Parameters& p, const Tile& til
   }
 }
 
+// Waits until the copy engine has read the previous tile's outputs.
+template <class S>
+__device__ inline void await_output_place(const Consumer& me) {
+  if (copies_output(me)) wait_for_store_reads<0>();
+  named_barrier(kWarpgroupBarrier + me.warpgroup_m, S::WarpgroupsK * kWarpgroup);
+}
+
 // Stores through shared memory, from which the copy engine writes whole rows of 128 bytes while the next tile is
 // computed. Shared memory holds the whole tile: all CTAs store at about the same time, and waiting for L2 to take a
 // part of it, to reuse its place, would leave the tensor cores idle.
@@ -50,8 +57,7 @@ __device__ inline void store_through_shared(const Parameters& p, const Shared<S>
   const int row = (kInPairs ? me.lane / 16 * 8 : 0) + me.lane % 8;
   const int piece = (me.warp * 2 + me.lane / 8 % 2) ^ (me.lane % 8);  // 128-byte swizzle
   const uint32_t offset = row * 128 + piece * 16;
-  if (stores) wait_for_store_reads<0>();  // of the previous tile
-  named_barrier(barrier, kThreads);
+  if constexpr (S::StreamK) await_output_place<S>(me);
 #pragma unroll
   for (int f = 0; f < S::Fragments; ++f) {
     const PairOfChannels<S> channels(p, tile, first_channel<S>(tile, me, f) + me.warp * 16 + me.lane / 4,

@@ -33,27 +33,40 @@ __device__ inline void consume(const Parameters& p, const Shared<S>& shared, con
   constexpr bool kLoadsFactorsLate = !S::SpareRegisters && !S::ReducesOnChip && !S::ByWarps;
   if constexpr (S::ClusterK > 1 && kWaitsLate)
     cluster_wait();  // all CTAs of the cluster run and have initialised their barriers
+  // The next tile is found while the last products of a tile are computed, where that takes no registers from them.
+  constexpr bool kLooksAhead = !S::StreamK && !S::Grouped && !S::ReducesOnChip;
+  Tile next{};
+  if constexpr (kLooksAhead) next = tile_at<S>(p, shared, work, work.first_tile);
 #pragma unroll 1
   for (int index = work.first_tile; index < work.end_tile; index = next_tile<S>(p.tiling, work, index), ++turn) {
     const Work now = renewed<S>(p.tiling, work);
-    const Tile tile = tile_at<S>(p, shared, now, index);
+    const Tile tile = kLooksAhead ? next : tile_at<S>(p, shared, now, index);
     ChannelFactors<S> factors;
     if constexpr (S::SpareRegisters) factors.load(p, tile, me);
     const int stages = tile.blocks * S::StagesPerBlock;
     const int mine = (stages - skip + S::WarpgroupsK - 1) / S::WarpgroupsK;
     skip += mine * S::WarpgroupsK - stages;
     Accumulators<S> sum;
+    if (!kOverwritesSums<S> || (S::ReducesOnChip && mine == 0)) {  // a warpgroup may have no stage
 #pragma unroll
-    for (int f = 0; f < S::Fragments; ++f) {
+      for (int f = 0; f < S::Fragments; ++f) {
 #pragma unroll
-      for (int i = 0; i < S::Tokens / 2; ++i) sum[f][i] = 0;
+        for (int i = 0; i < S::Tokens / 2; ++i) sum[f][i] = 0;
+      }
     }
     if constexpr (S::ByWarps) {
       consume_stages_by_warps<S, Rows>(shared, mine, me, at, sum);
     } else {
       const auto before_drain = [&] {
         if constexpr (kLoadsFactorsLate) factors.load(p, tile, me);
-        if constexpr (S::HasEpilogue && S::StoresThroughShared) request_residual<S>(p, shared, tile, work.rank, me);
+        if constexpr (kLooksAhead) next = tile_at<S>(p, shared, work, next_tile<S>(p.tiling, work, index));
+        if constexpr (S::StoresThroughShared) {
+          if constexpr (S::HasEpilogue) {
+            request_residual<S>(p, shared, tile, work.rank, me);
+          } else if constexpr (!S::StreamK) {
+            await_output_place<S>(me);
+          }
+        }
       };
       if (S::TailTokens < S::Tokens && tile.end_token - tile.token <= S::TailTokens) {
         consume_stages<S, Rows, S::TailTokens>(shared, mine, me, at, sum, before_drain);

@@ -16,10 +16,10 @@ __device__ inline uint64_t descriptor(uint32_t low) {
   return uint64_t{kHigh} << 32 | low;
 }
 
-// sum[64 channels, Tokens] += A[64, 16] (registers) x B[16, Tokens] (shared memory).
+// sum[64 channels, Tokens] = adds * sum + A[64, 16] (registers) x B[16, Tokens] (shared memory). `adds` is 0 or 1.
 template <int Tokens>
-__device__ inline void wgmma(float (&sum)[Tokens / 2], const uint32_t (&a)[4], uint64_t b) {
-  WgmmaInstruction<Tokens>::run(sum, a, b);
+__device__ inline void wgmma(float (&sum)[Tokens / 2], const uint32_t (&a)[4], uint64_t b, int adds) {
+  WgmmaInstruction<Tokens>::run(sum, a, b, adds);
 }
 
 // The A fragments of 64 channels x 64 k, one per k16 step.
@@ -32,13 +32,15 @@ __device__ inline uint64_t advance_descriptor(uint64_t from, int by) {
   return descriptor(static_cast<uint32_t>(from) + by);
 }
 
-// Issues the WGMMAs of 64 channels x 64 k with the activations of a descriptor.
+// Issues the WGMMAs of 64 channels x 64 k with the activations of a descriptor. They overwrite sums if `adds` is 0.
 template <int Tokens, bool Add64>
-__device__ inline void multiply(float (&sum)[Tokens / 2], const Fragments& fragments, uint64_t activations) {
+__device__ inline void multiply(float (&sum)[Tokens / 2], const Fragments& fragments, uint64_t activations,
+                                int adds = 1) {
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
-    wgmma<Tokens>(sum, fragments[step], advance_descriptor<Add64>(activations, step * 2));  // 32 bytes
+    const uint64_t b = advance_descriptor<Add64>(activations, step * 2);  // 32 bytes
+    wgmma<Tokens>(sum, fragments[step], b, step == 0 ? adds : 1);
   }
   wgmma_commit();
 }

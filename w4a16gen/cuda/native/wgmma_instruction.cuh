@@ -85,17 +85,17 @@ struct WgmmaInstruction;
 #define W4A16_SUMS_124(first) W4A16_SUMS_120(first), W4A16_SUMS_4((first) + 120)
 #define W4A16_SUMS_128(first) W4A16_SUMS_124(first), W4A16_SUMS_4((first) + 124)
 
-// `count` sums; a0 to a3, b and add are the numbers of the operands after them. The flags are: no negation of either
-// input, B not transposed.
+// `count` sums; a0 to a3, b and add are the numbers of the operands after them. The first products of a tile overwrite
+// the sums: adds is 0. The flags are: no negation of either input, B not transposed.
 #define W4A16_WGMMA(tokens, count, a0, a1, a2, a3, b, add)                                                     \
   template <>                                                                                                  \
   struct WgmmaInstruction<tokens> {                                                                            \
-    static __device__ void run(float (&sum)[count], const uint32_t (&a)[4], uint64_t descriptor) {             \
+    static __device__ void run(float (&sum)[count], const uint32_t (&a)[4], uint64_t descriptor, int adds) {   \
       asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #add ", 0;\nwgmma.mma_async.sync.aligned.m64n" #tokens \
                    "k16.f32.f16.f16 {" W4A16_TEXT_##count "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b  \
                                                           ", p, 1, 1, 0;\n}\n"                                 \
                    : W4A16_SUMS_##count(0)                                                                     \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor), "r"(1));                     \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor), "r"(adds));                  \
     }                                                                                                          \
   }
 W4A16_WGMMA(8, 4, 4, 5, 6, 7, 8, 9);

@@ -32,12 +32,13 @@ inline float activation_at(uint64_t descriptor, int token, int k) {
 
 template <int Tokens>
 struct WgmmaInstruction {
-  static void run(float (&sum)[Tokens / 2], const uint32_t (&a)[4], uint64_t descriptor) {
+  static void run(float (&sum)[Tokens / 2], const uint32_t (&a)[4], uint64_t descriptor, int adds) {
     struct Lane {
       float* sum;
       const uint32_t* weights;
       uint64_t descriptor;
-    } mine{sum, a, descriptor};
+      int adds;
+    } mine{sum, a, descriptor, adds};
     emulation::meet_as("wgmma", 128, mine, [](Lane* const* all) {
       std::array<Lane, 128> lanes;
       for (size_t i = 0; i < 128; ++i) lanes[i] = *all[i];
@@ -67,7 +68,7 @@ struct WgmmaInstruction {
           }
           const auto lane = static_cast<size_t>(warp * 32 + channel % 8 * 4 + token % 8 / 2);
           float& to = lanes[lane].sum[token / 8 * 4 + channel / 8 * 2 + token % 2];
-          to = static_cast<float>(to + exact);
+          to = static_cast<float>(lanes[0].adds != 0 ? to + exact : exact);
         }
       }
     }
