@@ -13,6 +13,7 @@ from w4a16gen import KernelConfig, Problem, QuantMode
 from w4a16gen.choose.cards import H100, Card
 from w4a16gen.choose.cost_model import SCHEMA, Constants, CostModel, default_cost_model, in_preference
 from w4a16gen.errors import InvalidValueError
+from w4a16gen.kernels.arrangement import native_arrangement
 from w4a16gen.kernels.spaces import enumerate_space
 
 MODE = QuantMode.FINEGRAINED_SCALE_ONLY
@@ -139,10 +140,10 @@ def test_stream_k_divides_the_last_waves_only() -> None:
     [
         ("cta128x144x128_cluster1x1x1_warpgroups2_streamk", 2880, 896, 20 * 7, 132 + 8, 0),  # too many for a head
         ("cta128x144x128_cluster2x1x1_warpgroups2_streamk", 3195, 1408, 23 * 6, 6, 24),
-        ("cta128x144x128_cluster1x1x1_warpgroups2_streamk", 3195, 1408, 23 * 11, 121, 233),
-        ("cta128x128x128_cluster1x2x1_warpgroups2_streamk", 2700, 1408, 11 * 11, 55, 212),
-        ("cta64x8x128_cluster1x1x1_warps8_streamk", 1024, 192, 128 * 3, 120, 116),  # two CTAs share an SM
-        ("cta128x144x128_cluster1x1x1_warpgroups2_streamk", 3195, 384, 23 * 3, 69, 133),
+        ("cta128x144x128_cluster1x1x1_warpgroups2_streamk", 3195, 1408, 23 * 11, 121, 235),
+        ("cta128x128x128_cluster1x2x1_warpgroups2_streamk", 2700, 1408, 11 * 11, 55, 214),
+        ("cta64x8x128_cluster1x1x1_warps8_streamk", 1024, 192, 128 * 3, 120, 117),  # two CTAs share an SM
+        ("cta128x144x128_cluster1x1x1_warpgroups2_streamk", 3195, 384, 23 * 3, 69, 134),
     ],
 )
 def test_stream_k_reads_again_what_l2_does_not_keep(
@@ -157,6 +158,10 @@ def test_stream_k_reads_again_what_l2_does_not_keep(
     work = MODEL.work(config, Problem(m, n, whole, 128))
     assert work.read_apart_bytes == pytest.approx((missed[0] * again[0] + missed[1] * again[1]) * split / tiles)
     assert (work.read_apart_bytes == 0) == (activations + weight < l2_bytes)
+    if head_blocks:
+        per_sm = native_arrangement(config).ctas_per_sm
+        waves = tiles // (132 // (config.cluster.channels * config.cluster.tokens) * per_sm)
+        assert work.blocks == per_sm * (waves * 253 + head_blocks), "of the clusters with a head"
     without = MODEL.cycles(MODEL.rates_of(config), work._replace(read_apart_bytes=0.0))
     assert (MODEL.cycles(MODEL.rates_of(config), work) > without) == (work.read_apart_bytes > 0)
 

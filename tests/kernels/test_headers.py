@@ -109,6 +109,7 @@ def test_estimates_divide_tiles_as_kernels_do(tilings: Path, name: str) -> None:
         assert split.tiles == split_tiles, (tiles, clusters, k_blocks)
         if split_tiles:
             assert split.share == pytest.approx(1 - head_blocks / k_blocks)
+            assert split.head_blocks == head_blocks
         heads[head_blocks > 0] += 1
     assert min(heads[True], heads[False]) > 100
 

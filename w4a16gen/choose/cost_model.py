@@ -239,7 +239,10 @@ class CostModel:
             operand_bytes = PACKED_BLOCK_K * k_blocks * (2 * problem.m + channels / 2)
             exceeds_l2 = token_tiles > 1 and operand_bytes > shared.l2_bytes
             may_have_heads = exceeds_l2 and self.stream_k_has_heads
-            split = split_of(tiles, at_once * ctas_per_sm, k_blocks, may_have_heads=may_have_heads)
+            clusters = at_once * ctas_per_sm
+            split = split_of(tiles, clusters, k_blocks, may_have_heads=may_have_heads)
+            if split.head_blocks:
+                blocks = float(ctas_per_sm * (tiles // clusters * k_blocks + split.head_blocks))
             sharing = split.clusters_per_tile
             read_apart = self._read_apart(config, problem, tiles, split)
         else:
@@ -315,11 +318,13 @@ class Split(NamedTuple):
     """Clusters that share one of them."""
     share: float
     """The share of K where clusters are at different places: all of it, or a tile's part after its head."""
+    head_blocks: int = 0
+    """K blocks of a head, if tiles have heads. No cluster has more of a tile that is divided."""
 
 
 _FEWEST_CLUSTERS_PER_HEAD = 3
 _BLOCKS_PER_CLUSTER_OF_HEAD = 16
-_BLOCKS_OF_SUMS = 1
+_BLOCKS_OF_SUMS = 3
 
 
 def split_of(tiles: int, clusters: int, k_blocks: int, *, may_have_heads: bool) -> Split:
@@ -338,7 +343,7 @@ def split_of(tiles: int, clusters: int, k_blocks: int, *, may_have_heads: bool) 
     most_clusters_per_head = max(_FEWEST_CLUSTERS_PER_HEAD, k_blocks // _BLOCKS_PER_CLUSTER_OF_HEAD)
     if may_have_heads and rest * most_clusters_per_head >= clusters:
         head_blocks = min(k_blocks, -(-rest * (k_blocks + _BLOCKS_OF_SUMS) // clusters))
-        return Split(rest, clusters / rest, 1 - head_blocks / k_blocks)
+        return Split(rest, clusters / rest, 1 - head_blocks / k_blocks, head_blocks)
     if tiles < clusters:
         return Split(tiles, clusters / tiles, 1.0)
     return Split(clusters + rest, 2.0, 1.0)

@@ -233,7 +233,7 @@ struct persistent {
 struct streamk {
   static constexpr bool kSplitsTiles = true;
   static constexpr bool kGroups = false;
-  static constexpr int kBlocksOfSums = 1;  // k blocks that take as long as handing over the sums of a tail
+  static constexpr int kBlocksOfSums = 3;  // k blocks that take as long as handing over the sums of a tail
 
   static constexpr int most_clusters_per_head(int k_blocks) { return max_of(3, k_blocks / 16); }
 

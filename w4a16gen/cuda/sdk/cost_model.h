@@ -141,21 +141,22 @@ struct Split {
   double tiles = 0;              // how many it divides
   double clusters_per_tile = 0;  // that share one of them
   double share = 0;              // of K, where clusters are at different places: all, or a tile's part after its head
+  double head_blocks = 0;        // k blocks of a head, if tiles have heads
 };
 
 inline Split split_of(double tiles, double clusters, double k_blocks, bool fits_l2) {
   clusters = std::max(1.0, std::min(clusters, tiles * k_blocks));  // those that have work
   const double rest = std::fmod(tiles, clusters);
   if (rest == 0) return {};
-  constexpr double kFewestClustersPerHead = 3, kBlocksPerClusterOfHead = 16, kBlocksOfSums = 1;
+  constexpr double kFewestClustersPerHead = 3, kBlocksPerClusterOfHead = 16, kBlocksOfSums = 3;
   const double most_clusters_per_head =
       std::max(kFewestClustersPerHead, std::floor(k_blocks / kBlocksPerClusterOfHead));
   if (!fits_l2 && rest * most_clusters_per_head >= clusters) {
     const double head_blocks = std::min(k_blocks, divide_up(rest * (k_blocks + kBlocksOfSums), clusters));
-    return {rest, clusters / rest, 1 - head_blocks / k_blocks};
+    return {rest, clusters / rest, 1 - head_blocks / k_blocks, head_blocks};
   }
-  if (tiles < clusters) return {tiles, clusters / tiles, 1};
-  return {clusters + rest, 2, 1};
+  if (tiles < clusters) return {tiles, clusters / tiles, 1, 0};
+  return {clusters + rest, 2, 1, 0};
 }
 
 // The bytes that split tiles of stream-K read from memory although other tiles read them too.
@@ -196,6 +197,9 @@ inline double estimate(const Constants& c, const Card& h100, const Kernel& kerne
     const double operand_bytes = kPackedBlockK * k_blocks * (2 * m + channels / 2);
     const bool fits_l2 = m <= cta[1] * cluster[1] || operand_bytes <= c.l2_bytes;
     const Split split = split_of(tiles, clusters, k_blocks, fits_l2);
+    if (split.head_blocks > 0) {
+      blocks = kernel.ctas_per_sm * (std::floor(tiles / clusters) * k_blocks + split.head_blocks);
+    }
     sharing = split.clusters_per_tile;
     apart = read_apart(c, kernel, problem, tiles, split);
   } else {
