@@ -10,13 +10,16 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from w4a16gen import Problem, QuantMode
 from w4a16gen.measure import compile_ahead as ahead
+from w4a16gen.measure.rival_products import Product
 from w4a16gen.measure.rivals import HUMMING, RIVALS, Rival
+from w4a16gen.measure.torch_weight import TorchWeight
 from w4a16gen.progress import Progress
 
 MODE = QuantMode.FINEGRAINED_SCALE_ONLY
@@ -204,3 +207,36 @@ def test_an_interruption_ends_it(compilers: Compilers) -> None:
     compilers.outcomes = {1: KeyboardInterrupt()}
     with pytest.raises(KeyboardInterrupt):
         run()
+
+
+class CpuTorch:
+    """torch, whose GPUs are the CPU."""
+
+    def __init__(self) -> None:
+        self._torch: Any = pytest.importorskip("torch")
+        self.cuda = SimpleNamespace(device=lambda _: nullcontext(), synchronize=lambda: None, empty_cache=lambda: None)
+
+    def device(self, kind: str, index: int) -> Any:
+        assert (kind, index) == ("cuda", 3)
+        return self._torch.device("cpu")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._torch, name)
+
+
+def test_a_rival_compiles_by_running_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Any] = []
+
+    def prepare(a: Any, weight: TorchWeight, copies: int) -> Sequence[Product]:
+        def product(given: Any) -> Any:
+            if weight.n == 128:
+                raise RuntimeError("no\nsuch kernel")
+            ran.append((given is a, tuple(a.shape), weight.n, copies))
+
+        return [product] * copies
+
+    monkeypatch.setattr(ahead, "RIVALS", [replace(HUMMING, name="x", prepare=prepare)])
+    monkeypatch.setattr(ahead, "find_torch", CpuTorch)
+    assert ahead.compile_one("x", Problem(2, 64, 128, 128), MODE, 3) == ""
+    assert ran == [(True, (2, 128), 64, 1)]
+    assert ahead.compile_one("x", Problem(2, 128, 128, 128), MODE, 3) == "x: RuntimeError: no such kernel"

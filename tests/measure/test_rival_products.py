@@ -45,7 +45,7 @@ def activations(dtype: Any, m: int = M) -> Any:
 
 def error_of(product: Any, a: Any, weight: TorchWeight) -> float:
     exact = a.double().numpy() @ everything(weight).dequantize().T
-    return relative_error(product().double().numpy(), exact)
+    return relative_error(product(a).double().numpy(), exact)
 
 
 @pytest.mark.parametrize("mode", QuantMode, ids=str)
@@ -127,8 +127,9 @@ def humming(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ("rows", "kernel"), [(1, "one"), (2, "few"), (4, "few"), (5, "more"), (8, "more"), (9, "many"), (9000, "many")]
 )
 def test_humming_compiles_only_the_kernel_of_its_own_choice(humming: list[str], rows: int, kernel: str) -> None:
-    for product in humming_products(activations(torch.float16, rows), drawn(), 2):
-        product()
+    a = activations(torch.float16, rows)
+    for product in humming_products(a, drawn(), 2):
+        product(a)
     assert len(humming) == 2
     for tuning in humming:
         assert kernel_taken(tuning, rows) == kernel

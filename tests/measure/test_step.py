@@ -152,7 +152,7 @@ def test_a_prefill_is_what_transformers_llama_computes() -> None:
 
     def dense(name: str) -> Sequence[Product]:
         weight = weights[name].dense().float()
-        return [lambda: decoder.inputs[name] @ weight.T] * PREFILL.depth
+        return [lambda x: x @ weight.T] * PREFILL.depth
 
     with torch.inference_mode():
         decoder.run(parts, {name: dense(name) for name in weights})
@@ -171,10 +171,8 @@ def test_decoding_a_token_continues_the_prefill_of_those_before() -> None:
     matrices = {name: 0.05 * torch.randn(problem.n, problem.k) for name, problem in after.problems().items()}
 
     def run(step: Step) -> Any:
-        inputs = decoders[step].inputs
-
         def product(name: str) -> Product:
-            return lambda: inputs[name] @ matrices[name].T
+            return lambda x: x @ matrices[name].T
 
         decoders[step].run(parts[step], {name: [product(name)] * step.depth for name in matrices})
         return decoders[step].residual
@@ -213,7 +211,7 @@ def test_a_wrong_result_of_ours_is_an_error_and_a_rivals_is_left_out() -> None:
     library.factor = 1.5
 
     def wrong(a: Any, weight: TorchWeight, copies: int) -> Sequence[Product]:
-        return [lambda: torch.zeros((a.shape[0], weight.n), dtype=a.dtype)] * copies
+        return [lambda _: torch.zeros((a.shape[0], weight.n), dtype=a.dtype)] * copies
 
     found = measured(library, rivals=[Rival("bad", "bad-package", "float16", 0.01, wrong)])
     assert [timing.name for timing in found.timings] == [CUBLAS]
@@ -263,7 +261,7 @@ def test_a_rival_in_bf16_has_tensors_of_its_own() -> None:
     def in_bf16(a: Any, weight: TorchWeight, copies: int) -> Sequence[Product]:
         seen.append(a.dtype)
         dense = weight.dense().to(a.dtype)
-        return [lambda: a @ dense.T] * copies
+        return [lambda given: given @ dense.T] * copies
 
     found = measured(HostLibrary(), rivals=[Rival("b_bf16", "b", "bfloat16", 0.03, in_bf16)])
     assert set(seen) == {torch.bfloat16}

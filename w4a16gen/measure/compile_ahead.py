@@ -92,7 +92,7 @@ def compile_one(name: str, problem: Problem, mode: QuantMode, device: int) -> st
         with torch.cuda.device(where):
             weight = TorchWeight.drawn(torch, problem, mode, 0, where)
             a = torch.zeros((problem.m, problem.k), dtype=getattr(torch, rival.dtype), device=where)
-            rival.prepare(a, weight, 1)[0]()
+            rival.prepare(a, weight, 1)[0](a)
             torch.cuda.synchronize()
             del weight, a
             torch.cuda.empty_cache()

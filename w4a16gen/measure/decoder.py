@@ -1,8 +1,8 @@
 """One step of a decoder of a model's sizes: products of some kernels, and between them what every model computes.
 
 The parts between products are the same for all kernels: residual sums with RMS norms, rotary embedding with the write
-into the cache, attention, and SwiGLU. torch.compile fuses each part. Products read fixed tensors, into which the parts
-write, so that a step launches nothing that moves data.
+into the cache, attention, and SwiGLU. torch.compile fuses each part. Products read what parts return, so that a step
+launches nothing that moves data.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Step:
 class Parts:
     """The parts between products, in one dtype; each is compiled at its first call."""
 
-    def __init__(self, torch: Any, step: Step, compiled: Callable[[Callable[..., None]], Callable[..., None]]) -> None:
+    def __init__(self, torch: Any, step: Step, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Prepare the parts of a step.
 
         Args:
@@ -111,26 +111,27 @@ class Parts:
         self.attend = compiled(self._attend)
         self.swiglu = compiled(self._swiglu)
 
-    def _norm(self, residual: Any, weight: Any, out: Any) -> None:
-        """Write the norm of the residual, [tokens, hidden], times a weight."""
-        out.copy_(self._torch.nn.functional.rms_norm(residual, (residual.shape[-1],), weight, EPSILON))
+    def _norm(self, residual: Any, weight: Any) -> Any:
+        """Return the norm of the residual, [tokens, hidden], times a weight."""
+        return self._torch.nn.functional.rms_norm(residual, (residual.shape[-1],), weight, EPSILON)
 
-    def _add_and_norm(self, residual: Any, added: Any, weight: Any, out: Any) -> None:
-        """Add to the residual, [tokens, hidden], and write its norm times a weight."""
-        functional = self._torch.nn.functional
+    def _add_and_norm(self, residual: Any, added: Any, weight: Any) -> Any:
+        """Add to the residual, [tokens, hidden], and return its norm times a weight."""
         summed = residual + added
         residual.copy_(summed)
-        out.copy_(functional.rms_norm(summed, (summed.shape[-1],), weight, EPSILON))
+        return self._norm(summed, weight)
 
-    def _attend(self, qkv: Any, angles: Any, keys: Any, values: Any, out: Any) -> None:
-        """Rotate queries and keys, write keys and values into the cache, attend, and write the result.
+    def _attend(self, qkv: Any, angles: Any, keys: Any, values: Any) -> Any:
+        """Rotate queries and keys, write keys and values into the cache, and attend.
 
         Args:
             qkv: [tokens, (heads + 2 * shared heads) * head_dim].
             angles: cosines and sines of the new tokens' places, [2, new_tokens, head_dim / 2], fp32.
             keys: the cache, [sequences, shared heads, context + new tokens, head_dim].
             values: the same.
-            out: [tokens, heads * head_dim].
+
+        Returns:
+            [tokens, heads * head_dim].
         """
         torch, step, width = self._torch, self._step, self._step.model.head_dim
         rows = qkv.view(step.sequences, step.new_tokens, -1, width).transpose(1, 2)
@@ -147,12 +148,12 @@ class Parts:
         attended = torch.nn.functional.scaled_dot_product_attention(
             rotated(queries), keys, values, is_causal=step.new_tokens > 1, enable_gqa=self._heads != self._shared_heads
         )
-        out.copy_(attended.transpose(1, 2).reshape(out.shape))
+        return attended.transpose(1, 2).reshape(step.tokens, self._heads * width)
 
-    def _swiglu(self, gate_up: Any, out: Any) -> None:
-        """Write silu(gate) * up, [tokens, intermediate], of gate and up beside each other."""
+    def _swiglu(self, gate_up: Any) -> Any:
+        """Return silu(gate) * up, [tokens, intermediate], of gate and up beside each other."""
         gate, up = gate_up.chunk(2, -1)
-        out.copy_(self._torch.nn.functional.silu(gate) * up)
+        return self._torch.nn.functional.silu(gate) * up
 
 
 class Decoder:
@@ -175,8 +176,10 @@ class Decoder:
         def normal(*shape: int) -> Any:
             return torch.randn(shape, generator=source, **options)
 
-        problems = step.problems()
-        self.inputs = {name: torch.zeros((problem.m, problem.k), **options) for name, problem in problems.items()}
+        self.examples = {
+            name: torch.zeros((problem.m, problem.k), **options) for name, problem in step.problems().items()
+        }
+        """Activations of each product's shape, for which products are prepared."""
         self.hidden = normal(step.tokens, model.hidden_size)
         self.residual = torch.empty_like(self.hidden)
         self._nothing = torch.zeros_like(self.hidden)
@@ -194,16 +197,16 @@ class Decoder:
 
         Args:
             parts: the parts between products.
-            products: for each name of `Step.problems` a product per layer, which reads `inputs` and returns its output.
+            products: for each name of `Step.problems` a product per layer.
         """
-        inputs, added = self.inputs, self._nothing
+        added = self._nothing
         self.residual.copy_(self.hidden)
         for layer, (keys, values) in enumerate(self.caches):
-            parts.add_and_norm(self.residual, added, self._norms, inputs["qkv"])
-            parts.attend(products["qkv"][layer](), self._angles, keys, values, inputs["o"])
-            parts.add_and_norm(self.residual, products["o"][layer](), self._norms, inputs["gate_up"])
-            parts.swiglu(products["gate_up"][layer](), inputs["down"])
-            added = products["down"][layer]()
+            x = parts.add_and_norm(self.residual, added, self._norms)
+            x = parts.attend(products["qkv"][layer](x), self._angles, keys, values)
+            x = parts.add_and_norm(self.residual, products["o"][layer](x), self._norms)
+            x = parts.swiglu(products["gate_up"][layer](x))
+            added = products["down"][layer](x)
         self.residual.add_(added)
 
     def run_fused(self, parts: Parts, products: Mapping[str, Sequence[Product]]) -> None:
@@ -211,14 +214,12 @@ class Decoder:
 
         Args:
             parts: the parts between products.
-            products: as for `run`; those of o and down write `residual`, and those of gate_up the input of down.
+            products: as for `run`; those of o and down write `residual`.
         """
-        inputs = self.inputs
         self.residual.copy_(self.hidden)
         for layer, (keys, values) in enumerate(self.caches):
-            parts.norm(self.residual, self._norms, inputs["qkv"])
-            parts.attend(products["qkv"][layer](), self._angles, keys, values, inputs["o"])
-            products["o"][layer]()
-            parts.norm(self.residual, self._norms, inputs["gate_up"])
-            products["gate_up"][layer]()
-            products["down"][layer]()
+            x = parts.norm(self.residual, self._norms)
+            x = parts.attend(products["qkv"][layer](x), self._angles, keys, values)
+            products["o"][layer](x)
+            x = products["gate_up"][layer](parts.norm(self.residual, self._norms))
+            products["down"][layer](x)

@@ -12,8 +12,9 @@ from w4a16gen.errors import UnsupportedProblemError
 from w4a16gen.kernels.config import QuantMode
 from w4a16gen.measure.torch_weight import WORD_VALUES, TorchWeight
 
-Product = Callable[[], Any]
-"""Multiplies the activations by one copy of the weight and returns the output."""
+Product = Callable[[Any], Any]
+"""Multiplies activations, of the shape and dtype that it was prepared for, by one copy of the weight. Returns the
+output."""
 GPTQ_ZERO_WORD = 0x77777777
 """Eight zero points of 8, each stored less 1."""
 HummingTable = Sequence[tuple[int, int, dict[str, Any]]]
@@ -31,7 +32,7 @@ def cublas_products(a: Any, weight: TorchWeight, copies: int) -> Sequence[Produc
     out = torch.empty((a.shape[0], weight.n), dtype=a.dtype, device=a.device)
 
     def product(copy: Any) -> Product:
-        return lambda: torch.matmul(a, copy.T, out=out)
+        return lambda given: torch.matmul(given, copy.T, out=out)
 
     return [product(dense), *(product(dense.clone()) for _ in range(copies - 1))]
 
@@ -48,7 +49,7 @@ def tinygemm_products(a: Any, weight: TorchWeight, copies: int) -> Sequence[Prod
     scales_and_zeros = torch.stack([weight.scales, zeros], -1).to(a.dtype).contiguous()
 
     def product(copy: Any, of_copy: Any) -> Product:
-        return lambda: operators._weight_int4pack_mm(a, copy, weight.group_size, of_copy)  # noqa: SLF001
+        return lambda given: operators._weight_int4pack_mm(given, copy, weight.group_size, of_copy)  # noqa: SLF001
 
     return [product(packed.clone(), scales_and_zeros.clone()) for _ in range(copies)]
 
@@ -119,8 +120,8 @@ def humming_products(a: Any, weight: TorchWeight, copies: int) -> Sequence[Produ
     out = weight.torch.empty((a.shape[0], weight.n), dtype=a.dtype, device=a.device)
 
     def product(copy: Any) -> Product:
-        def multiply() -> Any:
-            copy(a, outputs=out, tuning_config=tuning)
+        def multiply(given: Any) -> Any:
+            copy(given, outputs=out, tuning_config=tuning)
             return out
 
         return multiply
@@ -143,7 +144,7 @@ def quack_products(a: Any, weight: TorchWeight, copies: int) -> Sequence[Product
     out = None if is_padded else torch.empty((a.shape[0], weight.n), dtype=a.dtype, device=a.device)
 
     def product(copy: Any, of_copy: Any) -> Product:
-        return lambda: quack.gemm_w4a16(a, copy, of_copy, out=out, n_out=weight.n, wformat=form)
+        return lambda given: quack.gemm_w4a16(given, copy, of_copy, out=out, n_out=weight.n, wformat=form)
 
     return [product(blob.clone(), strip.clone()) for _ in range(copies)]
 
@@ -162,8 +163,8 @@ def turbomind_products(a: Any, weight: TorchWeight, copies: int) -> Sequence[Pro
     execution, out, _ = linear.tune(a, prepared[0])
 
     def product(copy: Any) -> Product:
-        def multiply() -> Any:
-            linear(a, copy, exec_plan=execution, out=out)
+        def multiply(given: Any) -> Any:
+            linear(given, copy, exec_plan=execution, out=out)
             return out
 
         return multiply

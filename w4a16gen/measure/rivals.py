@@ -57,7 +57,7 @@ def find_torch() -> Any | None:
         return None
 
 
-def record_torch(torch: Any, device: int, products: Sequence[Product], launches: int) -> Contender:
+def record_torch(torch: Any, device: int, products: Sequence[Product], a: Any, launches: int) -> Contender:
     """Record a graph of launches that take copies of a weight in turn.
 
     The first launch, before the capture, is on the same stream: what a library allocates for a stream is there by then.
@@ -67,11 +67,11 @@ def record_torch(torch: Any, device: int, products: Sequence[Product], launches:
         torch.cuda.synchronize()
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            products[0]()
+            products[0](a)
             torch.cuda.synchronize()
             with torch.cuda.graph(graph, stream=stream):
                 for turn in range(launches):
-                    products[turn % len(products)]()
+                    products[turn % len(products)](a)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def timed_replay() -> float:
@@ -82,7 +82,7 @@ def record_torch(torch: Any, device: int, products: Sequence[Product], launches:
             end.synchronize()
         return float(begin.elapsed_time(end))
 
-    return Contender(graph.replay, timed_replay, launches, products)
+    return Contender(graph.replay, timed_replay, launches, (products, a))
 
 
 def relative_error(got: npt.NDArray[Any], exact: npt.NDArray[np.float64]) -> float:

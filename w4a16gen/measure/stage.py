@@ -205,7 +205,7 @@ class Stage(ABC):
         a, weight = self.torch_activations(torch, "float16"), self.torch_weight(torch)
         wanted = copies_for(2 * self.problem.n * self.problem.k)
         products = cublas_products(a, weight, max(2, wanted))
-        return record_torch(torch, self.device, products, self.launches(wanted))
+        return record_torch(torch, self.device, products, a, self.launches(wanted))
 
     def record_rival(self, torch: Any, rival: Rival) -> tuple[Contender, float]:
         """Check a rival's kernel and record it; return its largest error as a share of the allowed one.
@@ -219,7 +219,7 @@ class Stage(ABC):
         rows, channels = evenly(self.problem.m, CHECKED_ROWS), evenly(self.problem.n, CHECKED_CHANNELS)
         with torch.cuda.device(self.device):
             products = rival.prepare(a, weight, wanted)
-            got = products[0]()[rows.tolist()][:, channels.tolist()].double().cpu().numpy()
+            got = products[0](a)[rows.tolist()][:, channels.tolist()].double().cpu().numpy()
             given = a[rows.tolist()].double().cpu().numpy()
             error = relative_error(got, given @ self.channels(channels).dequantize().T)
-        return record_torch(torch, self.device, products, self.launches(wanted)), error / rival.largest_error
+        return record_torch(torch, self.device, products, a, self.launches(wanted)), error / rival.largest_error

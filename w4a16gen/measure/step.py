@@ -13,7 +13,7 @@ from typing import Any
 from w4a16gen.errors import MissingToolError
 from w4a16gen.kernels.config import Epilogue, QuantMode
 from w4a16gen.kernels.device import Device
-from w4a16gen.kernels.epilogue import Activation
+from w4a16gen.kernels.epilogue import Activation, CallEpilogue
 from w4a16gen.measure.compare import attempt
 from w4a16gen.measure.compile_ahead import compile_ahead
 from w4a16gen.measure.decoder import Decoder, Parts, Step
@@ -49,7 +49,7 @@ layers leaves fp16."""
 LONG_STEP = 20e3
 """Microseconds. A longer step is at the power limit, and is timed in blocks."""
 Prepare = Callable[..., Sequence[Product]]
-"""Takes activations [m, k], a weight and a number of copies; of fused entrants also `out` and an epilogue."""
+"""Takes activations [m, k] as an example, a weight and a number of copies; of fused entrants also an epilogue."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,9 @@ class Entrant:
         into: Mapping[str, Any] = {}
         if self.is_fused:
             residual = {"out": decoder.residual, "residual": decoder.residual}
-            gated = {"out": decoder.inputs["down"], "activation": Activation.SWIGLU}
-            into = {"o": residual, "down": residual, "gate_up": gated}
+            into = {"o": residual, "down": residual, "gate_up": {"activation": Activation.SWIGLU}}
         return {
-            name: self.prepare(decoder.inputs[name], weight, decoder.step.depth, **into.get(name, {}))
+            name: self.prepare(decoder.examples[name], weight, decoder.step.depth, **into.get(name, {}))
             for name, weight in weights.items()
         }
 
@@ -152,7 +151,7 @@ class Machine:
     torch: Any
     device: Any
     """torch's device."""
-    compiled: Callable[..., Callable[..., None]]
+    compiled: Callable[..., Callable[..., Any]]
     """Compiles a part; `takes_part=True` lets it take part in dependent launches."""
     record: Callable[[Callable[[], None]], Contender]
     """Records a step, which is then replayed."""
@@ -287,7 +286,7 @@ class OwnProducts:
         """Multiply by copies of the packed weight.
 
         Args:
-            a: activations, fp16 [m, k] on the weight's device.
+            a: activations of the shape that calls have, fp16 [m, k] on the weight's device.
             weight: the weight.
             copies: how many products.
             dependent: the kind of launches.
@@ -300,12 +299,13 @@ class OwnProducts:
             packed = weight.packed(self._library, gated=activation.is_gated)
             self._copies[key] = [packed, *(replace(packed, data=packed.data.clone()) for _ in range(1, copies))]
         if out is None:
-            out = weight.torch.empty((a.shape[0], weight.n), dtype=a.dtype, device=a.device)
+            columns = CallEpilogue(activation).outputs(weight.n)
+            out = weight.torch.empty((a.shape[0], columns), dtype=a.dtype, device=a.device)
 
         def product(copy: PackedWeight) -> Product:
-            def multiply() -> Any:
+            def multiply(given: Any) -> Any:
                 self._library.gemm(
-                    a, copy, out=out, dependent_launch=dependent, activation=activation, residual=residual
+                    given, copy, out=out, dependent_launch=dependent, activation=activation, residual=residual
                 )
                 return out
 
@@ -349,9 +349,10 @@ class _Stage:
         return contender, difference / LARGEST_DIFFERENCE
 
 
-def _compiled(torch: Any, function: Callable[..., None], *, takes_part: bool) -> Callable[..., None]:
-    options = {"triton.enable_pdl": True} if takes_part else None
-    compiled: Callable[..., None] = torch.compile(function, fullgraph=True, dynamic=False, options=options)
+def _compiled(torch: Any, function: Callable[..., Any], *, takes_part: bool) -> Callable[..., Any]:
+    # Without combo kernels, queries, keys and values are rotated and written by a kernel each.
+    options = {"combo_kernels": True} | ({"triton.enable_pdl": True} if takes_part else {})
+    compiled: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False, options=options)
     return compiled
 
 

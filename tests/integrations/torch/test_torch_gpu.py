@@ -164,7 +164,7 @@ def test_products_behind_compiled_kernels_that_take_part_are_dependent_launches(
     block, _, _ = blocks(torch.float16)
     x = inputs(1, torch.float16)
     edges = []
-    for options in (None, {"triton.enable_pdl": True}):
+    for options in (None, {"triton.enable_pdl": True}, {"triton.enable_pdl": True, "combo_kernels": True}):
         compiled = torch.compile(block, fullgraph=True, options=options)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -179,7 +179,7 @@ def test_products_behind_compiled_kernels_that_take_part_are_dependent_launches(
             graph.replay()
             assert torch.equal(captured, expected), "outside a capture all launches are ordinary"
         edges.append(programmatic_edges(graph.raw_cuda_graph()))
-    assert edges[1] >= edges[0] + 3, "three products of the block follow a norm or the gate"
+    assert min(edges[1:]) >= edges[0] + 3, "three products of the block follow a norm or the gate"
 
 
 @pytest.mark.usefixtures("kernels")
