@@ -98,6 +98,19 @@ def test_layers_of_any_number_of_tokens_are_within_their_bounds(library: Library
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_the_output_may_replace_the_hidden_states(library: Library, gated: bool) -> None:
+    layer = Layer(library)
+    for tokens in (1, 4, 8, 9, 100, 800):
+        hidden, *routes = layer.drawn(tokens)
+        apart = layer.moe(hidden, *routes, gated=gated)
+        for launch in (False, True):
+            states, *operands = (library.to_device(array) for array in (hidden, *routes))
+            weights = layer.w13[gated], layer.w2
+            assert library.moe(states, *weights, *operands, out=states, dependent_launch=launch) is states
+            assert np.array_equal(states.to_host().view(np.uint16), apart.view(np.uint16)), tokens
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_invariant_results_do_not_depend_on_other_tokens(library: Library, gated: bool) -> None:
     layer = Layer(library)
     call = layer.drawn(300)

@@ -139,9 +139,11 @@ def test_a_wrong_call_is_refused(layer: Layer, change: dict[str, Any], text: str
         w4a16gen.moe(**layer.arguments(**change))
 
 
-def test_an_output_over_the_hidden_states_is_refused(layer: Layer) -> None:
-    with pytest.raises(InvalidValueError, match="output overlaps the hidden states: pass another array"):
-        w4a16gen.moe(**layer.arguments(out=layer.hidden))
+@pytest.mark.parametrize("weight_on_input", [False, True])
+def test_the_output_may_replace_the_hidden_states(layer: Layer, weight_on_input: bool) -> None:
+    apart = w4a16gen.moe(**layer.arguments(weight_on_input=weight_on_input))
+    assert w4a16gen.moe(**layer.arguments(weight_on_input=weight_on_input, out=layer.hidden)) is layer.hidden
+    assert np.array_equal(layer.hidden, apart)
 
 
 def test_arrays_on_a_gpu_go_to_the_default_build(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:

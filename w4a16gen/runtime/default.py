@@ -338,7 +338,7 @@ def moe(  # noqa: PLR0913  (the options of one call)
         weight_on_input: multiply the hidden states by the weights instead of the results.
         invariant: choose the kernels without regard to the number of tokens, so that a token's result does not depend
             on the others.
-        out: fp16 [tokens, hidden] to write into; None allocates.
+        out: fp16 [tokens, hidden] to write into, possibly `hidden` itself; None allocates.
         workspace: uint8 array of at least `Library.moe_workspace_bytes`; None allocates it for the call.
         stream: a CUDA stream object or address; None is the current stream of torch or CuPy, else the default.
         dependent_launch: see `gemm`; that of the first kernel. The others always are.

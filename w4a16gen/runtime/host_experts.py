@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from w4a16gen.errors import InvalidValueError
-from w4a16gen.runtime.arrays import check_activations_shape, refuse_gradients, why_not_contiguous, why_overlaps
+from w4a16gen.runtime.arrays import check_activations_shape, refuse_gradients, why_not_contiguous
 from w4a16gen.runtime.expert_calls import MoeOptions, check_packed, check_pair
 from w4a16gen.runtime.host import operand
 from w4a16gen.weights.experts import PackedExperts
@@ -38,8 +38,6 @@ def moe_on_host(
     for name, array in (("hidden", states), ("output", result)):
         if array is not None and not array.flags.c_contiguous:
             raise InvalidValueError(why_not_contiguous(name))
-    if result is not None and np.may_share_memory(result, states):
-        raise InvalidValueError(why_overlaps("hidden states"))
     ids, factors = (_array(name, given) for name, given in (("topk_ids", topk_ids), ("topk_weights", topk_weights)))
     places = None if options.expert_map is None else _array("expert_map", options.expert_map)
     with np.errstate(over="ignore", invalid="ignore"):  # beyond 65504 is infinity, as on the GPU
