@@ -57,7 +57,7 @@ __device__ inline void store_through_shared(const Parameters& p, const Shared<S>
   const int row = (kInPairs ? me.lane / 16 * 8 : 0) + me.lane % 8;
   const int piece = (me.warp * 2 + me.lane / 8 % 2) ^ (me.lane % 8);  // 128-byte swizzle
   const uint32_t offset = row * 128 + piece * 16;
-  if constexpr (S::StreamK) await_output_place<S>(me);
+  if constexpr (S::StreamK) await_output_place<S>(me);  // others did while the last products ran
 #pragma unroll
   for (int f = 0; f < S::Fragments; ++f) {
     const PairOfChannels<S> channels(p, tile, first_channel<S>(tile, me, f) + me.warp * 16 + me.lane / 4,

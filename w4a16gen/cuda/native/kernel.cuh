@@ -63,7 +63,7 @@ __device__ inline void consume(const Parameters& p, const Shared<S>& shared, con
         if constexpr (S::StoresThroughShared) {
           if constexpr (S::HasEpilogue) {
             request_residual<S>(p, shared, tile, work.rank, me);
-          } else if constexpr (!S::StreamK) {
+          } else if constexpr (!S::StreamK) {  // with stream-K ptxas would spill
             await_output_place<S>(me);
           }
         }
