@@ -108,7 +108,6 @@ def test_estimates_divide_tiles_as_kernels_do(tilings: Path, name: str) -> None:
         split = split_of(tiles, clusters, k_blocks, may_have_heads=bool(may_have_heads))
         assert split.tiles == split_tiles, (tiles, clusters, k_blocks)
         if split_tiles:
-            assert split.share == pytest.approx(1 - head_blocks / k_blocks)
             assert split.head_blocks == head_blocks
         heads[head_blocks > 0] += 1
     assert min(heads[True], heads[False]) > 100
@@ -144,7 +143,7 @@ def test_estimates_divide_tiles_of_problems_around_the_size_of_l2_as_kernels_do(
             k_blocks = -(-k // 128)
             given.append(f"{tokens} {channel_blocks} {k_blocks} {clusters}")
             split = splits[-1]
-            expected.append((split.tiles, round((1 - split.share) * k_blocks) if split.tiles else 0))
+            expected.append((split.tiles, split.head_blocks))
     lines = output_of(tilings, f"w4a16_sm90_native_{name}", "problems", given="\n".join(given))
     assert [tuple(map(int, line.split())) for line in lines] == expected
     assert 5 < sum(head_blocks > 0 for _, head_blocks in expected) <= len(expected) / 4, "those above the limit"

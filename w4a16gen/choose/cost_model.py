@@ -244,7 +244,7 @@ class CostModel:
             if split.head_blocks:
                 blocks = float(ctas_per_sm * (tiles // clusters * k_blocks + split.head_blocks))
             sharing = split.clusters_per_tile
-            read_apart = self._read_apart(config, problem, tiles, split)
+            read_apart = self._read_apart(config, problem, tiles, k_blocks, split)
         else:
             own_tiles = float(max(1, -(-tiles // at_once)))
             if ctas_per_sm > 1 and (own_tiles > 1 or not fills_sms_first):
@@ -262,7 +262,7 @@ class CostModel:
             is_long=self.is_long(problem),
         )
 
-    def _read_apart(self, config: KernelConfig, problem: Problem, tiles: int, split: Split) -> float:
+    def _read_apart(self, config: KernelConfig, problem: Problem, tiles: int, k_blocks: int, split: Split) -> float:
         """Return the bytes that split tiles read from memory although other tiles read them too.
 
         Whole tiles of a wave read the same operands at the same time, and heads of tiles too. Clusters that begin at
@@ -271,7 +271,7 @@ class CostModel:
         if split.tiles == 0:
             return 0.0
         cta, cluster, l2_bytes = config.cta, config.cluster, self.constants.l2_bytes
-        k = problem.k * split.share
+        k = problem.k * (1 - split.head_blocks / k_blocks)
         activations, weight = 2 * problem.m * k, problem.n * k / 2
         if activations == 0:
             return 0.0
@@ -316,10 +316,8 @@ class Split(NamedTuple):
     """How many tiles it divides."""
     clusters_per_tile: float
     """Clusters that share one of them."""
-    share: float
-    """The share of K where clusters are at different places: all of it, or a tile's part after its head."""
     head_blocks: int = 0
-    """K blocks of a head, if tiles have heads. No cluster has more of a tile that is divided."""
+    """K blocks of a head, 0 without heads. No cluster sums more K blocks of the divided tiles."""
 
 
 _FEWEST_CLUSTERS_PER_HEAD = 3
@@ -339,14 +337,14 @@ def split_of(tiles: int, clusters: int, k_blocks: int, *, may_have_heads: bool) 
     clusters = max(1, min(clusters, tiles * k_blocks))  # those that have work
     rest = tiles % clusters
     if rest == 0:
-        return Split(0, 0.0, 0.0)
+        return Split(0, 0.0)
     most_clusters_per_head = max(_FEWEST_CLUSTERS_PER_HEAD, k_blocks // _BLOCKS_PER_CLUSTER_OF_HEAD)
     if may_have_heads and rest * most_clusters_per_head >= clusters:
         head_blocks = min(k_blocks, -(-rest * (k_blocks + _BLOCKS_OF_SUMS) // clusters))
-        return Split(rest, clusters / rest, 1 - head_blocks / k_blocks, head_blocks)
+        return Split(rest, clusters / rest, head_blocks)
     if tiles < clusters:
-        return Split(tiles, clusters / tiles, 1.0)
-    return Split(clusters + rest, 2.0, 1.0)
+        return Split(tiles, clusters / tiles)
+    return Split(clusters + rest, 2.0)
 
 
 def in_preference(

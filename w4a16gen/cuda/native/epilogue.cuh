@@ -33,13 +33,6 @@ __device__ inline void store_from_registers(const Parameters& p, const Tile& til
   }
 }
 
-// Waits until the copy engine has read the previous tile's outputs.
-template <class S>
-__device__ inline void await_output_place(const Consumer& me) {
-  if (copies_output(me)) wait_for_store_reads<0>();
-  named_barrier(kWarpgroupBarrier + me.warpgroup_m, S::WarpgroupsK * kWarpgroup);
-}
-
 // Stores through shared memory, from which the copy engine writes whole rows of 128 bytes while the next tile is
 // computed. Shared memory holds the whole tile: all CTAs store at about the same time, and waiting for L2 to take a
 // part of it, to reuse its place, would leave the tensor cores idle.
@@ -52,7 +45,6 @@ __device__ inline void store_through_shared(const Parameters& p, const Shared<S>
   constexpr int kThreads = S::WarpgroupsK * kWarpgroup;
   const uint32_t boxes = shared.output(me.warpgroup_m);
   const int barrier = kWarpgroupBarrier + me.warpgroup_m;
-  const bool stores = me.warpgroup_k == 0 && me.warp == 0 && me.lane == 0;
   // The lane's row for stmatrix: matrices 0 and 1 are 8 tokens of the lower and upper 8 channels, 2 and 3 the next 8.
   const int row = (kInPairs ? me.lane / 16 * 8 : 0) + me.lane % 8;
   const int piece = (me.warp * 2 + me.lane / 8 % 2) ^ (me.lane % 8);  // 128-byte swizzle
@@ -77,7 +69,7 @@ __device__ inline void store_through_shared(const Parameters& p, const Shared<S>
     }
     async_proxy_fence();
     named_barrier(barrier, kThreads);
-    if (stores) {
+    if (copies_output(me)) {
       const int token = tile.token + (S::ClusterK > 1 ? rank * S::StoredTokens : 0);
       tensor_store(&p.output, first_channel<S>(tile, me, f), token, boxes + f * S::BoxBytes);
     }

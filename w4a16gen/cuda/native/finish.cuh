@@ -114,10 +114,7 @@ __device__ inline void finish_through_shared(const Parameters& p, const Shared<S
   const int row = matrix / kParts * 8 + me.lane % 8;
   const int piece = (me.warp * kParts + matrix % kParts) ^ (S::Gates ? me.lane % 8 / 2 : me.lane % 8);
   const uint32_t offset = row * kRow + piece * 16;
-  if (p.residual_pointer == nullptr) {
-    if (copies_output(me)) wait_for_store_reads<0>();  // of the previous tile
-    named_barrier(barrier, kThreads);
-  }
+  if (p.residual_pointer == nullptr) await_output_place<S>(me);
 #pragma unroll
   for (int f = 0; f < S::Fragments; ++f) {
     const PairOfChannels<S> channels = channels_of<S>(p, tile, me, f, factors);

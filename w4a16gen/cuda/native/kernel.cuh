@@ -33,7 +33,8 @@ __device__ inline void consume(const Parameters& p, const Shared<S>& shared, con
   constexpr bool kLoadsFactorsLate = !S::SpareRegisters && !S::ReducesOnChip && !S::ByWarps;
   if constexpr (S::ClusterK > 1 && kWaitsLate)
     cluster_wait();  // all CTAs of the cluster run and have initialised their barriers
-  // The next tile is found while the last products of a tile are computed, where that takes no registers from them.
+  // The next tile is found while the last products of a tile are computed. Stream-K lacks registers for that. Kernels
+  // that reduce have one tile a CTA, as a rule.
   constexpr bool kLooksAhead = !S::StreamK && !S::Grouped && !S::ReducesOnChip;
   Tile next{};
   if constexpr (kLooksAhead) next = tile_at<S>(p, shared, work, work.first_tile);

@@ -18,6 +18,13 @@ __device__ inline int stored_token(const Tile& tile, int rank) {
 // The thread of the warpgroups of some channels that starts copies of their output.
 __device__ inline bool copies_output(const Consumer& me) { return me.warpgroup_k == 0 && me.warp == 0 && me.lane == 0; }
 
+// Waits until the copy engine has read the previous tile's outputs.
+template <class S>
+__device__ inline void await_output_place(const Consumer& me) {
+  if (copies_output(me)) wait_for_store_reads<0>();
+  named_barrier(kWarpgroupBarrier + me.warpgroup_m, S::WarpgroupsK * kWarpgroup);
+}
+
 // Requests a tile's residual as soon as the previous tile's output has left its place.
 template <class S>
 __device__ inline void request_residual(const Parameters& p, const Shared<S>& shared, const Tile& tile, int rank,

@@ -140,8 +140,7 @@ inline double divide_up(double value, double by) { return std::ceil(value / by);
 struct Split {
   double tiles = 0;              // how many it divides
   double clusters_per_tile = 0;  // that share one of them
-  double share = 0;              // of K, where clusters are at different places: all, or a tile's part after its head
-  double head_blocks = 0;        // k blocks of a head, if tiles have heads
+  double head_blocks = 0;        // k blocks of a head, 0 without heads
 };
 
 inline Split split_of(double tiles, double clusters, double k_blocks, bool fits_l2) {
@@ -153,18 +152,18 @@ inline Split split_of(double tiles, double clusters, double k_blocks, bool fits_
       std::max(kFewestClustersPerHead, std::floor(k_blocks / kBlocksPerClusterOfHead));
   if (!fits_l2 && rest * most_clusters_per_head >= clusters) {
     const double head_blocks = std::min(k_blocks, divide_up(rest * (k_blocks + kBlocksOfSums), clusters));
-    return {rest, clusters / rest, 1 - head_blocks / k_blocks, head_blocks};
+    return {rest, clusters / rest, head_blocks};
   }
-  if (tiles < clusters) return {tiles, clusters / tiles, 1, 0};
-  return {clusters + rest, 2, 1, 0};
+  if (tiles < clusters) return {tiles, clusters / tiles, 0};
+  return {clusters + rest, 2, 0};
 }
 
 // The bytes that split tiles of stream-K read from memory although other tiles read them too.
 inline double read_apart(const Constants& c, const Kernel& kernel, const Problem& problem, double tiles,
-                         const Split& split) {
+                         double k_blocks, const Split& split) {
   if (split.tiles == 0) return 0;
   const double m = static_cast<double>(problem.m), n = static_cast<double>(problem.n),
-               k = static_cast<double>(problem.k) * split.share;
+               k = static_cast<double>(problem.k) * (1 - split.head_blocks / k_blocks);
   const double activations = 2 * m * k, weight = n * k / 2;
   if (activations == 0) return 0;
   const double activations_of_tile = 2.0 * kernel.cta[1] * kernel.cluster[1] * k - activations / tiles;
@@ -201,7 +200,7 @@ inline double estimate(const Constants& c, const Card& h100, const Kernel& kerne
       blocks = kernel.ctas_per_sm * (std::floor(tiles / clusters) * k_blocks + split.head_blocks);
     }
     sharing = split.clusters_per_tile;
-    apart = read_apart(c, kernel, problem, tiles, split);
+    apart = read_apart(c, kernel, problem, tiles, k_blocks, split);
   } else {
     own_tiles = std::max(1.0, divide_up(tiles, at_once));
     if (kernel.ctas_per_sm > 1 && own_tiles > 1) {
